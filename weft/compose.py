@@ -1,0 +1,92 @@
+"""Whether a stack of techniques goes together: computed from their traits, with reasons in words.
+
+`compose(parts)` answers ok, cost (it runs, at a price that is named) or refused.  No technique's name is ever looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from weft.errors import ComposeError
+from weft.registry import Part, lookup
+from weft.slots import SLOTS
+from weft.traits import Effect, Fidelity, Trait, Traits
+
+CORE_GIVES: frozenset[Trait] = frozenset({Trait.BOUNDED_KV, Trait.STARVATION_FREE, Trait.READS_HISTORY, Trait.ROLLBACK})
+"""What every stack has from the core itself: bounded KV, an oldest request that is never a victim, capped prefix hits, truncation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One finding.  rule: a short word; parts: the parts concerned, as written."""
+
+    rule: str
+    parts: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    verdict: Literal["ok", "cost", "refused"]
+    fidelity: Fidelity
+    reasons: tuple[Reason, ...]
+    history: int = 0
+    """The largest READS_HISTORY(w): a prefix hit ends at least so many tokens before the prompt's end."""
+
+
+def traits_of(part: Part) -> Traits:
+    traits = lookup(part.slot, part.name).traits  # type: ignore[attr-defined]
+    assert isinstance(traits, Traits)
+    return traits
+
+
+def compose(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Verdict:
+    """gives: what the machine and the model give beside the core."""
+    reasons: list[Reason] = []
+    seen: dict[str, Part] = {}
+    for part in parts:
+        if part.slot in seen:
+            reasons.append(
+                Reason("one per slot", (str(seen[part.slot]), str(part)), f"slot {part.slot} takes one technique; leave one out")
+            )
+        seen[part.slot] = part
+    declared = [(part, traits_of(part)) for part in parts]
+    offered = CORE_GIVES | gives | {g for _, t in declared for g in t.gives}
+    for part, traits in declared:
+        for need in sorted(traits.needs - offered):
+            reasons.append(Reason("needs", (str(part),), f"{part} needs {need}; {_who_gives(need, seen)}"))
+    refused = bool(reasons)
+    for part, traits in declared:
+        if Effect.EXTRA_PASS in traits.effects:
+            reasons.append(Reason("extra pass", (str(part),), f"{part} costs an extra pass over the prompt"))
+    fidelity = max((t.fidelity for _, t in declared), default=Fidelity.EXACT)
+    verdict: Literal["ok", "cost", "refused"] = "refused" if refused else "cost" if reasons else "ok"
+    return Verdict(verdict, fidelity, tuple(reasons), max((t.history for _, t in declared), default=0))
+
+
+def require(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Verdict:
+    """`compose`, raising ComposeError with the reasons where the stack is refused."""
+    verdict = compose(parts, gives)
+    if verdict.verdict == "refused":
+        raise ComposeError([r.text for r in verdict.reasons])
+    return verdict
+
+
+def complete(parts: Sequence[Part]) -> list[Part]:
+    """The stack with the null of every slot that it leaves open."""
+    named = {p.slot for p in parts}
+    return [*parts, *(Part(s.name, s.null) for s in SLOTS.values() if s.null is not None and s.name not in named)]
+
+
+def _who_gives(need: Trait, stack: Mapping[str, Part]) -> str:
+    from weft.registry import names
+
+    givers = [
+        f"{slot}={name}"
+        for slot in SLOTS
+        for name in names(slot)
+        if need in traits_of(Part(slot, name)).gives and str(stack.get(slot)) != f"{slot}={name}"
+    ]
+    return f"{' or '.join(givers)} gives it" if givers else "nothing in this installation gives it"

@@ -1,0 +1,172 @@
+"""The memory plan: every arena to the byte, decided before anything is allocated.
+
+    weights     the checkpoint in its stored form, once
+    kv          blocks * block_bytes (+ the position of every entry)
+    workspace   the decoder's named buffers
+    reserve     interpreter, libraries, allocator slack: measured, not planned
+
+Pure arithmetic: who knows the machine (`exec.host`) and the model (`models`) passes the figures in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from weft.errors import CapacityError, ConfigError
+from weft.types import GroupKind, GroupSpec
+
+GIB = 1 << 30
+KV_DEFAULT_BYTES = 1 * GIB
+"""KV pool when nobody says how much memory weft may use: this, or two full-length sequences if those are larger."""
+RESERVE_BYTES = 400 << 20
+"""Interpreter, torch and the server beside the arenas; the soak of `tests/test_memory.py` holds it to this + 200 MB."""
+DEFAULT_SHARE = 0.85
+"""Share of the available memory that a plan may take without --memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """All in bytes, tokens or blocks.  fits: whether one sequence of max_model_len runs within available_bytes."""
+
+    weights_bytes: int
+    kv_bytes: int
+    kv_blocks: int
+    kv_bytes_per_token: int
+    workspace_bytes: int
+    reserve_bytes: int
+    total_bytes: int
+    available_bytes: int
+    max_model_len: int
+    block_tokens: int
+    block_bytes: int
+    fits: bool
+    reason: str = ""
+    available_source: str = ""
+    model_max_len: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def blocks_for(groups: Sequence[GroupSpec], tokens: int, rows: int, *, layered: bool = False) -> int:
+    """Blocks that one sequence of `tokens` positions holds at most, when no step adds more than `rows` to it.
+
+    A window group keeps only what its window and the rows of one step reach; parked hidden states stand only in layered steps.
+    """
+    total = 0
+    for g in groups:
+        if g.kind is GroupKind.PARKED:
+            need = min(tokens, rows) if layered else 0
+        elif g.window is not None:
+            # The head is dropped in whole blocks, so up to one block more than window and rows ask for.
+            need = min(tokens, g.window - 1 + rows + g.block_tokens)
+        else:
+            need = tokens
+        total += -(-need // g.block_tokens)
+    return total
+
+
+def bytes_per_token(groups: Sequence[GroupSpec]) -> int:
+    """KV bytes that one more position costs, over the groups that keep one entry for each position."""
+    return sum(g.entry_bytes for g in groups if g.kind is not GroupKind.PARKED)
+
+
+def plan_memory(
+    *,
+    weights_bytes: int,
+    workspace_bytes: int,
+    groups: Sequence[GroupSpec],
+    block_bytes: int,
+    rows: int,
+    max_num_seqs: int,
+    model_max_len: int,
+    available_bytes: int,
+    available_source: str = "",
+    memory_bytes: int | None = None,
+    max_model_len: int | None = None,
+    layered: bool = False,
+    reserve_bytes: int = RESERVE_BYTES,
+) -> MemoryPlan:
+    """Divide the memory.
+
+    memory_bytes: --memory, everything that weft may take; None takes what the default KV pool needs, at most 85 % of
+    what is available.  max_model_len: None takes the model's own, or less where only less fits (and says so in `reason`).
+    """
+    if max_model_len is not None and not 1 <= max_model_len:
+        raise ConfigError(f"--max-model-len must be at least 1, got {max_model_len}")
+    if max_model_len is not None and max_model_len > model_max_len:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} exceeds the {model_max_len} positions that the model was made for"
+        )
+    entry_overhead = sum(4 * g.block_tokens for g in groups[:1])  # int32 position of every entry
+    per_block = block_bytes + entry_overhead
+    fixed = weights_bytes + workspace_bytes + reserve_bytes
+    wanted_len = max_model_len or model_max_len
+    room = memory_bytes if memory_bytes is not None else int(available_bytes * DEFAULT_SHARE)
+    fit_blocks = max(0, (room - fixed) // per_block)
+    need = blocks_for(groups, wanted_len, rows, layered=layered)
+    reason = ""
+    length = wanted_len
+    if need > fit_blocks and max_model_len is None:
+        length = longest(groups, fit_blocks, rows, wanted_len, layered=layered)
+        if length >= min(wanted_len, 256):
+            reason = (
+                f"the model allows {model_max_len} tokens, memory holds the KV of {length}; give more --memory for longer ones"
+            )
+            need = blocks_for(groups, length, rows, layered=layered)
+        else:
+            length = wanted_len
+    most = max_num_seqs * need
+    blocks = min(fit_blocks, most)
+    if memory_bytes is None:
+        blocks = min(blocks, max(KV_DEFAULT_BYTES // per_block, 2 * need))
+    total = fixed + blocks * per_block
+    fits = blocks >= need >= 1 and total <= available_bytes
+    if not fits:
+        blocks = max(blocks, need)
+        total = fixed + blocks * per_block
+        reason = _why(weights_bytes, workspace_bytes, reserve_bytes, need * per_block, length, room, available_bytes, total)
+    return MemoryPlan(
+        weights_bytes=weights_bytes,
+        kv_bytes=blocks * per_block,
+        kv_blocks=blocks,
+        kv_bytes_per_token=bytes_per_token(groups),
+        workspace_bytes=workspace_bytes,
+        reserve_bytes=reserve_bytes,
+        total_bytes=total,
+        available_bytes=available_bytes,
+        max_model_len=length,
+        block_tokens=groups[0].block_tokens,
+        block_bytes=block_bytes,
+        fits=fits,
+        reason=reason,
+        available_source=available_source,
+        model_max_len=model_max_len,
+    )
+
+
+def longest(groups: Sequence[GroupSpec], blocks: int, rows: int, most: int, *, layered: bool = False) -> int:
+    """The longest sequence that `blocks` hold alone, at most `most` (bisection: the need grows with the length)."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if blocks_for(groups, middle, rows, layered=layered) <= blocks:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _mib(n: int) -> str:
+    return f"{n / (1 << 20):,.0f} MiB"
+
+
+def _why(weights: int, workspace: int, reserve: int, kv: int, length: int, room: int, available: int, total: int) -> str:
+    limit = f"--memory allows {_mib(room)}" if total <= available or room < available else f"{_mib(available)} are available"
+    return (
+        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)} + KV of one "
+        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + kv)}, but {limit}; "
+        "try a smaller --max-model-len, a smaller model or dtype, or more memory"
+    )

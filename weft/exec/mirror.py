@@ -1,0 +1,93 @@
+"""What an executor knows of the sequences it serves: tokens and block tables, kept up to date from the plans alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from weft.errors import InvariantError
+from weft.types import Enter, GroupSpec, Plan, SamplingSpec, Span, VectorItem, Work
+
+Ints = npt.NDArray[np.int64]
+
+
+class Mirrored:
+    """One sequence.  tokens: ids by position, valid as far as works have said.  tables[g]: block ids; first[g]: entries dropped
+    at the head; count[g]: entries standing where they are fewer than positions (compressed), else -1.
+    """
+
+    __slots__ = ("count", "first", "prompt", "sampling", "seed", "spans", "state", "tables", "tokens", "used", "vectors")
+
+    def __init__(self, enter: Enter, groups: int) -> None:
+        self.tokens: Ints = np.empty(max(64, 2 * len(enter.tokens)), np.int64)
+        self.tokens[: len(enter.tokens)] = enter.tokens
+        self.prompt = enter.prompt
+        self.sampling: SamplingSpec = enter.sampling
+        self.seed = enter.seed
+        self.spans: tuple[Span, ...] = enter.spans
+        self.vectors: dict[int, VectorItem] = enter.vectors
+        self.tables: list[Ints] = [np.empty(16, np.int64) for _ in range(groups)]
+        self.used = [0] * groups
+        self.first = [0] * groups
+        self.count = [-1] * groups
+        self.state: dict[str, object] = {}
+        """Per-request state of executors and techniques, by owner."""
+
+    def table(self, g: int) -> Ints:
+        return self.tables[g][: self.used[g]]
+
+    def write(self, start: int, ids: Sequence[int]) -> None:
+        """Set tokens [start, start + len(ids))."""
+        stop = start + len(ids)
+        if stop > len(self.tokens):
+            grown = np.empty(2 * stop, np.int64)
+            grown[: len(self.tokens)] = self.tokens
+            self.tokens = grown
+        self.tokens[start:stop] = ids
+
+
+class Mirror:
+    """Follow a stream of plans.  Raises InvariantError where a plan does not continue what was said before."""
+
+    def __init__(self, groups: Sequence[GroupSpec]) -> None:
+        self.groups = list(groups)
+        self.sequences: dict[int, Mirrored] = {}
+
+    def follow(self, plan: Plan) -> None:
+        """Leave, enter, grants and the works' tokens, in that order."""
+        for rid in plan.leave:
+            self.sequences.pop(rid, None)
+        for enter in plan.enter:
+            if enter.request in self.sequences:
+                raise InvariantError(f"sequence {enter.request} enters twice")
+            self.sequences[enter.request] = Mirrored(enter, len(self.groups))
+        for grant in plan.grants:
+            s, g = self.sequences[grant.request], grant.group
+            stop = grant.at + len(grant.blocks)
+            if grant.at > s.used[g]:
+                raise InvariantError(f"sequence {grant.request}: a grant at {grant.at} leaves a hole after {s.used[g]} blocks")
+            if stop > len(s.tables[g]):
+                grown = np.empty(2 * stop, np.int64)
+                grown[: s.used[g]] = s.table(g)
+                s.tables[g] = grown
+            s.tables[g][grant.at : stop] = grant.blocks
+            s.used[g], s.first[g] = stop, grant.first
+        for work in plan.works:
+            self.sequences[work.request].write(work.start, work.tokens)
+
+    def entry(self, work: Work, g: int) -> int:
+        """Physical index, counted from the table's head, at which the work's first row is written in group g."""
+        s = self.sequences[work.request]
+        return work.start - s.first[g] if s.count[g] < 0 else s.count[g]
+
+    def slots(self, work: Work, g: int) -> Ints:
+        """Where the work's rows are written in group g: block * block_tokens + offset, one for each row."""
+        s, bt = self.sequences[work.request], self.groups[g].block_tokens
+        at = self.entry(work, g)
+        entries = np.arange(at, at + len(work.tokens))
+        if at < 0 or entries[-1] >= s.used[g] * bt:
+            raise InvariantError(f"sequence {work.request}: entries {at} to {entries[-1]} are outside its {s.used[g]} blocks")
+        slots: Ints = s.tables[g][entries // bt] * bt + entries % bt
+        return slots

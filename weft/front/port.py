@@ -1,0 +1,57 @@
+"""What the front sees of an engine: a place to send commands and a stream of frames.  No torch, no shared objects.
+
+Today the engine is a thread of the same process (`exec.thread.EngineThread`); an engine in a process of its own will stand behind
+the same protocol, since nothing but msgspec structs crosses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from weft.types import Command, EngineFrame, EngineStats
+
+FrameSink = Callable[[EngineFrame], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the front must know of the engine's model and limits."""
+
+    model_id: str
+    vocab_size: int
+    max_model_len: int
+    kv_blocks: int
+    block_tokens: int
+    max_num_seqs: int
+    dtype: str = "float32"
+    device: str = "cpu"
+    plan: dict[str, Any] | None = None
+    """The memory plan as `weft plan --json` prints it."""
+    stack: tuple[str, ...] = ()
+    """The techniques in use, as slot=name(args)."""
+
+
+class EnginePort(Protocol):
+    """An engine as the front talks to it.  `send` is thread-safe and never blocks; the sink is called on the engine's thread."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest snapshot."""
+
+    def send(self, command: Command) -> None: ...
+
+    def subscribe(self, sink: FrameSink) -> None:
+        """Give every later frame to `sink` (one sink at a time; None-safe replacement)."""
+
+    def stalled_s(self) -> float:
+        """Seconds since the engine last finished a step while it has work; 0.0 when it is idle or advancing."""
+
+    def error(self) -> str | None:
+        """Why the engine stopped for good, or None while it lives."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The KV slots: evict, compress, store, reuse, offload."""

@@ -1,0 +1,1 @@
+"""Slot `kv.evict`: which cached block goes first."""

@@ -1,0 +1,159 @@
+"""Techniques by slot and name, and the one notation for a configured technique:  slot=name(argument=literal, ...).
+
+A technique registers itself:
+
+    @register("schedule", "fcfs")
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class FCFS: ...
+
+Looking one up imports only its own file.  The class is its configuration; arguments are literals and are never evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+from weft.errors import ConfigError
+from weft.slots import SLOTS
+
+T = TypeVar("T", bound=type)
+_REGISTERED: dict[tuple[str, str], type] = {}
+MAX_TEXT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A configured technique: which slot, which name, with which arguments."""
+
+    slot: str
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{k}={v!r}" for k, v in self.arguments)
+        return f"{self.slot}={self.name}({inside})" if inside else f"{self.slot}={self.name}"
+
+    def build(self) -> Any:
+        """An instance of the technique.  Raises ConfigError naming the argument."""
+        return build(self)
+
+
+def register(slot: str, name: str) -> Callable[[T], T]:
+    """Class decorator: enter a technique.  Raises ConfigError for an unknown slot or a name that is taken."""
+    if slot not in SLOTS:
+        raise ConfigError(f"there is no slot {slot!r}{_nearest(slot, SLOTS)}")
+
+    def enter(cls: T) -> T:
+        known = _REGISTERED.get((slot, name))
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(f"{slot}={name} is registered twice: {known.__module__} and {cls.__module__}")
+        if not hasattr(cls, "traits"):
+            raise ConfigError(f"{slot}={name}: a technique declares its traits (a class variable `traits`)")
+        _REGISTERED[slot, name] = cls
+        return cls
+
+    return enter
+
+
+def names(slot: str) -> list[str]:
+    """Names of a slot's techniques: the modules of its folder and what plugins registered.  Imports nothing but the folder."""
+    _known(slot)
+    found = {n for s, n in _REGISTERED if s == slot}
+    try:
+        package = importlib.import_module(SLOTS[slot].package)
+    except ModuleNotFoundError:
+        return sorted(found)
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_") and not module.ispkg:
+            found.add(module.name)
+    return sorted(found)
+
+
+def lookup(slot: str, name: str) -> type:
+    """The class of a technique.  Raises ConfigError with the nearest names."""
+    _known(slot)
+    if (slot, name) not in _REGISTERED:
+        known = names(slot)
+        if name not in known:
+            listing = f"; there are: {', '.join(known)}" if known else "; that slot has no techniques yet"
+            raise ConfigError(f"there is no {slot}={name}{_nearest(name, known)}{listing}")
+        importlib.import_module(f"{SLOTS[slot].package}.{name}")
+    try:
+        return _REGISTERED[slot, name]
+    except KeyError:
+        raise ConfigError(f"the file of {slot}={name} does not register that name") from None
+
+
+def parse(text: str) -> Part:
+    """'kv.evict=lru' or 'schedule=layered(groups=4)' to a Part.  Raises ConfigError."""
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"a technique is written in at most {MAX_TEXT} characters")
+    slot, equals, call = text.partition("=")
+    slot, call = slot.strip(), call.strip()
+    if not equals or not call:
+        raise ConfigError(f"write a technique as SLOT=NAME(ARGS), for example schedule=fcfs; got {text!r}")
+    _known(slot)
+    name, arguments = parse_call(call)
+    return Part(slot, name, arguments)
+
+
+def parse_call(call: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """'name' or 'name(a=1, b="x")' to (name, arguments).  Only literals; nothing is evaluated."""
+    try:
+        node = ast.parse(call, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ConfigError(f"cannot read {call!r}; write name or name(argument=value, ...)") from None
+    if isinstance(node, ast.Name):
+        return node.id, ()
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise ConfigError(f"cannot read {call!r}; write name or name(argument=value, ...)")
+    if node.args:
+        raise ConfigError(f"{node.func.id}: arguments are given by name, as in {node.func.id}(argument=value)")
+    arguments: list[tuple[str, Any]] = []
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise ConfigError(f"{node.func.id}: ** is not allowed")
+        try:
+            arguments.append((keyword.arg, ast.literal_eval(keyword.value)))
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise ConfigError(f"{node.func.id}: {keyword.arg} must be a literal (number, string, list, ...)") from None
+    return node.func.id, tuple(arguments)
+
+
+def build(part: Part) -> Any:
+    """Instantiate a Part.  Raises ConfigError for an unknown or missing argument or a value that the technique refuses."""
+    cls = lookup(part.slot, part.name)
+    given = dict(part.arguments)
+    if is_dataclass(cls):
+        allowed = {f.name: f for f in fields(cls) if f.init}
+        for key in given:
+            if key not in allowed:
+                have = f"; it has: {', '.join(allowed)}" if allowed else "; it has none"
+                raise ConfigError(f"{part.slot}={part.name} has no argument {key!r}{_nearest(key, allowed)}{have}")
+        missing = [
+            f.name
+            for f in allowed.values()
+            if f.default is MISSING and f.default_factory is MISSING and f.name not in given
+        ]
+        if missing:
+            raise ConfigError(f"{part.slot}={part.name} needs {', '.join(missing)}")
+    try:
+        return cls(**given)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{part}: {error}") from error
+
+
+def _known(slot: str) -> None:
+    if slot not in SLOTS:
+        raise ConfigError(f"there is no slot {slot!r}{_nearest(slot, SLOTS)}; there are: {', '.join(SLOTS)}")
+
+
+def _nearest(word: str, among: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(among), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

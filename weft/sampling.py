@@ -1,0 +1,154 @@
+"""`SamplingParams`: what a caller asks of the tokens, checked, with every limit named.
+
+Names and defaults follow vLLM's offline API and OpenAI's request fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft.errors import RequestError
+from weft.types import SamplingSpec
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_IDS = 1024
+MAX_BIAS = 1024
+SEED_LIMIT = 1 << 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to draw tokens, and when to stop.
+
+    n               sequences for each prompt, 1 to 128
+    temperature     0 is greedy; at most 100
+    top_p           keep the smallest set of tokens whose probability reaches top_p; in (0, 1]
+    top_k           keep the k likeliest; 0 or -1 keeps all
+    min_p           drop tokens less likely than min_p times the likeliest; in [0, 1]
+    repetition_penalty   >1 makes tokens of prompt and output less likely (Keskar et al., arXiv:1909.05858); in (0, 100]
+    presence_penalty, frequency_penalty   OpenAI's, on output tokens; in [-2, 2]
+    logit_bias      {token id: added to its logit, in [-100, 100]}
+    seed            64-bit; same seed, same tokens, whatever else the engine does.  None draws one
+    max_tokens      tokens to generate; None means as many as the context holds (LLM default 16, as elsewhere)
+    min_tokens      no end of sequence before so many
+    stop            strings that end the text; they are not part of it unless include_stop_str_in_output
+    stop_token_ids  ids that end it
+    ignore_eos      go on after the model's own end tokens
+    logprobs        alternatives to report for each token, 0 to 20; None reports none
+    prompt_logprobs the same for the prompt's tokens
+    skip_special_tokens   leave special tokens out of the text
+
+    Raises RequestError naming the field.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    stops: tuple[str, ...] = field(init=False, repr=False, default=())
+    """`stop` as a tuple."""
+
+    def __post_init__(self) -> None:
+        _whole("n", self.n, 1, MAX_N)
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _whole("top_k", self.top_k, -1, 1 << 31)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _whole("seed", self.seed, -(1 << 63), SEED_LIMIT - 1)
+        if self.max_tokens is not None:
+            _whole("max_tokens", self.max_tokens, 1, 1 << 31)
+        _whole("min_tokens", self.min_tokens, 0, 1 << 31)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
+            )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _whole(name, value, 0, MAX_LOGPROBS)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(stops)}", param="stop")
+        for s in stops:
+            if not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_CHARS:
+                raise RequestError(f"stop: each must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop")
+        object.__setattr__(self, "stops", stops)
+        ids = self.stop_token_ids or []
+        if len(ids) > MAX_STOP_IDS:
+            raise RequestError(f"stop_token_ids: at most {MAX_STOP_IDS}, got {len(ids)}", param="stop_token_ids")
+        for i in ids:
+            _whole("stop_token_ids", i, 0, 1 << 31)
+        bias = self.logit_bias or {}
+        if len(bias) > MAX_BIAS:
+            raise RequestError(f"logit_bias: at most {MAX_BIAS} entries, got {len(bias)}", param="logit_bias")
+        for token, value in bias.items():
+            _whole("logit_bias", token, 0, 1 << 31)
+            _number("logit_bias", value, -100.0, 100.0)
+
+    def spec(self, *, eos: Iterable[int], vocab: int, room: int) -> SamplingSpec:
+        """The engine's form of these parameters for one prompt.
+
+        eos: the model's end ids.  vocab: its vocabulary size.  room: tokens left in the context after the prompt.
+        Raises RequestError for ids outside the vocabulary.
+        """
+        own = tuple(self.stop_token_ids or ())
+        for name, ids in (("logit_bias", self.logit_bias or {}), ("stop_token_ids", own)):
+            for i in ids:
+                if i >= vocab:
+                    raise RequestError(f"{name}: id {i} is outside the vocabulary (0 to {vocab - 1})", param=name)
+        ends = own if self.ignore_eos else (*own, *eos)
+        return SamplingSpec(
+            temperature=float(self.temperature),
+            top_p=float(self.top_p),
+            top_k=max(0, self.top_k),
+            min_p=float(self.min_p),
+            repetition_penalty=float(self.repetition_penalty),
+            presence_penalty=float(self.presence_penalty),
+            frequency_penalty=float(self.frequency_penalty),
+            logit_bias=dict(self.logit_bias or {}),
+            logprobs=-1 if self.logprobs is None else self.logprobs,
+            prompt_logprobs=-1 if self.prompt_logprobs is None else self.prompt_logprobs,
+            max_tokens=room if self.max_tokens is None else min(self.max_tokens, room),
+            min_tokens=self.min_tokens,
+            stop_ids=tuple(dict.fromkeys(ends)),
+        )
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be a whole number, got {value!r}", param=name)
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be from {low} to {high}, got {value}", param=name)
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
+    if value > high or value < low or (open_low and value == low):
+        edge = "above" if open_low else "at least"
+        raise RequestError(f"{name} must be {edge} {low:g} and at most {high:g}, got {value}", param=name)

@@ -1,0 +1,1 @@
+"""Slot `schedule`: who enters, who advances, how far, who yields."""

@@ -1,0 +1,51 @@
+"""Layered prefill: a prompt advances by groups of layers, not by chunks of tokens.
+
+Paper    Lee et al., From Tokens to Layers, arXiv:2510.08055            (002-13)
+Rule     a step takes all decodes through all layers, and one prompt's rows through its next ceil(L / groups) layers;
+         the rows' hidden states are parked between steps
+Units    groups: steps that a prompt takes; chunk: rows that pass the layers together
+Cost     one hidden state (fp32) for each parked row, in blocks of the KV pool
+Differs  groups is an argument, not derived from the prompt's length; prompts of fewer than `least` rows go whole; rows that
+         pass together are bounded by the engine's row budget
+Raises   ValueError if groups < 1 or least < 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from weft.registry import register
+from weft.slots import Quota, RequestView, StepView
+from weft.traits import Effect, Trait, Traits
+
+
+@register("schedule", "layered")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layered:
+    """Decodes never wait longer than a share of a prompt takes, and each layer's weights are read once for each prompt chunk."""
+
+    groups: int = 4
+    least: int = 32
+    traits: ClassVar[Traits] = Traits(gives=frozenset({Trait.STARVATION_FREE}), effects=frozenset({Effect.PREEMPTS}))
+    static: ClassVar[bool] = True
+    layered: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.groups < 1 or self.least < 1:
+            raise ValueError(f"groups and least must be at least 1, got {self.groups} and {self.least}")
+
+    def order(self, request: RequestView, now: float) -> tuple[float, ...]:
+        return (request.rank, request.priority, request.arrival)
+
+    def admit(self, request: RequestView, step: StepView) -> bool:
+        return True
+
+    def quota(self, request: RequestView, step: StepView) -> Quota:
+        if request.decoding or (request.partial is None and request.remaining < self.least):
+            return Quota(step.rows_left)
+        return Quota(step.rows_left, -(-step.layers // self.groups))
+
+    def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None:
+        return max([*candidates, needy], key=lambda r: (r.priority, r.arrival))

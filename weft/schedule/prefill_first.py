@@ -1,0 +1,41 @@
+"""Prefill first: prompts before decodes, and no decode in a step that computes a prompt.
+
+Paper    none; the order of engines before chunked prefill (Orca, vLLM v0), kept as a contrary baseline
+Rule     new prompts, then half-done prompts, then decodes; a step with prompt rows has no decode rows
+Units    rows: tokens of one step
+Cost     O(1) for each request
+Differs  prompts longer than the row budget are still cut into chunks
+Raises   nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from weft.registry import register
+from weft.slots import Quota, RequestView, StepView
+from weft.traits import Effect, Traits
+
+
+@register("schedule", "prefill_first")
+@dataclass(frozen=True, slots=True)
+class PrefillFirst:
+    """Best throughput of prompts, worst stalls of decodes."""
+
+    traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
+    static: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
+
+    def order(self, request: RequestView, now: float) -> tuple[float, ...]:
+        return (-request.rank, request.priority, request.arrival)
+
+    def admit(self, request: RequestView, step: StepView) -> bool:
+        return True
+
+    def quota(self, request: RequestView, step: StepView) -> Quota:
+        return Quota(0 if request.decoding and step.prompt_rows else step.rows_left)
+
+    def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None:
+        return max([*candidates, needy], key=lambda r: (r.priority, r.arrival))
