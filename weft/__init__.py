@@ -43,7 +43,15 @@ __all__ = [
     "__version__",
 ]
 
-_ERRORS = ("CapacityError", "ComposeError", "ConfigError", "EngineError", "InvariantError", "RequestError", "TransferError")
+_ERRORS = (
+    "CapacityError",
+    "ComposeError",
+    "ConfigError",
+    "EngineError",
+    "InvariantError",
+    "RequestError",
+    "TransferError",
+)
 _HOME = {
     "LLM": "weft.llm",
     "AsyncLLM": "weft.llm",

@@ -330,9 +330,10 @@ class Add(Struct, frozen=True, tag="add"):
 
 
 class Cancel(Struct, frozen=True, tag="cancel"):
-    """Front to engine: forget this request (the client left, or a stop string was met)."""
+    """Front to engine: forget this request, or its sequence `index` alone (the client left, or a stop string was met)."""
 
     id: int
+    index: int | None = None
 
 
 Command = Add | Cancel

@@ -94,13 +94,22 @@ class Engine:
         self.scheduler.enqueue(first, now)
         return []
 
-    def cancel(self, id: int) -> bool:
-        """Forget all sequences of a request, at any moment; False where nothing of it lives."""
-        rids = self._by_id.pop(id, {})
-        for rid in list(rids.values()):
-            request = self._live.pop(rid)
+    def cancel(self, id: int, index: int | None = None) -> bool:
+        """Forget a request, or one sequence of it, at any moment; False where nothing of it lives.
+
+        A first sequence that is still to fan out into the others stands for all of them and is not cancelled alone.
+        """
+        family = self._by_id.get(id, {})
+        chosen = list(family) if index is None else [i for i in (index,) if i in family]
+        for i in chosen:
+            request = self._live[family[i]]
+            if index == 0 and request.spec.n > 1 and not request.output:
+                return False
+            del self._live[family.pop(i)]
             self.scheduler.remove(request)
-        return bool(rids)
+        if not family:
+            self._by_id.pop(id, None)
+        return bool(chosen)
 
     @property
     def has_work(self) -> bool:

@@ -100,7 +100,7 @@ def plan_memory(
         raise ConfigError(
             f"--max-model-len {max_model_len} exceeds the {model_max_len} positions that the model was made for"
         )
-    entry_overhead = sum(4 * g.block_tokens for g in groups[:1])  # int32 position of every entry
+    entry_overhead = 4 * max(g.block_tokens for g in groups)  # int32 position of every entry
     per_block = block_bytes + entry_overhead
     fixed = weights_bytes + workspace_bytes + reserve_bytes
     wanted_len = max_model_len or model_max_len

@@ -1,0 +1,73 @@
+"""What every test shares: where the shared data lies, one torch thread for each worker, and no silent skips."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers must not fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for a model
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+BUNDLED = ROOT / "weft" / "bundled" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """`shared("data/templates")` is that path in the shared data beside the checkout; the test skips where it is absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"shared data is absent: {name}")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Path:
+    """Folder of the bundled model."""
+    return BUNDLED
+
+
+def forbidden_skip(reason: str, shared_exists: bool) -> str | None:
+    """Why a skip must not stand: it blames shared data that is there.  None where it may."""
+    if shared_exists and "shared" in reason.lower():
+        return f"skipped for want of shared data, but {SHARED} is there: {reason}"
+    return None
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The text of a skip; empty for anything else, and for an expected failure."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return ""
+    return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+def _judge(report: pytest.TestReport | pytest.CollectReport) -> None:
+    complaint = forbidden_skip(skip_reason(report), SHARED.is_dir())
+    if complaint:
+        report.outcome = "failed"
+        report.longrepr = complaint
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _judge(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _judge(report)
+    return report

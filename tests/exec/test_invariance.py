@@ -1,0 +1,181 @@
+"""A seed means the same tokens whatever else happens: batch, chunks, cache, preemption, drafts, policy, layers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from tests.exec.conftest import STORY, Bench, spec
+from weft.exec.build import Runtime
+from weft.exec.thread import step
+from weft.front.tokenizer import Tokenizer
+from weft.hub import resolve
+from weft.registry import register
+from weft.schedule.fcfs import FCFS
+from weft.slots import Quota, RequestView, StepView
+from weft.traits import Traits
+from weft.types import RequestSpec, Work
+
+COUNT = 100
+Tokens_ = dict[tuple[int, int], list[int]]
+
+
+@register("schedule", "small_chunks")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallChunks(FCFS):
+    """FCFS whose prompts advance by at most `rows` rows in a step."""
+
+    rows: int = 1
+    traits: ClassVar[Traits] = Traits()
+
+    def quota(self, request: RequestView, step: StepView) -> Quota:
+        return Quota(min(step.rows_left, self.rows))
+
+
+@pytest.fixture(scope="module")
+def specs() -> list[RequestSpec]:
+    """Prompts of 3 to 130 tokens of prose, half of them with a common beginning; greedy and sampled in turn."""
+    ids = Tokenizer.load(resolve(None)).encode(STORY, add_special=False)
+    rng = random.Random(5)
+    out = []
+    for i in range(COUNT):
+        length = rng.choice((3, 7, 16, 17, 33, 48, 70, 100, 129))
+        start = 0 if i % 2 else rng.randrange(len(ids) - length)
+        law = {"temperature": 0.0} if i % 5 == 0 else {"temperature": 0.8, "top_p": rng.choice((1.0, 0.95))}
+        out.append(spec(i, ids[start : start + length], seed=1000 + i, max_tokens=10 if length < 90 else 20, **law))
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(runtime: Runtime, specs: Sequence[RequestSpec]) -> Tokens_:
+    found: Tokens_ = {}
+    for one in specs:
+        found.update(Bench(runtime, share=False).run([one]))
+    return found
+
+
+@pytest.mark.parametrize("others", [7, 63])
+def test_in_company(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, others: int) -> None:
+    bench = Bench(runtime, share=False, max_num_seqs=others + 1, max_samples=64)
+    assert bench.run(specs) == alone
+
+
+@pytest.mark.parametrize("rows", [1, 16, 512])
+def test_in_chunks(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, rows: int) -> None:
+    bench = Bench(runtime, share=False, techniques=[f"schedule=small_chunks(rows={rows})"])
+    assert bench.run(specs) == alone
+
+
+def test_from_a_cached_prefix(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_) -> None:
+    bench = Bench(runtime)
+    assert bench.run(specs) == alone
+    again = [RequestSpec(id=s.id + COUNT, items=s.items, sampling=s.sampling, seed=s.seed) for s in specs]
+    hits = bench.engine.stats.prefix_hit_tokens
+    second = bench.run(again)
+    assert bench.engine.stats.prefix_hit_tokens - hits > 3000
+    assert {k: second[k[0] + COUNT, k[1]] for k in alone} == alone
+
+
+def test_after_preemption(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_) -> None:
+    """A pool of 24 blocks holds two or three of the sequences at a time, and they grow into each other."""
+    bench = Bench(runtime, blocks=24, max_guesses=0, share=False, max_rows=64)
+    assert bench.run(specs) == alone
+    assert bench.engine.stats.preemptions >= 5
+
+
+def test_forced_preemption_at_every_step(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_) -> None:
+    rng = random.Random(1)
+
+    def disturb(bench: Bench) -> None:
+        scheduler = bench.engine.scheduler
+        if bench.steps < 200 and scheduler.running and bench.steps % 3 == 0:
+            victim = rng.choice(list(scheduler.running.values()))
+            scheduler.preempt(victim)
+            scheduler.enqueue(victim, 0.0)
+
+    bench = Bench(runtime, share=True)
+    assert bench.run(specs[:40], disturb) == {k: v for k, v in alone.items() if k[0] < 40}
+    assert bench.engine.stats.preemptions > 10
+
+
+@pytest.mark.parametrize("policy", ["prefill_first", "layered(groups=3,least=8)"])
+def test_under_other_policies(
+    layered_runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, policy: str
+) -> None:
+    bench = Bench(layered_runtime, techniques=[f"schedule={policy}"])
+    assert bench.run(specs) == alone
+
+
+@pytest.mark.parametrize("skill", [0.0, 0.6, 1.0])
+def test_with_drafts(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, skill: float) -> None:
+    """Guesses that are right with probability `skill`: the answers are those without guesses, in fewer steps."""
+    rng = random.Random(2)
+    truth: dict[int, list[int]] = {}
+
+    def propose(work: Work, context: np.ndarray) -> list[int]:
+        rest = truth[work.request][len(context) :][:4]
+        return [t if rng.random() < skill else (t + 1) % 4096 for t in rest]
+
+    bench = Bench(runtime, propose=propose)
+    chosen = specs[:40]
+    for one in chosen:
+        bench.events += bench.engine.add(one, 0.0)
+        prompt = [t for item in one.items for t in getattr(item, "ids", ())]
+        truth[bench.engine.find(one.id).rid] = [*prompt, *alone[one.id, 0]]
+    assert bench.run([]) == {k: v for k, v in alone.items() if k[0] < 40}
+    plain = Bench(runtime)
+    plain.run(chosen)
+    if skill == 1.0:
+        assert bench.steps < 0.5 * plain.steps
+
+
+def test_sequences_of_one_request_share_the_prompt(runtime: Runtime, specs: list[RequestSpec]) -> None:
+    """n = 4 gives what four requests with the children's seeds give, over one copy of the prompt's KV."""
+    from weft.core.noise import child_seed
+
+    ids = [t for item in specs[1].items for t in getattr(item, "ids", ())] * 2
+    law = {"temperature": 1.0, "max_tokens": 12}
+    bench = Bench(runtime, share=False)
+    most = 0
+
+    def watch(b: Bench) -> None:
+        nonlocal most
+        most = max(most, b.engine.pool.referenced)
+
+    together = bench.run([spec(1, ids, seed=77, n=4, **law)], watch)
+    single = Bench(runtime, share=False).run([spec(i, ids, seed=child_seed(77, i), **law) for i in range(4)])
+    assert [together[1, i] for i in range(4)] == [single[i, 0] for i in range(4)]
+    assert len({tuple(v) for v in together.values()}) > 1
+    full = len(ids) // 16
+    assert most <= full + 4 * 2
+
+
+def test_cancelled_neighbours_leave_no_trace(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_) -> None:
+    bench = Bench(runtime)
+    for one in specs:
+        bench.engine.add(one, 0.0)
+    keep = {s.id for s in specs if s.id % 3 == 0}
+    found: dict[tuple[int, int], list[int]] = {}
+    rng = random.Random(3)
+    doomed = [s.id for s in specs if s.id not in keep]
+    while bench.engine.has_work:
+        plan, _ = bench.engine.schedule(0.0)
+        result = bench.executor.execute(plan)
+        if doomed and rng.random() < 0.7:
+            bench.engine.cancel(doomed.pop(rng.randrange(len(doomed))))
+        for event in bench.engine.commit(0.0, plan, result):
+            if getattr(event, "tokens", None) and event.id in keep:
+                found.setdefault((event.id, event.index), []).extend(event.tokens)
+        bench.engine.check()
+    assert found == {k: v for k, v in alone.items() if k[0] in keep}
+    assert bench.engine.pool.referenced == 0
+
+
+def test_a_step_on_an_idle_engine_is_harmless(runtime: Runtime) -> None:
+    bench = Bench(runtime)
+    assert step(bench.engine, bench.executor)[0] == []

@@ -1,0 +1,1 @@
+"""Programs for people who work on weft; none of it is installed with the package."""

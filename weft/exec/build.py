@@ -1,0 +1,215 @@
+"""From a model and a few flags to a running engine: first the memory plan, then, and only then, the allocations.
+
+    setup   = prepare(EngineConfig(model=folder))      # reads config.json; imports no torch, allocates nothing
+    runtime = build(setup)                             # loads weights, makes the pool, the engine and its executor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weft.config import Limits, Stack, build_stack
+from weft.core.engine import Engine
+from weft.core.ledger import MemoryPlan, plan_memory
+from weft.errors import CapacityError, ConfigError
+from weft.exec.host import available_memory, cpu_count
+from weft.models import checkpoint_dtype, load_config
+from weft.models.families import read
+from weft.models.layout import weights_bytes, workspace_bytes
+from weft.models.spec import DecoderSpec, dtype_bytes, kv_groups
+from weft.types import GroupKind, GroupSpec
+
+if TYPE_CHECKING:
+    from weft.exec.kvpool import KVPool
+    from weft.exec.runner import Propose, TorchExecutor
+    from weft.models.decoder import Decoder
+
+FLOAT32_BYTES = 1 << 30
+"""A model whose float32 weights stay below this runs in float32 on a CPU unless asked otherwise: exactness costs it little."""
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What a user decides; everything has a default but the model.
+
+    model       a checkpoint's folder, or a config.json's contents (then load must be "random")
+    dtype       auto, float32, bfloat16 or float16.  auto: float32 on a CPU for models below 1 GiB, else the checkpoint's
+    device      auto, cpu or cuda
+    memory_bytes    everything that weft may take, or None
+    threads     CPU threads, None for as many as the machine lets this process use
+    invariant   results independent of batch, chunks and cache to the last bit; None: yes in float32 on a CPU
+    share       whether requests share cached prefixes
+    techniques  as 'slot=name(args)'
+    """
+
+    model: Path | Mapping[str, Any]
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    memory_bytes: int | None = None
+    threads: int | None = None
+    max_num_seqs: int = 64
+    max_rows: int = 512
+    block_tokens: int = 16
+    load: str = "auto"
+    seed: int = 0
+    invariant: bool | None = None
+    share: bool = True
+    techniques: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Everything that is decided before anything is allocated."""
+
+    config: EngineConfig
+    spec: DecoderSpec
+    dtype: str
+    device: str
+    threads: int
+    groups: tuple[GroupSpec, ...]
+    block_bytes: int
+    limits: Limits
+    stack: Stack
+    plan: MemoryPlan
+
+    def require_fit(self) -> None:
+        """Raise CapacityError, naming the numbers, where the plan does not fit."""
+        if not self.plan.fits:
+            raise CapacityError(self.plan.reason)
+
+
+@dataclass(slots=True)
+class Runtime:
+    """A built engine.  Close it by letting it go: nothing here has a thread."""
+
+    setup: Setup
+    engine: Engine
+    executor: TorchExecutor
+    decoder: Decoder
+    pool: KVPool = field(repr=False)
+
+
+def prepare(config: EngineConfig) -> Setup:
+    """Read the checkpoint's shape and divide the memory.  Raises ConfigError; whether the plan fits is in `plan.fits`."""
+    for name in ("max_num_seqs", "max_rows", "block_tokens"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.threads is not None and not 1 <= config.threads <= 1024:
+        raise ConfigError(f"--threads must be from 1 to 1024, got {config.threads}")
+    if config.load not in ("auto", "random"):
+        raise ConfigError(f"--load is auto or random, got {config.load!r}")
+    raw = load_config(config.model) if isinstance(config.model, Path) else dict(config.model)
+    if not isinstance(config.model, Path) and config.load != "random":
+        raise ConfigError("a bare config has no weights: use --load random")
+    spec = read(raw)
+    device = _device(config.device)
+    dtype = choose_dtype(config.dtype, raw, spec, device)
+    stack = build_stack(config.techniques)
+    groups, block_bytes = kv_groups(spec, dtype, config.block_tokens)
+    layered = bool(stack["schedule"].layered)
+    if not layered:
+        groups = [g for g in groups if g.kind is not GroupKind.PARKED]
+    model_max = spec.max_positions
+    rows = min(config.max_rows, model_max)
+    samples = max(config.max_num_seqs, min(rows, 64))
+    available = _available(device)
+    plan = plan_memory(
+        weights_bytes=weights_bytes(spec, dtype),
+        workspace_bytes=workspace_bytes(spec, dtype, rows, samples),
+        groups=groups,
+        block_bytes=block_bytes,
+        rows=rows,
+        max_num_seqs=config.max_num_seqs,
+        model_max_len=model_max,
+        available_bytes=available[0],
+        available_source=available[1],
+        memory_bytes=config.memory_bytes,
+        max_model_len=config.max_model_len,
+        layered=layered,
+    )
+    limits = Limits(
+        max_model_len=plan.max_model_len, max_num_seqs=config.max_num_seqs, max_rows=rows, max_samples=samples
+    )
+    return Setup(
+        config=config, spec=spec, dtype=dtype, device=device, threads=config.threads or cpu_count().threads,
+        groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
+    )  # fmt: skip
+
+
+def build(setup: Setup, progress: Progress | None = None, *, propose: Propose | None = None) -> Runtime:
+    """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint."""
+    setup.require_fit()
+    import torch
+
+    from weft.exec.kvpool import KVPool
+    from weft.exec.runner import TorchExecutor
+    from weft.models.decoder import build as build_decoder
+
+    torch.set_num_threads(setup.threads)
+    config, limits = setup.config, setup.limits
+    dtype = getattr(torch, setup.dtype)
+    source = config.model if config.load == "auto" and isinstance(config.model, Path) else "random"
+    decoder = build_decoder(
+        setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
+        groups=setup.groups, invariant=config.invariant, seed=config.seed, progress=progress,
+    )  # fmt: skip
+    pool = KVPool(
+        setup.groups, setup.spec, blocks=setup.plan.kv_blocks, block_bytes=setup.block_bytes, dtype=dtype, device=setup.device
+    )
+    engine = Engine(
+        setup.groups, setup.plan.kv_blocks, limits, setup.stack, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
+        share=config.share, settings=f"{setup.dtype}".encode(),
+    )  # fmt: skip
+    executor = TorchExecutor({"target": decoder}, pool, propose=propose)
+    return Runtime(setup, engine, executor, decoder, pool)
+
+
+def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:
+    """The number format of weights, activations and KV.  Raises ConfigError for one that does not run there."""
+    name = wanted.removeprefix("torch.")
+    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}.get(name, name)
+    if name == "auto":
+        name = checkpoint_dtype(dict(raw)) or "bfloat16"
+        if device == "cpu":
+            name = "bfloat16" if name == "float16" else name
+            if weights_bytes(spec, "float32") <= FLOAT32_BYTES:
+                name = "float32"
+    dtype_bytes(name)
+    if name == "float16" and device == "cpu":
+        raise ConfigError("float16 runs on a GPU only; use --dtype bfloat16 or float32 on a CPU")
+    return name
+
+
+def with_limits(setup: Setup, **changes: Any) -> Setup:
+    """The same set-up under other step limits (tests and benchmarks)."""
+    return replace(setup, limits=replace(setup.limits, **changes))
+
+
+def _device(wanted: str) -> str:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device is auto, cpu or cuda, got {wanted!r}")
+    if wanted == "cpu" or (wanted == "auto" and not Path("/dev/nvidiactl").exists()):
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise ConfigError("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA build of torch")
+    return "cpu"
+
+
+def _available(device: str) -> tuple[int, str]:
+    if device == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info()
+        return int(free), "free memory of the GPU"
+    limit = available_memory()
+    return limit.bytes, limit.source

@@ -1,0 +1,183 @@
+"""From logits to tokens: penalties, bias, temperature, truncation of the law, and the race that picks the winner.
+
+The order is the field's: bias, penalties, and the ban of end ids before min_tokens; then temperature, top-k, top-p (over
+what top-k left) and min-p.  A row is treated alone, so its token depends on its logits, its history and its noise, never on the
+rows beside it.  Truncation is by threshold over the likeliest candidates, never by sorting the vocabulary.
+
+Legend.  N: rows.  V: vocabulary.  K: candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from weft.core import noise
+from weft.types import SamplingSpec, TokenLogprob
+
+FIRST_CANDIDATES = 256
+NEVER = float("-inf")
+_U = np.uint64
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of logits to draw from.
+
+    history: ids before this row's token, prompt first; prompt: how many of them are prompt.  output: index of the token.
+    """
+
+    sampling: SamplingSpec
+    seed: int
+    output: int
+    history: Ints
+    prompt: int
+
+
+def gumbel(seed: int, output: int, ids: Ints) -> Floats:
+    """Standard Gumbel noise of the given token ids, float64, equal to `core.noise.gumbel` id by id."""
+    key = _U(noise.row_key(seed, output))
+    with np.errstate(over="ignore"):
+        x = key + (ids.astype(np.uint64) + _U(1)) * _U(noise.TOKEN_STEP)
+        x = (x ^ (x >> _U(30))) * _U(noise.MULTIPLY_1)
+        x = (x ^ (x >> _U(27))) * _U(noise.MULTIPLY_2)
+        x ^= x >> _U(31)
+    u = ((x >> _U(32)).astype(np.float64) + 0.5) * 2.0**-32
+    g: Floats = -np.log(-np.log1p(-u))
+    return g
+
+
+def draw(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
+    """The winner of each row; `rows[i]` describes logits_NV[i], which is not changed.  float32, any device."""
+    winners = logits_NV.argmax(-1).tolist() if any(plain(r.sampling, r.output) for r in rows) else [0] * len(rows)
+    for i, row in enumerate(rows):
+        if not plain(row.sampling, row.output):
+            winners[i] = _draw_one(logits_NV[i].float().cpu(), row)
+    return winners
+
+
+def plain(s: SamplingSpec, output: int) -> bool:
+    """Greedy, with nothing that changes a logit."""
+    return s.temperature == 0.0 and not _adjusts(s, output)
+
+
+def _adjusts(s: SamplingSpec, output: int) -> bool:
+    return bool(
+        s.logit_bias
+        or s.repetition_penalty != 1.0
+        or s.presence_penalty
+        or s.frequency_penalty
+        or (s.stop_ids and output < s.min_tokens)
+    )
+
+
+def _draw_one(logits_V: Tensor, row: Row) -> int:
+    s = row.sampling
+    if _adjusts(s, row.output):
+        logits_V = adjust(logits_V.clone(), row)
+    if s.temperature == 0.0:
+        return int(logits_V.argmax())
+    ids, scores = candidates(logits_V, s)
+    # Dividing by a tiny temperature must not overflow: the race needs differences only.
+    scores = (scores - scores.max()) / s.temperature
+    return int(ids[int(np.argmax(scores + gumbel(row.seed, row.output, ids)))])
+
+
+def adjust(x: Tensor, row: Row) -> Tensor:
+    """Apply bias, penalties and the ban of end ids to one row of logits, in place; ids of -1 in the history are skipped.
+
+    Repetition: Keskar et al., arXiv:1909.05858, over prompt and output.  Presence and frequency: OpenAI's, over output.
+    """
+    s = row.sampling
+    if s.logit_bias:
+        x[torch.tensor(list(s.logit_bias))] += torch.tensor(list(s.logit_bias.values()), dtype=x.dtype)
+    if s.repetition_penalty != 1.0:
+        seen = torch.from_numpy(np.unique(row.history[row.history >= 0]))
+        there = x[seen]
+        x[seen] = torch.where(there > 0, there / s.repetition_penalty, there * s.repetition_penalty)
+    if s.presence_penalty or s.frequency_penalty:
+        out = row.history[row.prompt :]
+        ids, counts = np.unique(out[out >= 0], return_counts=True)
+        cost = s.frequency_penalty * counts + s.presence_penalty
+        x[torch.from_numpy(ids)] -= torch.from_numpy(cost).to(x.dtype)
+    if s.stop_ids and row.output < s.min_tokens:
+        x[torch.tensor(s.stop_ids)] = NEVER
+    return x
+
+
+def candidates(logits_V: Tensor, s: SamplingSpec) -> tuple[Ints, Floats]:
+    """(ids, logits) that the truncated law leaves, float64.  Ties with the last one kept are kept."""
+    vocab = logits_V.shape[0]
+    if s.top_k == 0 and s.top_p >= 1.0:
+        x = logits_V.double().numpy()
+        if s.min_p > 0.0:
+            ids = np.flatnonzero(x >= x.max() + s.temperature * np.log(s.min_p))
+            return ids, x[ids]
+        return np.arange(vocab), x
+    # Candidates in descending order, more of them until the last one that is kept stands clearly inside.
+    total = float(torch.logsumexp(logits_V.double() / s.temperature, 0)) if s.top_p < 1.0 and s.top_k == 0 else 0.0
+    k = min(vocab, max(FIRST_CANDIDATES, s.top_k + 1))
+    while True:
+        values, index = torch.topk(logits_V, k)
+        x = values.double().numpy()
+        threshold = _threshold(x, s, total)
+        if k == vocab or x[-1] < threshold:
+            kept = int(np.count_nonzero(x >= threshold))
+            return index[:kept].numpy(), x[:kept]
+        k = min(vocab, 8 * k)
+
+
+def _threshold(x: Floats, s: SamplingSpec, total: float) -> float:
+    """The smallest logit that top-k, top-p and min-p keep, given the likeliest logits in descending order.
+
+    total: log-sum-exp of all logits over temperature, used where top-k does not cut.
+    """
+    limit = NEVER
+    if 0 < s.top_k < len(x):
+        limit = float(x[s.top_k - 1])
+    if s.top_p < 1.0:
+        inside = x[x >= limit] / s.temperature
+        scale = total if s.top_k == 0 else float(np.logaddexp.reduce(inside))
+        p = np.exp(inside - scale)
+        before = np.cumsum(p) - p
+        # The first is always kept: nothing stands before it.
+        limit = max(limit, float(x[max(1, int(np.count_nonzero(before < s.top_p))) - 1]))
+    if s.min_p > 0.0:
+        limit = max(limit, float(x[0] + s.temperature * np.log(s.min_p)))
+    return limit
+
+
+def logprobs(logits_V: Tensor, token: int, top: int) -> TokenLogprob:
+    """Of the model's own law (before bias, penalties and temperature): the token's log-probability, rank and `top` best."""
+    x = torch.log_softmax(logits_V.float(), -1)
+    own = x[token]
+    rank = int((x > own).sum()) + 1
+    best: tuple[tuple[int, float], ...] = ()
+    if top > 0:
+        values, index = torch.topk(x, min(top, x.shape[0]))
+        best = tuple(zip(index.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, float(own), rank, best)
+
+
+def accept(guesses: Sequence[int], winners: Sequence[int], parents: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+    """The null of `accept`: a guess stands exactly when the race selects it.
+
+    winners[0] follows the context, winners[1 + j] follows guess j.  parents[j]: the guess that guess j follows, -1 for the
+    context; () is a chain.  Returns (tokens that stand, accepted guesses in order); there is one token more than guesses.
+    """
+    chain = parents or range(-1, len(guesses) - 1)
+    tokens, path, at = [winners[0]], list[int](), -1
+    while True:
+        hit = next((j for j, p in enumerate(chain) if p == at and guesses[j] == tokens[-1]), None)
+        if hit is None:
+            return tokens, path
+        path.append(hit)
+        tokens.append(winners[1 + hit])
+        at = hit

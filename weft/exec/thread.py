@@ -1,0 +1,152 @@
+"""The engine in a thread of its own: commands in, one frame out for each step.  What `front.port.EnginePort` describes.
+
+The only place that reads a clock for the engine.  Nothing but msgspec structs crosses the border.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from weft.core.engine import Engine
+from weft.errors import EngineError
+from weft.types import Add, Command, EngineFrame, EngineStats, Event, Finished, Plan, StepResult
+
+EMPTY_STEPS = 1000
+"""Steps without any work, while requests live, after which the engine says that it is stuck."""
+
+
+class Executor(Protocol):
+    """Carries out plans; see `exec.runner` and `exec.null`."""
+
+    def execute(self, plan: Plan) -> StepResult: ...
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds of one step.  host: everything that is neither model forward nor sampling."""
+
+    total_s: float
+    forward_s: float
+    sample_s: float
+
+    @property
+    def host_s(self) -> float:
+        return max(0.0, self.total_s - self.forward_s - self.sample_s)
+
+
+def step(engine: Engine, executor: Executor, clock: Callable[[], float] = time.monotonic) -> tuple[list[Event], StepTimes]:
+    """One schedule, execute, commit."""
+    began = clock()
+    plan, events = engine.schedule(began)
+    result = executor.execute(plan)
+    events = [*events, *engine.commit(clock(), plan, result)]
+    return events, StepTimes(clock() - began, result.forward_s, result.sample_s)
+
+
+class EngineThread:
+    """info: `front.port.EngineInfo` for those who ask.  close: called on the thread once it has ended."""
+
+    def __init__(self, engine: Engine, executor: Executor, info: Any, *, idle_check: bool = True) -> None:
+        self.engine, self.executor, self._info = engine, executor, info
+        self.idle_check = idle_check
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._sink: Callable[[EngineFrame], None] | None = None
+        self._stats = engine.stats
+        self._error: str | None = None
+        self._busy_since: float | None = None
+        self._last_step = time.monotonic()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="weft-engine", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ the port
+
+    @property
+    def info(self) -> Any:
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def send(self, command: Command) -> None:
+        self._inbox.put(command)
+
+    def subscribe(self, sink: Callable[[EngineFrame], None]) -> None:
+        self._sink = sink
+
+    def stalled_s(self) -> float:
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - max(since, self._last_step)
+
+    def error(self) -> str | None:
+        return self._error
+
+    def close(self) -> None:
+        """End the thread after the step in hand; what is live is dropped."""
+        self._closing = True
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=60)
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # whatever it is, the front must hear of it
+            self._error = f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error)
+            events = [Finished(r.id, r.index, "error", error=self._error) for r in self.engine.requests()]
+            self._emit(events, 0.0)
+            if not isinstance(error, Exception):
+                raise
+
+    def _loop(self) -> None:
+        empty = 0
+        while not self._closing:
+            events = self._drain(wait=not self.engine.has_work)
+            if self._closing:
+                return
+            if not self.engine.has_work:
+                self._busy_since = None
+                self._emit(events, 0.0)
+                if self.idle_check:
+                    self.engine.check()
+                continue
+            if self._busy_since is None:
+                self._busy_since = time.monotonic()
+            more, times = step(self.engine, self.executor)
+            empty = 0 if self.engine.stats.rows or not self.engine.scheduler.running else empty + 1
+            if empty > EMPTY_STEPS:
+                raise EngineError("the scheduler makes no progress although requests are running; please report this")
+            self._last_step = time.monotonic()
+            self._emit([*events, *more], times.host_s)
+
+    def _drain(self, wait: bool) -> list[Event]:
+        """Take in every command that has come; block for the first one when there is nothing to do."""
+        events: list[Event] = []
+        while True:
+            try:
+                command = self._inbox.get(block=wait)
+            except queue.Empty:
+                return events
+            wait = False
+            if command is None:
+                return events
+            if isinstance(command, Add):
+                events.extend(self.engine.add(command.spec, time.monotonic()))
+            else:
+                self.engine.cancel(command.id, command.index)
+
+    def _emit(self, events: list[Event], host_s: float) -> None:
+        stats = msgspec.structs.replace(self.engine.stats, last_step_s=self._last_step, host_s=host_s)
+        self._stats = stats
+        if events and self._sink is not None:
+            self._sink(EngineFrame(events=tuple(events), stats=stats))

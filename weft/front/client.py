@@ -1,0 +1,268 @@
+"""`Client`: prompts in, text out, over an `EnginePort`.  Between the HTTP routes (or `weft.LLM`) and the engine.
+
+It lives on one event loop.  The engine's thread hands over one frame per step with one `call_soon_threadsafe`; its
+tokens become text here, at once, since a stop string must be found before the engine computes much beyond it.  What a
+slow reader has not taken yet is merged into one delta per sequence, so memory is bounded by the request's own length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from weft.errors import RequestError
+from weft.front.generation import (
+    Delta,
+    EngineStopped,
+    Generation,
+    GenerationFailed,
+    LiveRequest,
+    LiveSequence,
+    Prompt,
+    Refused,
+)
+from weft.front.metrics import Metrics
+from weft.front.port import EnginePort
+from weft.front.text import ModelText
+from weft.types import Add, Cancel, EngineFrame, Finished, FinishReason, Rejected, RequestSpec, TokenItem, Tokens
+
+__all__ = ["Client", "Delta", "EngineStopped", "Generation", "GenerationFailed", "Prompt", "Refused"]
+
+WATCH_S = 0.25
+"""How often the engine is asked whether it still lives, while somebody waits for it."""
+
+
+class Client:
+    """Sends prompts to an engine and turns its tokens into text.  Use it from one event loop at a time.
+
+    clock: seconds, for latencies only.
+    """
+
+    def __init__(
+        self,
+        port: EnginePort,
+        text: ModelText,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.port = port
+        self.text = replace(text, max_model_len=port.info.max_model_len, vocab_size=port.info.vocab_size)
+        self.metrics = metrics if metrics is not None else Metrics()
+        self._clock = clock
+        self._ids = itertools.count(1)
+        self._live: dict[int, LiveRequest] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that the engine has and that somebody waits for."""
+        return len(self._live)
+
+    async def start(self, prompts: Prompt | Sequence[Prompt]) -> Generation:
+        """Check and send one or several prompts.
+
+        Raises RequestError for a prompt that is empty, too long (code context_length_exceeded, never cut) or holds ids
+        outside the vocabulary, and EngineStopped when the engine has ended.  What it refuses comes out of `take`.
+        """
+        self._attach()
+        reason = self.port.error()
+        if reason is not None:
+            raise EngineStopped(f"the engine has stopped: {reason}")
+        batch = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        specs = [self._spec(prompt) for prompt in batch]
+        generation = Generation(self._forget)
+        now = self._clock()
+        for prompt, spec in zip(batch, specs, strict=True):
+            request = LiveRequest(spec.id, prompt, generation, now)
+            generation.requests.append(request)
+            for _ in range(spec.n):
+                text = self.text.sequence(prompt.params)
+                request.sequences.append(LiveSequence(generation.open, request, text))
+                generation.open += 1
+            self._live[spec.id] = request
+            self.metrics.prompt_length.observe(len(prompt.ids))
+        for spec in specs:
+            self.port.send(Add(spec))
+        if self._watch is None:
+            self._look()
+        return generation
+
+    def close(self) -> None:
+        """Fail every open generation; the engine stays as it is."""
+        self._fail_all(EngineStopped("the server is shutting down; ask again"))
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def check(self, ids: Sequence[int], param: str = "prompt") -> None:
+        """Raise RequestError unless `ids` is a prompt that the model can take, with room for at least one token."""
+        limit = self.port.info.max_model_len
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token", param=param, code="empty_prompt")
+        if len(ids) >= limit:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and the model's context is {limit}, which must hold the prompt and "
+                f"at least one new token; shorten the prompt to at most {limit - 1} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+        low, high, vocab = min(ids), max(ids), self.port.info.vocab_size
+        if low < 0 or high >= vocab:
+            wrong = low if low < 0 else high
+            raise RequestError(f"token id {wrong} is outside the vocabulary (0 to {vocab - 1})", param=param)
+
+    def _spec(self, prompt: Prompt) -> RequestSpec:
+        self.check(prompt.ids)
+        params, info = prompt.params, self.port.info
+        room = info.max_model_len - len(prompt.ids)
+        return RequestSpec(
+            id=next(self._ids),
+            items=(TokenItem(tuple(prompt.ids)),),
+            sampling=params.spec(eos=self.text.eos_ids, vocab=info.vocab_size, room=room),
+            seed=secrets.randbits(64) if params.seed is None else params.seed & ((1 << 64) - 1),
+            n=params.n,
+            priority=prompt.priority,
+            salt=prompt.salt,
+        )
+
+    # ------------------------------------------------------------------------------------------ the engine's frames
+
+    def _attach(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        if self._live and self._loop is not None and not self._loop.is_closed():
+            raise RuntimeError("this Client has open generations on another event loop")
+        for id in self._live:  # their loop was closed under them
+            self.port.send(Cancel(id))
+        self._live.clear()
+        self._watch = None
+        self._loop = loop
+        self.port.subscribe(self._sink)
+
+    def _sink(self, frame: EngineFrame) -> None:
+        """On the engine's thread."""
+        loop = self._loop
+        if frame.events and loop is not None:
+            try:
+                loop.call_soon_threadsafe(self._on_frame, frame)
+            except RuntimeError:  # the loop was closed in the meantime: nobody is left to tell
+                pass
+
+    def _on_frame(self, frame: EngineFrame) -> None:
+        now = self._clock()
+        for event in frame.events:
+            request = self._live.get(event.id)
+            if request is None:  # cancelled while the frame was on its way
+                continue
+            try:
+                if type(event) is Tokens:
+                    self._on_tokens(request, event, now)
+                elif type(event) is Finished:
+                    self._on_finished(request, event, now)
+                elif type(event) is Rejected:
+                    self.metrics.end("rejected")
+                    del self._live[request.id]
+                    kind = RequestError if event.kind == "request" else Refused
+                    request.generation.fail(kind(event.message, param=event.param, code=event.code))
+            except Exception as error:  # one request's text must not stop the frame for all the others
+                request.generation.fail(error)
+
+    def _on_tokens(self, request: LiveRequest, event: Tokens, now: float) -> None:
+        sequence = request.sequences[event.index]
+        if event.prompt_logprobs and event.index == 0:
+            request.prompt_logprobs.extend(event.prompt_logprobs)
+        if sequence.done or not event.tokens:
+            return
+        delta, text = sequence.pending(), sequence.text
+        before = text.tokens
+        new, stop = text.push(event.tokens)
+        taken = text.tokens - before
+        delta.text += new
+        delta.token_ids += event.tokens[:taken]
+        if event.logprobs:
+            delta.logprobs += event.logprobs[:taken]
+            delta.offsets += text.offsets[before:]
+        if before:
+            self.metrics.inter_token.observe((now - sequence.last_s) / max(taken, 1), taken)
+        else:
+            sequence.first_s = now
+            self.metrics.ttft.observe(now - request.arrived_s)
+        sequence.last_s = now
+        if stop is not None:
+            self._end(sequence, delta, "stop", stop, now)
+        request.generation.wake()
+
+    def _on_finished(self, request: LiveRequest, event: Finished, now: float) -> None:
+        request.cached = max(request.cached, event.cached_tokens)
+        sequence = request.sequences[event.index]
+        if sequence.done:
+            return
+        if event.reason in ("abort", "error"):
+            sequence.done = True
+            self.metrics.end(event.reason)
+            died = self.port.error()
+            request.generation.fail(
+                GenerationFailed(event.error or "the engine gave this request up; ask again")
+                if died is None
+                else EngineStopped(f"the engine has stopped: {died}")
+            )
+            return
+        delta = sequence.pending()
+        new, stop = sequence.text.push((), finished=True)
+        delta.text += new
+        if stop is not None:
+            self._end(sequence, delta, "stop", stop, now)
+        else:
+            own = event.stop_id in (request.prompt.params.stop_token_ids or ())
+            self._end(sequence, delta, event.reason, event.stop_id if own else None, now)
+        request.generation.wake()
+
+    def _end(
+        self, sequence: LiveSequence, delta: Delta, reason: FinishReason, stop: str | int | None, now: float
+    ) -> None:
+        request, tokens = sequence.request, sequence.text.tokens
+        delta.finish_reason = reason
+        delta.stop_reason = stop
+        delta.cached_tokens = request.cached
+        sequence.done = True
+        self.metrics.end(reason)
+        self.metrics.e2e.observe(now - request.arrived_s)
+        self.metrics.output_length.observe(tokens)
+        if tokens > 1:
+            self.metrics.per_token.observe((now - sequence.first_s) / (tokens - 1))
+        if isinstance(stop, str):  # which the engine does not know
+            self.port.send(Cancel(request.id, sequence.index - request.sequences[0].index))
+        request.open -= 1
+        request.generation.open -= 1
+        if not request.open:
+            del self._live[request.id]
+
+    # ------------------------------------------------------------------------------------------ ends before the end
+
+    def _forget(self, generation: Generation) -> None:
+        for request in generation.requests:
+            if self._live.pop(request.id, None) is not None:
+                self.port.send(Cancel(request.id))
+                for sequence in request.sequences:
+                    if not sequence.done:
+                        sequence.done = True
+                        self.metrics.end("abort")
+
+    def _look(self) -> None:
+        """Ask now and then whether the engine lives: a dead engine sends no frame to say so."""
+        self._watch = None
+        reason = self.port.error()
+        if reason is not None:
+            self._fail_all(EngineStopped(f"the engine has stopped: {reason}"))
+        elif self._live and self._loop is not None:
+            self._watch = self._loop.call_later(WATCH_S, self._look)
+
+    def _fail_all(self, error: Exception) -> None:
+        for request in list(self._live.values()):
+            request.generation.fail(error)

@@ -1,0 +1,199 @@
+"""`Generation`: the outputs of one call as they grow, what a prompt and a delta are, and the errors that can end it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import msgspec
+
+from weft.errors import CapacityError, EngineError
+from weft.front.detokenize import SequenceText
+from weft.sampling import SamplingParams
+from weft.types import FinishReason, TokenLogprob
+
+
+class EngineStopped(EngineError):
+    """The engine has ended, and every request with it."""
+
+
+class GenerationFailed(EngineError):
+    """The engine could not go on with this one request."""
+
+
+class Refused(CapacityError):
+    """A CapacityError as the engine worded it; code "never_fits" when trying again is of no use."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt as token ids, and how to go on from it.
+
+    salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.
+    """
+
+    ids: Sequence[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    salt: bytes = b""
+
+
+class Delta(msgspec.Struct, kw_only=True):
+    """What a sequence got since the last delta.
+
+    index: position of the sequence in its generation: all n of the first prompt, then those of the second.
+    text: new text; token_ids and logprobs may run ahead of it while a character or a stop string is incomplete.
+    first: index in the output of token_ids[0].  offsets: length of the text when each token came (with logprobs only).
+    finish_reason: set in the last delta.  stop_reason: the client's stop string or stop id that ended it.
+    cached_tokens: prompt tokens that came from the prefix index; known in the last delta.
+    """
+
+    index: int
+    text: str = ""
+    first: int = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    offsets: list[int] = []
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    cached_tokens: int = 0
+
+
+class LiveSequence:
+    """One output on its way: its text, the delta that nobody has taken yet, and the times that metrics need."""
+
+    __slots__ = ("delta", "done", "first_s", "index", "last_s", "request", "text")
+
+    def __init__(self, index: int, request: LiveRequest, text: SequenceText) -> None:
+        self.index = index
+        self.request = request
+        self.text = text
+        self.delta: Delta | None = None
+        self.done = False
+        self.first_s = self.last_s = 0.0
+
+    def pending(self) -> Delta:
+        """The delta under construction; from now on it is due to be taken."""
+        if self.delta is None:
+            self.delta = Delta(index=self.index, first=self.text.tokens)
+            self.request.generation.due.append(self)
+        return self.delta
+
+
+class LiveRequest:
+    """One request that the engine has, with its n sequences.  open: how many have not ended."""
+
+    __slots__ = (
+        "arrived_s",
+        "cached",
+        "generation",
+        "id",
+        "open",
+        "prompt",
+        "prompt_logprobs",
+        "sequences",
+    )
+
+    def __init__(self, id: int, prompt: Prompt, generation: Generation, arrived_s: float) -> None:
+        self.id = id
+        self.prompt = prompt
+        self.generation = generation
+        self.arrived_s = arrived_s
+        self.sequences: list[LiveSequence] = []
+        self.open = prompt.params.n
+        self.cached = 0
+        self.prompt_logprobs: list[TokenLogprob] = []
+
+
+class Generation:
+    """The outputs of one call, for one or several prompts.  Iterate over it, or `take` what has come, until it ends.
+
+        async with await client.start(Prompt(ids=ids, params=params)) as generation:
+            async for delta in generation: ...
+
+    Leaving it, or `cancel`, makes the engine forget what is not finished.
+    """
+
+    def __init__(self, forget: Callable[[Generation], None]) -> None:
+        self.requests: list[LiveRequest] = []
+        self.due: list[LiveSequence] = []
+        self.open = 0
+        self.error: Exception | None = None
+        self.cancelled = False
+        self._forget = forget
+        self._wake = asyncio.Event()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(request.prompt.ids) for request in self.requests)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far, over all sequences, those that end them included."""
+        return sum(sequence.text.tokens for request in self.requests for sequence in request.sequences)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix index, of the requests that have ended."""
+        return sum(request.cached for request in self.requests)
+
+    async def take(self) -> list[Delta]:
+        """Wait for news, then everything new, at most one delta per sequence.  Empty: all sequences have ended.
+
+        Raises RequestError, CapacityError or another EngineError when the engine refused or failed.
+        """
+        while not self.due:
+            if self.error is not None:
+                raise self.error
+            if self.cancelled or not self.open:
+                return []
+            self._wake.clear()
+            await self._wake.wait()
+        deltas = []
+        for sequence in self.due:
+            if sequence.delta is not None:
+                deltas.append(sequence.delta)
+                sequence.delta = None
+        self.due.clear()
+        return deltas
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while deltas := await self.take():
+            for delta in deltas:
+                yield delta
+
+    def wake(self) -> None:
+        """There is something to take."""
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error, which `take` raises after what came before it."""
+        if self.error is None and not self.cancelled:
+            self.error = error
+            self._forget(self)
+            self._wake.set()
+
+    def cancel(self) -> None:
+        """Make the engine forget what is not finished; `take` gives what is left, then ends."""
+        if not self.cancelled:
+            self.cancelled = True
+            self._forget(self)
+            self._wake.set()
+
+    async def aclose(self) -> None:
+        self.cancel()
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()

@@ -1,0 +1,120 @@
+"""Prometheus text exposition (format 0.0.4) of the engine's statistics and of the latencies that clients see.
+
+Source of the format: prometheus.io/docs/instrumenting/exposition_formats.  Names follow vLLM's, the prefix is `weft:`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+
+from weft.types import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+TTFT_BUCKETS_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+E2E_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+LENGTH_BUCKETS = tuple(float(1 << k) for k in range(0, 21, 2))
+REASONS = ("stop", "length", "abort", "error", "rejected")
+
+GAUGES = (
+    ("requests_running", "running", "Sequences that are being computed"),
+    ("requests_waiting", "waiting", "Sequences that wait for their turn"),
+    ("kv_blocks_total", "kv_blocks_total", "Blocks in the KV pool"),
+    ("kv_blocks_referenced", "kv_blocks_referenced", "Blocks in use by live sequences"),
+    ("kv_blocks_cached", "kv_blocks_cached", "Blocks kept only for prefixes that may come again"),
+    ("step_rows", "rows", "Rows of the last step"),
+    ("step_host_seconds", "host_s", "Time of the last step that was neither model forward nor sampling"),
+)
+COUNTERS = (
+    ("engine_steps_total", "steps", "Steps that the engine has taken"),
+    ("prompt_tokens_total", "prompt_tokens", "Prompt tokens computed"),
+    ("generation_tokens_total", "generation_tokens", "Tokens generated"),
+    ("prefix_hit_tokens_total", "prefix_hit_tokens", "Prompt tokens found in the prefix index"),
+    ("prefix_query_tokens_total", "prefix_query_tokens", "Prompt tokens looked up in the prefix index"),
+    ("preemptions_total", "preemptions", "Sequences that lost their blocks and were computed again"),
+    ("evictions_total", "evictions", "Cached blocks that were given up"),
+)
+
+
+class Histogram:
+    """Counts of observations by upper bound (inclusive), with their sum."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        self.name = name
+        self.text = text
+        self.buckets = tuple(buckets)
+        self.counts = [0] * (len(self.buckets) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Add `value` as `times` equal observations."""
+        self.counts[bisect_left(self.buckets, value)] += times
+        self.sum += value * times
+
+    def lines(self) -> Iterator[str]:
+        name = f"weft:{self.name}"
+        yield from _head(name, self.text, "histogram")
+        total = 0
+        for bound, count in zip((*self.buckets, float("inf")), self.counts, strict=True):
+            total += count
+            yield f'{name}_bucket{{le="{_bound(bound)}"}} {total}'
+        yield f"{name}_sum {self.sum!r}"
+        yield f"{name}_count {total}"
+
+
+class Metrics:
+    """What the front counts itself: ends of sequences and latencies, all in seconds on the front's clock."""
+
+    def __init__(self) -> None:
+        self.ttft = Histogram(
+            "time_to_first_token_seconds",
+            "From the arrival of a request to the first token of a sequence",
+            TTFT_BUCKETS_S,
+        )
+        self.inter_token = Histogram(
+            "inter_token_latency_seconds", "Between two tokens of a sequence, as they reach the front", TOKEN_BUCKETS_S
+        )
+        self.per_token = Histogram(
+            "time_per_output_token_seconds", "Mean over a finished sequence, first token left out", TOKEN_BUCKETS_S
+        )
+        self.e2e = Histogram(
+            "e2e_request_latency_seconds", "From the arrival of a request to the end of a sequence", E2E_BUCKETS_S
+        )
+        self.prompt_length = Histogram("request_prompt_tokens", "Tokens in a prompt", LENGTH_BUCKETS)
+        self.output_length = Histogram("request_generation_tokens", "Tokens in a sequence's output", LENGTH_BUCKETS)
+        self.ends = dict.fromkeys(REASONS, 0)
+
+    def end(self, reason: str) -> None:
+        """Count one sequence (or one rejected request) that ended."""
+        self.ends[reason] = self.ends.get(reason, 0) + 1
+
+    def render(self, stats: EngineStats) -> bytes:
+        """The page that Prometheus reads."""
+        out: list[str] = []
+        for kind, table in (("gauge", GAUGES), ("counter", COUNTERS)):
+            for name, field, text in table:
+                out.extend(_head(f"weft:{name}", text, kind))
+                out.append(f"weft:{name} {getattr(stats, field)!r}")
+        out.extend(_head("weft:requests_total", "Sequences that ended, by reason", "counter"))
+        out.extend(f'weft:requests_total{{finish_reason="{reason}"}} {count}' for reason, count in self.ends.items())
+        for histogram in (
+            self.ttft,
+            self.inter_token,
+            self.per_token,
+            self.e2e,
+            self.prompt_length,
+            self.output_length,
+        ):
+            out.extend(histogram.lines())
+        out.append("")
+        return "\n".join(out).encode()
+
+
+def _head(name: str, text: str, kind: str) -> tuple[str, str]:
+    return f"# HELP {name} {text}", f"# TYPE {name} {kind}"
+
+
+def _bound(value: float) -> str:
+    return "+Inf" if value == float("inf") else repr(float(value))

@@ -1,0 +1,75 @@
+"""OpenAI's error form, `{"error": {message, type, param, code}}`, and which of weft's errors becomes which status.
+
+RequestError      400, or what its code says: 401, 404, 405, 408, 413, 415
+CapacityError     503, as it may be taken later; 400 with the code "never_fits"
+EngineStopped     503, the engine is gone
+anything else     500, and no detail: the text of an unexpected error is for the log, never for a client
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from weft.errors import CapacityError, EngineError, RequestError
+from weft.front.generation import EngineStopped
+
+STATUS_OF_CODE = {
+    "invalid_api_key": 401,
+    "model_not_found": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "timeout": 408,
+    "body_too_large": 413,
+    "unsupported_media_type": 415,
+}
+INTERNAL = "weft failed on this request; the server's log says why"
+
+
+def status_of(error: BaseException) -> int:
+    """HTTP status of an error."""
+    if isinstance(error, RequestError):
+        return STATUS_OF_CODE.get(error.code or "", 400)
+    if isinstance(error, CapacityError):
+        return 400 if getattr(error, "code", None) == "never_fits" else 503
+    if isinstance(error, EngineStopped):
+        return 503
+    return 500
+
+
+def error_payload(error: BaseException) -> dict[str, Any]:
+    """The JSON object for an error, as OpenAI's clients read it."""
+    status = status_of(error)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    if status == 401:
+        kind = "authentication_error"
+    elif status == 503:
+        kind = "service_unavailable"
+    code = getattr(error, "code", None)
+    if isinstance(error, CapacityError):
+        code = code or "overloaded"
+    elif isinstance(error, EngineStopped):
+        code = "engine_stopped"
+    return {
+        "error": {
+            "message": str(error) if isinstance(error, EngineError) else INTERNAL,
+            "type": kind,
+            "param": getattr(error, "param", None),
+            "code": code,
+        }
+    }
+
+
+def error_response(error: BaseException, headers: dict[str, str] | None = None) -> Response:
+    """The whole HTTP answer for an error."""
+    status = status_of(error)
+    extra = dict(headers or {})
+    if status == 401:
+        extra["www-authenticate"] = "Bearer"
+    if status in (408, 413):
+        extra["connection"] = "close"  # the rest of the body was not read, so the connection can't be used again
+    return Response(
+        msgspec.json.encode(error_payload(error)), status_code=status, media_type="application/json", headers=extra
+    )

@@ -1,0 +1,63 @@
+"""What the routes share: the engine's client, the model's text side, the names that the model answers to."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from weft.errors import RequestError
+from weft.front.client import Client
+from weft.front.port import EnginePort
+from weft.front.text import ModelText
+
+SHORT_CHARS = 2048
+"""Texts up to this length are tokenized on the event loop; a thread would cost more than it saves."""
+
+T = TypeVar("T")
+
+
+class Service:
+    """One served model.  model_ids: the names that requests may use; answers carry the first."""
+
+    def __init__(self, port: EnginePort, text: ModelText, model_ids: tuple[str, ...], version: str) -> None:
+        self.port = port
+        self.client = Client(port, text)
+        self.text = self.client.text
+        self.model_ids = model_ids
+        self.version = version
+        self.created = int(time.time())
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="weft-text")
+        info = port.info
+        setting = "\n".join((version, info.model_id, info.dtype, info.device, *info.stack))
+        self.fingerprint = "fp_" + hashlib.blake2b(setting.encode(), digest_size=6).hexdigest()
+        """Changes with everything that may change answers under one seed."""
+
+    def resolve(self, model: str | None) -> str:
+        """The name that an answer carries for the model that a request names.  RequestError (404) if unknown."""
+        if model is None:
+            return self.model_ids[0]
+        if model not in self.model_ids:
+            raise RequestError(
+                f"the model {model[:200]!r} does not exist here; there is {', '.join(map(repr, self.model_ids))}",
+                param="model",
+                code="model_not_found",
+            )
+        return model
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do slow work on text in a thread, so that no stream has to wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        self.client.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def answer_id(prefix: str) -> str:
+    """An id that no other answer has."""
+    return f"{prefix}-{secrets.token_hex(16)}"

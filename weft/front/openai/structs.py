@@ -1,0 +1,209 @@
+"""Request bodies of the OpenAI API as msgspec structs, with vLLM's extra sampling fields, and their strict reading.
+
+A field that weft does not know is left alone (clients send many that change nothing).  A field that is known to change
+the answer and is not supported is refused, unless its value asks for what happens anyway: see `NEUTRAL`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from weft.errors import RequestError
+
+MAX_SEQUENCES = 2048
+"""Prompts times n in one call."""
+MAX_SALT_CHARS = 256
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class Fields(msgspec.Struct, kw_only=True):
+    """What chat and completions have in common.  None is "not given" everywhere, as clients send null for it."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # vLLM's additions
+    best_of: int | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionRequest(Fields, kw_only=True):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]] | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool | None = None
+
+
+class ChatRequest(Fields, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int] | None = None
+
+
+# Unsupported fields that change the answer, each with the values that ask for nothing special (null always does).
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "moderation": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "suffix": ("",),
+    # vLLM
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structural_tag": (),
+    "structured_outputs": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "logits_processors": ([],),
+    "thinking_token_budget": (),
+    "spaces_between_special_tokens": (True,),
+    "chat_template": (),
+    "documents": ([],),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_ids": (False,),
+    # llama.cpp
+    "grammar": ("",),
+    "json_schema": ({},),
+    "n_predict": (),
+    "typical_p": (1,),
+    "mirostat": (0,),
+    "dynatemp_range": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "samplers": (),
+}
+INSTEAD = {
+    "suffix": "give the text before the completion only",
+    "n_predict": "use max_tokens",
+    "chat_template": "the model's own template is always used",
+    "prompt_logprobs": "use echo with logprobs in /v1/completions",
+    "truncate_prompt_tokens": "shorten the prompt; it is never cut",
+}
+STRUCTURED = frozenset(
+    name
+    for name in NEUTRAL
+    if name.startswith(("guided_", "struct")) or name in ("response_format", "grammar", "json_schema")
+)
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+def read(body: bytes, kind: type[R]) -> R:
+    """Decode a request body.  Raises RequestError naming the field and what is wrong with it."""
+    try:
+        _refuse(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None
+    except msgspec.DecodeError as error:
+        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not valid UTF-8: {error.reason}", code="invalid_json") from None
+    except RecursionError:
+        raise RequestError("the body is nested too deeply; flatten it", code="invalid_json") from None
+
+
+def _refuse(fields: dict[str, msgspec.Raw]) -> None:
+    """Refuse what weft can't do, rather than answer another question than the one asked."""
+    for name in fields.keys() & NEUTRAL.keys():
+        value = msgspec.json.decode(fields[name])
+        if value is None or any(_same(value, neutral) for neutral in NEUTRAL[name]):
+            continue
+        if name == "response_format" and isinstance(value, dict):
+            shown = f" of type {str(value.get('type'))[:40]!r}"
+        else:
+            shown = ""
+        hint = INSTEAD.get(name) or (
+            "structured output comes later; leave it out" if name in STRUCTURED else "leave it out"
+        )
+        raise RequestError(f"{name}{shown} is not supported yet: {hint}", param=name, code="unsupported_parameter")
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _sentence(text: str) -> str:
+    """msgspec's message with the place first: "temperature: expected `float | null`, got `str`"."""
+    what, _, where = text.partition(" - at ")
+    where = where.strip("`").replace("key` in `", "a key of ").replace("$.", "").replace("$", "the body")
+    return f"{where or 'the body'}: {what[:1].lower()}{what[1:]}"
+
+
+def _field(text: str) -> str | None:
+    found = re.search(r"\$\.(\w+)", text)
+    return found.group(1) if found else None

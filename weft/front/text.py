@@ -1,0 +1,179 @@
+"""`ModelText`: what of a checkpoint concerns text: tokenizer, chat template, end tokens, default sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.errors import ConfigError, RequestError
+from weft.front.detokenize import SequenceText
+from weft.front.files import read_json
+from weft.front.template import ChatTemplate, plain_messages
+from weft.front.tokenizer import Tokenizer
+from weft.sampling import SamplingParams
+
+_SHRINK = 4
+"""Unicode normalization makes at most so many characters into one (NFC; Unicode Standard Annex 15)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelText:
+    """The text side of one model.  Thread-safe; imports no torch.
+
+    eos_ids        every id that ends a sequence: those of generation_config.json, of config.json and of the tokenizer
+    vocab_size     rows of the model's embedding, so ids run from 0 to vocab_size - 1
+    defaults       sampling by the names of `SamplingParams`, from generation_config.json; {} where it says nothing
+    max_model_len  the context in tokens, prompt and answer together; None for no limit here
+    name           what error texts call the model
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    eos_ids: tuple[int, ...]
+    vocab_size: int
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    max_model_len: int | None = None
+    name: str = "this model"
+
+    @classmethod
+    def load(cls, folder: str | Path, *, max_model_len: int | None = None, name: str | None = None) -> ModelText:
+        """Read the text side of the checkpoint in `folder`.  ConfigError names what is missing or wrong."""
+        folder = Path(folder)
+        called = name or "this model"
+        tokenizer = Tokenizer.load(folder)
+        config = read_json(folder / "config.json")
+        inner = config.get("text_config")
+        inner = inner if isinstance(inner, dict) else {}
+        generation = read_json(folder / "generation_config.json")
+        vocab = inner.get("vocab_size", config.get("vocab_size", tokenizer.vocab_size))
+        if isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < 1:
+            raise ConfigError(f"{folder / 'config.json'}: vocab_size must be a positive whole number, not {vocab!r}")
+        ends: list[int] = []
+        for source, where in ((generation, "generation_config.json"), (config, "config.json"), (inner, "config.json")):
+            ends += _ids(source.get("eos_token_id"), folder / where)
+        ends += tokenizer.eos_ids
+        return cls(
+            tokenizer=tokenizer,
+            template=ChatTemplate.load(folder, tokenizer, name=called),
+            eos_ids=tuple(i for i in dict.fromkeys(ends) if i < vocab),
+            vocab_size=vocab,
+            defaults=sampling_defaults(generation, folder / "generation_config.json"),
+            max_model_len=max_model_len,
+            name=called,
+        )
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.tokenizer.bos_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.template)
+
+    def default_params(self, **given: Any) -> SamplingParams:
+        """What the request gives over the model's defaults over OpenAI's.
+
+        A field given as None counts as not given, except max_tokens, where None means the rest of the context.
+        Raises RequestError naming a field that is wrong.
+        """
+        kept = {name: value for name, value in given.items() if value is not None or name == "max_tokens"}
+        return SamplingParams(**{**self.defaults, **kept})
+
+    def prompt_ids(self, prompt: str | Sequence[int], *, add_special: bool = True, param: str = "prompt") -> list[int]:
+        """Ids of a raw prompt, given as text or as ids; checked.  RequestError says what is wrong with it."""
+        if not isinstance(prompt, str):
+            self.check_prompt_ids(prompt, param=param)
+            return list(prompt)
+        self._check_chars(prompt, param)
+        ids = self.tokenizer.encode(prompt, add_special=add_special)
+        self.check_prompt_ids(ids, param=param)
+        return ids
+
+    def chat_text(self, messages: Any, **options: Any) -> str:
+        """The prompt text of a conversation; options as in `ChatTemplate.render`."""
+        return self.template.render(plain_messages(messages), **options)
+
+    def chat_ids(self, messages: Any, **options: Any) -> list[int]:
+        """Ids of a conversation, checked.  The template writes BOS itself where the model wants it; none is added."""
+        text = self.chat_text(messages, **options)
+        self._check_chars(text, "messages")
+        ids = self.tokenizer.encode(text, add_special=False)
+        self.check_prompt_ids(ids, param="messages")
+        return ids
+
+    def check_prompt_ids(self, ids: Sequence[int], *, param: str = "prompt") -> None:
+        """RequestError unless `ids` is a prompt that the model can take and that leaves room for one token."""
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token", param=param, code="empty_prompt")
+        for i in ids:
+            if isinstance(i, bool) or not isinstance(i, int):
+                raise RequestError(f"token ids must be whole numbers, not {i!r}", param=param)
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", param=param)
+        if self.max_model_len is not None and len(ids) >= self.max_model_len:
+            raise self._too_long(f"{len(ids)} tokens", param)
+
+    def sequence(self, params: SamplingParams) -> SequenceText:
+        """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show."""
+        own = params.stop_token_ids or []
+        return SequenceText(
+            self.tokenizer,
+            stops=params.stops,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            skip_special=params.skip_special_tokens,
+            stop_ids=own if params.ignore_eos else (*own, *self.eos_ids),
+        )
+
+    def _check_chars(self, text: str, param: str) -> None:
+        """Refuse a text that cannot fit the context before spending time on tokenizing it."""
+        if self.max_model_len is None:
+            return
+        most = self.max_model_len * self.tokenizer.longest_token * _SHRINK
+        if len(text) > most:
+            raise self._too_long(f"{len(text)} characters", param)
+
+    def _too_long(self, size: str, param: str) -> RequestError:
+        return RequestError(
+            f"the prompt has {size} and {self.name}'s context is {self.max_model_len} tokens, which must hold the "
+            "prompt and at least one new token; shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def sampling_defaults(generation: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Sampling that a generation_config.json asks for, by the names of `SamplingParams`.
+
+    `do_sample: false` means greedy, and then its other fields mean nothing.  Values that are not set are left out.
+    ConfigError for values that are not numbers in range.
+    """
+    if generation.get("do_sample") is False:
+        return {"temperature": 0.0}
+    defaults: dict[str, Any] = {}
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        value = generation.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"{path}: {name} must be a number, not {value!r}")
+        defaults[name] = int(value) if name == "top_k" else float(value)
+    try:
+        SamplingParams(**defaults)
+    except RequestError as e:
+        raise ConfigError(f"{path}: {e}; change the file") from e
+    return defaults
+
+
+def _ids(value: Any, path: Path) -> list[int]:
+    """Ids that a configuration gives as one number, a list of them, or null."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids, not {value!r}")
+    return [i for i in ids if i >= 0]

@@ -1,0 +1,207 @@
+"""A decoder as data: what a `config.json` says, in the terms that `decoder.py` runs.
+
+No torch here: the scheduler, the memory plan and the simulator read the same specs.
+
+Legend.  width: hidden size.  heads: query heads.  kv_heads: key/value heads.  head_dim: values in one head.
+A layer id says where a layer stands (and whose KV it has); a weight id says which weights it reads, so layers may share.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from weft.errors import ConfigError
+from weft.types import GroupKind, GroupSpec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Number formats that a model may be computed in, and the bytes of one value."""
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one value of `dtype` (a name such as "float32" or "torch.bfloat16").  Raises ConfigError if unknown."""
+    name = dtype.removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise ConfigError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPE_BYTES)}")
+    return DTYPE_BYTES[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al., arXiv:2104.09864) over the first `dim` values of a head.
+
+    kind    default; linear: every frequency divided by `factor`; llama3: low frequencies divided by `factor`, with a smooth
+            band between wavelengths original / high_factor and original / low_factor; yarn (Peng et al., arXiv:2309.00071)
+    theta   base of the frequencies
+    original    positions that the model was first trained on (llama3, yarn)
+    beta_fast, beta_slow   rotations over `original` positions where yarn's ramp begins and ends
+    truncate               yarn: whether the ramp's ends are rounded outwards to whole dimensions
+    attention_factor       multiplies cosine and sine (yarn's temperature)
+    """
+
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    theta: float = 10000.0
+    dim: int
+    factor: float = 1.0
+    original: int = 0
+    low_factor: float = 1.0
+    high_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSpec:
+    """A mixture of experts in place of the MLP.
+
+    num         experts in the layer
+    top_k       experts that each row goes to, by softmax of the router's logits
+    normalize   whether the chosen experts' weights are scaled to add up to 1
+    intermediate    inner size of one expert
+    """
+
+    num: int
+    top_k: int
+    normalize: bool
+    intermediate: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer.
+
+    weights     weight id: layers with one id read the same weights
+    attention   "softmax"; "latent" is reserved for MLA
+    window      positions that a query sees, itself included; None sees all
+    rope        None leaves queries and keys unrotated
+    query_scale queries are multiplied by this before they meet the keys
+    attention_softcap   scores become cap * tanh(score / cap)
+    qkv_bias, out_bias, mlp_bias    which projections have biases
+    qk_norm     RMSNorm over each head of queries and keys, before rope
+    pre_norm, post_norm     where the norms stand: on the input of attention and MLP, on their output, or both (Gemma 2)
+    activation  of the gate
+    intermediate    inner size of the dense MLP; unused where `experts` is given
+    """
+
+    weights: int
+    query_scale: float
+    intermediate: int
+    attention: Literal["softmax", "latent"] = "softmax"
+    window: int | None = None
+    rope: RopeSpec | None = None
+    attention_softcap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    experts: ExpertSpec | None = None
+
+    def same_weights(self, other: LayerSpec) -> bool:
+        """Whether both layers' weights have the same names and shapes (they must where weight ids are equal)."""
+        fields = ("intermediate", "attention", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "pre_norm", "post_norm")
+        return all(getattr(self, f) == getattr(other, f) for f in fields) and self.experts == other.experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """A whole decoder.
+
+    family      name of the file in `families/` that maps weight names
+    max_positions   longest context that the checkpoint claims, in tokens
+    norm_eps    epsilon of every RMSNorm
+    norm_offset added to every norm weight (Gemma stores weight - 1)
+    embedding_scale     multiplies token embeddings
+    final_softcap       logits become cap * tanh(logit / cap)
+    tied        the output projection is the embedding
+    """
+
+    family: str
+    vocab: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    max_positions: int
+    norm_eps: float
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    final_softcap: float | None = None
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("a model needs at least one layer")
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly")
+        first: dict[int, LayerSpec] = {}
+        for layer in self.layers:
+            if not first.setdefault(layer.weights, layer).same_weights(layer):
+                raise ConfigError(f"layers that share weights {layer.weights} differ in the shapes of those weights")
+
+    @property
+    def weight_ids(self) -> tuple[int, ...]:
+        """Distinct weight ids, in the order in which layers first use them."""
+        return tuple(dict.fromkeys(layer.weights for layer in self.layers))
+
+    def layer_of_weights(self, weights: int) -> LayerSpec:
+        """A layer that reads the given weights."""
+        return next(layer for layer in self.layers if layer.weights == weights)
+
+
+def kv_groups(spec: DecoderSpec, dtype: str, block_tokens: int = 16) -> tuple[list[GroupSpec], int]:
+    """The KV groups of a model and the bytes of one block of their shared pool.
+
+    One FULL group for the layers that see everything, one WINDOW group for each distinct window, and last one PARKED
+    group for hidden states (float32, so that parking loses nothing) of requests that stop between layers.
+
+    All blocks have `block_bytes`; the group with the largest entry has `block_tokens` entries in one, and the others as many
+    times that, in powers of two, as fit: fewer bytes lie idle, and tables of all groups break at common positions.
+    Inside a block: [layer of the group][key, value][entry][kv head][head_dim].
+
+    Raises ConfigError for a dtype that is not supported or block_tokens < 1.
+    """
+    if block_tokens < 1:
+        raise ConfigError(f"block_tokens must be at least 1, not {block_tokens}")
+    row_bytes = spec.kv_heads * spec.head_dim * dtype_bytes(dtype)
+    members: dict[int | None, list[int]] = {}
+    for index, layer in enumerate(spec.layers):
+        members.setdefault(layer.window, []).append(index)
+    windows = sorted(members, key=lambda window: (window is not None, window))
+    entry = {window: 2 * row_bytes * len(members[window]) for window in windows}
+    block_bytes = max(entry.values()) * block_tokens
+    hidden_bytes = spec.width * DTYPE_BYTES["float32"]
+    unit = math.lcm(row_bytes, DTYPE_BYTES["float32"])
+    block_bytes = -(-max(block_bytes, hidden_bytes) // unit) * unit
+
+    groups = []
+    for window in windows:
+        tokens = block_tokens
+        while 2 * tokens * entry[window] <= block_bytes:
+            tokens *= 2
+        groups.append(
+            GroupSpec(
+                name="full" if window is None else f"window{window}",
+                kind=GroupKind.FULL if window is None else GroupKind.WINDOW,
+                layers=tuple(members[window]),
+                entry_bytes=entry[window],
+                block_tokens=tokens,
+                window=window,
+            )
+        )
+    groups.append(
+        GroupSpec(
+            name="parked",
+            kind=GroupKind.PARKED,
+            layers=tuple(range(len(spec.layers))),
+            entry_bytes=hidden_bytes,
+            block_tokens=block_bytes // hidden_bytes,
+        )
+    )
+    return groups, block_bytes

@@ -1,0 +1,224 @@
+"""Weights: safetensors read straight into one arena of fused tensors, or drawn at random.
+
+The checkpoint's files are mapped, each tensor is copied (and converted) to where the operations read it, and its pages are
+given back: the weights exist once, and loading peaks at their size plus one tensor's pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from weft.errors import ConfigError
+from weft.models.families import families
+from weft.models.layout import Part, arena, tensor_shapes
+from weft.models.spec import DecoderSpec
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_INDEX_BYTES = 256 << 20
+NAMED_AT_MOST = 6
+"""Names that an error lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies in a checkpoint file: bytes [start, stop) of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def allocate(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """(arena, fused tensors by name), uninitialized; the arena has exactly `weights_bytes` bytes."""
+    shapes = tensor_shapes(spec)
+    offsets, total = arena({name: (shape, dtype.itemsize) for name, shape in shapes.items()})
+    memory = torch.empty(total, dtype=torch.uint8, device=device)
+    views = {}
+    for name, shape in shapes.items():
+        stop = offsets[name] + math.prod(shape) * dtype.itemsize
+        views[name] = memory[offsets[name] : stop].view(dtype).view(shape)
+    return memory, views
+
+
+def load(folder: Path, spec: DecoderSpec, tensors: dict[str, Tensor], progress: Progress | None = None) -> None:
+    """Fill the fused tensors from the folder's safetensors.
+
+    Raises ConfigError when a tensor is missing, unexpected or of another shape (each is named), when a file is missing,
+    truncated or malformed, or when there are only pickle files.
+    """
+    stored = _catalogue(folder)
+    parts = list(families()[spec.family].parts(spec))
+    _compare(folder, parts, stored, spec)
+    parts.sort(key=lambda part: (str(stored[part.name].file), stored[part.name].start))
+    total = sum(stored[part.name].stop - stored[part.name].start for part in parts)
+    done = 0
+    for file, mine in _by_file(parts, stored):
+        with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+            for part in mine:
+                where = stored[part.name]
+                _place(tensors[part.target], part).copy_(_read(mapped, where))
+                _give_back(mapped, where)
+                done += where.stop - where.start
+                if progress is not None:
+                    progress(done, total)
+
+
+def randomize(
+    spec: DecoderSpec, tensors: dict[str, Tensor], seed: int = 0, progress: Progress | None = None
+) -> None:
+    """Fill the fused tensors with noise that depends on (seed, name): rows of matrices have length about 1, norms are 1.
+
+    Such a model computes with numbers of ordinary size, and the same seed gives the same model in each process.
+    """
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    done = 0
+    for name, tensor in tensors.items():
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        if tensor.dim() > 1:
+            for piece in tensor.flatten(0, -2).split(max(1, (1 << 22) // tensor.shape[-1])):
+                piece.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            tensor.normal_(0.0, 0.02, generator=generator)
+        else:
+            tensor.fill_(1.0 - spec.norm_offset)
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _place(target: Tensor, part: Part) -> Tensor:
+    """The view of a fused tensor that a part fills."""
+    view = target if part.expert is None else target[part.expert]
+    return view[part.first : part.first + part.shape[0]]
+
+
+def _by_file(parts: Sequence[Part], stored: dict[str, Stored]) -> Iterator[tuple[Path, list[Part]]]:
+    files: dict[Path, list[Part]] = {}
+    for part in parts:
+        files.setdefault(stored[part.name].file, []).append(part)
+    yield from files.items()
+
+
+def _read(mapped: mmap.mmap, where: Stored) -> Tensor:
+    """A tensor over mapped bytes, without copying; through a copy where the file does not align its values."""
+    count = math.prod(where.shape)
+    if where.start % where.dtype.itemsize:
+        return torch.frombuffer(bytearray(mapped[where.start : where.stop]), dtype=where.dtype).view(where.shape)
+    return torch.frombuffer(mapped, dtype=where.dtype, count=count, offset=where.start).view(where.shape)
+
+
+def _give_back(mapped: mmap.mmap, where: Stored) -> None:
+    """Let the kernel take the pages of a tensor that has been copied."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start = where.start // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_DONTNEED, start, where.stop - start)
+
+
+# ---------------------------------------------------------------------------------------------- the checkpoint's files
+
+
+def _catalogue(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the checkpoint, by name."""
+    index = folder / INDEX
+    if index.is_file():
+        return _sharded(folder, index)
+    single = folder / SINGLE
+    if single.is_file():
+        return _header(single)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise ConfigError(
+            f"{folder} has weights only as pickle files, which can run code when opened and are never loaded; "
+            "convert them to safetensors (transformers' save_pretrained does) or use a checkpoint that has them"
+        )
+    raise ConfigError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _sharded(folder: Path, index: Path) -> dict[str, Stored]:
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise ConfigError(f"{index} has more than {MAX_INDEX_BYTES} bytes, which no index has")
+        names: Any = json.loads(index.read_bytes()).get("weight_map")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index} cannot be read as a JSON object: {error}") from None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise ConfigError(f"{index}: weight_map must be an object of tensor and file names")
+    shards: dict[str, dict[str, Stored]] = {}
+    for file in sorted(set(names.values())):
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            raise ConfigError(f"{index}: {file!r} is not the name of a safetensors file in the same folder")
+        if not (folder / file).is_file():
+            raise ConfigError(f"{folder / file}, which {INDEX} names, does not exist; fetch the checkpoint again")
+        shards[file] = _header(folder / file)
+    absent = [name for name, file in names.items() if name not in shards[file]]
+    if absent:
+        raise ConfigError(f"{index} places {_some(absent)} in files that do not have them")
+    return {name: shards[file][name] for name, file in names.items()}
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, after the library has checked that sizes, offsets and the file agree."""
+    try:
+        with safe_open(str(file), framework="numpy") as checked:
+            names = list(checked.keys())
+        with open(file, "rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
+    found = {}
+    for name in names:
+        entry = header[name]
+        start, stop = entry["data_offsets"]
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+        found[name] = Stored(file, dtype, tuple(entry["shape"]), 8 + size + start, 8 + size + stop)
+    return found
+
+
+def _compare(folder: Path, parts: Sequence[Part], stored: dict[str, Stored], spec: DecoderSpec) -> None:
+    """Raise ConfigError unless the checkpoint has exactly the tensors that the config asks for."""
+    wanted = {part.name: part for part in parts}
+    missing = [name for name in wanted if name not in stored]
+    if missing:
+        raise ConfigError(f"{folder} lacks {_some(missing)}, which its config.json asks for")
+    allowed = re.compile(r"(.*\.)?rotary_emb\.inv_freq" + (r"|lm_head\.weight" if spec.tied else ""))
+    extra = [name for name in stored if name not in wanted and not allowed.fullmatch(name)]
+    if extra:
+        raise ConfigError(f"{folder} has {_some(extra)}, of which its config.json says nothing")
+    wrong = [
+        f"{part.name} {list(stored[part.name].shape)} instead of {list(part.shape)}"
+        for part in parts
+        if stored[part.name].shape != part.shape
+    ]
+    if wrong:
+        raise ConfigError(f"{folder} and its config.json disagree about the shape of {_some(wrong)}")
+    odd = [part.name for part in parts if stored[part.name].dtype is torch.uint8]
+    if odd:
+        raise ConfigError(
+            f"{folder} stores {_some(odd)} in a number format that weft can't read; "
+            f"it reads {', '.join(SAFETENSORS_DTYPES)}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""The operations in plain torch: the specification that every other implementation is compared with."""

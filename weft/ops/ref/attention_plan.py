@@ -1,0 +1,278 @@
+"""Cutting a batch's attention in one KV group into tiles: worked out once a step, used by every layer of the group.
+
+Legend.  T: rows of the batch.  S: sequences.  C: query tiles of a slab.  Q: query positions of a tile.  E: entries of a key
+tile.  P: (query tile, key tile) pairs of a round.  R: runs of a key tile, E / run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.ops.ref.tiles import Tiling
+
+if TYPE_CHECKING:
+    from weft.exec.batch import Batch, GroupBatch
+    from weft.exec.kvpool import KVPool
+
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+CACHED_MASK_BYTES = 16 << 20
+"""Masks of all rounds are kept for the next layer up to this size, and made anew for each layer beyond it."""
+
+
+@dataclass(slots=True)
+class Round:
+    """The pairs of a slab whose key tiles are in the same group, counted from each query tile's first.
+
+    tile    [P], the pair's query tile in the slab.  cell [P]: tile * width + key tile's index in its group
+    runs    [P, R], row of the first layer's keys at each run, divided by the run's length
+    entries [P, E], block * block_tokens + offset.  column [P, E]: sequence * entries + entry, -1 where there is none
+    hidden  [P, Q, E], true where the query does not see the entry
+    foreign [P, E], true where the entry is not the sequence's; None where all are
+    one_to_one  whether pair p belongs to tile p
+    """
+
+    tile: Tensor
+    cell: Tensor
+    runs: Tensor
+    entries: Tensor
+    column: Tensor
+    hidden: Tensor
+    foreign: Tensor | None
+    width: int
+    one_to_one: bool
+
+
+@dataclass(slots=True)
+class Slab:
+    """Query tiles that are computed together.
+
+    rows [C, Q]: the batch row in each slot.  valid: flat slots that hold a row.  out_rows: those rows.
+    positions [C, Q]: logical positions, -1 in slots without a row.
+    sequence, first, stop: per tile, its sequence and its key tiles [first, stop).  tree [C, Q]: row within its tree, -1 if none.
+    """
+
+    rows: Tensor
+    valid: Tensor
+    out_rows: Tensor
+    positions: Tensor
+    sequence: Ints
+    first: Ints
+    stop: Ints
+    tree: Ints | None
+    kept: list[Round] = field(default_factory=list)
+
+
+class AttentionPlan:
+    """The tiles of one batch in one KV group of the pool.  Positions of the batch's entries must already stand there."""
+
+    def __init__(
+        self, batch: Batch, where: GroupBatch, pool: KVPool, group: int, heads: int, tiling: Tiling
+    ) -> None:
+        shape = pool.groups[group]
+        spec = pool.specs[shape.model]
+        self.group = group
+        self.tiling = tiling
+        self.kv_heads = spec.kv_heads
+        self.sequences = len(batch.bounds) - 1
+        self.entries = where.tables_SB.shape[1] * shape.block_tokens
+        self._pool = pool
+        self._tables = where.tables_SB
+        self._first = where.first_S.cpu().numpy()
+        self._lengths = where.lengths_S.cpu().numpy()
+        self._window = shape.window
+        bounds = np.asarray(batch.bounds, dtype=np.int64)
+        self._counts = np.diff(bounds)
+        positions = batch.positions_T.cpu().numpy()
+        final = positions[np.maximum(bounds[1:] - 1, 0)] if positions.size else np.zeros_like(self._counts)
+        self._whole = self._first + self._lengths == final + 1
+        self._ancestors = {
+            s: ancestors(parents, int(self._counts[s]) - len(parents)) for s, parents in batch.trees.items() if parents
+        }
+        self._in_tree = np.array([s in self._ancestors for s in range(self.sequences)], dtype=bool)
+        self.run = self._run_length()
+        self._pair_bytes = 4 * spec.kv_heads * spec.head_dim * 4 * tiling.keys
+        self._row_bytes = 4 * heads * (4 * spec.head_dim + 3 * tiling.keys)
+        self.slabs = self._cut(bounds, positions)
+        pairs = sum(int((slab.stop - slab.first).sum()) * slab.rows.shape[1] for slab in self.slabs)
+        self._keep = pairs * tiling.keys <= CACHED_MASK_BYTES
+
+    def rounds(self, slab: Slab) -> Iterator[Round]:
+        """The slab's pairs, group of key tiles after group, in ascending order for each query tile."""
+        if slab.kept:
+            yield from slab.kept
+            return
+        base = slab.first // self.tiling.group
+        last = (slab.stop - 1) // self.tiling.group
+        for index in range(int((last - base).max()) + 1):
+            part = self._round(slab, base + index)
+            if self._keep:
+                slab.kept.append(part)
+            yield part
+
+    def _run_length(self) -> int:
+        """Entries that lie one after the other in memory wherever a key tile begins: what one copy can take."""
+        shape = self._pool.groups[self.group]
+        row_bytes = self._pool.rows(self.group).shape[1] * self._pool.dtype.itemsize
+        per_block = self._pool.block_bytes // row_bytes
+        return math.gcd(shape.block_tokens, self.tiling.keys, per_block, *(int(n) for n in self._first))
+
+    # ------------------------------------------------------------------------------------------ query tiles
+
+    def _cut(self, bounds: Ints, positions: Ints) -> list[Slab]:
+        counts = self._counts
+        sequence = np.repeat(np.arange(self.sequences), counts)
+        within = np.arange(bounds[-1]) - bounds[sequence]
+        totals = self._first + self._lengths
+        entry = (totals - counts)[sequence] + within
+        small, large = self.tiling.decode, self.tiling.prefill
+        start = totals - counts
+        fits = (counts > 0) & (start // small == (totals - 1) // small)
+        slabs: list[Slab] = []
+        for size, chosen in ((small, fits), (large, ~fits)):
+            rows = np.flatnonzero(chosen[sequence])
+            if rows.size:
+                slabs.extend(self._slabs(size, rows, sequence[rows], entry[rows], positions[rows], within[rows]))
+        return slabs
+
+    def _slabs(
+        self, size: int, rows: Ints, sequence: Ints, entry: Ints, positions: Ints, within: Ints
+    ) -> Iterator[Slab]:
+        """Query tiles of one size over the given rows, in slabs whose pairs fit the scratch."""
+        turn = np.flatnonzero((np.diff(sequence) != 0) | (np.diff(entry // size) != 0)) + 1
+        heads = np.concatenate(([0], turn))
+        tile = np.zeros(rows.size, dtype=np.int64)
+        tile[turn] = 1
+        tile = np.cumsum(tile)
+        owner = sequence[heads]
+        first, stop = self._key_tiles(owner, np.minimum.reduceat(positions, heads), np.maximum.reduceat(positions, heads))
+        widest = min(int((stop - first).max()), self.tiling.group)
+        pairs = self.tiling.scratch_bytes // (self._pair_bytes + size * self._row_bytes)
+        step = max(1, pairs // widest)
+        for at in range(0, heads.size, step):
+            mine = (tile >= at) & (tile < at + step)
+            count = min(step, heads.size - at)
+            slot = (tile[mine] - at) * size + entry[mine] % size
+            grid = np.full(count * size, rows[mine][0])
+            grid[slot] = rows[mine]
+            where = np.full(count * size, -1)
+            where[slot] = positions[mine]
+            tree = None
+            if self._in_tree[owner[at : at + step]].any():
+                tree = np.full(count * size, -1)
+                tree[slot] = self._tree_rows(sequence[mine], within[mine])
+                tree = tree.reshape(count, size)
+            yield Slab(
+                rows=self._tensor(grid).view(count, size),
+                valid=self._tensor(slot),
+                out_rows=self._tensor(rows[mine]),
+                positions=self._tensor(where).view(count, size),
+                sequence=owner[at : at + step],
+                first=first[at : at + step],
+                stop=stop[at : at + step],
+                tree=tree,
+            )
+
+    def _key_tiles(self, owner: Ints, lowest: Ints, highest: Ints) -> tuple[Ints, Ints]:
+        """Key tiles [first, stop) that the rows of each query tile may see, given their lowest and highest positions.
+
+        Entries ascend in position and never outnumber it, so a row at position p sees none beyond entry p, except in a tree.
+        Only a table that holds every position says where a window begins.
+        """
+        dropped, total = self._first[owner], (self._first + self._lengths)[owner]
+        tree = self._in_tree[owner]
+        last = np.where(tree, total, np.minimum(total, highest + 1))
+        begin = dropped
+        if self._window is not None:
+            whole = self._whole[owner]
+            begin = np.where(whole & ~tree, np.maximum(dropped, lowest - self._window + 1), dropped)
+        return begin // self.tiling.keys, np.maximum(-(-last // self.tiling.keys), begin // self.tiling.keys + 1)
+
+    def _tree_rows(self, sequence: Ints, within: Ints) -> Ints:
+        """Index of each row within its sequence's tree, or -1."""
+        found = np.full(sequence.size, -1)
+        for s, seen in self._ancestors.items():
+            mine = sequence == s
+            found[mine] = np.maximum(within[mine] - (self._counts[s] - seen.shape[0]), -1)
+        return found
+
+    # ------------------------------------------------------------------------------------------ pairs
+
+    def _round(self, slab: Slab, group: Ints) -> Round:
+        tiling, pool = self.tiling, self._pool
+        begin = np.maximum(slab.first, group * tiling.group)
+        count = np.maximum(np.minimum(slab.stop, (group + 1) * tiling.group) - begin, 0)
+        tile = np.repeat(np.arange(count.size), count)
+        key_tile = np.arange(tile.size) - np.repeat(np.cumsum(count) - count, count) + begin[tile]
+        inside = key_tile % tiling.group
+        width = 1 << int(inside.max()).bit_length()
+        owner = slab.sequence[tile]
+        own_block = pool.groups[self.group].block_tokens
+        tables = self._tables.index_select(0, self._tensor(owner))
+        lengths = self._tensor(self._lengths[owner])[:, None]
+        start = self._tensor(key_tile * tiling.keys - self._first[owner])
+        entry = start[:, None] + torch.arange(tiling.keys, device=start.device)
+        foreign = (entry < 0) | (entry >= lengths)
+        inner = torch.minimum(entry.clamp_min(0), lengths - 1)
+        block = tables.gather(1, torch.div(inner, own_block, rounding_mode="floor"))
+        offset = inner % own_block
+        heads, head_offsets = block[:, :: self.run], offset[:, :: self.run]
+        runs = torch.div(pool.row_of(self.group, heads, head_offsets), self.run, rounding_mode="floor")
+        position = pool.positions(self.group)[block, offset].to(torch.int64)
+        mine = self._tensor(tile)
+        query = slab.positions.index_select(0, mine)
+        gap = query[:, :, None] - position[:, None, :]
+        hidden = (gap < 0) | foreign[:, None, :]
+        if self._window is not None:
+            hidden |= gap >= self._window
+        if slab.tree is not None:
+            self._hide_strangers(hidden, slab.tree[tile], owner, entry)
+        return Round(
+            tile=mine,
+            cell=self._tensor(tile * width + inside),
+            runs=runs,
+            entries=block * own_block + offset,
+            column=(self._tensor(owner)[:, None] * self.entries + inner).masked_fill(foreign, -1),
+            hidden=hidden,
+            foreign=foreign if bool(foreign.any()) else None,
+            width=width,
+            one_to_one=bool(tile.size == count.size and (count == 1).all()),
+        )
+
+    def _hide_strangers(self, hidden: Tensor, tree: Ints, owner: Ints, entry: Tensor) -> None:
+        """Rows of a tree see, of the tree's entries, only ancestors and themselves; tree [P, Q], entry [P, E]."""
+        for s, seen in self._ancestors.items():
+            pairs = np.flatnonzero(owner == s)
+            if not pairs.size:
+                continue
+            index = self._tensor(pairs)
+            row = self._tensor(tree[pairs])
+            first = int(self._lengths[s]) - seen.shape[0]
+            node = entry.index_select(0, index) - first
+            table = seen.to(hidden.device)
+            known = table[row.clamp_min(0)[:, :, None], node.clamp(0, seen.shape[0] - 1)[:, None, :]]
+            bad = (row[:, :, None] >= 0) & (node[:, None, :] >= 0) & ~known
+            hidden[index] = hidden[index] | bad
+
+    def _tensor(self, values: Ints) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self._tables.device)
+
+
+def ancestors(parents: tuple[int, ...], first: int) -> Tensor:
+    """seen[i, j], bool: whether guess j is guess i or one of its ancestors.
+
+    parents: for each guess, the row that it follows, counted in the sequence, whose guesses begin at row `first`.
+    """
+    seen = torch.eye(len(parents), dtype=torch.bool)
+    for index, parent in enumerate(parents):
+        assert parent - first < index, "a guess follows a row that comes before it"
+        if parent >= first:
+            seen[index] |= seen[parent - first]
+    return seen
