@@ -144,7 +144,7 @@ def front_has_no_tensors(module: Module) -> list[str]:
 def one_way(module: Module) -> list[str]:
     """Imports inside weft run one way; techniques see the vocabulary and their folder's `_common` only."""
     part = module.part
-    if not part or part == "cli":
+    if part in ("", "cli", "__main__"):
         return []
     complaints = []
     for i in imports(module):

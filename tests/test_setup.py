@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import statistics
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import tomllib
 from collections.abc import Callable
@@ -68,6 +70,31 @@ def test_documents_link_only_to_files_that_exist() -> None:
             if "://" not in target and not (document.parent / target).exists():
                 broken.append(f"{document.name}: {target}")
     assert broken == []
+
+
+def test_the_documents_example_of_a_technique_works(tmp_path: Path) -> None:
+    """The file in docs/adding-a-technique.md, with its imports, registers itself and ranks blocks by hits."""
+    text = (ROOT / "docs" / "adding-a-technique.md").read_text()
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", text, re.MULTILINE)
+    example = next(textwrap.dedent(block) for block in blocks if "@register" in block)
+    imports = (
+        "from dataclasses import dataclass, field\nfrom typing import ClassVar\n"
+        "from weft.registry import parse, register\nfrom weft.traits import Traits\n"
+    )
+    use = (
+        "lfu = parse('kv.evict=lfu').build()\n"
+        "for block, event in ((1, 'publish'), (2, 'publish'), (1, 'hit'), (1, 'hit'), (2, 'hit')):\n"
+        "    lfu.observe(block, event, 0.0)\n"
+        "print(lfu.rank(1, 0.0), lfu.rank(2, 0.0))\n"
+    )
+    (tmp_path / "lfu.py").write_text(imports + example + use)
+    done = subprocess.run([sys.executable, str(tmp_path / "lfu.py")], capture_output=True, text=True, env=path_of(ROOT))
+    assert (done.stdout, done.stderr) == ("2.0 1.0\n", "")
+
+
+def path_of(folder: Path) -> dict[str, str]:
+    """An environment in which `import weft` finds this checkout."""
+    return {**os.environ, "PYTHONPATH": str(folder)}
 
 
 # ---------------------------------------------------------------------------------------------- the bundled model

@@ -27,7 +27,7 @@ STORY = (
 
 @pytest.fixture(scope="session")
 def runtime() -> Runtime:
-    setup = prepare(EngineConfig(model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=64, device="cpu"))
+    setup = prepare(EngineConfig(model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=64, device="cpu", threads=1))
     return build(setup)
 
 
@@ -35,7 +35,7 @@ def runtime() -> Runtime:
 def layered_runtime() -> Runtime:
     """The same model with room for parked hidden states."""
     config = EngineConfig(
-        model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=16, device="cpu", techniques=["schedule=layered"]
+        model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=16, device="cpu", threads=1, techniques=["schedule=layered"]
     )
     return build(prepare(config))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -81,11 +82,20 @@ def test_from_a_cached_prefix(runtime: Runtime, specs: list[RequestSpec], alone:
     assert {k: second[k[0] + COUNT, k[1]] for k in alone} == alone
 
 
-def test_after_preemption(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_) -> None:
-    """A pool of 24 blocks holds two or three of the sequences at a time, and they grow into each other."""
-    bench = Bench(runtime, blocks=24, max_guesses=0, share=False, max_rows=64)
-    assert bench.run(specs) == alone
-    assert bench.engine.stats.preemptions >= 5
+def test_after_preemption(runtime: Runtime, specs: list[RequestSpec]) -> None:
+    """Short prompts that grow into each other until a pool of 24 blocks is too small for them."""
+    grow = [
+        msgspec.structs.replace(s, sampling=msgspec.structs.replace(s.sampling, max_tokens=60))
+        for s in specs[:30]
+        if s.items[0].rows < 40
+    ]
+    wanted: Tokens_ = {}
+    for one in grow:
+        wanted.update(Bench(runtime, share=False).run([one]))
+    for share in (False, True):
+        bench = Bench(runtime, blocks=24, max_guesses=0, share=share)
+        assert bench.run(grow) == wanted
+        assert bench.engine.stats.preemptions >= 5
 
 
 def test_forced_preemption_at_every_step(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_) -> None:
@@ -93,7 +103,7 @@ def test_forced_preemption_at_every_step(runtime: Runtime, specs: list[RequestSp
 
     def disturb(bench: Bench) -> None:
         scheduler = bench.engine.scheduler
-        if bench.steps < 200 and scheduler.running and bench.steps % 3 == 0:
+        if bench.steps < 60 and scheduler.running:
             victim = rng.choice(list(scheduler.running.values()))
             scheduler.preempt(victim)
             scheduler.enqueue(victim, 0.0)

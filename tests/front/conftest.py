@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from weft.front.server import Server
 from weft.front.text import ModelText
 
 MODEL = "weft-tiny"
+CONTEXT = 1024
 
 
 @contextlib.contextmanager
@@ -51,7 +53,7 @@ def info(text: ModelText) -> EngineInfo:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def scripted(info: EngineInfo) -> Iterator[Callable[..., ScriptedPort]]:
     """`scripted(script, ...)` makes a scripted engine, closed at the end of the test."""
     ports: list[ScriptedPort] = []
@@ -70,17 +72,14 @@ def engine(bundled: Path) -> Iterator[EnginePort]:
     """The real engine with the bundled model; a pool so small that many requests have to take turns."""
     from weft.exec.build import EngineConfig, build, prepare
     from weft.exec.thread import EngineThread
+    from weft.llm import engine_info
 
-    setup = prepare(EngineConfig(model=bundled, memory_bytes=160 << 20, max_num_seqs=32, threads=1, max_model_len=1024))
+    config = EngineConfig(model=bundled, max_num_seqs=32, threads=1, max_model_len=CONTEXT)
+    plan = prepare(config).plan
+    pool = 3 * CONTEXT * plan.kv_bytes_per_token
+    setup = prepare(replace(config, memory_bytes=plan.total_bytes - plan.kv_bytes + pool))
     runtime = build(setup)
-    info = EngineInfo(
-        model_id=MODEL,
-        vocab_size=setup.spec.vocab,
-        max_model_len=setup.limits.max_model_len,
-        kv_blocks=setup.plan.kv_blocks,
-        block_tokens=setup.config.block_tokens,
-        max_num_seqs=setup.limits.max_num_seqs,
-    )
+    info = engine_info(setup, MODEL)
     port = EngineThread(runtime.engine, runtime.executor, info)
     yield port
     port.close()

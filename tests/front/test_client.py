@@ -133,9 +133,7 @@ def test_what_reaches_the_engine(scripted: Make, text: ModelText) -> None:
 @pytest.mark.parametrize(
     ("ids", "code"), [([], "empty_prompt"), ([1] * 512, "context_length_exceeded"), ([4096], None), ([3, -1], None)]
 )
-def test_bad_prompts_do_not_reach_the_engine(
-    scripted: Make, text: ModelText, ids: list[int], code: str | None
-) -> None:
+def test_bad_prompts_do_not_reach_the_engine(scripted: Make, text: ModelText, ids: list[int], code: str | None) -> None:
     port = scripted(lambda spec, index: [])
     with pytest.raises(RequestError) as caught:
         asyncio.run(collect(Client(port, text), [Prompt(ids=[1]), Prompt(ids=ids)]))

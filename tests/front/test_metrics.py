@@ -78,7 +78,11 @@ def test_histogram_counts_up_to_and_including_the_bound() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["weft:x 1", "# HELP weft:x X\n# TYPE weft:x gauge\nweft:y 1\n", "# HELP weft:x X\n# TYPE weft:x counter\nweft:x 1\n"],
+    [
+        "weft:x 1",
+        "# HELP weft:x X\n# TYPE weft:x gauge\nweft:y 1\n",
+        "# HELP weft:x X\n# TYPE weft:x counter\nweft:x 1\n",
+    ],
 )
 def test_the_parser_refuses(page: str) -> None:
     with pytest.raises(AssertionError):

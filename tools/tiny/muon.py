@@ -21,7 +21,7 @@ DECAY = 0.01
 def orthogonal(gradient: Tensor, steps: int = 5) -> Tensor:
     """Near the closest matrix with orthonormal rows or columns: all singular values come to about 1.  [R, C] -> [R, C]."""
     a, b, c = NEWTON_SCHULZ
-    x = gradient / (gradient.norm() + 1e-7)
+    x: Tensor = gradient / (gradient.norm() + 1e-7)
     tall = x.size(0) > x.size(1)
     if tall:  # the products below are of the shorter side
         x = x.T

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from weft.exec.runner import Propose, TorchExecutor
     from weft.models.decoder import Decoder
 
+SMALL_BYTES = 64 << 20
+"""Below this much weight a step's operations are too short to be worth handing to a second thread."""
 FLOAT32_BYTES = 1 << 30
 """A model whose float32 weights stay below this runs in float32 on a CPU unless asked otherwise: exactness costs it little."""
 Progress = Callable[[int, int], None]
@@ -41,7 +43,7 @@ class EngineConfig:
     dtype       auto, float32, bfloat16 or float16.  auto: float32 on a CPU for models below 1 GiB, else the checkpoint's
     device      auto, cpu or cuda
     memory_bytes    everything that weft may take, or None
-    threads     CPU threads, None for as many as the machine lets this process use
+    threads     CPU threads; None for as many as the machine lets this process use, but one for a very small model
     invariant   results independent of batch, chunks and cache to the last bit; None: yes in float32 on a CPU
     share       whether requests share cached prefixes
     techniques  as 'slot=name(args)'
@@ -133,11 +135,13 @@ def prepare(config: EngineConfig) -> Setup:
         max_model_len=config.max_model_len,
         layered=layered,
     )
+    small = plan.weights_bytes <= SMALL_BYTES
+    threads = config.threads or (1 if small else cpu_count().threads)
     limits = Limits(
         max_model_len=plan.max_model_len, max_num_seqs=config.max_num_seqs, max_rows=rows, max_samples=samples
     )
     return Setup(
-        config=config, spec=spec, dtype=dtype, device=device, threads=config.threads or cpu_count().threads,
+        config=config, spec=spec, dtype=dtype, device=device, threads=threads,
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
     )  # fmt: skip
 

@@ -81,7 +81,9 @@ class KVPool:
     def _check(self, group: GroupSpec) -> None:
         spec = self.specs[group.model]
         if group.entry_bytes * group.block_tokens > self.block_bytes:
-            raise InvariantError(f"group {group.name}: {group.block_tokens} entries do not fit {self.block_bytes} bytes")
+            raise InvariantError(
+                f"group {group.name}: {group.block_tokens} entries do not fit {self.block_bytes} bytes"
+            )
         row_bytes = spec.kv_heads * spec.head_dim * self.dtype.itemsize
         if group.kind is GroupKind.PARKED:
             fits = group.entry_bytes == spec.width * 4 and self.block_bytes % 4 == 0

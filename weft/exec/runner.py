@@ -152,13 +152,12 @@ class TorchExecutor:
             at += count
             bounds.append(at)
         tokens = np.fromiter((t for i in mine for t in works[i].tokens), np.int64, at)
-        positions_T = self._tensor(np.concatenate(positions))
         members = self._members[name]
         batch = Batch(
             tokens_T=self._tensor(tokens),
-            positions_T=positions_T,
+            positions_T=self._tensor(np.concatenate(positions)),
             bounds=bounds,
-            groups=[self._group(g, works, mine, positions_T) for g in members if self.groups[g].kind is not GroupKind.PARKED],
+            groups=[self._group(g, works, mine) for g in members if self.groups[g].kind is not GroupKind.PARKED],
             logit_rows_N=self._tensor(np.concatenate(logit_rows) if logit_rows else np.empty(0, np.int64)),
             trees=trees,
             vectors=self._vector_rows(vectors),
@@ -173,7 +172,7 @@ class TorchExecutor:
             depth.append(0 if p < 0 else depth[p] + 1)
         return np.concatenate([np.arange(work.start, work.start + context), work.start + context + np.array(depth)])
 
-    def _group(self, g: int, works: Sequence[Work], mine: Sequence[int], positions_T: Tensor) -> GroupBatch:
+    def _group(self, g: int, works: Sequence[Work], mine: Sequence[int]) -> GroupBatch:
         sequences = [self.mirror.sequences[works[i].request] for i in mine]
         tables = np.zeros((len(mine), max(s.used[g] for s in sequences)), np.int64)
         lengths = np.empty(len(mine), np.int64)
@@ -183,7 +182,6 @@ class TorchExecutor:
             lengths[row] = self.mirror.entry(works[i], g) + len(works[i].tokens)
             slots.append(self.mirror.slots(works[i], g))
         slots_T = self._tensor(np.concatenate(slots))
-        self.pool.write_positions(g, slots_T, positions_T)
         first = np.array([s.first[g] for s in sequences], np.int64)
         return GroupBatch(self._tensor(tables), self._tensor(first), self._tensor(lengths), slots_T)
 
@@ -216,7 +214,7 @@ class TorchExecutor:
         for w in wanted:
             rows.extend(self._rows(works[w.work], w.sampled))
             index.extend(range(w.first + w.prompt_rows, w.first + w.prompt_rows + w.sampled))
-        sampled_NV = logits_NV if len(index) == len(logits_NV) else logits_NV[torch.tensor(index, device=logits_NV.device)]
+        sampled_NV = logits_NV if len(index) == len(logits_NV) else logits_NV[torch.tensor(index, dtype=torch.int64, device=logits_NV.device)]
         finite = torch.isfinite(sampled_NV.amax(-1)).tolist() if index else []
         winners = sampler.draw(sampled_NV, rows) if index else []
         linked: dict[int, int] = {}

@@ -44,6 +44,16 @@ _O200K = "|".join(
     )
 )
 _LLAMA3_RANKS = 128_000
+_LLAMA3_NAMES = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    4: "finetune_right_pad_id",
+    6: "start_header_id",
+    7: "end_header_id",
+    8: "eom_id",
+    9: "eot_id",
+    10: "python_tag",
+}
 _PUBLIC: dict[str, tuple[str | None, dict[str, int]]] = {
     "r50k_base": (None, {"<|endoftext|>": 50256}),
     "cl100k_base": (
@@ -68,13 +78,12 @@ def convert(folder: Path, config: dict[str, Any]) -> Converted:
     if model.is_file():
         data = read_bytes(model)
         if _looks_like_ranks(data):
-            return _llama3(model, data)
+            return _llama3(model, data, config)
         return sentencepiece_bpe(model, data, config)
     for stem, (pattern, special) in _PUBLIC.items():
         path = folder / f"{stem}.tiktoken"
         if path.is_file():
-            backend = bpe_from_ranks(_ranks(path, read_bytes(path)), pattern)
-            return backend, _listed(special)
+            return bpe_from_ranks(_ranks(path, read_bytes(path)), pattern, special), {}
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).is_file() and (folder / merges).is_file():
             return _vocab_and_merges(folder / vocab, folder / merges, config)
@@ -106,11 +115,11 @@ def _ranks(path: Path, data: bytes) -> dict[bytes, int]:
     return ranks
 
 
-def bpe_from_ranks(ranks: dict[bytes, int], pattern: str | None) -> Backend:
+def bpe_from_ranks(ranks: dict[bytes, int], pattern: str | None, special: dict[str, int]) -> Backend:
     """Byte-level BPE that merges as tiktoken does: at each point the pair whose joined bytes have the lowest rank.
 
     tiktoken knows no merge list, only the rank of each result, so each way of splitting a token into two tokens becomes
-    a merge.  pattern None is GPT-2's.
+    a merge.  pattern: None is GPT-2's.  special: ids of special tokens, with gaps where the encoding has them.
     """
     spell = {token: "".join(CHAR_OF_BYTE[b] for b in token) for token in ranks}
     merges: list[tuple[str, str]] = []
@@ -119,8 +128,9 @@ def bpe_from_ranks(ranks: dict[bytes, int], pattern: str | None) -> Backend:
         known = [(a, b) for a, b in splits if a in ranks and b in ranks]
         known.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         merges += [(spell[a], spell[b]) for a, b in known]
-    vocab = {spell[token]: rank for token, rank in ranks.items()}
+    vocab = {spell[token]: rank for token, rank in ranks.items()} | special
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     _byte_level(backend, pattern)
     return backend
 
@@ -138,35 +148,29 @@ def _byte_level(backend: Backend, pattern: str | None, *, prefix_space: bool = F
     backend.decoder = decoders.ByteLevel()
 
 
-def _llama3(path: Path, data: bytes) -> Converted:
+def _llama3(path: Path, data: bytes, config: dict[str, Any]) -> Converted:
     ranks = _ranks(path, data)
     if len(ranks) != _LLAMA3_RANKS:
         raise ConfigError(
             f"{path} holds {len(ranks)} tiktoken ranks, and weft knows only Llama 3's {_LLAMA3_RANKS}; "
             "put the checkpoint's tokenizer.json beside it"
         )
-    names = [f"<|reserved_special_token_{i}|>" for i in range(248)]
-    own = {
-        0: "begin_of_text",
-        1: "end_of_text",
-        4: "finetune_right_pad_id",
-        6: "start_header_id",
-        7: "end_header_id",
-        8: "eom_id",
-        9: "eot_id",
-        10: "python_tag",
-    }
-    reserved = iter(names)
-    special = {(f"<|{own[i]}|>" if i in own else next(reserved)): _LLAMA3_RANKS + i for i in range(256)}
-    defaults = _listed(special)
-    defaults |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
-    return bpe_from_ranks(ranks, _CL100K), defaults
+    special = _llama3_special(config.get("added_tokens_decoder") or {})
+    defaults = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
+    return bpe_from_ranks(ranks, _CL100K, special), defaults
 
 
-def _listed(special: dict[str, int]) -> dict[str, Any]:
-    """Special tokens in the form of tokenizer_config.json."""
-    entries = {str(i): {"content": t, "special": True, "normalized": False} for t, i in special.items()}
-    return {"added_tokens_decoder": entries}
+def _llama3_special(listed: dict[str, Any]) -> dict[str, int]:
+    """Llama 3.1's names of the 256 ids behind the ranks; those that the checkpoint lists itself go before them."""
+    own = {int(i): entry["content"] for i, entry in listed.items() if i.isdecimal() and isinstance(entry, dict)}
+    taken = set(own.values())
+    reserved = (f"<|reserved_special_token_{i}|>" for i in range(256))
+    special: dict[str, int] = {}
+    for offset in range(256):
+        i = _LLAMA3_RANKS + offset
+        name = f"<|{_LLAMA3_NAMES[offset]}|>" if offset in _LLAMA3_NAMES else next(reserved)
+        special[own.get(i) or (name if name not in taken else f"<|unused_{i}|>")] = i
+    return special
 
 
 # ---------------------------------------------------------------------------------------------- vocab and merges

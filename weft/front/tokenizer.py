@@ -77,9 +77,9 @@ class Tokenizer:
             return cls(backend, {**defaults, **config})
         try:
             backend = Backend.from_buffer(read_bytes(path))
-        except ConfigError:
+        except (ConfigError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as e:  # the library raises plain Exception (and ValueError) for every fault of the file
+        except BaseException as e:  # the library raises plain Exception for faults of the file, and Rust may panic
             raise ConfigError(f"{path} cannot be used as a tokenizer ({e}); fetch it again") from e
         return cls(backend, config)
 

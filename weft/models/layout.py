@@ -17,11 +17,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from weft.models.spec import DecoderSpec, LayerSpec, dtype_bytes
+from weft.models.spec import PAD_ROWS, DecoderSpec, LayerSpec, dtype_bytes
 
 ALIGN_BYTES = 64
-PAD_ROWS = 64
-"""Buffers hold a multiple of this many rows, so that products of fixed shapes may reach past a batch's end."""
 
 Shape = tuple[int, ...]
 
@@ -94,9 +92,8 @@ def buffer_shapes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int
     rows, samples = padded(max_rows), padded(max_samples)
     width, dim = spec.width, spec.head_dim
     inner = max((layer.intermediate for layer in spec.layers if layer.experts is None), default=0)
-    shapes: dict[str, tuple[Shape, str]] = {
-        name: ((rows, width), dtype) for name in ("hidden", "normed", "projected")
-    }
+    stream = (rows, width), dtype
+    shapes: dict[str, tuple[Shape, str]] = {"hidden": stream, "normed": stream, "projected": stream}
     shapes["qkv"] = (rows, (spec.heads + 2 * spec.kv_heads) * dim), dtype
     shapes["attended"] = (rows, spec.heads * dim), dtype
     shapes["gate_up"] = (rows, 2 * inner), dtype
@@ -112,8 +109,10 @@ def buffer_shapes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int
 def workspace_bytes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int) -> int:
     """Bytes of the decoder's buffers, exactly as they are allocated."""
     name = dtype.removeprefix("torch.")
-    sized = {key: (shape, dtype_bytes(kind)) for key, (shape, kind) in
-             buffer_shapes(spec, name, max_rows, max_samples).items()}
+    sized = {
+        key: (shape, dtype_bytes(kind))
+        for key, (shape, kind) in buffer_shapes(spec, name, max_rows, max_samples).items()
+    }
     return arena(sized)[1]
 
 

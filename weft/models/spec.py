@@ -18,6 +18,9 @@ from weft.types import GroupKind, GroupSpec
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Number formats that a model may be computed in, and the bytes of one value."""
 
+PAD_ROWS = 64
+"""Buffers hold a multiple of this many rows, so that products of fixed shapes may reach past a batch's end."""
+
 
 def dtype_bytes(dtype: str) -> int:
     """Bytes of one value of `dtype` (a name such as "float32" or "torch.bfloat16").  Raises ConfigError if unknown."""

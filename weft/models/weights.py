@@ -82,9 +82,7 @@ def load(folder: Path, spec: DecoderSpec, tensors: dict[str, Tensor], progress: 
                     progress(done, total)
 
 
-def randomize(
-    spec: DecoderSpec, tensors: dict[str, Tensor], seed: int = 0, progress: Progress | None = None
-) -> None:
+def randomize(spec: DecoderSpec, tensors: dict[str, Tensor], seed: int = 0, progress: Progress | None = None) -> None:
     """Fill the fused tensors with noise that depends on (seed, name): rows of matrices have length about 1, norms are 1.
 
     Such a model computes with numbers of ordinary size, and the same seed gives the same model in each process.
@@ -95,7 +93,7 @@ def randomize(
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest, "little") >> 1)
         if tensor.dim() > 1:
-            for piece in tensor.flatten(0, -2).split(max(1, (1 << 22) // tensor.shape[-1])):
+            for piece in torch.split(tensor.flatten(0, -2), max(1, (1 << 22) // tensor.shape[-1])):
                 piece.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
         elif name.endswith("bias"):
             tensor.normal_(0.0, 0.02, generator=generator)

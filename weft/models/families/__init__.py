@@ -48,7 +48,7 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
         raise Config(config).refuse("architectures", "a list of class names")
     named = [family for family in known.values() if family.ARCHITECTURE in (architectures or ())]
     if not architectures:
-        named = [family for family in known.values() if family.MODEL_TYPE == config.get("model_type")]
+        named = [family for family in known.values() if config.get("model_type") == family.MODEL_TYPE]
     if not named:
         shown = ", ".join(map(str, architectures or [config.get("model_type")]))
         listing = ", ".join(sorted(family.ARCHITECTURE for family in known.values()))

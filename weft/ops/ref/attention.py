@@ -57,7 +57,7 @@ def attention(
     Returns (lse, mass): log-sum-exp of each row's scores, float32 [T, H]; and the attention that each entry of each table got,
     summed over rows and the heads of a kv head, float32 [S, KV, entries]; each None unless wanted.
     """
-    rows, heads, dim = q_THD.shape
+    rows, heads = q_THD.shape[:2]
     lse = q_THD.new_zeros(rows, heads, dtype=torch.float32) if want_lse or want_mass else None
     for slab in plan.slabs:
         query = _queries(q_THD, slab, plan.kv_heads, scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weft.exec.batch import Batch, GroupBatch
     from weft.exec.kvpool import KVPool
 
-Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 CACHED_MASK_BYTES = 16 << 20
 """Masks of all rounds are kept for the next layer up to this size, and made anew for each layer beyond it."""
@@ -73,9 +73,7 @@ class Slab:
 class AttentionPlan:
     """The tiles of one batch in one KV group of the pool.  Positions of the batch's entries must already stand there."""
 
-    def __init__(
-        self, batch: Batch, where: GroupBatch, pool: KVPool, group: int, heads: int, tiling: Tiling
-    ) -> None:
+    def __init__(self, batch: Batch, where: GroupBatch, pool: KVPool, group: int, heads: int, tiling: Tiling) -> None:
         shape = pool.groups[group]
         spec = pool.specs[shape.model]
         self.group = group
@@ -152,7 +150,9 @@ class AttentionPlan:
         tile[turn] = 1
         tile = np.cumsum(tile)
         owner = sequence[heads]
-        first, stop = self._key_tiles(owner, np.minimum.reduceat(positions, heads), np.maximum.reduceat(positions, heads))
+        first, stop = self._key_tiles(
+            owner, np.minimum.reduceat(positions, heads), np.maximum.reduceat(positions, heads)
+        )
         widest = min(int((stop - first).max()), self.tiling.group)
         pairs = self.tiling.scratch_bytes // (self._pair_bytes + size * self._row_bytes)
         step = max(1, pairs // widest)
@@ -164,11 +164,11 @@ class AttentionPlan:
             grid[slot] = rows[mine]
             where = np.full(count * size, -1)
             where[slot] = positions[mine]
-            tree = None
+            tree: Ints | None = None
             if self._in_tree[owner[at : at + step]].any():
-                tree = np.full(count * size, -1)
-                tree[slot] = self._tree_rows(sequence[mine], within[mine])
-                tree = tree.reshape(count, size)
+                flat = np.full(count * size, -1)
+                flat[slot] = self._tree_rows(sequence[mine], within[mine])
+                tree = flat.reshape(count, size)
             yield Slab(
                 rows=self._tensor(grid).view(count, size),
                 valid=self._tensor(slot),

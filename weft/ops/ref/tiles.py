@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.models.layout import PAD_ROWS
+from weft.models.spec import PAD_ROWS
 from weft.ops.ref.basic import Slabs, linear
 
 CANDIDATES = (8, 16, 32, 64, 128, 256, 512)

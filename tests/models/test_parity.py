@@ -1,0 +1,74 @@
+"""Every family gives the reference implementation's logits, however its rows are batched, chunked or cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.models.checkpoints import VARIANTS, Checkpoint
+from tests.models.harness import Bench, Rows, bench_for
+from weft.models import load_spec
+
+LENGTH = 100
+"""Tokens of a prompt: past twice the window (24) and three times the rope scalings' original length (32)."""
+TOLERANCE = 1e-4
+
+
+def prompt(seed: int, length: int = LENGTH) -> list[int]:
+    return torch.randint(0, 211, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def check_batches(bench: Bench, reference: Checkpoint) -> None:
+    """Mixed batches of three sequences in uneven chunks, one of which then continues a cached prefix."""
+    prompts = {name: prompt(seed, length) for seed, (name, length) in enumerate([("a", LENGTH), ("b", 37), ("c", 70)])}
+    wanted = {name: reference.logits(tokens) for name, tokens in prompts.items()}
+    plan = [("a", 0, 33), ("b", 0, 36), ("a", 33, 50), ("c", 0, 69), ("b", 36, 37), ("a", 50, LENGTH), ("c", 69, 70)]
+    for first, last in ((0, 2), (2, 4), (4, 7)):
+        part = plan[first:last]
+        found = bench.run([Rows(name, prompts[name][lo:hi], lo) for name, lo, hi in part])
+        for (name, lo, hi), logits in zip(part, found, strict=True):
+            assert (logits - wanted[name][lo:hi]).abs().max() < TOLERANCE, (name, lo, hi)
+    bench.share("c", "d", 32)
+    logits = bench.run([Rows("d", prompts["c"][32:], 32)])[0]
+    assert (logits - wanted["c"][32:]).abs().max() < TOLERANCE, "cached prefix"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_and_greedy_tokens(name: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+    reference = checkpoint(name)
+    spec = load_spec(reference.folder)
+    fast = bench_for(spec, reference.folder, invariant=False, slide=False)
+    check_batches(fast, reference)
+    exact = bench_for(spec, reference.folder)
+    assert exact.decoder.invariant
+    tokens = prompt(11, 60)
+    output = exact.greedy("g", tokens, 64)
+    every = reference.logits(tokens + output)
+    best = every[len(tokens) - 1 : -1].argmax(-1).tolist()
+    assert output == best
+    again = exact.chunked("h", tokens + output, 17)
+    assert (again - every).abs().max() < TOLERANCE
+
+
+def test_attention_is_far_from_uniform(checkpoint: Callable[[str], Checkpoint]) -> None:
+    """The models' weights make attention peaked, so that a wrong mask, scale or rope can't hide."""
+    for name in ("llama", "gemma2", "qwen3"):
+        model = checkpoint(name).model
+        with torch.no_grad():
+            found = model(torch.tensor([prompt(1)]), output_attentions=True)
+        top = torch.stack([layer[0, :, 50:].amax(-1).mean() for layer in found.attentions])
+        assert (top > 0.15).all(), (name, top)
+
+
+def test_bfloat16_stays_near(checkpoint: Callable[[str], Checkpoint]) -> None:
+    for name in ("llama", "gemma2", "qwen3_moe"):
+        reference = checkpoint(name)
+        bench = bench_for(load_spec(reference.folder), reference.folder, dtype="bfloat16")
+        assert not bench.decoder.invariant
+        tokens = prompt(3)
+        logits = bench.chunked("a", tokens, 40)
+        wanted = reference.logits(tokens)
+        error = (logits - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert error < 0.12, (name, float(error))

@@ -1,0 +1,218 @@
+"""Prefill and decode speed of the engine in this process: scheduler, executor and sampler, without text and HTTP.
+
+Each batch runs in two phases, so that neither figure holds a part of the other: every sequence is computed up to its first
+token and parked, then all of them are resumed and decode together.  Prompts are random and differ, nothing is shared, nothing
+ends early, and tokens are greedy.  A short run comes first and is not counted.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from weft.bench.limit import bytes_per_step, read_gb_s
+from weft.errors import CapacityError, ConfigError
+from weft.exec.build import EngineConfig, Progress, Runtime, Setup, build, prepare
+from weft.exec.host import format_size, peak_rss_bytes
+from weft.exec.thread import StepTimes, step
+from weft.types import Event, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
+
+SHAPES = Path(__file__).resolve().parents[2] / "bench" / "shapes"
+WARM_PROMPT, WARM_NEW = 32, 4
+
+Tick = Callable[[str], None]
+"""Called with what is being done, at most once for each step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeBench:
+    """What to measure.  prompt, new: tokens of each sequence.  repeat: how often; medians are told."""
+
+    batches: Sequence[int]
+    prompt: int = 128
+    new: int = 64
+    repeat: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise ConfigError("--batch takes whole numbers of at least 1 with commas between them, e.g. 1,4,16")
+        if self.prompt < 1:
+            raise ConfigError(f"--prompt must be at least 1 token, got {self.prompt}")
+        if self.new < 2:
+            raise ConfigError(f"--new must be at least 2, since the first token belongs to the prompt; got {self.new}")
+        if self.repeat < 1:
+            raise ConfigError(f"--repeat must be at least 1, got {self.repeat}")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One batch, once.  steps: pure decode steps, with the tokens that each gave."""
+
+    prefill_s: float
+    ttft_s: list[float]
+    steps: list[tuple[StepTimes, int]]
+
+
+def find_shape(name: str) -> Path:
+    """The configuration called `name` in `bench/shapes`, or the JSON file of that path.  Raises ConfigError."""
+    path = Path(name).expanduser()
+    if name.endswith(".json") or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"there is no file {name}; give a config.json, or a name without .json")
+        return path
+    known = sorted(p.stem for p in SHAPES.glob("*.json"))
+    if name in known:
+        return SHAPES / f"{name}.json"
+    if not known:
+        raise ConfigError(
+            f"this installation has no folder of shapes ({SHAPES}); give the path of a config.json to --shape"
+        )
+    raise ConfigError(f"there is no shape {name!r}; there are {', '.join(known)}, or give the path of a config.json")
+
+
+def make_room(config: EngineConfig, bench: DecodeBench) -> Setup:
+    """The set-up in which the largest batch fits the KV pool at once.
+
+    Raises ConfigError where prompt and answer exceed the model's context, CapacityError where memory does not hold them.
+    """
+    length = bench.prompt + bench.new
+    config = replace(config, max_num_seqs=max(bench.batches), share=False)
+    setup = prepare(config)
+    if length > setup.spec.max_positions:
+        raise ConfigError(
+            f"--prompt {bench.prompt} and --new {bench.new} make {length} tokens, and the model's context is "
+            f"{setup.spec.max_positions}; make them smaller"
+        )
+    wanted = replace(config, max_model_len=length)
+    setup = prepare(wanted)
+    setup.require_fit()
+    plan, alone = setup.plan, prepare(replace(wanted, max_num_seqs=1)).plan
+    block_bytes = plan.kv_bytes // plan.kv_blocks
+    fixed_bytes = plan.total_bytes - plan.kv_bytes
+    kv_bytes = max(bench.batches) * alone.kv_bytes
+    room = plan.available_bytes if config.memory_bytes is None else min(plan.available_bytes, config.memory_bytes)
+    if fixed_bytes + kv_bytes > room:
+        raise CapacityError(
+            f"{max(bench.batches)} sequences of {length} tokens do not fit: {format_size(kv_bytes)} of KV and "
+            f"{format_size(fixed_bytes)} beside it, but there are {format_size(room)}; use a smaller --batch or --prompt"
+        )
+    # Without --memory a plan's KV pool is modest; here every sequence must have its KV at once.
+    return prepare(replace(wanted, memory_bytes=fixed_bytes + kv_bytes + block_bytes - 1))
+
+
+def ready(config: EngineConfig, bench: DecodeBench, progress: Progress | None = None) -> tuple[Runtime, float]:
+    """The engine to measure, and the seconds from reading its configuration to being ready for a request."""
+    began = time.perf_counter()
+    runtime = build(make_room(config, bench), progress)
+    return runtime, time.perf_counter() - began
+
+
+def run(
+    runtime: Runtime, bench: DecodeBench, name: str, ready_s: float, tick: Tick | None = None
+) -> list[dict[str, Any]]:
+    """One record for each batch, in the order asked for; `limit` is measured last."""
+    tell = tick or (lambda _: None)
+    ids = count(1)
+    phase(runtime, max(bench.batches), min(bench.prompt, WARM_PROMPT), min(bench.new, WARM_NEW), bench.seed, ids, tell)
+    records = []
+    for batch in bench.batches:
+        phases = [
+            phase(runtime, batch, bench.prompt, bench.new, bench.seed + turn, ids, tell) for turn in range(bench.repeat)
+        ]
+        records.append(_record(runtime, bench, batch, phases, name, ready_s))
+    # Last, as it takes memory of its own that must not show in rss_peak_bytes.
+    tell("the machine's bandwidth")
+    bandwidth = read_gb_s(runtime.setup.threads, runtime.setup.device)
+    for record in records:
+        limit = record["limit"]
+        limit["read_gb_s"] = bandwidth
+        limit["fraction"] = limit["bytes_per_step"] / record["tpot_s"] / (bandwidth * 1e9)
+    return records
+
+
+def phase(
+    runtime: Runtime, batch: int, prompt: int, new: int, seed: int, ids: Iterator[int], tell: Tick
+) -> Phase:
+    """Compute `batch` prompts up to their first tokens, then decode them together to their ends."""
+    engine, executor = runtime.engine, runtime.executor
+    draw = random.Random(seed)
+    vocab = runtime.setup.spec.vocab
+    began = time.perf_counter()
+    for _ in range(batch):
+        tokens = tuple(draw.randrange(vocab) for _ in range(prompt))
+        sampling = SamplingSpec(temperature=0.0, max_tokens=new)
+        _refuse(engine.add(RequestSpec(id=next(ids), items=(TokenItem(tokens),), sampling=sampling), time.monotonic()))
+    waiting = {r.id for r in engine.requests()}
+    ttft_s: list[float] = []
+    while waiting:
+        tell(f"batch {batch}: prompts")
+        events, _ = step(engine, executor)
+        _refuse(events)
+        now = time.perf_counter() - began
+        for event in events:
+            if isinstance(event, Tokens):
+                ttft_s.append(now)
+                waiting.discard(event.id)
+                engine.park(event.id)
+    prefill_s = time.perf_counter() - began
+    for request in engine.requests():
+        engine.resume(request.id, now=time.monotonic())
+    steps: list[tuple[StepTimes, int]] = []
+    while engine.has_work:
+        tell(f"batch {batch}: decode")
+        events, times = step(engine, executor)
+        _refuse(events)
+        got = [len(event.tokens) for event in events if isinstance(event, Tokens)]
+        if len(got) == batch:
+            steps.append((times, sum(got)))
+    return Phase(prefill_s, ttft_s, steps)
+
+
+def _refuse(events: Sequence[Event]) -> None:
+    for event in events:
+        if isinstance(event, Rejected):
+            raise CapacityError(event.message)
+        if isinstance(event, Preempted):
+            raise CapacityError("the KV pool is too small for the batch, so the figures would mean nothing; give more --memory")
+        error = getattr(event, "error", None)
+        if error is not None:
+            raise ConfigError(error)
+
+
+def _record(
+    runtime: Runtime, bench: DecodeBench, batch: int, phases: Sequence[Phase], name: str, ready_s: float
+) -> dict[str, Any]:
+    setup = runtime.setup
+    steps = [s for p in phases for s in p.steps]
+    decode_tok_s = median(tokens / times.total_s for times, tokens in steps)
+    read = bytes_per_step(setup.spec, setup.groups, setup.dtype, batch, bench.prompt + bench.new // 2)
+    return {
+        "batch": batch,
+        "prefill_tok_s": batch * bench.prompt / median(p.prefill_s for p in phases),
+        "decode_tok_s": decode_tok_s,
+        "ttft_s": median(t for p in phases for t in p.ttft_s),
+        "tpot_s": batch / decode_tok_s,
+        "ready_s": ready_s,
+        "rss_peak_bytes": peak_rss_bytes(),
+        "model": name,
+        "dtype": setup.dtype,
+        "device": setup.device,
+        "threads": setup.threads,
+        "ops": runtime.decoder.ops.name,
+        "invariant": runtime.decoder.invariant,
+        "stack": [str(part) for part in setup.stack.parts],
+        "prompt": bench.prompt,
+        "new": bench.new,
+        "steps": len(steps),
+        "host_s_per_step": median(times.host_s for times, _ in steps),
+        "forward_s_per_step": median(times.forward_s for times, _ in steps),
+        "sample_s_per_step": median(times.sample_s for times, _ in steps),
+        "limit": {"bytes_per_step": read, "read_gb_s": 0.0, "fraction": 0.0},
+    }

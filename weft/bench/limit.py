@@ -1,0 +1,101 @@
+"""The limit of decoding: what a step must read at least, and how fast this machine reads.
+
+A decode step computes one row for each sequence, so nearly every weight is read for a handful of multiplications: the time of a
+step is bounded by bytes over bandwidth (Williams et al., Roofline, CACM 52(4), 2009).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from weft.models.layout import layer_shapes, tensor_shapes
+from weft.models.spec import DecoderSpec, dtype_bytes
+from weft.types import GroupKind, GroupSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+READ_BYTES = 1 << 30
+"""Bytes that the bandwidth is measured over: far more than any cache holds."""
+ROUNDS = 5
+ROW = 4096
+
+
+def experts_hit(num: int, top_k: int, rows: int) -> float:
+    """Distinct experts that `rows` rows reach, expected when each row's top_k are drawn evenly and independently."""
+    return num * (1.0 - (1.0 - top_k / num) ** rows)
+
+
+def weight_bytes_read(spec: DecoderSpec, dtype: str, batch: int) -> int:
+    """Bytes of weights that a decode step of `batch` sequences reads: each weight once.
+
+    Of the embedding only the batch's rows, unless it is also the output projection; of a mixture only the experts that are hit
+    (see `experts_hit`: real routers are less even and hit fewer).
+    """
+    values = 0.0
+    for name, shape in tensor_shapes(spec).items():
+        if name == "embed" and not spec.tied:
+            values += min(batch, spec.vocab) * spec.width
+        elif "." not in name:
+            values += math.prod(shape)
+    for layer in spec.layers:
+        for name, shape in layer_shapes(spec, layer).items():
+            share = 1.0
+            if layer.experts is not None and name.startswith("experts_"):
+                share = experts_hit(layer.experts.num, layer.experts.top_k, batch) / layer.experts.num
+            values += math.prod(shape) * share
+    return round(values * dtype_bytes(dtype))
+
+
+def kv_bytes_read(groups: Sequence[GroupSpec], batch: int, context: int) -> int:
+    """Bytes of keys and values that `batch` sequences of `context` positions read in a step; windows read their last ones."""
+    return batch * sum(
+        g.entry_bytes * min(context, g.window or context) for g in groups if g.kind is not GroupKind.PARKED
+    )
+
+
+def bytes_per_step(spec: DecoderSpec, groups: Sequence[GroupSpec], dtype: str, batch: int, context: int) -> int:
+    """Stored bytes that a decode step must read: weights once, and the KV of the batch at `context` positions each."""
+    return weight_bytes_read(spec, dtype, batch) + kv_bytes_read(groups, batch, context)
+
+
+def read_gb_s(threads: int, device: str = "cpu", size_bytes: int = READ_BYTES) -> float:
+    """GB/s (1e9 bytes) at which this machine reads `size_bytes` of memory with `threads` threads.
+
+    The best round of three reductions that touch every byte once: sums of float32 and of int64, and a bfloat16 matrix times a
+    vector, which is what decoding does.  The best and not the middle, since it stands for a limit.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        memory = torch.ones(size_bytes // 8, dtype=torch.int64, device=device)
+        matrix = memory.view(torch.bfloat16).view(-1, ROW)
+        vector = torch.ones(ROW, dtype=torch.bfloat16, device=device)
+        kernels: list[Callable[[], Tensor]] = [
+            memory.view(torch.float32).sum,
+            memory.sum,
+            lambda: matrix.mv(vector),
+        ]
+        return max(memory.nbytes / _fastest(kernel, device) / 1e9 for kernel in kernels)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fastest(kernel: Callable[[], Tensor], device: str) -> float:
+    """Seconds of the fastest of ROUNDS calls, after one that is not counted."""
+    import torch
+
+    best = math.inf
+    for turn in range(ROUNDS + 1):
+        began = time.perf_counter()
+        kernel()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        if turn:
+            best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,69 @@
+"""What commands say beside their answer: sentences, tables and progress, all on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Progress = Callable[[int, int], None]
+"""(done, in all), in bytes"""
+
+
+def stderr() -> Console:
+    """A console on stderr; where that is no terminal, lines are never folded."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False) if sys.stderr.isatty() else Console(stderr=True, width=200)
+
+
+def stdout() -> Console:
+    """A console on stdout; where that is no terminal, lines are never folded."""
+    from rich.console import Console
+
+    return Console(highlight=False) if sys.stdout.isatty() else Console(width=200)
+
+
+def say(text: str) -> None:
+    """One line on stderr, as it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain(text: str) -> None:
+    """One sentence on stderr that says what went wrong."""
+    sentence = " ".join(text.split())
+    if sys.stderr.isatty():
+        stderr().print("[bold red]error:[/]", end=" ")
+        say(sentence)
+    else:
+        say(f"error: {sentence}")
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[Progress]:
+    """Progress of loading weights: a bar on a terminal, else a line before, one now and then if it is slow, one after."""
+    began = time.monotonic()
+    if sys.stderr.isatty():
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+        columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=stderr(), transient=True) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        say(f"loading {name}")
+        last = began
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= 5 and done < total:
+                last = time.monotonic()
+                say(f"loading {name}: {100 * done // max(total, 1)} %")
+
+        yield line
+    say(f"loaded {name} in {time.monotonic() - began:.1f} s")

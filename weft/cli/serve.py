@@ -1,0 +1,173 @@
+"""`weft serve`: the HTTP server.  stdout gets one line, `weft ready http://HOST:PORT`; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli._flags import EngineFlags, Model, engine_flags
+from weft.cli._terminal import loading, say, stderr
+from weft.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from weft.exec.thread import EngineThread
+    from weft.front.text import ModelText
+
+SERVER = "Server"
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class LateApp:
+    """An ASGI application that is known only after its port was taken: what arrives earlier waits in the socket's queue."""
+
+    def __init__(self) -> None:
+        self.app: Any = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+@engine_flags
+def serve(
+    model: Model = None,
+    *,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=SERVER)] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535, rich_help_panel=SERVER)
+    ] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--served-model-name",
+            help="Name of the model in requests, instead of its own; more by repeating it.",
+            metavar="NAME",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            help="Key that clients must send; better given in the environment variable WEFT_API_KEY.",
+            metavar="KEY",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            "--log-level",
+            help="debug, info, warning or error; else WEFT_LOG, else warning.",
+            metavar="LEVEL",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
+    flags: EngineFlags,
+) -> None:
+    """Serve a model over HTTP, in OpenAI's form."""
+    with _ended_by_signals():
+        _log(log_level)
+        key = api_key or os.environ.get("WEFT_API_KEY") or None
+        names = [name for name in served_model_name or () if name.strip()]
+        if served_model_name and len(names) < len(served_model_name):
+            raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
+        flags.check()
+        _serve(model, flags, host, port, names, key)
+
+
+def _serve(model: str | None, flags: EngineFlags, host: str, port: int, names: list[str], key: str | None) -> None:
+    from weft.front.server import Server
+    from weft.hub import model_id, resolve
+
+    late = LateApp()
+    names = names or [model_id(model)]
+    shown: list[ModelText] = []
+
+    def ready(url: str) -> None:
+        print(f"weft ready {url}", flush=True)
+        say(f"try:  {curl(url, names[0], chat=shown[0].has_chat_template, key=key is not None)}")
+
+    server = Server(late, host, port, ready)  # takes the port before anything large is fetched or loaded
+    engine: EngineThread | None = None
+    try:
+        folder = resolve(model, progress=sys.stderr.isatty())
+        engine, text = start(folder, model_id(model), flags)
+        from weft.front.app import create_app
+
+        shown.append(text)
+        late.app = create_app(engine, text, model_ids=names, api_key=key)
+        server.run()
+    finally:
+        if engine is not None:
+            engine.close()
+    if engine.error() is not None:
+        raise EngineError(f"the engine had stopped: {engine.error()}")
+
+
+def start(folder: Path, name: str, flags: EngineFlags) -> tuple[EngineThread, ModelText]:
+    """Plan, show the plan, and only then load: the engine in its thread, and the text side of its model."""
+    from weft.cli.plan import table
+    from weft.exec.build import build, prepare
+    from weft.exec.host import format_size
+    from weft.exec.thread import EngineThread
+    from weft.front.text import ModelText
+    from weft.llm import engine_info
+
+    setup = prepare(flags.config(folder))
+    stderr().print(table(setup, name))
+    setup.require_fit()
+    if setup.plan.reason:
+        say(f"note: {setup.plan.reason}")
+    text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
+    with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
+        runtime = build(setup, progress)
+    return EngineThread(runtime.engine, runtime.executor, engine_info(setup, name)), text
+
+
+def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:
+    """A request to try, as one line for a shell."""
+    prompt: dict[str, Any] = (
+        {"messages": [{"role": "user", "content": "Tell me about the sea."}]} if chat else {"prompt": "The sea was"}
+    )
+    body = json.dumps({"model": name, "max_tokens": 60, **prompt})
+    header = ' -H "Authorization: Bearer $WEFT_API_KEY"' if key else ""
+    route = "chat/completions" if chat else "completions"
+    return f"curl {url}/v1/{route} -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
+
+
+def _log(level: str | None) -> None:
+    wanted = (level or os.environ.get("WEFT_LOG") or "warning").lower()
+    if wanted not in LEVELS:
+        raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
+    logging.basicConfig(level=wanted.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the command with status 0 at any moment, also while the model is being loaded.
+
+    Once the server runs, it takes the signals itself, to let open requests finish.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(0)
+
+    kept = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

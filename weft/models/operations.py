@@ -1,0 +1,269 @@
+"""A decoder as a flat list of operations over named buffers, and the seams at which the list may be cut.
+
+Legend.  T: rows of the batch.  N: rows whose logits are wanted.  H: heads.  KV: kv heads.  D: head_dim.
+I: inner size of the MLP.  k: experts per row.
+
+    embed | for each layer: norm qkv rope | write attend | out add norm gate | down add | norm head softcap
+          inputs                         qkv            attention          gate        output            logits
+
+The words below the line are the seams, a closed list.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from weft.errors import ConfigError
+from weft.exec.batch import Batch
+from weft.exec.kvpool import KVPool
+from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from weft.ops import Ops
+from weft.ops.ref.attention_plan import AttentionPlan
+from weft.ops.ref.basic import Slabs
+
+
+class Seam(enum.StrEnum):
+    """Where a hook may stand, and the tensors that it gets (views of the buffers, to read or to write).
+
+    INPUTS      hidden [T, width]: the inputs of the first layer; layer 0
+    QKV         q [T, H, D], k [T, KV, D], v [T, KV, D], after norm and rope, before k and v are stored
+    ATTENTION   attended [T, H, D], before the output projection
+    GATE        dense: gated [T, I], before the down projection; experts: weights [T, k] and ids [T, k] of the chosen
+    OUTPUT      hidden [T, width], after the layer
+    LOGITS      logits [N, vocab], float32, after the soft cap; the last layer
+    """
+
+    INPUTS = "inputs"
+    QKV = "qkv"
+    ATTENTION = "attention"
+    GATE = "gate"
+    OUTPUT = "output"
+    LOGITS = "logits"
+
+
+Hook = Callable[[Batch, tuple[Tensor, ...]], None]
+
+
+@dataclass(slots=True)
+class Step:
+    """What the operations of one forward pass share.
+
+    slabs, head_slabs: how T rows, and N rows, are cut into products.  plans, stored: by the model's group, its attention
+    tiles and the rows of memory that take the batch's keys.  routed: weights and ids of the experts that the present layer chose.
+    """
+
+    batch: Batch
+    pool: KVPool
+    rows: int
+    slabs: Slabs
+    head_slabs: Slabs
+    ropes: dict[RopeSpec, tuple[Tensor, Tensor]]
+    plans: dict[int, AttentionPlan] = field(default_factory=dict)
+    stored: dict[int, Tensor] = field(default_factory=dict)
+    routed: tuple[Tensor, Tensor] | None = None
+
+
+Run = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One entry of the flat list.  `seam` stands after it; `views` gives the tensors that a hook there gets."""
+
+    layer: int
+    run: Run
+    seam: Seam | None = None
+    views: Callable[[Step], tuple[Tensor, ...]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What the operations are made of.
+
+    tensors: weights by name (`layout.tensor_shapes`).  buffers: by name (`layout.buffer_shapes`).
+    group_of: the KV group of each layer.  cut: how a number of rows is cut into products.
+    """
+
+    spec: DecoderSpec
+    ops: Ops
+    tensors: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    group_of: Mapping[int, int]
+    cut: Callable[[int], Slabs]
+
+    def weight(self, layer: LayerSpec, name: str) -> Tensor | None:
+        """A layer's weight, or None where the layer has none of that name."""
+        return self.tensors.get(f"{layer.weights}.{name}")
+
+
+def operations(m: Material) -> list[Operation]:
+    """The whole list.  Raises ConfigError for a layer that no operation computes."""
+    hidden, logits = m.buffers["hidden"], m.buffers["logits"]
+    last = len(m.spec.layers) - 1
+    found = [Operation(0, _embed(m), Seam.INPUTS, lambda step: (hidden[: step.rows],))]
+    for index, layer in enumerate(m.spec.layers):
+        if layer.attention != "softmax":
+            raise ConfigError(f"layer {index} asks for {layer.attention} attention, which weft can't run yet")
+        found += _attention(m, index, layer)
+        found += _experts(m, index, layer) if layer.experts else _mlp(m, index, layer)
+        output = _add(m, layer, "norm_mlp_out")
+        found.append(Operation(index, output, Seam.OUTPUT, lambda step: (hidden[: step.rows],)))
+    found.append(Operation(last, _logits(m), Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
+    return found
+
+
+def _embed(m: Material) -> Run:
+    def run(step: Step) -> None:
+        out = m.buffers["hidden"][: step.rows]
+        m.ops.embed(step.batch.tokens_T, m.tensors["embed"], m.spec.embedding_scale, out)
+        if step.batch.vectors is not None:
+            rows, values = step.batch.vectors
+            out.index_copy_(0, rows, values.to(out.dtype))
+
+    return run
+
+
+def _norm(m: Material, source: str, weight: Tensor | None, target: str) -> Run:
+    """Normalize rows of one buffer into another; without a weight, copy them."""
+    x, out = m.buffers[source], m.buffers[target]
+    norm, eps, offset = m.ops.rms_norm, m.spec.norm_eps, m.spec.norm_offset
+
+    def run(step: Step) -> None:
+        if weight is None:
+            out[: step.rows].copy_(x[: step.rows])
+        else:
+            norm(x[: step.rows], weight, eps, offset, out[: step.rows])
+
+    return run
+
+
+def _linear(m: Material, x: Tensor, layer: LayerSpec, name: str, out: Tensor) -> Run:
+    linear, weight, bias = m.ops.linear, m.weight(layer, name), m.weight(layer, f"{name}_bias")
+    return lambda step: linear(x, weight, bias, out, step.slabs)
+
+
+def _add(m: Material, layer: LayerSpec, norm: str) -> Run:
+    """Add what attention or MLP projected to the stream, normalized first where the layer has a norm there."""
+    hidden, projected = m.buffers["hidden"], m.buffers["projected"]
+    weight = m.weight(layer, norm)
+    normalize = _norm(m, "projected", weight, "projected") if weight is not None else None
+
+    def run(step: Step) -> None:
+        if normalize is not None:
+            normalize(step)
+        hidden[: step.rows] += projected[: step.rows]
+
+    return run
+
+
+def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
+    spec, ops, qkv = m.spec, m.ops, m.buffers["qkv"]
+    heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
+    group = m.group_of[index]
+    split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, dim)
+    rotary, q, k, v = split[:, : heads + kv_heads], split[:, :heads], split[:, heads:-kv_heads], split[:, -kv_heads:]
+    attended = m.buffers["attended"].view(-1, heads, dim)
+    q_norm, k_norm = m.weight(layer, "q_norm"), m.weight(layer, "k_norm")
+
+    def turn(step: Step) -> None:
+        rows = slice(0, step.rows)
+        if q_norm is not None:
+            ops.rms_norm(q[rows], q_norm, spec.norm_eps, spec.norm_offset, q[rows])
+            ops.rms_norm(k[rows], k_norm, spec.norm_eps, spec.norm_offset, k[rows])
+        if layer.rope is not None:
+            ops.apply_rope(rotary[rows], *step.ropes[layer.rope])
+
+    def store(step: Step) -> None:
+        step.pool.write_rows(step.plans[group].group, index, step.stored[group], k[: step.rows], v[: step.rows])
+
+    def attend(step: Step) -> None:
+        ops.attention(
+            q[: step.rows],
+            step.pool,
+            index,
+            step.plans[group],
+            scale=layer.query_scale,
+            softcap=layer.attention_softcap,
+            out_THD=attended,
+        )
+
+    views = (q, k, v)
+    return [
+        Operation(index, _norm(m, "hidden", m.weight(layer, "norm_attention"), "normed")),
+        Operation(index, _linear(m, m.buffers["normed"], layer, "qkv", qkv)),
+        Operation(index, turn, Seam.QKV, lambda step: tuple(view[: step.rows] for view in views)),
+        Operation(index, store),
+        Operation(index, attend, Seam.ATTENTION, lambda step: (attended[: step.rows],)),
+        Operation(index, _linear(m, m.buffers["attended"], layer, "out", m.buffers["projected"])),
+        Operation(index, _add(m, layer, "norm_attention_out")),
+        Operation(index, _norm(m, "hidden", m.weight(layer, "norm_mlp"), "normed")),
+    ]
+
+
+def _mlp(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
+    inner, activation = layer.intermediate, layer.activation
+    # Layers of different inner sizes share one buffer, each with a dense shape of its own.
+    rows = m.buffers["gated"].shape[0]
+    gated = m.buffers["gated"].flatten()[: rows * inner].view(rows, inner)
+    gate_up = m.buffers["gate_up"].flatten()[: rows * 2 * inner].view(rows, 2 * inner)
+
+    def gate(step: Step) -> None:
+        m.ops.gated(gate_up[: step.rows], activation, gated[: step.rows])
+
+    return [
+        Operation(index, _linear(m, m.buffers["normed"], layer, "gate_up", gate_up)),
+        Operation(index, gate, Seam.GATE, lambda step: (gated[: step.rows],)),
+        Operation(index, _linear(m, gated, layer, "down", m.buffers["projected"])),
+    ]
+
+
+def _experts(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
+    experts = layer.experts
+    assert experts is not None
+    rows = m.buffers["router"].shape[0]
+    router = m.buffers["router"].flatten()[: rows * experts.num].view(rows, experts.num)
+    gate_up, down = m.weight(layer, "experts_gate_up"), m.weight(layer, "experts_down")
+
+    def route(step: Step) -> None:
+        step.routed = m.ops.route(router[: step.rows], experts.top_k, experts.normalize)
+
+    def views(step: Step) -> tuple[Tensor, ...]:
+        assert step.routed is not None
+        return step.routed
+
+    def mix(step: Step) -> None:
+        assert step.routed is not None
+        x, out = m.buffers["normed"][: step.rows], m.buffers["projected"][: step.rows]
+        m.ops.experts(x, *step.routed, gate_up, down, layer.activation, out, m.cut)
+
+    return [
+        Operation(index, _linear(m, m.buffers["normed"], layer, "router", router)),
+        Operation(index, route, Seam.GATE, views),
+        Operation(index, mix),
+    ]
+
+
+def _logits(m: Material) -> Run:
+    picked, logits, narrow = m.buffers["picked"], m.buffers["logits"], m.buffers.get("narrow_logits")
+    head = m.tensors["embed" if m.spec.tied else "head"]
+    spec, norm = m.spec, m.tensors["norm"]
+
+    def run(step: Step) -> None:
+        count = step.batch.logit_rows_N.shape[0]
+        if not count:
+            return
+        mine = picked[:count]
+        torch.index_select(m.buffers["hidden"], 0, step.batch.logit_rows_N, out=mine)
+        m.ops.rms_norm(mine, norm, spec.norm_eps, spec.norm_offset, mine)
+        m.ops.linear(picked, head, None, logits if narrow is None else narrow, step.head_slabs)
+        if narrow is not None:
+            logits[:count].copy_(narrow[:count])
+        if spec.final_softcap is not None:
+            m.ops.softcap_(logits[:count], spec.final_softcap)
+
+    return run
