@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         RequestError,
         TransferError,
     )
-    from weft.llm import LLM, AsyncLLM
+    from weft.async_llm import AsyncLLM
+    from weft.llm import LLM
     from weft.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -54,7 +55,7 @@ _ERRORS = (
 )
 _HOME = {
     "LLM": "weft.llm",
-    "AsyncLLM": "weft.llm",
+    "AsyncLLM": "weft.async_llm",
     "SamplingParams": "weft.sampling",
     **dict.fromkeys(_ERRORS, "weft.errors"),
 }

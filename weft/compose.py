@@ -14,8 +14,8 @@ from weft.registry import Part, lookup
 from weft.slots import SLOTS
 from weft.traits import Effect, Fidelity, Trait, Traits
 
-CORE_GIVES: frozenset[Trait] = frozenset({Trait.BOUNDED_KV, Trait.STARVATION_FREE, Trait.READS_HISTORY, Trait.ROLLBACK})
-"""What every stack has from the core itself: bounded KV, an oldest request that is never a victim, capped prefix hits, truncation."""
+CORE_GIVES: frozenset[Trait] = frozenset({Trait.BOUNDED_KV, Trait.READS_HISTORY, Trait.ROLLBACK})
+"""What every stack has from the core itself: bounded KV, capped prefix hits, truncation.  Starvation is the schedule's matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,11 @@ def compose(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Ver
     for part in parts:
         if part.slot in seen:
             reasons.append(
-                Reason("one per slot", (str(seen[part.slot]), str(part)), f"slot {part.slot} takes one technique; leave one out")
+                Reason(
+                    "one per slot",
+                    (str(seen[part.slot]), str(part)),
+                    f"slot {part.slot} takes one technique; leave one out",
+                )
             )
         seen[part.slot] = part
     declared = [(part, traits_of(part)) for part in parts]

@@ -38,8 +38,14 @@ class Limits:
         for name in ("max_model_len", "max_num_seqs", "max_rows", "max_samples", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_guesses < 0:
-            raise ConfigError(f"max_guesses must not be negative, got {self.max_guesses}")
+        for name in ("max_guesses", "row_bytes", "sample_bytes", "work_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if 0 < self.work_bytes < self.row_bytes + self.sample_bytes:
+            raise ConfigError(
+                f"work_bytes ({self.work_bytes}) must hold one row ({self.row_bytes}) and one row of logits "
+                f"({self.sample_bytes}), or nothing could ever run"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,24 +11,23 @@ Engine, executor and text are plain objects here; the scheduler, the sampling an
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.exec.host import parse_size
-from weft.exec.thread import EngineThread, step
+from weft.exec.thread import step
 from weft.front.port import EngineInfo
 from weft.front.text import ModelText
 from weft.hub import model_id, resolve
-from weft.outputs import CompletionOutput, Logprob, RequestOutput, logprob_dict
+from weft.jobs import Job, Progress, Prompt, listed
+from weft.outputs import RequestOutput
 from weft.sampling import SamplingParams
-from weft.types import Event, Finished, Rejected, RequestSpec, TokenItem, TokenLogprob, Tokens
+from weft.types import Event, Finished, Rejected, RequestSpec, TokenItem, Tokens
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -97,13 +96,13 @@ class LLM:
         sampling_params: one for all, or one for each; None takes the model's own defaults.  use_tqdm: show progress when the
         work is long and stderr is a terminal.
         """
-        batch = _listed(prompts)
+        batch = listed(prompts)
         params = self._spread(sampling_params, len(batch))
         urgency = [priority] * len(batch) if isinstance(priority, int) else list(priority)
         if len(urgency) != len(batch):
             raise RequestError(f"{len(urgency)} priorities for {len(batch)} prompts", param="priority")
         jobs = [self._job(p, s, u) for p, s, u in zip(batch, params, urgency, strict=True)]
-        with _progress(use_tqdm, jobs) as bar:
+        with Progress(use_tqdm, jobs) as bar:
             for job in self._run(jobs):
                 bar(job)
         return [job.output for job in jobs]
@@ -150,7 +149,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ------------------------------------------------------------------ inside
@@ -164,15 +165,17 @@ class LLM:
             raise RequestError(f"{len(given)} sampling params for {count} prompts; give one, or one for each")
         return list(given)
 
-    def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> _Job:
+    def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
         text: str | None = None
         if isinstance(prompt, Mapping):
             chat = bool(prompt.get("chat"))
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if (text is None) == (ids is None):
                 raise RequestError("a prompt has either 'prompt' or 'prompt_token_ids'", param="prompt")
+        elif isinstance(prompt, str):
+            chat, text, ids = False, prompt, None
         else:
-            chat, text, ids = False, *((prompt, None) if isinstance(prompt, str) else (None, prompt))
+            chat, text, ids = False, None, prompt
         given = self._text.prompt_ids(text if text is not None else list(ids or ()), add_special=not chat)
         setup = self.runtime.setup
         room = setup.limits.max_model_len - len(given)
@@ -185,9 +188,9 @@ class LLM:
             n=params.n,
             priority=priority,
         )
-        return _Job(spec, params, text, given, self._text)
+        return Job(spec, params, text, given, self._text)
 
-    def _run(self, jobs: Sequence[_Job], *, every: bool = False) -> Iterator[_Job]:
+    def _run(self, jobs: Sequence[Job], *, every: bool = False) -> Iterator[Job]:
         """Advance the engine until all jobs have ended; yields each as it ends, or after each of its steps."""
         engine, executor = self.runtime.engine, self.runtime.executor
         open_jobs = {job.spec.id: job for job in jobs}
@@ -196,13 +199,13 @@ class LLM:
                 _refuse(engine.add(job.spec, 0.0))
             while open_jobs:
                 events, _ = step(engine, executor)
-                changed: dict[int, _Job] = {}
+                changed: dict[int, Job] = {}
                 for event in events:
-                    job = open_jobs.get(event.id)
-                    if job is not None and isinstance(event, (Tokens, Finished)):
-                        if job.take(event):
+                    found = open_jobs.get(event.id)
+                    if found is not None and isinstance(event, (Tokens, Finished)):
+                        if found.take(event):
                             engine.cancel(event.id, event.index)
-                        changed[event.id] = job
+                        changed[event.id] = found
                 for id, job in changed.items():
                     if job.output.finished:
                         del open_jobs[id]
@@ -215,171 +218,9 @@ class LLM:
                 step(engine, executor)
 
 
-class _Job:
-    """One prompt on its way: events in, a RequestOutput that is always right out."""
-
-    def __init__(self, spec: RequestSpec, params: SamplingParams, prompt: str | None, ids: list[int], text: ModelText) -> None:
-        self.spec, self.params, self._text = spec, params, text
-        wants = params.logprobs is not None
-        outputs = [
-            CompletionOutput(i, logprobs=[] if wants else None, cumulative_logprob=0.0 if wants else None) for i in range(spec.n)
-        ]
-        self.output = RequestOutput(str(spec.id), prompt, ids, outputs)
-        if params.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [None]
-        self._sequences = [text.sequence(params) for _ in range(spec.n)]
-
-    def take(self, event: Tokens | Finished) -> bool:
-        """True where a stop string has ended a sequence that the engine still runs."""
-        out, sequence = self.output.outputs[event.index], self._sequences[event.index]
-        if out.finish_reason is not None:
-            return False
-        if isinstance(event, Finished):
-            if event.error is not None:
-                raise EngineError(event.error)
-            delta, _ = sequence.push([], finished=True)
-            out.text += delta
-            out.finish_reason = event.reason
-            if event.stop_id is not None and event.stop_id in (self.params.stop_token_ids or ()):
-                out.stop_reason = event.stop_id
-            self.output.num_cached_tokens = max(self.output.num_cached_tokens, event.cached_tokens)
-            self._settle()
-            return False
-        if self.output.prompt_logprobs is not None:
-            self.output.prompt_logprobs.extend(self._dict(e) for e in event.prompt_logprobs)
-        before = sequence.tokens
-        delta, stopped = sequence.push(event.tokens)
-        taken = event.tokens[: sequence.tokens - before]
-        out.text += delta
-        out.token_ids.extend(taken)
-        if out.logprobs is not None and out.cumulative_logprob is not None:
-            for entry in event.logprobs[: len(taken)]:
-                out.logprobs.append(self._dict(entry))
-                out.cumulative_logprob += entry.logprob
-        if stopped is not None:
-            out.finish_reason, out.stop_reason = "stop", stopped
-            self._settle()
-            return True
-        return False
-
-    def _settle(self) -> None:
-        self.output.finished = all(o.finish_reason is not None for o in self.output.outputs)
-
-    def _dict(self, entry: TokenLogprob) -> dict[int, Logprob]:
-        ids = {entry.token, *(t for t, _ in entry.top)}
-        return logprob_dict(entry, {i: self._text.tokenizer.decode([i], skip_special=False) for i in ids})
-
-
-class AsyncLLM:
-    """The same model behind an engine thread, for asyncio programs: many `generate` calls at once share each step.
-
-    async with AsyncLLM() as llm:
-        async for out in llm.generate("Once upon a time", SamplingParams(max_tokens=32)): ...
-    """
-
-    def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        from weft.front.client import Client
-
-        config, self.name = configure(model, **options)
-        setup = prepare(config)
-        assert isinstance(config.model, Path)
-        self.text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=self.name)
-        runtime = build(setup)
-        self.port = EngineThread(runtime.engine, runtime.executor, engine_info(setup, self.name))
-        self._client = Client(self.port, self.text)
-
-    async def generate(
-        self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, *, priority: int = 0
-    ) -> AsyncIterator[RequestOutput]:
-        """The outputs of one prompt or conversation as they grow; leaving the iteration cancels the request."""
-        from weft.front.client import Prompt as FrontPrompt
-
-        params = sampling_params or self.text.default_params(max_tokens=16)
-        text, ids = self._ids(prompt)
-        outputs = [CompletionOutput(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
-        result = RequestOutput("", text, ids, outputs)
-        async with await self._client.start(FrontPrompt(ids=ids, params=params, priority=priority)) as generation:
-            async for delta in generation:
-                out = outputs[delta.index]
-                out.text += delta.text
-                out.token_ids.extend(delta.token_ids)
-                if out.logprobs is not None:
-                    decode = self.text.tokenizer.decode
-                    for e in delta.logprobs:
-                        shown = {i: decode([i], skip_special=False) for i in {e.token, *(t for t, _ in e.top)}}
-                        out.logprobs.append(logprob_dict(e, shown))
-                if delta.finish_reason is not None:
-                    out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
-                    result.num_cached_tokens = max(result.num_cached_tokens, delta.cached_tokens)
-                result.finished = all(o.finish_reason is not None for o in outputs)
-                yield result
-
-    def _ids(self, prompt: Prompt | Messages) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self.text.prompt_ids(prompt)
-        if isinstance(prompt, Mapping):
-            text = prompt.get("prompt")
-            return text, self.text.prompt_ids(text if text is not None else list(prompt.get("prompt_token_ids") or ()))
-        if prompt and isinstance(prompt[0], Mapping):
-            return None, self.text.chat_ids(prompt)
-        return None, self.text.prompt_ids(list(prompt))  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        self._client.close()
-        self.port.close()
-
-    async def __aenter__(self) -> AsyncLLM:
-        return self
-
-    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> Literal[False]:
-        self.close()
-        return False
-
-
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or many?  A list of whole numbers is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    items = list(prompts)
-    if items and all(isinstance(i, int) for i in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
-
-
 def _refuse(events: Sequence[Event]) -> None:
     for event in events:
         if isinstance(event, Rejected):
             if event.kind == "capacity":
                 raise CapacityError(event.message)
             raise RequestError(event.message, param=event.param, code=event.code)
-
-
-class _progress:
-    """A rich progress bar over jobs and tokens, shown only for long work on a terminal."""
-
-    def __init__(self, wanted: bool, jobs: Sequence[_Job]) -> None:
-        self._jobs, self._bar, self._tokens = jobs, None, 0
-        import sys
-
-        if wanted and sys.stderr.isatty() and sum(j.spec.sampling.max_tokens * j.spec.n for j in jobs) >= 256:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-
-    def __enter__(self) -> _progress:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=len(self._jobs), rate="")
-        return self
-
-    def __call__(self, job: _Job) -> None:
-        self._tokens += sum(len(o.token_ids) for o in job.output.outputs)
-        if self._bar is not None:
-            spent = self._bar.tasks[0].elapsed or 1.0
-            self._bar.update(self._task, advance=1, rate=f"{self._tokens / spent:,.0f} tokens/s")
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -15,9 +15,12 @@ import ast
 import difflib
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
+
+import msgspec
 
 from weft.errors import ConfigError
 from weft.slots import SLOTS
@@ -67,7 +70,9 @@ def names(slot: str) -> list[str]:
     found = {n for s, n in _REGISTERED if s == slot}
     try:
         package = importlib.import_module(SLOTS[slot].package)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not SLOTS[slot].package.startswith(str(error.name)):
+            raise
         return sorted(found)
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_") and not module.ispkg:
@@ -83,7 +88,10 @@ def lookup(slot: str, name: str) -> type:
         if name not in known:
             listing = f"; there are: {', '.join(known)}" if known else "; that slot has no techniques yet"
             raise ConfigError(f"there is no {slot}={name}{_nearest(name, known)}{listing}")
-        importlib.import_module(f"{SLOTS[slot].package}.{name}")
+        try:
+            importlib.import_module(f"{SLOTS[slot].package}.{name}")
+        except ImportError as error:
+            raise ConfigError(f"the file of {slot}={name} cannot be loaded: {error}") from error
     try:
         return _REGISTERED[slot, name]
     except KeyError:
@@ -97,7 +105,7 @@ def parse(text: str) -> Part:
     slot, equals, call = text.partition("=")
     slot, call = slot.strip(), call.strip()
     if not equals or not call:
-        raise ConfigError(f"write a technique as SLOT=NAME(ARGS), for example schedule=fcfs; got {text!r}")
+        raise ConfigError(f"write a technique as SLOT=NAME(ARGS), for example schedule=fcfs; got {_quoted(text)}")
     _known(slot)
     name, arguments = parse_call(call)
     return Part(slot, name, arguments)
@@ -105,25 +113,30 @@ def parse(text: str) -> Part:
 
 def parse_call(call: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """'name' or 'name(a=1, b="x")' to (name, arguments).  Only literals; nothing is evaluated."""
+    unreadable = ConfigError(f"cannot read {_quoted(call)}; write name or name(argument=value, ...)")
     try:
-        node = ast.parse(call, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ConfigError(f"cannot read {call!r}; write name or name(argument=value, ...)") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python doubts, such as "1if", is refused
+            node = ast.parse(call, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError, Warning):
+        raise unreadable from None
     if isinstance(node, ast.Name):
         return node.id, ()
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-        raise ConfigError(f"cannot read {call!r}; write name or name(argument=value, ...)")
+        raise unreadable
     if node.args:
         raise ConfigError(f"{node.func.id}: arguments are given by name, as in {node.func.id}(argument=value)")
-    arguments: list[tuple[str, Any]] = []
+    arguments: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg is None:
             raise ConfigError(f"{node.func.id}: ** is not allowed")
+        if keyword.arg in arguments:
+            raise ConfigError(f"{node.func.id}: {keyword.arg} is given twice")
         try:
-            arguments.append((keyword.arg, ast.literal_eval(keyword.value)))
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise ConfigError(f"{node.func.id}: {keyword.arg} must be a literal (number, string, list, ...)") from None
-    return node.func.id, tuple(arguments)
+    return node.func.id, tuple(arguments.items())
 
 
 def build(part: Part) -> Any:
@@ -143,15 +156,31 @@ def build(part: Part) -> Any:
         ]
         if missing:
             raise ConfigError(f"{part.slot}={part.name} needs {', '.join(missing)}")
+        given = {key: _typed(part, key, value, get_type_hints(cls).get(key, Any)) for key, value in given.items()}
     try:
         return cls(**given)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{part}: {error}") from error
 
 
+def _typed(part: Part, key: str, value: Any, wanted: Any) -> Any:
+    """The literal as the field's type: 2 for 2.0 where a float stands, a list for a tuple; never text for a number."""
+    try:
+        return msgspec.convert(value, wanted)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{part.slot}={part.name}: {key}={_quoted(value)}: {error}") from None
+    except TypeError:
+        return value  # a type that no literal is checked against; the class judges it
+
+
 def _known(slot: str) -> None:
     if slot not in SLOTS:
         raise ConfigError(f"there is no slot {slot!r}{_nearest(slot, SLOTS)}; there are: {', '.join(SLOTS)}")
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _nearest(word: str, among: Iterable[str]) -> str:

@@ -69,7 +69,7 @@ class Effect(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
-    """What one technique declares.  history: the w of READS_HISTORY(w), in tokens.  bears: effects of others that it copes with."""
+    """What one technique declares.  history: the w of READS_HISTORY(w), in tokens."""
 
     fidelity: Fidelity = Fidelity.EXACT
     needs: frozenset[Trait] = frozenset()

@@ -27,7 +27,9 @@ STORY = (
 
 @pytest.fixture(scope="session")
 def runtime() -> Runtime:
-    setup = prepare(EngineConfig(model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=64, device="cpu", threads=1))
+    setup = prepare(
+        EngineConfig(model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=64, device="cpu", threads=1)
+    )
     return build(setup)
 
 
@@ -35,7 +37,13 @@ def runtime() -> Runtime:
 def layered_runtime() -> Runtime:
     """The same model with room for parked hidden states."""
     config = EngineConfig(
-        model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=16, device="cpu", threads=1, techniques=["schedule=layered"]
+        model=resolve(None),
+        dtype="float32",
+        max_model_len=1024,
+        max_num_seqs=16,
+        device="cpu",
+        threads=1,
+        techniques=["schedule=layered"],
     )
     return build(prepare(config))
 
@@ -67,7 +75,9 @@ class Bench:
         self.events: list[Event] = []
         self.steps = 0
 
-    def run(self, specs: Sequence[RequestSpec], each: Callable[[Bench], None] | None = None) -> dict[tuple[int, int], list[int]]:
+    def run(
+        self, specs: Sequence[RequestSpec], each: Callable[[Bench], None] | None = None
+    ) -> dict[tuple[int, int], list[int]]:
         for spec in specs:
             self.events += self.engine.add(spec, 0.0)
         while self.engine.has_work:

@@ -114,9 +114,7 @@ def test_forced_preemption_at_every_step(runtime: Runtime, specs: list[RequestSp
 
 
 @pytest.mark.parametrize("policy", ["prefill_first", "layered(groups=3,least=8)"])
-def test_under_other_policies(
-    layered_runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, policy: str
-) -> None:
+def test_under_other_policies(layered_runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, policy: str) -> None:
     bench = Bench(layered_runtime, techniques=[f"schedule={policy}"])
     assert bench.run(specs) == alone
 

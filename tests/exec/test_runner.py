@@ -89,7 +89,8 @@ def test_linked_sequences_get_one_token(runtime: Runtime, ids: list[int]) -> Non
         bench.events += bench.engine.add(one, 0.0)
     bench.engine.link([(1, 0), (2, 0)])
     out = bench.run([])
-    assert out[1, 0] == out[2, 0] and len(out[1, 0]) == 9
+    assert out[1, 0] == out[2, 0]
+    assert len(out[1, 0]) == 9
 
 
 def test_broken_logits_fail_one_request_and_no_other(runtime: Runtime, ids: list[int]) -> None:
@@ -111,7 +112,8 @@ def test_broken_logits_fail_one_request_and_no_other(runtime: Runtime, ids: list
     finally:
         remove()
     ends = {e.id: e for e in bench.events if isinstance(e, Finished)}
-    assert ends[1].reason == "error" and "finite" in str(ends[1].error)
+    assert ends[1].reason == "error"
+    assert "finite" in str(ends[1].error)
     assert ends[2].reason == "length"
     assert [t for e in bench.events if isinstance(e, Tokens) and e.id == 2 for t in e.tokens] == wanted[2, 0]
     assert bench.engine.pool.referenced == 0
@@ -126,7 +128,9 @@ def test_a_tree_of_guesses_is_verified_in_one_pass(runtime: Runtime, ids: list[i
     guesses = (wrong[0], truth[0], wrong[1], truth[1], wrong[2], truth[2])
     parents = (-1, -1, 1, 1, 3, 3)
     executor = TorchExecutor({"target": runtime.decoder}, runtime.pool)
-    enter = Enter(request=5, tokens=tuple(prompt), prompt=21, sampling=SamplingSpec(temperature=0.0), seed=0, entries=(0,))
+    enter = Enter(
+        request=5, tokens=tuple(prompt), prompt=21, sampling=SamplingSpec(temperature=0.0), seed=0, entries=(0,)
+    )
     tree = Work(
         request=5, rows=((0, 27),), tokens=(*prompt, *guesses), mask=Mask.TREE, keep=Keep.ACCEPT, guesses=6,
         parents=parents, samples=True,
@@ -162,7 +166,8 @@ def test_a_forked_sequence_writes_into_a_copy(runtime: Runtime, ids: list[int]) 
     assert copies >= 1
     for index, prompt in ((0, known), (1, known + ids[60:64])):
         wanted = Bench(runtime, share=False).run([spec(1, prompt, temperature=0.0, max_tokens=27)])[1, 0]
-        assert out[index] == wanted[: len(out[index])] and len(out[index]) >= 23
+        assert out[index] == wanted[: len(out[index])]
+        assert len(out[index]) >= 23
 
 
 def test_history_is_an_array_of_the_context(runtime: Runtime, ids: list[int]) -> None:

@@ -115,7 +115,14 @@ def test_vector_positions_in_the_history_are_no_tokens() -> None:
 
 @pytest.mark.parametrize(
     "law",
-    [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}, {"temperature": 2.0, "top_k": 6, "top_p": 0.9}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 4},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"temperature": 2.0, "top_k": 6, "top_p": 0.9},
+    ],
 )
 def test_draws_follow_the_law(law: dict[str, float]) -> None:
     """Chi-square over 20,000 seeds at significance 1e-4: a law that is off by 3 % in a likely token is found."""

@@ -75,7 +75,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "sliding_window": 24,
             "query_pre_attn_scalar": 7,
-            "attn_logit_softcapping": 6.0,
+            "attn_logit_softcapping": 9.0,
             "final_logit_softcapping": 6.0,
             "tie_word_embeddings": True,
         },
@@ -106,10 +106,10 @@ def scale_weights(model: PreTrainedModel, seed: int) -> None:
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.dim() > 1:
-            gain = (2.5 if gemma else 2.0) if any(part in name for part in ("q_proj", "k_proj", "mlp.gate.weight")) else 1.0
+            gain = (1.6 if gemma else 2.0) if any(part in name for part in ("q_proj", "k_proj", "mlp.gate.weight")) else 1.0
             noise *= gain * weight.shape[-1] ** -0.5
         elif "norm" in name:
-            noise = noise * 0.3 + (0.2 if gemma else 1.2)
+            noise = noise * 0.3 + (0.2 if gemma else 2.0 if "q_norm" in name else 1.2)
         else:
             noise *= 0.5
         weight.data.copy_(noise)

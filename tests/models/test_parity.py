@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -62,13 +63,18 @@ def test_attention_is_far_from_uniform(checkpoint: Callable[[str], Checkpoint]) 
         assert (top > 0.15).all(), (name, top)
 
 
-def test_bfloat16_stays_near(checkpoint: Callable[[str], Checkpoint]) -> None:
-    for name in ("llama", "gemma2", "qwen3_moe"):
-        reference = checkpoint(name)
-        bench = bench_for(load_spec(reference.folder), reference.folder, dtype="bfloat16")
-        assert not bench.decoder.invariant
-        tokens = prompt(3)
-        logits = bench.chunked("a", tokens, 40)
-        wanted = reference.logits(tokens)
-        error = (logits - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
-        assert error < 0.12, (name, float(error))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_bfloat16_is_as_near_as_the_reference_in_bfloat16(
+    name: str, checkpoint: Callable[[str], Checkpoint]
+) -> None:
+    reference = checkpoint(name)
+    bench = bench_for(load_spec(reference.folder), reference.folder, dtype="bfloat16")
+    assert not bench.decoder.invariant
+    tokens = prompt(3)
+    wanted = reference.logits(tokens)
+    narrow = Checkpoint(name, reference.folder, copy.deepcopy(reference.model).bfloat16())
+
+    def distance(logits: torch.Tensor) -> float:
+        return float((logits - wanted).square().mean().sqrt())
+
+    assert distance(bench.chunked("a", tokens, 40)) < 1.3 * distance(narrow.logits(tokens))

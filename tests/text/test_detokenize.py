@@ -85,7 +85,11 @@ DECODERS = {
 
 @pytest.mark.parametrize("kind", DECODERS)
 @settings(max_examples=120, deadline=None)
-@given(tokens=st.lists(st.sampled_from(["a", "aa", "ba", "ab", "\u2581a", "##b", "b</w>", "<0xE4>", "<0xBD>", "\u2581", " "])))
+@given(
+    tokens=st.lists(
+        st.sampled_from(["a", "aa", "ba", "ab", "\u2581a", "##b", "b</w>", "<0xE4>", "<0xBD>", "\u2581", " "])
+    )
+)
 def test_every_decoder_streams_or_waits(kind: str, tokens: list[str]) -> None:
     """A decoder step has an exact streaming form, or the text comes at the end; never something else."""
     decoder = DECODERS[kind]

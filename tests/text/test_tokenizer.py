@@ -54,7 +54,9 @@ def folder(path: Path, made: Backend, **config: Any) -> Path:
         (True, {"add_bos_token": True}, [3, 0]),
     ],
 )
-def test_bos_and_eos_follow_the_configuration(tmp_path: Path, post: bool, config: dict[str, Any], want: list[int]) -> None:
+def test_bos_and_eos_follow_the_configuration(
+    tmp_path: Path, post: bool, config: dict[str, Any], want: list[int]
+) -> None:
     named = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
     tokenizer = Tokenizer.load(folder(tmp_path, backend(post=post), **named, **config))
     assert tokenizer.encode("a") == want
@@ -64,7 +66,9 @@ def test_bos_and_eos_follow_the_configuration(tmp_path: Path, post: bool, config
 
 
 def test_bos_never_comes_twice(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(folder(tmp_path, backend(post=True), bos_token="<s>", eos_token="</s>", add_eos_token=True))
+    tokenizer = Tokenizer.load(
+        folder(tmp_path, backend(post=True), bos_token="<s>", eos_token="</s>", add_eos_token=True)
+    )
     tokenizer_bos = Tokenizer.load(folder(tmp_path, backend(), bos_token="<s>", add_bos_token=True))
     for one in (tokenizer_bos,):
         assert one.encode("<s>a") == [3, 0]

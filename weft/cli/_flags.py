@@ -22,7 +22,7 @@ from weft.errors import ConfigError
 ENGINE = "Engine"
 MODEL_HELP = "A folder, a Hugging Face id, or nothing (or [b]bundled[/b]) for the model that comes with weft."
 
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=False)]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 
 

@@ -20,7 +20,7 @@ def _option(name: str, help: str, metavar: str = "X") -> Any:
 class SamplingFlags:
     """None means the model's own default (generation_config.json), where it has one.  See `weft.SamplingParams`."""
 
-    max_tokens: Annotated[int | None, _option("--max-tokens", "Tokens to generate; else to the end of the context.", "N")] = None
+    max_tokens: Annotated[int | None, _option("--max-tokens", "Tokens to generate at most. (chat: what the context holds, generate: 256)", "N")] = None
     temperature: Annotated[float | None, _option("--temperature", "0 is greedy.")] = None
     top_p: Annotated[float | None, _option("--top-p", "Draw from the smallest set that reaches this probability.")] = None
     top_k: Annotated[int | None, _option("--top-k", "Draw from the K likeliest; 0 is all.", "N")] = None

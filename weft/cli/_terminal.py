@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -67,3 +68,24 @@ def loading(name: str) -> Iterator[Progress]:
 
         yield line
     say(f"loaded {name} in {time.monotonic() - began:.1f} s")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only makes the given function say True, so that a step of the engine is never torn apart.
+
+    The second one raises KeyboardInterrupt.
+    """
+    hits = 0
+
+    def count(number: int, frame: object) -> None:
+        nonlocal hits
+        hits += 1
+        if hits > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, count)
+    try:
+        yield lambda: hits > 0
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -14,7 +15,8 @@ import typer
 
 from weft.cli._flags import EngineFlags, Json, spread
 from weft.cli._sampling import SamplingFlags
-from weft.cli._terminal import say, stderr
+from weft.cli._local import load
+from weft.cli._terminal import interruptible, say
 from weft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from weft.sampling import SamplingParams
 
 MAX_FILE_BYTES = 64 << 20
+MAX_TOKENS = 256
+"""Where the user names no number: a model that only continues texts seldom comes to an end by itself."""
 
 
 @functools.partial(spread, sampling=SamplingFlags, flags=EngineFlags)
@@ -30,7 +34,7 @@ def generate(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL] [PROMPT]...",
+            metavar="MODEL|PROMPT",
             help="A model, then prompts; - is a prompt from stdin.  With one argument, or where the first is no model's name, "
             "all are prompts for the bundled model.",
             show_default=False,
@@ -61,11 +65,10 @@ def generate(
     if not prompts:
         raise ConfigError("there is no prompt; give one, as in: weft generate 'The sea was', or - to read it from stdin")
     flags.check()
-    from weft.llm import LLM
-
-    with _loading(), LLM(model, progress=sys.stderr.isatty(), **flags.options()) as llm:
+    with load(model, flags) as llm:
         pass_on = {"logprobs": logprobs} if logprobs is not None else {}
-        params = sampling.params(llm.text, n=n, ignore_eos=ignore_eos, **pass_on)
+        length = {} if sampling.max_tokens is not None else {"max_tokens": MAX_TOKENS}
+        params = sampling.params(llm.text, **length, n=n, ignore_eos=ignore_eos, **pass_on)
         given: list[Any] = [
             {"prompt": llm.text.chat_text([{"role": "user", "content": text}]), "chat": True} if chat else text
             for text in prompts
@@ -116,15 +119,19 @@ def _names_model(text: str) -> bool:
 
 
 def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> None:
+    """Print one text as it comes.  Ctrl-C ends it after the step in hand, with exit status 130."""
     shown = 0
-    try:
-        for result in llm.stream(prompt, params):
+    with interruptible() as stopped, contextlib.closing(llm.stream(prompt, params)) as results:  # type: ignore[type-var]
+        for result in results:
             text = result.outputs[0].text
             sys.stdout.write(text[shown:])
             sys.stdout.flush()
             shown = len(text)
-    finally:
-        print(flush=True)
+            if stopped():
+                break
+    print(flush=True)
+    if stopped():
+        raise typer.Exit(130)
 
 
 def _print(results: Sequence[RequestOutput]) -> None:
@@ -155,10 +162,3 @@ def _stdin() -> str:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"stdin is not UTF-8 text ({error})") from None
-
-
-def _loading() -> Any:
-    """A note that the model is being loaded, on a terminal; it ends with the first thing that is printed."""
-    import contextlib
-
-    return contextlib.nullcontext() if not sys.stderr.isatty() else stderr().status("loading")

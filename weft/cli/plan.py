@@ -62,7 +62,8 @@ def table(setup: Setup, name: str) -> Table:
     grid.add_column(no_wrap=True)
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(style="dim")
-    threads = f", {setup.threads} threads" if setup.device == "cpu" else ""
+    plural = "" if setup.threads == 1 else "s"
+    threads = f", {setup.threads} thread{plural}" if setup.device == "cpu" else ""
     grid.add_row("weights", format_size(p.weights_bytes), f"{setup.dtype} on {setup.device}{threads}")
     grid.add_row(
         "KV pool",

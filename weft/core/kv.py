@@ -33,12 +33,19 @@ class KV:
         self.share = share
         self.history = history
         self.by_model: list[list[int]] = [
-            [g for g, spec in enumerate(groups) if spec.model == name and spec.kind is not GroupKind.PARKED] for name in models
+            [g for g, spec in enumerate(groups) if spec.model == name and spec.kind is not GroupKind.PARKED]
+            for name in models
         ]
         self.parked: list[int | None] = [
-            next((g for g, s in enumerate(groups) if s.model == name and s.kind is GroupKind.PARKED), None) for name in models
+            next((g for g, s in enumerate(groups) if s.model == name and s.kind is GroupKind.PARKED), None)
+            for name in models
+        ]
+        self.sliding: list[list[int]] = [
+            [g for g in mine if self.groups[g].window is not None] for mine in self.by_model
         ]
         self._roots: dict[bytes, bytes] = {}
+        self._sources: list[int] = []
+        """Sources of the copies of the plan in the making: held until it is submitted, so that nobody writes them before."""
         for m, name in enumerate(models):
             if not self.by_model[m]:
                 raise InvariantError(f"model {name} has no KV group")
@@ -65,10 +72,21 @@ class KV:
         return lengths, tables, idle
 
     def hit_cap(self, request: Request) -> int:
-        """Tokens that may come from the index: the last one is always computed, for its logits."""
-        if not (self.share and request.publishes) or (request.sampling.prompt_logprobs >= 0 and request.reported == 0):
+        """Tokens that may come from the index.
+
+        The last one is always computed, for its logits; so are the positions that a technique reads, that a cut acts on, or whose
+        logprobs are still to be told.
+        """
+        if not (self.share and request.publishes):
             return 0
-        return min(len(request.context) - 1, len(request.context) - self.history)
+        cap = len(request.context) - 1
+        if self.history:
+            cap = min(cap, request.prompt - self.history)
+        if request.cut is not None and (first := request.cut(request.prompt, 0)) is not None:
+            cap = min(cap, first - 1)
+        if request.sampling.prompt_logprobs >= 0 and request.reported < request.prompt - 1:
+            cap = min(cap, request.reported)
+        return max(0, cap)
 
     def adopt(self, request: Request, lengths: list[int], tables: list[dict[int, list[int]]]) -> None:
         """Make a match the request's own: one more reference to each block."""
@@ -88,10 +106,8 @@ class KV:
 
     def slide(self, request: Request, m: int, start: int) -> None:
         """Drop the head blocks that no query from position `start` on can see."""
-        for g in self.by_model[m]:
+        for g in self.sliding[m]:
             spec, table = self.groups[g], request.tables[g]
-            if spec.window is None or not request.publishes:
-                continue
             drop = prefix.first_block(spec, start) - table.first // spec.block_tokens
             drop = min(drop, table.count // spec.block_tokens)
             if drop > 0:
@@ -101,40 +117,85 @@ class KV:
                 table.count -= drop * spec.block_tokens
                 table.dirty = 0
 
-    def need(self, request: Request, m: int, rows: int, *, park: bool = False) -> int:
-        """Blocks that `rows` more entries of model m take, copies on write included."""
+    def ready(self, request: Request, m: int, rows: int) -> bool:
+        """Whether `rows` more entries of model m have room already, in blocks that nobody else sees: the common case."""
+        refs, keys = self.pool.refs, self.pool.keys
+        ahead = request.planned[m] - request.computed[m]
+        for g in self.by_model[m]:
+            table, size = request.tables[g], self.groups[g].block_tokens
+            at = table.count + ahead
+            blocks, last = table.blocks, (at + rows - 1) // size
+            if last >= len(blocks):
+                return False
+            for i in range(at // size, last + 1):
+                if refs[blocks[i]] != 1 or keys[blocks[i]] is not None:
+                    return False
+        return True
+
+    def need(self, request: Request, m: int, rows: int, *, park: bool = False, rewrite: bool = False) -> int:
+        """Blocks that `rows` more entries of model m take, copies on write included.
+
+        park: the rows stop between layers, and their hidden states need room too.  rewrite: compression may write over every
+        entry that stands, so all shared blocks are copied, not only those that the rows touch.
+        """
         total = 0
         for g in self._grown(m, park):
-            spec, table = self.groups[g], request.tables[g]
-            at = self._physical(request, m, table)
-            total += max(0, -(-(at + rows) // spec.block_tokens) - len(table.blocks))
-            total += sum(1 for _ in self._shared(table, at, at + rows, spec.block_tokens))
+            size, table = self.groups[g].block_tokens, request.tables[g]
+            start, stop = self._reach(request, m, g, rows, rewrite)
+            total += max(0, -(-stop // size) - len(table.blocks))
+            for b in table.blocks[start // size : -(-stop // size)]:
+                total += self._others(b) > 0
         return total
 
-    def grow(self, request: Request, m: int, rows: int, ops: list[KVOp], *, park: bool = False) -> int:
+    def grow(
+        self, request: Request, m: int, rows: int, ops: list[KVOp], *, park: bool = False, rewrite: bool = False
+    ) -> int:
         """Give the request room for `rows` more entries; the caller has asked `pool.can_take(rid, need(...))`.
 
-        Shared blocks that would be written are replaced: by a copy where they hold entries that stand.  Returns blocks taken.
+        A block that another table holds is replaced, by a copy where it holds entries that stand.  One that only the index
+        names is replaced while there is room, so that its prefix stays cached, and otherwise taken out of the index.  Returns
+        blocks taken.
         """
+        owed = self.need(request, m, rows, park=park, rewrite=rewrite)
         taken = 0
         for g in self._grown(m, park):
-            spec, table = self.groups[g], request.tables[g]
-            at = self._physical(request, m, table)
-            for i in list(self._shared(table, at, at + rows, spec.block_tokens)):
-                old, (new,) = table.blocks[i], self.pool.take(request.rid, 1)
-                if i * spec.block_tokens < at:
-                    ops.append(KVOp(KVOpKind.COPY, g, (old,), (new,)))
-                table.blocks[i] = new
-                table.dirty = i if table.dirty is None else min(table.dirty, i)
-                self.pool.drop([old])
+            size, table = self.groups[g].block_tokens, request.tables[g]
+            start, stop = self._reach(request, m, g, rows, rewrite)
+            standing = table.count + request.planned[m] - request.computed[m]
+            copies: list[tuple[int, int]] = []
+            for i in range(start // size, min(len(table.blocks), -(-stop // size))):
+                old = table.blocks[i]
+                if self._others(old):
+                    owed -= 1
+                elif self.pool.keys[old] is None:
+                    continue
+                elif not self.pool.can_take(request.rid, owed + 1):
+                    self.pool.unpublish(old)
+                    continue
+                (table.blocks[i],) = self.pool.take(request.rid, 1)
                 taken += 1
-            more = -(-(at + rows) // spec.block_tokens) - len(table.blocks)
+                table.dirty = i if table.dirty is None else min(table.dirty, i)
+                if i * size < standing:
+                    copies.append((old, table.blocks[i]))
+                    self._sources.append(old)
+                else:
+                    self.pool.drop([old])
+            if copies:
+                ops.append(KVOp(KVOpKind.COPY, g, tuple(a for a, _ in copies), tuple(b for _, b in copies)))
+            more = -(-stop // size) - len(table.blocks)
             if more > 0:
                 if table.dirty is None:
                     table.dirty = len(table.blocks)
                 table.blocks.extend(self.pool.take(request.rid, more))
                 taken += more
+                owed -= more
         return taken
+
+    def submitted(self) -> None:
+        """The plan in the making is made: let go of the sources of its copies (they rest until it has committed)."""
+        if self._sources:
+            self.pool.drop(self._sources)
+            self._sources = []
 
     # ------------------------------------------------------------------ commit
 
@@ -146,13 +207,16 @@ class KV:
         for g in self.by_model[m]:
             table = request.tables[g]
             table.count += entries
-            if g in kept:
-                if not 0 <= kept[g] <= table.count:
-                    raise InvariantError(f"group {g} of request {request.id} cannot keep {kept[g]} of {table.count} entries")
-                if kept[g] < table.count:
-                    table.count = kept[g]
-                    request.publishes = False
-                    self.trim(table, self.groups[g].block_tokens)
+            if g not in kept or kept[g] == table.count:
+                continue
+            if not 0 <= kept[g] < table.count or self.groups[g].window is not None:
+                raise InvariantError(
+                    f"group {self.groups[g].name} of request {request.id} can't keep {kept[g]} of {table.count} entries"
+                )
+            table.count = kept[g]
+            table.compressed = True
+            request.publishes = False
+            self.trim(table, self.groups[g].block_tokens)
 
     def publish(self, request: Request, m: int) -> None:
         """Offer the blocks that are full of committed entries to the index."""
@@ -176,8 +240,7 @@ class KV:
         if keep < len(table.blocks):
             self.pool.drop(table.blocks[keep:])
             del table.blocks[keep:]
-            if table.dirty is not None:
-                table.dirty = min(table.dirty, keep)
+            table.dirty = keep if table.dirty is None else min(table.dirty, keep)
 
     def unpark(self, request: Request, m: int) -> None:
         """The parked hidden states of model m are no longer needed."""
@@ -192,11 +255,11 @@ class KV:
         self.pool.reserve(request.rid, 0)
 
     def truncate(self, request: Request, m: int, length: int) -> bool:
-        """Cut model m's entries to positions [0, length); False where a window no longer reaches back that far."""
+        """Cut model m's entries to positions [0, length); False where a compressed or slid table can't tell them any more."""
         for g in self.by_model[m]:
             table = request.tables[g]
             first = prefix.first_block(self.groups[g], length) * self.groups[g].block_tokens
-            if not request.publishes or table.first > first:
+            if table.compressed or table.first > first:
                 return False
         for g in self.by_model[m]:
             table, spec = request.tables[g], self.groups[g]
@@ -206,30 +269,32 @@ class KV:
         return True
 
     def fork(self, parent: Request, child: Request) -> bool:
-        """Let the child share the parent's blocks as far as its context goes (its last row is computed anew)."""
-        child.publishes = parent.publishes
-        keep = len(child.context) - 1
+        """Let the child share the parent's blocks as far as its context goes (its last row is computed anew).
+
+        False, and nothing changed, where the parent's tables do not hold what the child needs.
+        """
+        if parent.partial is not None:
+            return False  # its tables change between the layers
+        lengths = [min(computed, len(child.context) - 1) for computed in parent.computed]
         for m, groups in enumerate(self.by_model):
-            length = min(parent.computed[m], keep)
-            if not parent.publishes and length < parent.computed[m]:
-                return False
-            for g in groups:
-                if parent.tables[g].first > prefix.first_block(self.groups[g], length) * self.groups[g].block_tokens:
-                    return False
-        for m, groups in enumerate(self.by_model):
-            length = min(parent.computed[m], keep)
             for g in groups:
                 spec, source = self.groups[g], parent.tables[g]
-                table = Table()
-                table.first = source.first
-                table.count = length - source.first if parent.publishes else source.count
+                lost = source.compressed and lengths[m] < parent.computed[m]
+                if lost or source.first > prefix.first_block(spec, lengths[m]) * spec.block_tokens:
+                    return False
+        child.publishes = parent.publishes
+        for m, groups in enumerate(self.by_model):
+            for g in groups:
+                spec, source, table = self.groups[g], parent.tables[g], Table()
+                table.first, table.compressed = source.first, source.compressed
+                table.count = source.count if source.compressed else lengths[m] - source.first
                 table.blocks = source.blocks[: -(-table.count // spec.block_tokens)]
-                table.published = min(source.published, length // spec.block_tokens)
+                table.published = min(source.published, lengths[m] // spec.block_tokens)
                 table.dirty = 0
                 for b in table.blocks:
                     self.pool.hold(b)
                 child.tables[g] = table
-            child.computed[m] = child.planned[m] = length
+            child.computed[m] = child.planned[m] = lengths[m]
         return True
 
     # ------------------------------------------------------------------ proof
@@ -247,9 +312,18 @@ class KV:
                 for g in groups:
                     t, bt = r.tables[g], self.groups[g].block_tokens
                     if t.count > len(t.blocks) * bt or t.count < 0:
-                        raise InvariantError(f"request {r.id}.{r.index}: {t.count} entries in {len(t.blocks)} blocks of {bt}")
-                    if r.publishes and r.state is State.RUNNING and t.first + t.count != r.computed[m]:
-                        raise InvariantError(f"request {r.id}.{r.index}: {t.first}+{t.count} entries, computed {r.computed[m]}")
+                        raise InvariantError(
+                            f"request {r.id}.{r.index}: {t.count} entries in {len(t.blocks)} blocks of {bt}"
+                        )
+                    if t.first + t.count > r.computed[m] or (t.first + t.count < r.computed[m] and not t.compressed):
+                        raise InvariantError(
+                            f"request {r.id}.{r.index}: {t.first}+{t.count} entries, computed {r.computed[m]}"
+                        )
+                    if t.compressed and r.publishes:
+                        raise InvariantError(f"request {r.id}.{r.index} is compressed and still publishes")
+            for parked in self.parked:
+                if parked is not None and r.partial is None and r.tables[parked].blocks:
+                    raise InvariantError(f"request {r.id}.{r.index} holds parked hidden states of no rows")
 
     # ------------------------------------------------------------------ inside
 
@@ -257,15 +331,16 @@ class KV:
         g = self.parked[m]
         return [*self.by_model[m], g] if park and g is not None else self.by_model[m]
 
-    def _physical(self, request: Request, m: int, table: Table) -> int:
-        return table.count + request.planned[m] - request.computed[m]
+    def _reach(self, request: Request, m: int, g: int, rows: int, rewrite: bool) -> tuple[int, int]:
+        """Entries [start, stop) of group g that planning `rows` more of model m may write."""
+        if g == self.parked[m]:
+            return 0, rows
+        at = request.tables[g].count + request.planned[m] - request.computed[m]
+        return 0 if rewrite and self.groups[g].window is None else at, at + rows
 
-    def _shared(self, table: Table, start: int, stop: int, block_tokens: int) -> Iterable[int]:
-        """Indices of standing blocks that writing entries [start, stop) would change under somebody else's eyes."""
-        for i in range(start // block_tokens, min(len(table.blocks), -(-stop // block_tokens))):
-            b = table.blocks[i]
-            if self.pool.refs[b] > 1 or self.pool.keys[b] is not None:
-                yield i
+    def _others(self, block: int) -> int:
+        """References to a held block beyond one table's own and those of copies in the making."""
+        return self.pool.refs[block] - 1 - (self._sources.count(block) if self._sources else 0)
 
     def _name(self, request: Request, block_tokens: int, upto: int) -> None:
         names = request.names.setdefault(block_tokens, [])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from weft.errors import CapacityError, ConfigError
+from weft.errors import ConfigError
 from weft.types import GroupKind, GroupSpec
 
 GIB = 1 << 30
@@ -94,26 +94,31 @@ def plan_memory(
     memory_bytes: --memory, everything that weft may take; None takes what the default KV pool needs, at most 85 % of
     what is available.  max_model_len: None takes the model's own, or less where only less fits (and says so in `reason`).
     """
-    if max_model_len is not None and not 1 <= max_model_len:
+    if max_model_len is not None and max_model_len < 1:
         raise ConfigError(f"--max-model-len must be at least 1, got {max_model_len}")
     if max_model_len is not None and max_model_len > model_max_len:
         raise ConfigError(
             f"--max-model-len {max_model_len} exceeds the {model_max_len} positions that the model was made for"
         )
-    entry_overhead = 4 * max(g.block_tokens for g in groups)  # int32 position of every entry
+    # The int32 position of every entry; any group may hold a block, so as many as the one with most entries has.
+    entry_overhead = 4 * max(g.block_tokens for g in groups)
     per_block = block_bytes + entry_overhead
     fixed = weights_bytes + workspace_bytes + reserve_bytes
     wanted_len = max_model_len or model_max_len
-    room = memory_bytes if memory_bytes is not None else int(available_bytes * DEFAULT_SHARE)
+    share = int(available_bytes * DEFAULT_SHARE)
+    room = share if memory_bytes is None else min(memory_bytes, available_bytes)
     fit_blocks = max(0, (room - fixed) // per_block)
     need = blocks_for(groups, wanted_len, rows, layered=layered)
     reason = ""
+    if memory_bytes is not None and memory_bytes > available_bytes:
+        reason = f"--memory asks for {_mib(memory_bytes)}, {_mib(available_bytes)} are available; planned with those"
     length = wanted_len
     if need > fit_blocks and max_model_len is None:
         length = longest(groups, fit_blocks, rows, wanted_len, layered=layered)
         if length >= min(wanted_len, 256):
             reason = (
-                f"the model allows {model_max_len} tokens, memory holds the KV of {length}; give more --memory for longer ones"
+                f"the model allows {model_max_len} tokens, memory holds the KV of {length}; "
+                "give more --memory for longer ones"
             )
             need = blocks_for(groups, length, rows, layered=layered)
         else:
@@ -123,11 +128,16 @@ def plan_memory(
     if memory_bytes is None:
         blocks = min(blocks, max(KV_DEFAULT_BYTES // per_block, 2 * need))
     total = fixed + blocks * per_block
-    fits = blocks >= need >= 1 and total <= available_bytes
+    fits = blocks >= need >= 1
     if not fits:
         blocks = max(blocks, need)
         total = fixed + blocks * per_block
-        reason = _why(weights_bytes, workspace_bytes, reserve_bytes, need * per_block, length, room, available_bytes, total)
+        bound = f"{_mib(available_bytes)} are available"
+        if room < available_bytes:
+            bound = f"--memory allows {_mib(room)}"
+            if memory_bytes is None:
+                bound = f"weft takes {_mib(room)} of the {_mib(available_bytes)} that are available unless --memory says more"
+        reason = _why(weights_bytes, workspace_bytes, reserve_bytes, need * per_block, length, bound)
     return MemoryPlan(
         weights_bytes=weights_bytes,
         kv_bytes=blocks * per_block,
@@ -163,10 +173,9 @@ def _mib(n: int) -> str:
     return f"{n / (1 << 20):,.0f} MiB"
 
 
-def _why(weights: int, workspace: int, reserve: int, kv: int, length: int, room: int, available: int, total: int) -> str:
-    limit = f"--memory allows {_mib(room)}" if total <= available or room < available else f"{_mib(available)} are available"
+def _why(weights: int, workspace: int, reserve: int, kv: int, length: int, bound: str) -> str:
     return (
         f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)} + KV of one "
-        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + kv)}, but {limit}; "
+        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + kv)}, but {bound}; "
         "try a smaller --max-model-len, a smaller model or dtype, or more memory"
     )

@@ -15,26 +15,16 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from weft.errors import CapacityError, InvariantError
+from weft.slots import Evict
 
 Key = tuple[int, bytes]
 """(group, prefix name)"""
 
 
-class Evict(Protocol):
-    """Slot `kv.evict`: which cached block goes first."""
-
-    def observe(self, block: int, event: str, now: float) -> None:
-        """event: "publish", "hit", "release" or "evict"."""
-
-    def rank(self, block: int, now: float) -> float:
-        """Blocks go in ascending rank.  A rank may only grow while the block stays cached."""
-
-
 class BlockPool:
-    """`blocks` blocks, ids 0 to blocks - 1.  `now` is the time of the last call of `tick`."""
+    """`blocks` blocks, ids 0 to blocks - 1.  `now`: the engine's time, for the eviction policy."""
 
     def __init__(self, blocks: int, evict: Evict) -> None:
         if blocks < 1:
@@ -150,6 +140,15 @@ class BlockPool:
         self.index[key] = block
         self.evict.observe(block, "publish", self.now)
         return True
+
+    def unpublish(self, block: int) -> None:
+        """Take a held block out of the index: its holder is about to write over it."""
+        key = self.keys[block]
+        if key is None or self.refs[block] < 1:
+            raise InvariantError(f"block {block} is not held, or not in the index")
+        del self.index[key]
+        self.keys[block] = None
+        self.evict.observe(block, "evict", self.now)
 
     def lookup(self, group: int, name: bytes) -> int | None:
         return self.index.get((group, name))

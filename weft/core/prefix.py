@@ -42,8 +42,11 @@ def extend(
                 if s.start >= a + block_tokens:
                     break
                 if s.stop > a:
-                    # Where the block cuts the item matters, not where the item stands in the prompt.
-                    h.update(b"item" + s.digest + (a - s.start).to_bytes(8, "little", signed=True))
+                    # Where the block cuts the item matters, not where the item stands in the prompt; and its rows, since one
+                    # source may be encoded into more or fewer of them.
+                    for n in (len(s.digest), s.stop - s.start, a - s.start):
+                        h.update(n.to_bytes(8, "little", signed=True))
+                    h.update(s.digest)
         names.append(h.digest())
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 
+from weft.config import Limits
 from weft.errors import RequestError
 from weft.types import RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 
 CutRule = Callable[[int, int], int | None]
 """(prompt length, position) -> the smallest cut above position, or None."""
+MAX_SEQUENCES = 1024
+"""Sequences of one request."""
 
 
 class State(enum.Enum):
@@ -20,7 +23,7 @@ class State(enum.Enum):
     """Holds no blocks and waits to be admitted."""
     RUNNING = "running"
     PARKED = "parked"
-    """Holds its KV and does not advance until resumed."""
+    """Does not advance until resumed; keeps its KV while nobody needs the room."""
     DONE = "done"
 
 
@@ -28,16 +31,18 @@ class Table:
     """A request's blocks in one group.
 
     blocks: block ids.  first: entries dropped at the head, whole blocks.  count: entries standing in `blocks`; its physical
-    length.  published: blocks, counted from the request's start, that were offered to the prefix index.
+    length.  published: blocks, counted from the request's start, that were offered to the prefix index.  compressed: fewer
+    entries stand than positions, so that entry and position no longer go together.
     """
 
-    __slots__ = ("blocks", "count", "dirty", "first", "published")
+    __slots__ = ("blocks", "compressed", "count", "dirty", "first", "published")
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
         self.first = 0
         self.count = 0
         self.published = 0
+        self.compressed = False
         self.dirty: int | None = None
         """Index from which an executor's copy of `blocks` is out of date, None where it is right."""
 
@@ -46,16 +51,19 @@ class Request:
     """State of one sequence.  The scheduler and the engine write it; policies only read.
 
     context: what KV is computed from (-1 at positions of vectors and media).  output: what the client has.
+    given: ranges of the context after the prompt that a program put in; the rest of it is output.
     computed[m]: positions of model m whose KV stands.  planned[m]: the same, counting plans in flight.
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "computed", "context", "cut", "draft", "family", "generation", "id", "in_flight", "index",
-        "key", "link", "names", "output", "parent", "partial", "planned", "preemptions", "priority", "prompt", "publishes",
+        "arrival", "cached_tokens", "computed", "context", "cut", "draft", "fanned", "generation", "given", "id", "in_flight",
+        "index", "key", "link", "names", "output", "partial", "planned", "preemptions", "priority", "prompt", "publishes",
         "reported", "rid", "sampling", "seed", "spans", "spec", "started", "state", "tables", "vectors",
     )  # fmt: skip
 
-    def __init__(self, rid: int, spec: RequestSpec, *, index: int, seed: int, arrival: float, models: int, groups: int) -> None:
+    def __init__(
+        self, rid: int, spec: RequestSpec, *, index: int, seed: int, arrival: float, models: int, groups: int
+    ) -> None:
         self.rid = rid
         self.id = spec.id
         self.index = index
@@ -68,6 +76,7 @@ class Request:
         self.prompt = len(self.context)
         self.output: list[int] = list(spec.resumed)
         self.context.extend(spec.resumed)
+        self.given: list[tuple[int, int]] = []
         self.computed = [0] * models
         self.planned = [0] * models
         self.tables = [Table() for _ in range(groups)]
@@ -75,19 +84,20 @@ class Request:
         self.draft: tuple[int, ...] = ()
         self.names: dict[int, list[bytes]] = {}
         self.publishes = True
+        """False from the first compression on, recomputation included: what follows is no function of the tokens alone."""
         self.in_flight = 0
         self.partial: tuple[int, int, int] | None = None
         """(start, stop, next layer) of rows that have passed only some layers."""
         self.cut: CutRule | None = None
         self.link: int | None = None
+        self.fanned = index > 0 or spec.n == 1
+        """Whether the other sequences of the request have come to life."""
         self.cached_tokens = 0
         self.preemptions = 0
         self.generation = 0
-        """Counts admissions, so that results of an earlier life are recognised."""
+        """Counts lives, so that results of an earlier one are recognised."""
         self.started = False
         """Whether the executor knows this request."""
-        self.parent: int | None = None
-        self.family: list[int] = []
         self.key: tuple[float, ...] = ()
         self.reported = 0
         """Prompt positions whose logprobs the client has."""
@@ -102,21 +112,21 @@ class Request:
     @property
     def decoding(self) -> bool:
         """Everything but the newest token is computed, and that token is output."""
-        return self.planned[0] >= self.prompt and self.remaining <= 1
-
-    @property
-    def begun(self) -> bool:
-        return self.planned[0] > 0 or self.partial is not None
+        planned = self.planned[0]
+        return planned >= self.prompt and len(self.context) - planned <= 1
 
     @property
     def rank(self) -> int:
         """Sarathi's order: 0 decodes, 1 is half done, 2 is new."""
-        return 0 if self.decoding else 1 if self.begun else 2
+        planned = self.planned[0]
+        if planned >= self.prompt and len(self.context) - planned <= 1:
+            return 0
+        return 1 if planned or self.partial is not None else 2
 
     @property
     def limit(self) -> int:
         """Context length that the request reaches at most."""
-        return self.prompt + self.sampling.max_tokens
+        return len(self.context) - len(self.output) + self.sampling.max_tokens
 
     @property
     def tenant(self) -> bytes:
@@ -124,9 +134,27 @@ class Request:
 
     # ------------------------------------------------------------------ what the engine does
 
+    def prompt_rows(self, start: int, stop: int) -> int:
+        """Rows of [start, stop), from the first, that give a wanted prompt logprob; 0 if all are known.
+
+        Position i tells of prompt token i + 1.
+        """
+        if self.sampling.prompt_logprobs < 0:
+            return 0
+        last = min(stop, self.prompt - 1)
+        return max(0, last - start) if last > self.reported else 0
+
+    def outputs_before(self, length: int) -> int:
+        """Output tokens among the first `length` positions."""
+        given = sum(max(0, min(stop, length) - start) for start, stop in self.given)
+        return max(0, length - self.prompt - given)
+
     def forget(self) -> list[int]:
-        """Drop all progress and hand back the blocks; context, output, seed and generation count stay."""
-        blocks = [b for t in self.tables for b in t.blocks]
+        """Drop all progress and hand back the blocks; context, output, seed and generation count stay.
+
+        The blocks come last first, so that the eviction of cached ones eats a prefix from its end.
+        """
+        blocks = [b for t in self.tables for b in reversed(t.blocks)]
         self.tables = [Table() for _ in self.tables]
         self.computed = [0] * len(self.computed)
         self.planned = [0] * len(self.planned)
@@ -146,8 +174,6 @@ def lay_out(spec: RequestSpec) -> tuple[list[int], tuple[Span, ...], dict[int, V
         if isinstance(item, TokenItem):
             ids.extend(item.ids)
             continue
-        if item.rows < 1:
-            raise RequestError("an input item must have at least one row", param="prompt")
         if isinstance(item, VectorItem):
             if len(item.data) != 4 * item.rows * item.width:
                 raise RequestError(
@@ -161,6 +187,46 @@ def lay_out(spec: RequestSpec) -> tuple[list[int], tuple[Span, ...], dict[int, V
     if not ids:
         raise RequestError("the prompt is empty; give at least one token", param="prompt")
     return ids, tuple(spans), vectors
+
+
+def check_spec(spec: RequestSpec, limits: Limits, vocab: int | None) -> None:
+    """Raise RequestError for a request that could never run, before anything is laid out for it."""
+    rows = len(spec.resumed)
+    check_ids(spec.resumed, vocab)
+    for item in spec.items:
+        if isinstance(item, TokenItem):
+            check_ids(item.ids, vocab)
+        elif item.rows < 1:
+            raise RequestError(f"an input item must have at least one row, got {item.rows}", param="prompt")
+        rows += item.rows
+    if rows >= limits.max_model_len:
+        raise RequestError(
+            f"the prompt has {rows} tokens, and this engine's context holds {limits.max_model_len} with at least one "
+            "for the answer; shorten the prompt",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if not 1 <= spec.n <= MAX_SEQUENCES:
+        raise RequestError(f"n must be from 1 to {MAX_SEQUENCES}, got {spec.n}", param="n")
+    if spec.sampling.max_tokens < 1:
+        raise RequestError(f"max_tokens must be at least 1, got {spec.sampling.max_tokens}", param="max_tokens")
+    if len(spec.resumed) >= spec.sampling.max_tokens:
+        raise RequestError(
+            "the resumed output has max_tokens tokens already; there is nothing left to do", param="max_tokens"
+        )
+    if spec.resumed and spec.n > 1:
+        raise RequestError("a request with n > 1 is resumed one sequence at a time", param="n")
+
+
+def check_ids(ids: Sequence[int], vocab: int | None) -> None:
+    """Raise RequestError for a token id outside the vocabulary; without a vocabulary everything passes."""
+    if not ids or vocab is None:
+        return
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= vocab:
+        raise RequestError(
+            f"token id {low if low < 0 else high} is outside the vocabulary (0 to {vocab - 1})", param="prompt"
+        )
 
 
 def every(cuts: Sequence[CutRule]) -> CutRule | None:

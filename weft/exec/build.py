@@ -1,7 +1,7 @@
 """From a model and a few flags to a running engine: first the memory plan, then, and only then, the allocations.
 
-    setup   = prepare(EngineConfig(model=folder))      # reads config.json; imports no torch, allocates nothing
-    runtime = build(setup)                             # loads weights, makes the pool, the engine and its executor
+setup   = prepare(EngineConfig(model=folder))      # reads config.json; imports no torch, allocates nothing
+runtime = build(setup)                             # loads weights, makes the pool, the engine and its executor
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weft.config import Limits, Stack, build_stack
 from weft.core.engine import Engine
@@ -158,13 +158,20 @@ def build(setup: Setup, progress: Progress | None = None, *, propose: Propose | 
     torch.set_num_threads(setup.threads)
     config, limits = setup.config, setup.limits
     dtype = getattr(torch, setup.dtype)
-    source = config.model if config.load == "auto" and isinstance(config.model, Path) else "random"
+    source: Path | Literal["random"] = "random"
+    if config.load == "auto" and isinstance(config.model, Path):
+        source = config.model
     decoder = build_decoder(
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
         groups=setup.groups, invariant=config.invariant, seed=config.seed, progress=progress,
     )  # fmt: skip
     pool = KVPool(
-        setup.groups, setup.spec, blocks=setup.plan.kv_blocks, block_bytes=setup.block_bytes, dtype=dtype, device=setup.device
+        setup.groups,
+        setup.spec,
+        blocks=setup.plan.kv_blocks,
+        block_bytes=setup.block_bytes,
+        dtype=dtype,
+        device=setup.device,
     )
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, setup.stack, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
@@ -177,7 +184,9 @@ def build(setup: Setup, progress: Progress | None = None, *, propose: Propose | 
 def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:
     """The number format of weights, activations and KV.  Raises ConfigError for one that does not run there."""
     name = wanted.removeprefix("torch.")
-    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}.get(name, name)
+    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}.get(
+        name, name
+    )
     if name == "auto":
         name = checkpoint_dtype(dict(raw)) or "bfloat16"
         if device == "cpu":

@@ -18,7 +18,19 @@ class Mirrored:
     at the head; count[g]: entries standing where they are fewer than positions (compressed), else -1.
     """
 
-    __slots__ = ("count", "first", "prompt", "sampling", "seed", "spans", "state", "tables", "tokens", "used", "vectors")
+    __slots__ = (
+        "count",
+        "first",
+        "prompt",
+        "sampling",
+        "seed",
+        "spans",
+        "state",
+        "tables",
+        "tokens",
+        "used",
+        "vectors",
+    )
 
     def __init__(self, enter: Enter, groups: int) -> None:
         self.tokens: Ints = np.empty(max(64, 2 * len(enter.tokens)), np.int64)
@@ -67,7 +79,9 @@ class Mirror:
             s, g = self.sequences[grant.request], grant.group
             stop = grant.at + len(grant.blocks)
             if grant.at > s.used[g]:
-                raise InvariantError(f"sequence {grant.request}: a grant at {grant.at} leaves a hole after {s.used[g]} blocks")
+                raise InvariantError(
+                    f"sequence {grant.request}: a grant at {grant.at} leaves a hole after {s.used[g]} blocks"
+                )
             if stop > len(s.tables[g]):
                 grown = np.empty(2 * stop, np.int64)
                 grown[: s.used[g]] = s.table(g)
@@ -88,6 +102,8 @@ class Mirror:
         at = self.entry(work, g)
         entries = np.arange(at, at + len(work.tokens))
         if at < 0 or entries[-1] >= s.used[g] * bt:
-            raise InvariantError(f"sequence {work.request}: entries {at} to {entries[-1]} are outside its {s.used[g]} blocks")
+            raise InvariantError(
+                f"sequence {work.request}: entries {at} to {entries[-1]} are outside its {s.used[g]} blocks"
+            )
         slots: Ints = s.tables[g][entries // bt] * bt + entries % bt
         return slots

@@ -104,13 +104,13 @@ class NullExecutor:
             for g in self._groups(work):
                 for block in s.table(g):
                     if writer.get(int(block), work.request) != work.request:
-                        raise InvariantError(f"block {block} is read while another sequence writes it in step {plan.step}")
+                        raise InvariantError(
+                            f"block {block} is read while another sequence writes it in step {plan.step}"
+                        )
         return writer
 
     def _groups(self, work: Work) -> list[int]:
-        return [
-            g for g, s in enumerate(self.groups) if s.model == work.model and s.kind is not GroupKind.PARKED
-        ]
+        return [g for g, s in enumerate(self.groups) if s.model == work.model and s.kind is not GroupKind.PARKED]
 
     def _before(self, work: Work, g: int) -> int:
         """KV of the position before the work's first."""

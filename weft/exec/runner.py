@@ -6,6 +6,7 @@ the rows that sample, and the sampler turns those into tokens.  Nothing here dec
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ from weft.errors import InvariantError
 from weft.exec import sampler
 from weft.exec.batch import Batch, GroupBatch
 from weft.exec.kvpool import KVPool
-from weft.exec.mirror import Mirror, Mirrored
+from weft.exec.mirror import Ints, Mirror, Mirrored
 from weft.models.decoder import Decoder
 from weft.types import GroupKind, KVOp, KVOpKind, Plan, StepResult, TokenLogprob, Work, WorkResult
 
-Propose = Callable[[Work, np.ndarray], Sequence[int]]
+Propose = Callable[[Work, Ints], Sequence[int]]
 """(work, context after the step) -> guesses: the seam of the slot `draft`."""
 
 
@@ -88,11 +89,9 @@ class TorchExecutor:
         depth = len(decoder.spec.layers)
         spans = {i: works[i].layers or (0, depth) for i in mine}
         edges = sorted({edge for span in spans.values() for edge in span})
-        hidden: dict[int, Tensor] = {
-            i: self._parked(name, works[i]) for i in mine if spans[i][0] > 0
-        }
+        hidden: dict[int, Tensor] = {i: self._parked(name, works[i]) for i in mine if spans[i][0] > 0}
         out: list[tuple[Tensor, list[Wanted]]] = []
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in itertools.pairwise(edges):
             active = [i for i in mine if spans[i][0] <= low and high <= spans[i][1]]
             if not active:
                 continue
@@ -104,8 +103,8 @@ class TorchExecutor:
                     out.append((result, wanted))
                 continue
             # The result is a view of the decoder's workspace, which the next stretch overwrites.
-            for i, part in zip(active, result.clone().split([len(works[i].tokens) for i in active]), strict=True):
-                hidden[i] = part
+            parts = result.clone().split([len(works[i].tokens) for i in active])
+            hidden.update(zip(active, parts, strict=True))
         for i in mine:
             if spans[i][1] < depth:
                 self._park(name, works[i], hidden[i])
@@ -129,7 +128,8 @@ class TorchExecutor:
 
     def batch(self, name: str, works: Sequence[Work], mine: Sequence[int]) -> tuple[Batch, list[Wanted]]:
         """The works' rows, flattened in their order, and where the logits of each will stand."""
-        bounds, positions, logit_rows = [0], [], []
+        bounds, positions = [0], list[Ints]()
+        logit_rows: list[Ints] = []
         wanted: list[Wanted] = []
         trees: dict[int, tuple[int, ...]] = {}
         vectors: list[tuple[int, Tensor]] = []
@@ -164,7 +164,7 @@ class TorchExecutor:
         )
         return batch, wanted
 
-    def _positions(self, work: Work, context: int) -> np.ndarray:
+    def _positions(self, work: Work, context: int) -> Ints:
         if not work.parents:
             return np.arange(work.start, work.start + len(work.tokens))
         depth: list[int] = []
@@ -202,19 +202,25 @@ class TorchExecutor:
         rows = torch.cat([torch.arange(at, at + len(v)) for at, v in found])
         return rows.to(self.device), torch.cat([v for _, v in found]).to(self.device)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
+    def _tensor(self, array: Ints) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     # ------------------------------------------------------------------ sample
 
-    def _sample(self, works: Sequence[Work], logits_NV: Tensor, wanted: list[Wanted], results: list[WorkResult]) -> None:
+    def _sample(
+        self, works: Sequence[Work], logits_NV: Tensor, wanted: list[Wanted], results: list[WorkResult]
+    ) -> None:
         rows: list[sampler.Row] = []
         index: list[int] = []
         for w in wanted:
             rows.extend(self._rows(works[w.work], w.sampled))
             index.extend(range(w.first + w.prompt_rows, w.first + w.prompt_rows + w.sampled))
-        sampled_NV = logits_NV if len(index) == len(logits_NV) else logits_NV[torch.tensor(index, dtype=torch.int64, device=logits_NV.device)]
+        sampled_NV = (
+            logits_NV
+            if len(index) == len(logits_NV)
+            else logits_NV[torch.tensor(index, dtype=torch.int64, device=logits_NV.device)]
+        )
         finite = torch.isfinite(sampled_NV.amax(-1)).tolist() if index else []
         winners = sampler.draw(sampled_NV, rows) if index else []
         linked: dict[int, int] = {}
@@ -244,7 +250,7 @@ class TorchExecutor:
             out.append(sampler.Row(s.sampling, s.seed, work.output + depth, history, s.prompt))
         return out
 
-    def _branch(self, work: Work, guess: int, s: Mirrored) -> np.ndarray:
+    def _branch(self, work: Work, guess: int, s: Mirrored) -> Ints:
         """History of a guess in a tree: the context, its ancestors and itself."""
         path = []
         at = guess

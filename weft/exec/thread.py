@@ -41,7 +41,9 @@ class StepTimes:
         return max(0.0, self.total_s - self.forward_s - self.sample_s)
 
 
-def step(engine: Engine, executor: Executor, clock: Callable[[], float] = time.monotonic) -> tuple[list[Event], StepTimes]:
+def step(
+    engine: Engine, executor: Executor, clock: Callable[[], float] = time.monotonic
+) -> tuple[list[Event], StepTimes]:
     """One schedule, execute, commit."""
     began = clock()
     plan, events = engine.schedule(began)
@@ -103,7 +105,7 @@ class EngineThread:
             self._loop()
         except BaseException as error:  # whatever it is, the front must hear of it
             self._error = f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error)
-            events = [Finished(r.id, r.index, "error", error=self._error) for r in self.engine.requests()]
+            events: list[Event] = [Finished(r.id, r.index, "error", error=self._error) for r in self.engine.requests()]
             self._emit(events, 0.0)
             if not isinstance(error, Exception):
                 raise
@@ -111,14 +113,14 @@ class EngineThread:
     def _loop(self) -> None:
         empty = 0
         while not self._closing:
-            events = self._drain(wait=not self.engine.has_work)
-            if self._closing:
-                return
-            if not self.engine.has_work:
+            idle = not self.engine.has_work
+            if idle and self._busy_since is not None:
                 self._busy_since = None
-                self._emit(events, 0.0)
                 if self.idle_check:
                     self.engine.check()
+            events = self._drain(wait=idle)
+            if not self.engine.has_work:
+                self._emit(events, 0.0)
                 continue
             if self._busy_since is None:
                 self._busy_since = time.monotonic()

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import math
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
 
 from weft.errors import ConfigError
+from weft.front.openai.service import Service
 
 MAX_HEADER_BYTES = 64 << 10
 BACKLOG = 2048
-DRAIN_S = 5
-"""How long open requests may go on after SIGTERM."""
+DRAIN_S = 5.0
+"""How long open requests may go on after SIGTERM; then they are told that the server ends."""
+GRACE_S = 3
+"""What they have to take that in, before their connections are cut."""
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening-ready socket on host:port (port 0: any free one).  Raises ConfigError in one sentence."""
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise ConfigError(f"port {port} does not exist; give --port from 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"cannot resolve host {host!r} ({error}); give an address of this machine with --host"
         ) from None
@@ -34,9 +41,9 @@ def bind(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(BACKLOG)  # here and not later, as only listening shows that somebody else already listens
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         sock.close()
-        number = getattr(error, "errno", None)
+        number = error.errno
         if number == errno.EADDRINUSE:
             raise ConfigError(f"port {port} on {host} is taken; choose another one with --port") from None
         if number == errno.EACCES:
@@ -54,10 +61,19 @@ def url_of(host: str, sock: socket.socket) -> str:
 
 
 class Server:
-    """One HTTP server over one application.  `run` blocks until `stop` or a signal."""
+    """One HTTP server over one application (see `app.create_app`).  `run` blocks until `stop` or a signal.
+
+    Binding is done here, so a taken port raises ConfigError before anything else happens.
+    """
 
     def __init__(
-        self, app: Any, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str], None] | None = None
+        self,
+        app: Starlette,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        ready: Callable[[str], None] | None = None,
+        *,
+        drain_s: float = DRAIN_S,
     ) -> None:
         self._sock = bind(host, port)
         self.url = url_of(host, self._sock)
@@ -72,9 +88,11 @@ class Server:
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=65,
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_graceful_shutdown=math.ceil(drain_s) + GRACE_S,
         )
-        self._server = _Uvicorn(config, lambda: ready(self.url) if ready is not None else None)
+        tell = ready or (lambda _: None)
+        service: Service = app.state.service
+        self._server = _Uvicorn(config, lambda: tell(self.url), service.client.close, drain_s)
 
     def run(self) -> None:
         """Serve.  Raises ConfigError when the application does not start."""
@@ -91,23 +109,40 @@ class Server:
         self._server.should_exit = True
 
 
-def serve(app: Any, host: str, port: int, ready: Callable[[str], None] | None = None) -> None:
-    """Serve `app` on host:port until SIGTERM or SIGINT.
+def serve(
+    app: Starlette,
+    host: str,
+    port: int,
+    ready: Callable[[str], None] | None = None,
+    *,
+    drain_s: float = DRAIN_S,
+) -> None:
+    """Serve `app` on host:port until SIGTERM or SIGINT; open requests then have `drain_s` seconds to end.
 
     ready: called once with http://HOST:PORT when requests are accepted.  Raises ConfigError when it cannot bind.
     """
-    Server(app, host, port, ready).run()
+    Server(app, host, port, ready, drain_s=drain_s).run()
 
 
 class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    """ready: called when requests are accepted.  end: fails what is open, called `drain_s` seconds after the signal."""
+
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], end: Callable[[], None], drain_s: float
+    ) -> None:
         super().__init__(config)
         self._ready = ready
+        self._end = end
+        self._drain_s = drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._drain_s, self._end)
+        await super().shutdown(sockets)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,8 @@ def error_response(error: BaseException, headers: dict[str, str] | None = None) 
     extra = dict(headers or {})
     if status == 401:
         extra["www-authenticate"] = "Bearer"
+    elif status == 503:
+        extra["retry-after"] = "1"
     if status in (408, 413):
         extra["connection"] = "close"  # the rest of the body was not read, so the connection can't be used again
     return Response(

@@ -149,6 +149,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 INSTEAD = {
     "suffix": "give the text before the completion only",
     "n_predict": "use max_tokens",
+    "reasoning_effort": "give it in chat_template_kwargs if the model's template reads it",
     "chat_template": "the model's own template is always used",
     "prompt_logprobs": "use echo with logprobs in /v1/completions",
     "truncate_prompt_tokens": "shorten the prompt; it is never cut",

@@ -1,0 +1,126 @@
+"""`weft serve` as a user starts it: the ready line, ports, signals, and errors that come before the model is loaded."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import READY, Serving, weft
+from weft.cli.serve import curl
+
+SMALL = ("--threads", "1", "--memory", "600M", "--max-model-len", "256")
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One server for the tests that only ask; it has two names and a key."""
+    folder = tmp_path_factory.mktemp("serving")
+    names = ("--served-model-name", "tiny", "--served-model-name", "it's small")
+    with Serving(folder, "--port", "0", *SMALL, *names, WEFT_API_KEY="sesame") as server:
+        server.url()
+        yield server
+
+
+def ask(url: str, body: dict[str, object] | None = None, key: str | None = "sesame") -> tuple[int, dict]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_stdout_is_one_line_and_stderr_has_the_plan_and_a_curl_line(serving: Serving) -> None:
+    serving.wait_for("try: ", serving.err)
+    assert READY.fullmatch(serving.out.read_text())
+    told = serving.err.read_text()
+    assert "memory plan of weft-tiny" in told
+    assert told.index("memory plan") < told.index("loading"), "the plan comes before anything is allocated"
+    assert told.index("loading") < told.index("try: ")
+
+
+def test_the_curl_line_works(serving: Serving) -> None:
+    serving.wait_for("try: ", serving.err)
+    line = serving.err.read_text().split("try:  ")[1].strip()
+    assert "sesame" not in serving.err.read_text(), "the key must not show"
+    done = subprocess.run(
+        ["sh", "-c", line], env={"PATH": "/usr/bin:/bin:/usr/local/bin", "WEFT_API_KEY": "sesame"}, capture_output=True, text=True
+    )
+    if done.returncode == 127:
+        pytest.skip("there is no curl on this machine")
+    assert json.loads(done.stdout)["model"] == "tiny"
+
+
+def test_names_and_key(serving: Serving) -> None:
+    url = serving.url()
+    body = {"prompt": "The sea", "max_tokens": 2}
+    assert ask(f"{url}/v1/models", key=None)[0] == 401
+    assert {m["id"] for m in ask(f"{url}/v1/models")[1]["data"]} == {"tiny", "it's small"}
+    assert ask(f"{url}/v1/completions", {"model": "it's small", **body})[0] == 200
+    assert ask(f"{url}/v1/completions", {"model": "weft-tiny", **body})[0] == 404
+
+
+def test_a_conversation_with_the_server(serving: Serving) -> None:
+    url, how = serving.url(), ("--temperature", "0", "--max-tokens", "6")
+    said = weft("chat", "--url", url, *how, stdin="Tell me about the sea.\n", WEFT_API_KEY="sesame")
+    body = {"temperature": 0, "max_tokens": 6, "messages": [{"role": "user", "content": "Tell me about the sea."}]}
+    _, answer = ask(f"{url}/v1/chat/completions", {"model": "tiny", **body})
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == answer["choices"][0]["message"]["content"] + "\n"
+    refused = weft("chat", "--url", f"{url}/v1", *how, stdin="Hello\n", WEFT_API_KEY="wrong")
+    assert refused.returncode == 2
+    assert "401" in refused.stderr
+    unknown = weft("chat", "gpt-9", "--url", url, stdin="Hello\n", WEFT_API_KEY="sesame")
+    assert unknown.returncode == 1
+    assert "gpt-9" in unknown.stderr
+
+
+def test_a_taken_port_is_found_before_the_model_is_looked_at() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = weft("serve", "./no/such/folder", "--port", str(port))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: port {port} on 127.0.0.1 is taken; choose another one with --port\n"
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_numbers() -> None:
+    done = weft("serve", "--port", "0", "--memory", "40M")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "error: the model does not fit: weights 28 MiB" in done.stderr
+    assert "loading" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_running_server_with_status_0(tmp_path: Path, number: int) -> None:
+    with Serving(tmp_path, "--port", "0", *SMALL) as server:
+        url = server.url()
+        assert ask(f"{url}/health", key=None)[1] == {"status": "ok"}
+        assert server.end(number) == 0
+        assert "Traceback" not in server.err.read_text()
+
+
+def test_a_signal_while_the_model_is_being_loaded_ends_it_with_status_0(tmp_path: Path) -> None:
+    with Serving(tmp_path, "--port", "0", *SMALL) as server:
+        server.wait_for("loading", server.err)
+        assert server.end(signal.SIGTERM) == 0
+        assert server.out.read_text() == ""
+        assert "Traceback" not in server.err.read_text()
+
+
+def test_the_curl_line_suits_the_model() -> None:
+    assert "chat/completions" in curl("http://h:1", "m", chat=True)
+    assert '"prompt": ' in curl("http://h:1", "m", chat=False)
+    assert "WEFT_API_KEY" in curl("http://h:1", "m", chat=False, key=True)
+    assert "'\"'\"'" in curl("http://h:1", "it's", chat=True), "a name with a quote is still one shell word"

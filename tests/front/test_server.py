@@ -1,0 +1,120 @@
+"""Binding, readiness and the end of a server."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+
+from tests.front.scripted import ScriptedPort
+from weft.errors import ConfigError
+from weft.front.app import create_app
+from weft.front.server import Server, bind, serve
+from weft.front.text import ModelText
+
+Make = Callable[..., ScriptedPort]
+
+
+def test_a_taken_port_is_one_sentence() -> None:
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"^port {port} on 127\.0\.0\.1 is taken; choose another one with --port$"
+        ):
+            bind("127.0.0.1", port)
+        with pytest.raises(ConfigError, match="is taken"):
+            serve(Starlette(), "127.0.0.1", port)
+    with bind("127.0.0.1", port) as again:  # free again at once
+        assert again.getsockname()[1] == port
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("no-such-host.invalid", 0), ("203.0.113.7", 0), ("127.0.0.1", 70_000), ("127.0.0.1", -1)]
+)
+def test_addresses_that_cannot_be(host: str, port: int) -> None:
+    with pytest.raises(ConfigError, match=r"--(host|port)"):
+        bind(host, port)
+
+
+def test_ready_means_that_requests_are_taken(scripted: Make, text: ModelText) -> None:
+    told: list[str] = []
+    answers: list[int] = []
+    app = create_app(scripted(lambda spec, index: []), text, model_ids=["m"])
+
+    def ready(url: str) -> None:
+        told.append(url)
+        threading.Thread(target=lambda: answers.append(httpx.get(f"{url}/health").status_code)).start()
+
+    server = Server(app, "127.0.0.1", 0, ready)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not answers:
+        thread.join(0.01)
+    server.stop()
+    thread.join(20)
+    assert answers == [200]
+    assert told == [server.url]
+    assert not server.url.endswith(":0")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_ipv6_addresses_are_bracketed(scripted: Make, text: ModelText) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 on this machine")
+    app = create_app(scripted(lambda spec, index: []), text, model_ids=["m"])
+    try:
+        server = Server(app, "::1", 0)
+    except ConfigError:
+        pytest.skip("no IPv6 on this machine")
+    assert server.url.startswith("http://[::1]:")
+    server.stop()
+    server.run()
+
+
+PROGRAM = """
+import sys
+from tests.front.scripted import ScriptedPort
+from weft.front.app import create_app
+from weft.front.port import EngineInfo
+from weft.front.server import serve
+from weft.front.text import ModelText
+
+info = EngineInfo(model_id="m", vocab_size=4096, max_model_len=4096, kv_blocks=9, block_tokens=16, max_num_seqs=4)
+port = ScriptedPort(lambda spec, index: [300] * 5, info)  # five tokens, then nothing for ever
+app = create_app(port, ModelText.load(sys.argv[1]), model_ids=["m"])
+serve(app, "127.0.0.1", 0, lambda url: print(url, flush=True), drain_s=0.2)
+print("ended", port.cancelled(), "torch" in sys.modules, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_cleanly_even_with_open_streams(bundled: Path, number: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(bundled)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=bundled.parents[2],
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    body = {"prompt": "Hi", "stream": True, "max_tokens": 100}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: {")
+        process.send_signal(number)
+        rest = "\n".join(lines)
+    assert "shutting down" in rest, "an open stream is told why it ends"
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert out.strip() == "ended [1] False"  # and nothing of the front needs torch
+    assert "Traceback" not in err

@@ -1,0 +1,129 @@
+"""A plan while it is made: the budgets that are left, the works so far, and what executors must be told beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from weft.config import Limits
+from weft.core.request import Request
+from weft.slots import StepView
+from weft.types import Enter, Grant, Keep, KVOp, Plan, Work
+
+
+@dataclass(slots=True)
+class Planning:
+    """view: what policies see.  closed: nobody is admitted any more in this step."""
+
+    view: StepView
+    limits: Limits
+    samples_left: int
+    bytes_left: float
+    works: list[Work] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    """The request of each work."""
+    ops: list[KVOp] = field(default_factory=list)
+    planned: set[int] = field(default_factory=set)
+    preempted: list[Request] = field(default_factory=list)
+    closed: bool = False
+    blocks: int = 0
+    samples: int = 0
+
+    @classmethod
+    def begin(cls, view: StepView, limits: Limits) -> Planning:
+        return cls(view, limits, limits.max_samples, float(limits.work_bytes or "inf"))
+
+    def fits(self, rows: int, samples: int) -> bool:
+        """Whether so many more rows, and rows of logits, stay within every budget."""
+        limits = self.limits
+        return (
+            rows <= self.view.rows_left
+            and samples <= self.samples_left
+            and (not limits.work_bytes or rows * limits.row_bytes + samples * limits.sample_bytes <= self.bytes_left)
+        )
+
+    def most(self) -> int:
+        """Rows that still fit when none of them is sampled."""
+        row_bytes = self.limits.row_bytes
+        if not (self.limits.work_bytes and row_bytes):
+            return self.view.rows_left
+        return min(self.view.rows_left, int(self.bytes_left // row_bytes))
+
+    def chunk(self, r: Request, start: int, stop: int) -> tuple[int, int, int]:
+        """(stop, prompt rows, samples) of the longest chunk of [start, stop) that fits; its stop is `start` where none does."""
+        end = len(r.context)
+        prompt_rows = r.prompt_rows(start, stop)
+        samples = prompt_rows + (stop == end)
+        if self.fits(stop - start, samples):
+            return stop, prompt_rows, samples
+        low, high = start, stop - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.fits(middle - start, r.prompt_rows(start, middle)):
+                low = middle
+            else:
+                high = middle - 1
+        prompt_rows = r.prompt_rows(start, low)
+        return low, prompt_rows, prompt_rows
+
+    def write(
+        self, r: Request, start: int, stop: int, *, guesses: int = 0, layers: tuple[int, int] | None = None,
+        prompt_rows: int = 0, samples: int = 0, final: bool = True,
+    ) -> None:  # fmt: skip
+        """Add target rows [start, stop) of `r` and its first `guesses` guesses.  final: they pass the last layer."""
+        context = r.context
+        tokens = tuple(context[start:stop]) if not guesses else (*context[start:stop], *r.draft[:guesses])
+        work = Work(
+            request=r.rid,
+            rows=((start, stop + guesses),),
+            tokens=tokens,
+            layers=layers,
+            keep=Keep.ACCEPT if guesses else Keep.APPEND,
+            link=r.link,
+            guesses=guesses,
+            samples=final and stop == len(context),
+            output=len(r.output),
+            prompt_rows=prompt_rows,
+        )
+        self.add(r, work, samples)
+        if r.decoding:
+            self.view.decode_rows += len(tokens)
+        else:
+            self.view.prompt_rows += len(tokens)
+
+    def add(self, r: Request, work: Work, samples: int) -> None:
+        rows, limits = len(work.tokens), self.limits
+        self.works.append(work)
+        self.requests.append(r)
+        self.planned.add(r.rid)
+        self.view.rows_left -= rows
+        self.samples_left -= samples
+        self.samples += samples
+        if limits.work_bytes:
+            self.bytes_left -= rows * limits.row_bytes + samples * limits.sample_bytes
+
+    def finish(self, step: int, leave: list[int]) -> Plan:
+        """The plan, with an Enter for each request that the executor does not know and a Grant for each table that changed."""
+        enter: list[Enter] = []
+        grants: list[Grant] = []
+        for r in self.requests:
+            r.in_flight += 1
+            if not r.started:
+                r.started = True
+                for t in r.tables:
+                    t.dirty = 0
+                enter.append(
+                    Enter(
+                        request=r.rid, tokens=tuple(r.context), prompt=r.prompt, sampling=r.sampling, seed=r.seed,
+                        entries=tuple(t.count for t in r.tables), spans=r.spans, vectors=r.vectors,
+                    )
+                )  # fmt: skip
+            for g, t in enumerate(r.tables):
+                if t.dirty is not None:
+                    grants.append(Grant(r.rid, g, t.dirty, tuple(t.blocks[t.dirty :]), t.first))
+                    t.dirty = None
+        rows = self.limits.max_rows - self.view.rows_left
+        return Plan(
+            step=step, works=tuple(self.works), enter=tuple(enter), leave=tuple(leave), grants=tuple(grants),
+            kv=tuple(self.ops), rows=rows, samples=self.samples, blocks=self.blocks,
+            work_bytes=rows * self.limits.row_bytes + self.samples * self.limits.sample_bytes,
+        )  # fmt: skip
