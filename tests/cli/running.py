@@ -17,7 +17,13 @@ READY = re.compile(r"weft ready (http://[\w.\[\]:]+:\d+)\n")
 def weft(*args: str, stdin: str = "", timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `weft ARGS` to its end."""
     return subprocess.run(
-        [*COMMAND, *args], cwd=ROOT, env=_environment(environment), input=stdin, capture_output=True, text=True, timeout=timeout
+        [*COMMAND, *args],
+        cwd=ROOT,
+        env=_environment(environment),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 

@@ -13,10 +13,13 @@ from typer.testing import CliRunner, Result
 
 from tests.cli.running import COMMAND, ROOT, weft
 from weft import __version__
+from weft.cli._flags import EngineFlags
 from weft.cli.app import app
 from weft.cli.bench import batches
 from weft.cli.generate import split
 from weft.errors import ConfigError
+from weft.exec.build import EngineConfig
+from weft.llm import configure
 
 PLAN_KEYS = {
     "weights_bytes", "kv_bytes", "kv_blocks", "kv_bytes_per_token", "workspace_bytes", "total_bytes", "available_bytes",
@@ -165,6 +168,20 @@ def test_plan_takes_a_bare_config(bundled: Path, tmp_path: Path) -> None:
     assert alone["weights_bytes"] == whole["weights_bytes"]
 
 
+def test_every_flag_becomes_what_the_engine_calls_it(bundled: Path) -> None:
+    flags = EngineFlags(
+        dtype="bfloat16", device="cpu", max_model_len=99, memory="1G", threads=3, max_num_seqs=5, max_num_batched_tokens=77,
+        load="random", weights_seed=11, prefix_cache=False, invariant=False, techniques=["schedule=fcfs"],
+    )  # fmt: skip
+    config = flags.config(bundled)
+    assert config == EngineConfig(
+        model=bundled, dtype="bfloat16", device="cpu", max_model_len=99, memory_bytes=1 << 30, threads=3, max_num_seqs=5,
+        max_rows=77, load="random", seed=11, share=False, invariant=False, techniques=["schedule=fcfs"],
+    )  # fmt: skip
+    assert configure("bundled", **flags.options())[0] == config, "weft.LLM understands the same keywords"
+    assert EngineFlags().config(bundled) == EngineConfig(model=bundled)
+
+
 def test_techniques_reach_the_plan() -> None:
     plan = json.loads(call("plan", "--json", "--with", "schedule=prefill_first").stdout)
     assert "schedule=prefill_first" in plan["stack"]
@@ -190,20 +207,15 @@ def test_arguments_of_generate_are_told_apart(bundled: Path, monkeypatch: pytest
     assert split([]) == (None, ["-"])
 
 
-def test_generate_without_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weft.cli.generate._stdin", lambda: "")
-    result = call("generate", "-p", "")
-    assert result.exit_code == 2
-    assert "empty" in result.stderr
-
-
 def test_generate_streams_what_json_reports(tmp_path: Path) -> None:
     how = ["--max-tokens", "12", "--temperature", "0.8", "--seed", "5", "--threads", "1", "--memory", "600M"]
     file = tmp_path / "prompt.txt"
     file.write_text("The sea was")
-    streamed = weft("generate", "-", *how, stdin="The sea was\n")
-    assert streamed.returncode == 0, streamed.stderr
-    several = call("generate", "bundled", "-p", "It rained", "-f", str(file), "-n", "2", "--logprobs", "1", "--json", *how)
+    streamed = call("generate", "-", *how, stdin="The sea was\n")
+    assert streamed.exit_code == 0, streamed.stderr
+    several = call(
+        "generate", "bundled", "-p", "It rained", "-f", str(file), "-n", "2", "--logprobs", "1", "--json", *how
+    )
     assert several.exit_code == 0, several.stderr
     results = json.loads(several.stdout)
     assert [r["prompt"] for r in results] == ["It rained", "The sea was"]
@@ -223,23 +235,12 @@ def test_sampling_out_of_range_names_the_field() -> None:
 # ---------------------------------------------------------------------------------------------- chat
 
 
-def test_chat_reads_lines_and_follows_commands() -> None:
-    lines = "Tell me about the sea.\n/reset\n/what\nTell me \\\nabout the sea.\n/quit\nnever read\n"
-    done = weft("chat", "--temperature", "0", "--max-tokens", "8", "--threads", "1", "--memory", "600M", stdin=lines)
-    assert done.returncode == 0, done.stderr
-    answers = done.stdout.splitlines()
-    assert len(answers) == 2
-    assert all(answers)
-    assert "(forgotten)" in done.stderr
-    assert "there is no /what" in done.stderr
-
-
 def test_chat_says_what_does_not_fit_and_goes_on() -> None:
     lines = "word " * 400 + "\nhello\n"
-    done = weft("chat", "--max-model-len", "64", "--max-tokens", "4", "--threads", "1", "--memory", "600M", stdin=lines)
+    done = call("chat", "--max-model-len", "64", "--max-tokens", "4", "--threads", "1", "--memory", "600M", stdin=lines)
     assert "/reset starts afresh" in done.stderr
     assert len(done.stdout.splitlines()) == 1, "the second line was answered"
-    assert done.returncode == 1
+    assert done.exit_code == 1
 
 
 # ---------------------------------------------------------------------------------------------- small parts

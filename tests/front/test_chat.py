@@ -140,9 +140,9 @@ def test_sampling_fields_act(client: openai.OpenAI) -> None:
     biased = ask(client, temperature=0, max_tokens=3, logprobs=True, logit_bias={"300": 100})
     assert len({token.token for token in biased.choices[0].logprobs.content}) == 1
     assert biased.choices[0].logprobs.content[0].token != content[0].token
-    long = ask(client, temperature=0, max_tokens=120).choices[0].message.content
+    long = ask(client, temperature=0, max_tokens=70).choices[0].message.content
     for options in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"extra_body": {"repetition_penalty": 1.8}}):
-        assert ask(client, temperature=0, max_tokens=120, **options).choices[0].message.content != long, options
+        assert ask(client, temperature=0, max_tokens=70, **options).choices[0].message.content != long, options
 
 
 def test_lengths(client: openai.OpenAI) -> None:

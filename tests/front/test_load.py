@@ -21,7 +21,7 @@ def test_two_hundred_clients_with_random_cancellations(url: str, http: httpx.Cli
 
     async def one(client: openai.AsyncOpenAI, number: int) -> str:
         leaves = rng.random() < 0.5
-        tokens = rng.randrange(10, 90)
+        tokens = rng.randrange(8, 48)
         patience = rng.randrange(0, 20)
         options: dict[str, Any] = {
             "model": MODEL,

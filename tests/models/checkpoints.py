@@ -106,7 +106,11 @@ def scale_weights(model: PreTrainedModel, seed: int) -> None:
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
         if weight.dim() > 1:
-            gain = (1.6 if gemma else 2.0) if any(part in name for part in ("q_proj", "k_proj", "mlp.gate.weight")) else 1.0
+            gain = (
+                (1.6 if gemma else 2.0)
+                if any(part in name for part in ("q_proj", "k_proj", "mlp.gate.weight"))
+                else 1.0
+            )
             noise *= gain * weight.shape[-1] ** -0.5
         elif "norm" in name:
             noise = noise * 0.3 + (0.2 if gemma else 2.0 if "q_norm" in name else 1.2)

@@ -64,9 +64,7 @@ def test_attention_is_far_from_uniform(checkpoint: Callable[[str], Checkpoint]) 
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
-def test_bfloat16_is_as_near_as_the_reference_in_bfloat16(
-    name: str, checkpoint: Callable[[str], Checkpoint]
-) -> None:
+def test_bfloat16_is_as_near_as_the_reference_in_bfloat16(name: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     reference = checkpoint(name)
     bench = bench_for(load_spec(reference.folder), reference.folder, dtype="bfloat16")
     assert not bench.decoder.invariant

@@ -56,6 +56,7 @@ class Hub(BaseHTTPRequestHandler):
     """Two models, one of them gated, in the few routes that the hub's client asks for."""
 
     asked: set[str] = set()
+    broken = False
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -74,7 +75,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path in ("/api/models/org/toy", "/api/models/org/toy/revision/main"):
+        if self.broken:
+            self.answer(200, b'{"surprise": []}', Content_Type="application/json")
+        elif path in ("/api/models/org/toy", "/api/models/org/toy/revision/main"):
             files = [{"rfilename": name} for name in FILES]
             body = {
                 "id": "org/toy",
@@ -105,6 +108,7 @@ def hub() -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.asked.clear()
     yield f"http://127.0.0.1:{server.server_address[1]}"
+    Hub.broken = False
     server.shutdown()
     server.server_close()
 
@@ -140,6 +144,9 @@ def test_a_hub_model_is_fetched_once_and_then_read_offline(tmp_path: Path, hub: 
     assert (folder / "config.json").read_bytes() == FILES["config.json"]
     assert ask("org/toy", tmp_path, "http://127.0.0.1:9")[0] == found, "no network: from the cache"
     assert ask("org/toy", tmp_path, hub, HF_HUB_OFFLINE="1")[0] == found
+    Hub.broken = True
+    assert ask("org/toy", tmp_path, hub)[0] == found, "a hub that talks nonsense is no hub"
+    assert ask("org/other", tmp_path, hub)[0].startswith("ConfigError there is no folder org/other")
 
 
 def test_what_the_hub_refuses(tmp_path: Path, hub: str) -> None:

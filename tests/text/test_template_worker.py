@@ -23,7 +23,7 @@ WELL = "fine: {{ messages[0].content }}"
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[Renderer]:
-    made = Renderer(seconds=1.0, memory_bytes=512 << 20, max_chars=1 << 20)
+    made = Renderer(seconds=0.7, memory_bytes=512 << 20, max_chars=1 << 20)
     yield made
     made.close()
 
@@ -177,6 +177,22 @@ def test_escapes_would_work_without_the_sandbox() -> None:
 # ---------------------------------------------------------------------------------------------- the worker's life
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ messages[0].pop('role') }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{% set ns = namespace(a=1) %}{% set ns.__class__ = 1 %}",
+        "{{ '{0.__class__}'.format(1) }}{{ ''.__class__() }}",
+    ],
+)
+def test_refused_by_name(renderer: Renderer, source: str) -> None:
+    with pytest.raises(RequestError, match="SecurityError"):
+        render(renderer, source)
+
+
 def test_messages_cannot_be_changed_by_a_template(renderer: Renderer) -> None:
     talk = [{"role": "user", "content": "hi"}]
     source = "{% set m = messages[0] %}{% set _ = m.__setitem__('content', 'x') %}{{ m.content }}"
@@ -200,7 +216,7 @@ def test_many_threads_and_templates(renderer: Renderer) -> None:
     wrong: list[str] = []
 
     def work(n: int) -> None:
-        for i in range(40):
+        for i in range(20):
             text = render(renderer, f"{n}-{i}: {{{{ messages[0].content }}}}")
             if text != f"{n}-{i}: hi":
                 wrong.append(text)

@@ -17,8 +17,9 @@ from statistics import median
 from typing import Any
 
 from weft.bench.limit import bytes_per_step, read_gb_s
+from weft.core.ledger import blocks_for
 from weft.errors import CapacityError, ConfigError
-from weft.exec.build import EngineConfig, Progress, Runtime, Setup, build, prepare
+from weft.exec.build import EngineConfig, Progress, Runtime, Setup, build, prepare, with_limits
 from weft.exec.host import format_size, peak_rss_bytes
 from weft.exec.thread import StepTimes, step
 from weft.types import Event, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
@@ -72,7 +73,7 @@ def find_shape(name: str) -> Path:
         return SHAPES / f"{name}.json"
     if not known:
         raise ConfigError(
-            f"this installation has no folder of shapes ({SHAPES}); give the path of a config.json to --shape"
+            f"there is no shape {name!r}: this installation has no folder {SHAPES}; give --shape the path of a config.json"
         )
     raise ConfigError(f"there is no shape {name!r}; there are {', '.join(known)}, or give the path of a config.json")
 
@@ -82,35 +83,39 @@ def make_room(config: EngineConfig, bench: DecodeBench) -> Setup:
 
     Raises ConfigError where prompt and answer exceed the model's context, CapacityError where memory does not hold them.
     """
-    length = bench.prompt + bench.new
-    config = replace(config, max_num_seqs=max(bench.batches), share=False)
-    setup = prepare(config)
-    if length > setup.spec.max_positions:
+    length, batch = bench.prompt + bench.new, max(bench.batches)
+    # Twice the sequences, as a plan never gives the pool more blocks than its sequences could fill, and admission wants to see
+    # one free block beside each running sequence.
+    config = replace(config, max_num_seqs=2 * batch, share=False)
+    longest = prepare(config).spec.max_positions
+    if length > longest:
         raise ConfigError(
-            f"--prompt {bench.prompt} and --new {bench.new} make {length} tokens, and the model's context is "
-            f"{setup.spec.max_positions}; make them smaller"
+            f"--prompt {bench.prompt} and --new {bench.new} make {length} tokens, and the model's context is {longest}; "
+            "make them smaller"
         )
     wanted = replace(config, max_model_len=length)
     setup = prepare(wanted)
     setup.require_fit()
-    plan, alone = setup.plan, prepare(replace(wanted, max_num_seqs=1)).plan
+    plan = setup.plan
     block_bytes = plan.kv_bytes // plan.kv_blocks
     fixed_bytes = plan.total_bytes - plan.kv_bytes
-    kv_bytes = max(bench.batches) * alone.kv_bytes
+    layered = bool(setup.stack["schedule"].layered)
+    blocks = batch * (1 + blocks_for(setup.groups, length, setup.limits.max_rows, layered=layered))
     room = plan.available_bytes if config.memory_bytes is None else min(plan.available_bytes, config.memory_bytes)
-    if fixed_bytes + kv_bytes > room:
+    if fixed_bytes + blocks * block_bytes > room:
         raise CapacityError(
-            f"{max(bench.batches)} sequences of {length} tokens do not fit: {format_size(kv_bytes)} of KV and "
+            f"{batch} sequences of {length} tokens do not fit: {format_size(blocks * block_bytes)} of KV and "
             f"{format_size(fixed_bytes)} beside it, but there are {format_size(room)}; use a smaller --batch or --prompt"
         )
     # Without --memory a plan's KV pool is modest; here every sequence must have its KV at once.
-    return prepare(replace(wanted, memory_bytes=fixed_bytes + kv_bytes + block_bytes - 1))
+    setup = prepare(replace(wanted, memory_bytes=fixed_bytes + blocks * block_bytes))
+    return with_limits(setup, max_num_seqs=batch)
 
 
-def ready(config: EngineConfig, bench: DecodeBench, progress: Progress | None = None) -> tuple[Runtime, float]:
-    """The engine to measure, and the seconds from reading its configuration to being ready for a request."""
+def ready(setup: Setup, progress: Progress | None = None) -> tuple[Runtime, float]:
+    """The engine to measure, and the seconds that it took to be ready for a request, the import of torch included."""
     began = time.perf_counter()
-    runtime = build(make_room(config, bench), progress)
+    runtime = build(setup, progress)
     return runtime, time.perf_counter() - began
 
 
@@ -137,9 +142,7 @@ def run(
     return records
 
 
-def phase(
-    runtime: Runtime, batch: int, prompt: int, new: int, seed: int, ids: Iterator[int], tell: Tick
-) -> Phase:
+def phase(runtime: Runtime, batch: int, prompt: int, new: int, seed: int, ids: Iterator[int], tell: Tick) -> Phase:
     """Compute `batch` prompts up to their first tokens, then decode them together to their ends."""
     engine, executor = runtime.engine, runtime.executor
     draw = random.Random(seed)
@@ -180,7 +183,9 @@ def _refuse(events: Sequence[Event]) -> None:
         if isinstance(event, Rejected):
             raise CapacityError(event.message)
         if isinstance(event, Preempted):
-            raise CapacityError("the KV pool is too small for the batch, so the figures would mean nothing; give more --memory")
+            raise CapacityError(
+                "the KV pool is too small for the batch, so the figures would mean nothing; give more --memory"
+            )
         error = getattr(event, "error", None)
         if error is not None:
             raise ConfigError(error)

@@ -1,8 +1,9 @@
 """Ours against the reference: logits of every position, and greedy continuations.
 
-Our side is the engine as it serves: all prompts of a wave share its steps, so they are cut into chunks and mixed with decoding
-rows of others, over paged KV.  The reference reads each prompt and our continuation in one pass.  A continuation is the reference's
-own if at each of its positions the reference too gives its token the highest logit: by induction, it would have written it.
+Our side is the engine as it serves: all prompts of a wave share its steps, so they are cut into chunks and mixed with
+decoding rows of others, over paged KV.  The reference reads each prompt and our continuation in one pass.  A continuation is
+the reference's own if at each of its positions the reference too gives its token the highest logit: by induction, it would
+have written it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ class Comparison:
         return self.positions > 0 and agreed and self.greedy_equal and self.max_abs_logit_diff <= self.tolerance
 
     def take(self, index: int, prompt: int, context: Sequence[int], ours: Tensor, theirs: Tensor) -> None:
-        """Add one prompt.  context: prompt and continuation.  ours, theirs: logits [positions, vocab] of all but its last token."""
+        """Add one prompt.
+
+        context: prompt and continuation.  ours, theirs: logits [positions, vocab] of all but its last token.
+        """
         vocab = min(ours.shape[1], theirs.shape[1])  # a checkpoint may pad its vocabulary
         ours, theirs = ours[:, :vocab], theirs[:, :vocab]
         difference = (ours - theirs).abs().amax().item()
@@ -169,7 +173,9 @@ def compare(
     recorder = Recorder(runtime)
     try:
         for wave in waves([len(p) + new for p in prompts], 4 * setup.spec.vocab):
-            for index, (context, ours) in zip(wave, _ours(runtime, recorder, [prompts[i] for i in wave], new), strict=True):
+            for index, (context, ours) in zip(
+                wave, _ours(runtime, recorder, [prompts[i] for i in wave], new), strict=True
+            ):
                 found.take(index, len(prompts[index]), context, ours, reference(list(context[:-1])))
                 tick()
     finally:

@@ -34,12 +34,13 @@ def _option(*names: str, help: str, metavar: str | None = None) -> Any:
 class EngineFlags:
     """What a user may say about an engine; None means that weft decides.  See `weft.exec.build.EngineConfig`."""
 
-    dtype: Annotated[
-        str, _option("--dtype", help="auto, float32, bfloat16, or float16 on a GPU.", metavar="NAME")
-    ] = "auto"
+    dtype: Annotated[str, _option("--dtype", help="auto, float32, bfloat16, or float16 on a GPU.", metavar="NAME")] = (
+        "auto"
+    )
     device: Annotated[str, _option("--device", help="auto, cpu or cuda.", metavar="NAME")] = "auto"
     max_model_len: Annotated[
-        int | None, _option("--max-model-len", help="Longest context in tokens, prompt and answer together.", metavar="N")
+        int | None,
+        _option("--max-model-len", help="Longest context in tokens, prompt and answer together.", metavar="N"),
     ] = None
     memory: Annotated[
         str | None,
@@ -146,7 +147,7 @@ def spread(command: Callable[..., None], **groups: Any) -> Callable[..., None]:
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]  # else the signature would be read from there
+    del run.__wrapped__  # else the signature would be read from there
     return run
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def load(model: str | None, flags: EngineFlags) -> LLM:
     """Load MODEL under the user's flags, with a note on a terminal.  Raises ConfigError and CapacityError."""
-    note = stderr().status(f"loading {model or 'the bundled model'}") if sys.stderr.isatty() else contextlib.nullcontext()
+    note = (
+        stderr().status(f"loading {model or 'the bundled model'}") if sys.stderr.isatty() else contextlib.nullcontext()
+    )
     with note:
         from weft.llm import LLM
 

@@ -6,7 +6,7 @@ PROMPTS: tuple[str, ...] = (
     "The sea was calm that morning, and the fishermen had already left the harbour when the bell began to ring. Nobody "
     "could say who had rung it, for the tower had been locked since the winter.",
     "Question: A baker sells 14 loaves before noon and twice as many after it. If she baked 50, how many are left?\nAnswer:",
-    "def median(values: list[float]) -> float:\n    \"\"\"The middle value, or the mean of the two middle ones.\"\"\"\n"
+    'def median(values: list[float]) -> float:\n    """The middle value, or the mean of the two middle ones."""\n'
     "    ordered = sorted(values)\n    half = len(ordered) // 2\n    if len(ordered) % 2:\n        return",
     '{"name": "Ada", "born": 1815, "fields": ["mathematics", "poetry"], "letters": [{"to": "Charles", "year": 1843}, {"to":',
     "Der Zug fuhr langsam durch das Tal, und an jedem Bahnhof stiegen Menschen ein, die nach Regen und Äpfeln rochen. Nach "

@@ -47,7 +47,9 @@ class Reference:
             )
         except Exception as error:  # whatever it raises, there is nothing to compare with
             reason = " ".join(str(error).split())[:400]
-            raise ConfigError(f"transformers cannot load {folder}, so there is nothing to compare with: {reason}") from error
+            raise ConfigError(
+                f"transformers cannot load {folder}, so there is nothing to compare with: {reason}"
+            ) from error
         self._model.eval()
 
     def logits(self, ids: list[int]) -> Tensor:

@@ -20,12 +20,19 @@ def _option(name: str, help: str, metavar: str = "X") -> Any:
 class SamplingFlags:
     """None means the model's own default (generation_config.json), where it has one.  See `weft.SamplingParams`."""
 
-    max_tokens: Annotated[int | None, _option("--max-tokens", "Tokens to generate at most. (chat: what the context holds, generate: 256)", "N")] = None
+    max_tokens: Annotated[
+        int | None,
+        _option("--max-tokens", "At most so many tokens. (chat: to the end of the context; generate: 256)", "N"),
+    ] = None
     temperature: Annotated[float | None, _option("--temperature", "0 is greedy.")] = None
-    top_p: Annotated[float | None, _option("--top-p", "Draw from the smallest set that reaches this probability.")] = None
+    top_p: Annotated[float | None, _option("--top-p", "Draw from the smallest set that reaches this probability.")] = (
+        None
+    )
     top_k: Annotated[int | None, _option("--top-k", "Draw from the K likeliest; 0 is all.", "N")] = None
     min_p: Annotated[float | None, _option("--min-p", "Drop tokens below this share of the likeliest.")] = None
-    repetition_penalty: Annotated[float | None, _option("--repetition-penalty", "Above 1: what was said gets less likely.")] = None
+    repetition_penalty: Annotated[
+        float | None, _option("--repetition-penalty", "Above 1 makes repeating less likely.")
+    ] = None
     presence_penalty: Annotated[float | None, _option("--presence-penalty", "OpenAI's, from -2 to 2.")] = None
     frequency_penalty: Annotated[float | None, _option("--frequency-penalty", "OpenAI's, from -2 to 2.")] = None
     seed: Annotated[int | None, _option("--seed", "Same seed, same tokens.", "N")] = None

@@ -36,7 +36,9 @@ def decode(
         str | None,
         typer.Option("--shape", metavar="NAME", help="A config.json, or its name in bench/shapes; random weights."),
     ] = None,
-    batch: Annotated[str, typer.Option("--batch", metavar="N,N", help="Sequences at once, one run for each.")] = "1,4,16",
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N,N", help="Sequences at once, one run for each.")
+    ] = "1,4,16",
     prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Prompt tokens of each sequence.")] = 128,
     new: Annotated[int, typer.Option("--new", metavar="N", help="Tokens that each sequence generates.")] = 64,
     repeat: Annotated[int, typer.Option("--repeat", metavar="N", help="Runs of each batch; medians are printed.")] = 1,
@@ -44,7 +46,7 @@ def decode(
     flags: EngineFlags,
 ) -> None:
     """Prefill and decode speed of the engine, without HTTP, and how much of the memory bandwidth decoding reaches."""
-    from weft.bench.decode import DecodeBench, find_shape, ready, run
+    from weft.bench.decode import DecodeBench, find_shape, make_room, ready, run
 
     if (model is None) == (shape is None):
         raise ConfigError("give one of --model and --shape, for example --shape qwen2.5-0.5b or --model bundled")
@@ -52,9 +54,9 @@ def decode(
     refuse_flags(flags)
     flags.check()
     source, name = source_of(str(find_shape(shape)) if shape is not None else model)
-    config = flags.config(source)
+    setup = make_room(flags.config(source), plan)
     with loading(name) as progress:
-        runtime, ready_s = ready(config, plan, progress)
+        runtime, ready_s = ready(setup, progress)
     with _progress() as tick:
         records = run(runtime, plan, name, ready_s, tick)
     if json_:

@@ -37,8 +37,12 @@ def chat(
     *,
     url: Annotated[
         str | None,
-        typer.Option("--url", metavar="URL", help="Talk to the server there (any with OpenAI's protocol); MODEL is its name for it.",
-                     show_default=False),
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="Talk to the server there (any with OpenAI's protocol); MODEL is the name of a model of its.",
+            show_default=False,
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -49,7 +53,7 @@ def chat(
     ] = None,
     sampling: SamplingFlags,
     flags: EngineFlags,
-) -> None:  # fmt: skip
+) -> None:
     """Talk to a model in the terminal.  /help says what else can be typed."""
     if url is not None:
         from weft.cli._remote import RemoteChat
@@ -66,7 +70,9 @@ def chat(
         Conversation(lambda messages: local_answer(llm, messages, sampling), llm.name, system).run()
 
 
-def local_answer(llm: LLM, messages: Sequence[Mapping[str, str]], sampling: SamplingFlags) -> Generator[str, None, None]:
+def local_answer(
+    llm: LLM, messages: Sequence[Mapping[str, str]], sampling: SamplingFlags
+) -> Generator[str, None, None]:
     """The answer of a model in this process; leaving the iteration cancels it."""
     shown = 0
     with contextlib.closing(llm.stream(messages, sampling.params(llm.text))) as results:  # type: ignore[type-var]
@@ -77,7 +83,10 @@ def local_answer(llm: LLM, messages: Sequence[Mapping[str, str]], sampling: Samp
 
 
 class Conversation:
-    """Lines in, answers out.  What was said before is sent along each time; an answer that was stopped stays as far as it came."""
+    """Lines in, answers out.
+
+    What was said before is sent along each time; an answer that was stopped stays as far as it came.
+    """
 
     def __init__(self, answer: Answer, name: str, system: str | None = None) -> None:
         self.answer, self.name, self.system = answer, name, system

@@ -30,7 +30,9 @@ def check(
     *,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts: a JSON list of strings, or one on each line; else weft's own."),
+        typer.Option(
+            "--prompts", metavar="FILE", help="Prompts: a JSON list of strings, or one on each line; else weft's own."
+        ),
     ] = None,
     new: Annotated[int, typer.Option("--new", metavar="N", help="Greedy tokens after each prompt.", min=1)] = 32,
     json_: Json = False,
@@ -91,9 +93,13 @@ def read_prompts(path: Path | None) -> list[str] | None:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path} has more than {MAX_FILE_BYTES} bytes; give fewer prompts")
         text = path.read_text(encoding="utf-8")
-        found: Any = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+        found: Any = (
+            json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+        )
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); give a JSON list of strings, or one prompt on each line") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error}); give a JSON list of strings, or one prompt on each line"
+        ) from None
     if not isinstance(found, list) or not found or not all(isinstance(p, str) and p for p in found):
         raise ConfigError(f"{path} has no prompts; give a JSON list of strings, or one prompt on each line")
     return found
@@ -113,7 +119,9 @@ def prompt_ids(text: ModelText, texts: Sequence[str] | None, most: int, new: int
     ids[-1] = ids[-1][: min(LONG_TOKENS, max(1, most - new))]
     fitting = [i for i in ids if 0 < len(i) <= most]
     if not fitting:
-        raise ConfigError(f"the context of {most + 1} tokens is too short for every prompt; give your own with --prompts")
+        raise ConfigError(
+            f"the context of {most + 1} tokens is too short for every prompt; give your own with --prompts"
+        )
     return fitting
 
 
@@ -147,7 +155,9 @@ def _print(found: Comparison, name: str) -> None:
     grid.add_row("", "[green]pass[/]" if found.passed else "[bold red]fail[/]")
     stdout().print(grid)
     for w in found.wrong[:5]:
-        say(f"prompt {w['prompt']}, token {w['token']}: weft wrote {w['ours']}, transformers {w['reference']}, by {w['gap']:.3g}")
+        say(
+            f"prompt {w['prompt']}, token {w['token']}: weft wrote {w['ours']}, transformers {w['reference']}, by {w['gap']:.3g}"
+        )
 
 
 def _quiet() -> Any:

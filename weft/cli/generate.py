@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli._flags import EngineFlags, Json, spread
-from weft.cli._sampling import SamplingFlags
 from weft.cli._local import load
+from weft.cli._sampling import SamplingFlags
 from weft.cli._terminal import interruptible, say
 from weft.errors import ConfigError
 
@@ -42,16 +42,23 @@ def generate(
     ] = None,
     *,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt; may be repeated.", show_default=False),
     ] = None,
     file: Annotated[
         list[Path] | None,
-        typer.Option("--file", "-f", metavar="PATH", help="A file whose text is a prompt; may be repeated.", show_default=False),
+        typer.Option(
+            "--file", "-f", metavar="PATH", help="A file whose text is a prompt; may be repeated.", show_default=False
+        ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", metavar="N", help="Sequences for each prompt.", rich_help_panel="Sampling")] = 1,
+    n: Annotated[
+        int, typer.Option("--n", "-n", metavar="N", help="Sequences for each prompt.", rich_help_panel="Sampling")
+    ] = 1,
     logprobs: Annotated[
         int | None,
-        typer.Option("--logprobs", metavar="N", help="Alternatives to report for each token (with --json).", show_default=False),
+        typer.Option(
+            "--logprobs", metavar="N", help="Alternatives to report for each token (with --json).", show_default=False
+        ),
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end tokens.")] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")] = False,
@@ -63,7 +70,9 @@ def generate(
     model, prompts = split(arguments or [], [*(prompt or ()), *(_read(path) for path in file or ())])
     prompts = [_stdin() if text == "-" else text for text in prompts]
     if not prompts:
-        raise ConfigError("there is no prompt; give one, as in: weft generate 'The sea was', or - to read it from stdin")
+        raise ConfigError(
+            "there is no prompt; give one, as in: weft generate 'The sea was', or - to read it from stdin"
+        )
     flags.check()
     with load(model, flags) as llm:
         pass_on = {"logprobs": logprobs} if logprobs is not None else {}
@@ -151,7 +160,9 @@ def _print(results: Sequence[RequestOutput]) -> None:
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise ConfigError(f"{path} has more than {MAX_FILE_BYTES} bytes, which no context holds; give a shorter prompt")
+            raise ConfigError(
+                f"{path} has more than {MAX_FILE_BYTES} bytes, which no context holds; give a shorter prompt"
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as a prompt ({error}); give a file of UTF-8 text") from None

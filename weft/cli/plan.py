@@ -71,7 +71,9 @@ def table(setup: Setup, name: str) -> Table:
         f"{p.kv_blocks:,} blocks of {p.block_tokens} tokens, {format_size(p.kv_bytes_per_token)} for each token",
     )
     grid.add_row(
-        "workspace", format_size(p.workspace_bytes), f"{setup.limits.max_rows} rows, {setup.limits.max_samples} of logits"
+        "workspace",
+        format_size(p.workspace_bytes),
+        f"{setup.limits.max_rows} rows, {setup.limits.max_samples} of logits",
     )
     grid.add_row("reserve", format_size(p.reserve_bytes), "interpreter, libraries, allocator slack")
     grid.add_section()

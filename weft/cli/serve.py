@@ -27,16 +27,6 @@ SERVER = "Server"
 LEVELS = ("debug", "info", "warning", "error")
 
 
-class LateApp:
-    """An ASGI application that is known only after its port was taken: what arrives earlier waits in the socket's queue."""
-
-    def __init__(self) -> None:
-        self.app: Any = None
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self.app(scope, receive, send)
-
-
 @engine_flags
 def serve(
     model: Model = None,
@@ -89,32 +79,28 @@ def serve(
 
 
 def _serve(model: str | None, flags: EngineFlags, host: str, port: int, names: list[str], key: str | None) -> None:
-    from weft.front.server import Server
+    from weft.front.server import Server, bind
     from weft.hub import model_id, resolve
 
-    late = LateApp()
     names = names or [model_id(model)]
-    shown: list[ModelText] = []
+    # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
+    with contextlib.closing(bind(host, port)) as held:
+        folder = resolve(model, progress=sys.stderr.isatty())
+        engine, text = start(folder, model_id(model), flags)
+        port = held.getsockname()[1]
 
     def ready(url: str) -> None:
         print(f"weft ready {url}", flush=True)
-        say(f"try:  {curl(url, names[0], chat=shown[0].has_chat_template, key=key is not None)}")
+        say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
 
-    server = Server(late, host, port, ready)  # takes the port before anything large is fetched or loaded
-    engine: EngineThread | None = None
     try:
-        folder = resolve(model, progress=sys.stderr.isatty())
-        engine, text = start(folder, model_id(model), flags)
         from weft.front.app import create_app
 
-        shown.append(text)
-        late.app = create_app(engine, text, model_ids=names, api_key=key)
-        server.run()
+        Server(create_app(engine, text, model_ids=names, api_key=key), host, port, ready).run()
+        if engine.error() is not None:
+            raise EngineError(f"the engine had stopped: {engine.error()}")
     finally:
-        if engine is not None:
-            engine.close()
-    if engine.error() is not None:
-        raise EngineError(f"the engine had stopped: {engine.error()}")
+        engine.close()
 
 
 def start(folder: Path, name: str, flags: EngineFlags) -> tuple[EngineThread, ModelText]:
@@ -152,7 +138,9 @@ def _log(level: str | None) -> None:
     wanted = (level or os.environ.get("WEFT_LOG") or "warning").lower()
     if wanted not in LEVELS:
         raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
-    logging.basicConfig(level=wanted.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=wanted.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
 
 
 @contextlib.contextmanager

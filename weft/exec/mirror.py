@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weft.errors import InvariantError
-from weft.types import Enter, GroupSpec, Plan, SamplingSpec, Span, VectorItem, Work
+from weft.types import Enter, GroupKind, GroupSpec, Plan, SamplingSpec, Span, VectorItem, Work
 
 Ints = npt.NDArray[np.int64]
 
@@ -21,6 +21,7 @@ class Mirrored:
     __slots__ = (
         "count",
         "first",
+        "fresh",
         "prompt",
         "sampling",
         "seed",
@@ -44,6 +45,8 @@ class Mirrored:
         self.used = [0] * groups
         self.first = [0] * groups
         self.count = [-1] * groups
+        self.fresh = dict(enumerate(enter.entries))
+        """Entries by group on entering, until the first work tells whether they are all of its positions."""
         self.state: dict[str, object] = {}
         """Per-request state of executors and techniques, by owner."""
 
@@ -89,7 +92,18 @@ class Mirror:
             s.tables[g][grant.at : stop] = grant.blocks
             s.used[g], s.first[g] = stop, grant.first
         for work in plan.works:
-            self.sequences[work.request].write(work.start, work.tokens)
+            s = self.sequences[work.request]
+            s.write(work.start, work.tokens)
+            if s.fresh:
+                self._meet(s, work)
+
+    def _meet(self, s: Mirrored, work: Work) -> None:
+        """A table that entered with fewer entries than positions came from a compressed sequence."""
+        for g, spec in enumerate(self.groups):
+            if spec.model == work.model and spec.kind is not GroupKind.PARKED:
+                entries = s.fresh.pop(g, work.start - s.first[g])
+                if entries != work.start - s.first[g]:
+                    s.count[g] = entries
 
     def entry(self, work: Work, g: int) -> int:
         """Physical index, counted from the table's head, at which the work's first row is written in group g."""

@@ -1,4 +1,4 @@
-"""An executor without a model: every entry of KV is the hash of the one before it and its token.
+"""An executor without a model: every entry of KV is the hash of the one before it and its input.
 
 It moves no tensors, but it is as strict as one that does: it reads and writes only through the block tables that the plans grant,
 so a token is right only if every block, copy and prefix hit on its way was.  `reference` computes the same tokens without
@@ -13,15 +13,39 @@ from collections.abc import Sequence
 from weft.core import noise
 from weft.errors import InvariantError
 from weft.exec.mirror import Mirror
-from weft.types import GroupKind, GroupSpec, KVOp, KVOpKind, Mask, Plan, SamplingSpec, StepResult, Work, WorkResult
+from weft.types import (
+    GroupKind,
+    GroupSpec,
+    KVOp,
+    KVOpKind,
+    Mask,
+    Plan,
+    SamplingSpec,
+    Span,
+    StepResult,
+    Work,
+    WorkResult,
+)
 
 EMPTY = 0
+"""State before the first position."""
 
 
-def step(state: int, token: int) -> int:
-    """KV of a position from the KV of the one before it and its token."""
-    data = state.to_bytes(8, "little") + (token + 1).to_bytes(8, "little", signed=True)
+def step(state: int, code: int) -> int:
+    """KV of a position from the KV of the one before it and its input."""
+    data = state.to_bytes(8, "little") + code.to_bytes(8, "little", signed=True)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def inputs(tokens: Sequence[int], spans: Sequence[Span], start: int = 0) -> list[int]:
+    """What stands at positions start, start + 1, ...: the id, or a negative code of the item and the row in it."""
+    codes = list(tokens)
+    for span in spans:
+        for at in range(max(span.start, start), min(span.stop, start + len(codes))):
+            if codes[at - start] < 0:
+                data = span.digest + (at - span.start).to_bytes(8, "little")
+                codes[at - start] = -1 - int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little")
+    return codes
 
 
 def draw(state: int, sampling: SamplingSpec, seed: int, output: int, vocab: int) -> int:
@@ -30,11 +54,20 @@ def draw(state: int, sampling: SamplingSpec, seed: int, output: int, vocab: int)
     return noise.mix(state ^ key) % vocab
 
 
-def reference(prompt: Sequence[int], sampling: SamplingSpec, seed: int, vocab: int, limit: int = 1 << 62) -> list[int]:
-    """The output of one sequence, computed without an engine."""
-    state = EMPTY
-    for token in prompt:
-        state = step(state, token)
+def reference(
+    prompt: Sequence[int],
+    sampling: SamplingSpec,
+    seed: int,
+    vocab: int,
+    limit: int = 1 << 62,
+    *,
+    spans: Sequence[Span] = (),
+    origin: int = EMPTY,
+) -> list[int]:
+    """The output of one sequence, computed without an engine.  limit: positions of the context."""
+    state = origin
+    for code in inputs(prompt, spans):
+        state = step(state, code)
     out: list[int] = []
     while True:
         token = draw(state, sampling, seed, len(out), vocab)
@@ -46,112 +79,133 @@ def reference(prompt: Sequence[int], sampling: SamplingSpec, seed: int, vocab: i
 
 
 class NullExecutor:
-    """groups as the engine's.  layers: of the target.  Subclass hooks `rows` and `propose` make short results and drafts."""
+    """groups as the engine's.  layers: of the target.  `origin`, `rows` and `propose` are there to be overridden."""
 
     def __init__(self, groups: Sequence[GroupSpec], *, vocab: int = 256, layers: int = 1) -> None:
         self.mirror = Mirror(groups)
         self.groups = list(groups)
         self.vocab = vocab
         self.layers = layers
-        self.entries: dict[tuple[int, int], int] = {}
-        """(group, slot) -> KV, as the pool's memory; blocks of one id serve any group."""
-        self.parked: dict[int, list[int]] = {}
+        self.memory: dict[tuple[int, int], int] = {}
+        """(block, offset) -> what was written there last, by whichever group had the block."""
 
     def execute(self, plan: Plan) -> StepResult:
         self.mirror.follow(plan)
         for op in plan.kv:
             self._carry_out(op)
-        written = self._exclusive(plan)
-        results = []
-        for work in plan.works:
-            results.append(self._work(work))
-        del written
-        return StepResult(step=plan.step, works=tuple(results))
+        self._exclusive(plan)
+        shared: dict[int, int] = {}
+        return StepResult(step=plan.step, works=tuple(self._work(work, shared) for work in plan.works))
 
-    # ------------------------------------------------------------------ hooks for tests
+    # ------------------------------------------------------------------ to be overridden
+
+    def origin(self, request: int) -> int:
+        """State before the first position of a request."""
+        return EMPTY
 
     def rows(self, work: Work) -> int:
-        """Rows to compute of a work, at most planned."""
+        """Rows to compute of a work, at most its context rows."""
         return work.count - work.guesses
 
-    def propose(self, work: Work, context: list[int]) -> tuple[int, ...]:
-        """Guesses for the next plan."""
+    def propose(self, work: Work, state: int, output: int) -> tuple[int, ...]:
+        """Guesses for the next plan.  state: after the newest token.  output: its index plus one."""
         return ()
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ memory
+
+    def place(self, work: Work, g: int, entry: int) -> tuple[int, int]:
+        """(block, offset) of an entry of the work's table in group g."""
+        block, offset = divmod(entry, self.groups[g].block_tokens)
+        return int(self.mirror.sequences[work.request].table(g)[block]), offset
+
+    def members(self, work: Work) -> list[int]:
+        """The groups of the work's model that hold its KV."""
+        return [g for g, s in enumerate(self.groups) if s.model == work.model and s.kind is not GroupKind.PARKED]
 
     def _carry_out(self, op: KVOp) -> None:
         if op.kind is not KVOpKind.COPY:
             raise InvariantError(f"the null executor has no {op.kind}")
         for source, target in zip(op.source, op.target, strict=True):
-            for g, spec in enumerate(self.groups):
-                for i in range(spec.block_tokens):
-                    value = self.entries.get((g, source * spec.block_tokens + i))
-                    if value is not None:
-                        self.entries[g, target * spec.block_tokens + i] = value
+            for offset in range(self.groups[op.group].block_tokens):
+                if (source, offset) in self.memory:
+                    self.memory[target, offset] = self.memory[source, offset]
 
-    def _exclusive(self, plan: Plan) -> dict[int, int]:
+    def _exclusive(self, plan: Plan) -> None:
         """No block is written by two sequences, or written by one and read by another, in one plan."""
         writer: dict[int, int] = {}
         for work in plan.works:
-            for g in self._groups(work):
-                for slot in self.mirror.slots(work, g):
-                    block = int(slot) // self.groups[g].block_tokens
+            for g in self.members(work):
+                size = self.groups[g].block_tokens
+                for block in {int(slot) // size for slot in self.mirror.slots(work, g)}:
                     if writer.setdefault(block, work.request) != work.request:
                         raise InvariantError(f"block {block} is written by two sequences in step {plan.step}")
         for work in plan.works:
             s = self.mirror.sequences[work.request]
-            for g in self._groups(work):
+            for g in self.members(work):
                 for block in s.table(g):
                     if writer.get(int(block), work.request) != work.request:
                         raise InvariantError(
                             f"block {block} is read while another sequence writes it in step {plan.step}"
                         )
-        return writer
 
-    def _groups(self, work: Work) -> list[int]:
-        return [g for g, s in enumerate(self.groups) if s.model == work.model and s.kind is not GroupKind.PARKED]
+    # ------------------------------------------------------------------ works
 
-    def _before(self, work: Work, g: int) -> int:
-        """KV of the position before the work's first."""
-        if work.start == 0:
-            return EMPTY
-        s, bt = self.mirror.sequences[work.request], self.groups[g].block_tokens
-        at = self.mirror.entry(work, g) - 1
-        if at < 0:
-            raise InvariantError(f"sequence {work.request}: position {work.start - 1} is not in group {g} any more")
-        return self.entries[g, int(s.tables[g][at // bt]) * bt + at % bt]
-
-    def _work(self, work: Work) -> WorkResult:
+    def _work(self, work: Work, shared: dict[int, int]) -> WorkResult:
         if work.mask is Mask.TREE:
             raise InvariantError("the null executor takes no trees")
-        count = self.rows(work)
-        if work.layers is not None and work.layers[1] < self.layers:
+        count, planned = self.rows(work), work.count - work.guesses
+        tokens = work.tokens if count == planned else work.tokens[:count]
+        states = self._states(work, tokens)
+        first, last = work.layers or (0, self.layers)
+        for g in self.members(work):
+            at = self.mirror.entry(work, g)
+            for i, state in enumerate(states):
+                place = self.place(work, g, at + i)
+                if first and self.memory.get(place) != state:
+                    raise InvariantError(f"sequence {work.request}: KV of layers below {first} is gone at row {i}")
+                self.memory[place] = state
+        if work.layers is not None:
+            self._through(work, states, first, last)
+        if last < self.layers or not work.samples or count < planned:
             return WorkResult(rows=count)
-        full = count == work.count - work.guesses
-        tokens = work.tokens if full else work.tokens[:count]
-        states: list[int] = []
-        for n, g in enumerate(self._groups(work)):
-            state = self._before(work, g)
-            here = []
-            for token, slot in zip(tokens, self.mirror.slots(work, g), strict=False):
-                state = step(state, token)
-                here.append(state)
-                self.entries[g, int(slot)] = state
-            if n and here != states:
-                raise InvariantError(f"sequence {work.request}: its groups tell different histories at {work.start}")
-            states = here
-        if not (work.samples and full):
-            return WorkResult(rows=count)
-        return self._sample(work, states, count)
+        return self._sample(work, states, count, shared)
 
-    def _sample(self, work: Work, states: list[int], count: int) -> WorkResult:
+    def _states(self, work: Work, tokens: Sequence[int]) -> list[int]:
+        """KV of the work's rows, from what its tables hold; all groups of a model must tell the same."""
+        found: list[int] = []
+        for g in self.members(work):
+            at = self.mirror.entry(work, g)
+            if work.start and not at:
+                raise InvariantError(f"sequence {work.request}: position {work.start - 1} is not in group {g} any more")
+            found.append(self.memory.get(self.place(work, g, at - 1), EMPTY) if at else self.origin(work.request))
+        if len(set(found)) > 1:
+            raise InvariantError(f"sequence {work.request}: its groups tell different histories at {work.start}")
+        state, states = found[0], []
+        for code in inputs(tokens, self.mirror.sequences[work.request].spans, work.start):
+            state = step(state, code)
+            states.append(state)
+        return states
+
+    def _through(self, work: Work, states: list[int], first: int, last: int) -> None:
+        """Rows that stop between layers leave a hidden state behind, and must find it again."""
+        g = next(g for g, s in enumerate(self.groups) if s.model == work.model and s.kind is GroupKind.PARKED)
+        for i, state in enumerate(states):
+            place = self.place(work, g, i)
+            if first and self.memory.get(place) != noise.mix(state + first):
+                raise InvariantError(
+                    f"sequence {work.request}: the hidden state of row {i} after layer {first} is gone"
+                )
+            self.memory[place] = noise.mix(state + last)
+
+    def _sample(self, work: Work, states: list[int], count: int, shared: dict[int, int]) -> WorkResult:
         s = self.mirror.sequences[work.request]
         out: list[int] = []
         for i in range(work.guesses + 1):
             token = draw(states[count - 1 + i], s.sampling, s.seed, work.output + len(out), self.vocab)
+            if work.link is not None:
+                token = shared.setdefault(work.link, token)
             out.append(token)
             if i == work.guesses or token != work.tokens[count + i]:
                 break
-        context = [*s.tokens[: work.start + count].tolist(), *out]
-        return WorkResult(rows=count, tokens=tuple(out), draft=self.propose(work, context))
+        state = step(states[count - 2 + len(out)], out[-1])
+        return WorkResult(rows=count, tokens=tuple(out), draft=self.propose(work, state, work.output + len(out)))

@@ -40,8 +40,6 @@ BODY_TIMEOUT_S = 120.0
 STALL_S = 30.0
 OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})
 
-Endpoint = Callable[[Request], Awaitable[Response]]
-
 
 def create_app(
     port: EnginePort,
@@ -61,6 +59,7 @@ def create_app(
     stall_s: seconds without a step, work waiting, after which /health answers 503.
     """
     service = Service(port, text, tuple(model_ids), __version__)
+    routes = Routes(service, max_body, body_timeout_s, stall_s)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -69,53 +68,8 @@ def create_app(
         finally:
             service.close()
 
-    async def health(_: Request) -> Response:
-        reason, stalled = port.error(), port.stalled_s()
-        if reason is not None:
-            return _json({"status": "stopped", "reason": reason}, 503)
-        if stalled > stall_s:
-            return _json({"status": "stalled", "reason": f"no token for {stalled:.0f} s while requests wait"}, 503)
-        return _json({"status": "ok"})
-
-    async def metrics(_: Request) -> Response:
-        return Response(service.client.metrics.render(port.stats), headers={"content-type": CONTENT_TYPE})
-
-    async def version(_: Request) -> Response:
-        return _json({"version": __version__})
-
-    async def models(_: Request) -> Response:
-        return _json(list_models(service))
-
-    async def model(request: Request) -> Response:
-        return _json(get_model(service, request.path_params["name"]))
-
-    def post(path: str, make: Callable[[Service, bytes], Awaitable[Any]]) -> Route:
-        async def endpoint(request: Request) -> Any:
-            _check_type(request)
-            try:
-                async with asyncio.timeout(body_timeout_s):
-                    body = await _read_body(request, max_body)
-            except TimeoutError:
-                raise RequestError(
-                    f"the body did not arrive within {body_timeout_s:g} s; send it faster", code="timeout"
-                ) from None
-            made = await make(service, body)
-            return made if isinstance(made, JSONAnswer | StreamAnswer) else _json(made)
-
-        return Route(path, endpoint, methods=["POST"])
-
     app = Starlette(
-        routes=[
-            Route("/v1/models", models, methods=["GET"]),
-            Route("/v1/models/{name:path}", model, methods=["GET"]),
-            post("/v1/completions", complete),
-            post("/v1/chat/completions", chat),
-            post("/tokenize", tokenize),
-            post("/detokenize", detokenize),
-            Route("/health", health, methods=["GET"]),
-            Route("/metrics", metrics, methods=["GET"]),
-            Route("/version", version, methods=["GET"]),
-        ],
+        routes=routes.table(),
         middleware=[Middleware(Key, api_key=api_key)] if api_key else [],
         exception_handlers={
             HTTPException: _on_http_exception,
@@ -128,6 +82,67 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.service = service
     return app
+
+
+class Routes:
+    """The routes' functions over one service."""
+
+    def __init__(self, service: Service, max_body: int, body_timeout_s: float, stall_s: float) -> None:
+        self.service = service
+        self.max_body = max_body
+        self.body_timeout_s = body_timeout_s
+        self.stall_s = stall_s
+
+    def table(self) -> list[Route]:
+        return [
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+            self.post("/v1/completions", complete),
+            self.post("/v1/chat/completions", chat),
+            self.post("/tokenize", tokenize),
+            self.post("/detokenize", detokenize),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+            Route("/version", self.version, methods=["GET"]),
+        ]
+
+    def post(self, path: str, make: Callable[[Service, bytes], Awaitable[Any]]) -> Route:
+        """A route whose JSON body `make` turns into an answer, or into an object to be sent as JSON."""
+
+        async def endpoint(request: Request) -> Any:
+            _check_type(request)
+            try:
+                async with asyncio.timeout(self.body_timeout_s):
+                    body = await _read_body(request, self.max_body)
+            except TimeoutError:
+                text = f"the body did not arrive within {self.body_timeout_s:g} s; send it faster"
+                raise RequestError(text, code="timeout") from None
+            made = await make(self.service, body)
+            return made if isinstance(made, JSONAnswer | StreamAnswer) else _json(made)
+
+        return Route(path, endpoint, methods=["POST"])
+
+    async def health(self, _: Request) -> Response:
+        """200 means that tokens advance, or that nobody waits for any."""
+        reason, stalled_s = self.service.port.error(), self.service.port.stalled_s()
+        if reason is not None:
+            return _json({"status": "stopped", "reason": reason}, 503)
+        if stalled_s > self.stall_s:
+            return _json({"status": "stalled", "reason": f"no token for {stalled_s:.0f} s while requests wait"}, 503)
+        return _json({"status": "ok"})
+
+    async def metrics(self, _: Request) -> Response:
+        page = self.service.client.metrics.render(self.service.port.stats)
+        return Response(page, headers={"content-type": CONTENT_TYPE})
+
+    async def version(self, _: Request) -> Response:
+        return _json({"version": self.service.version})
+
+    async def models(self, _: Request) -> Response:
+        return _json(list_models(self.service))
+
+    async def model(self, request: Request) -> Response:
+        return _json(get_model(self.service, request.path_params["name"]))
 
 
 class Key:

@@ -153,14 +153,18 @@ def answer(templates: Templates, request: dict[str, Any], max_chars: int) -> dic
     try:
         return render(templates, request, max_chars)
     except Refused as e:
-        return {"error": "refused", "message": str(e)[:MAX_MESSAGE]}
+        return {"error": "refused", "message": shown(str(e))}
     except MemoryError:
         return {"error": "memory", "message": ""}
     except Exception as e:  # a template may raise anything at all
         line = getattr(e, "lineno", None)
         where = f"line {line}: " if isinstance(line, int) else ""
-        message = _ADDRESS.sub("0x...", f"{where}{type(e).__name__}: {e}")
-        return {"error": "template", "message": message[:MAX_MESSAGE]}
+        return {"error": "template", "message": shown(f"{where}{type(e).__name__}: {e}")}
+
+
+def shown(message: str) -> str:
+    """An error's text as a client may see it: short, and without addresses of this process."""
+    return _ADDRESS.sub("0x...", message[: 4 * MAX_MESSAGE])[:MAX_MESSAGE]
 
 
 def limit(memory_bytes: int) -> None:

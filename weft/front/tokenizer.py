@@ -120,7 +120,7 @@ class Tokenizer:
 
     def _surround(self, ids: list[int]) -> list[int]:
         before, after = self._before, self._after
-        if before and ids[: len(before)] != before and not (before == [self.bos_id] and ids[:1] == before):
+        if before and ids[: len(before)] != before:
             ids = before + ids
         if after and ids[-len(after) :] != after:
             ids = ids + after

@@ -19,7 +19,7 @@ from weft.exec.batch import Batch
 from weft.exec.kvpool import KVPool
 from weft.models.layout import arena, buffer_shapes, workspace_bytes
 from weft.models.operations import Hook, Material, Operation, Run, Seam, Step, operations
-from weft.models.spec import DTYPE_BYTES, DecoderSpec, dtype_bytes
+from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.ops import Ops, choose
 from weft.ops.ref.attention_plan import AttentionPlan
@@ -102,7 +102,8 @@ class Decoder:
             if tensor.dim() > 1 and name not in ("embed", "head"):
                 by_shape.setdefault(tensor.shape[-2:], tensor if tensor.dim() == 2 else tensor[0])
         rows = slabs_for(agreeing_rows(by_shape.values()))
-        head = slabs_for(agreeing_rows([self.tensors["embed" if self.spec.tied else "head"]]))
+        # Few rows want logits, and the head is the widest weight: its trials would cost the most and gain the least.
+        head = slabs_for(agreeing_rows([self.tensors["embed" if self.spec.tied else "head"]], most=PAD_ROWS))
         tiling = invariant_tiling(self.spec.heads // self.spec.kv_heads, self.spec.head_dim, self.device)
         return rows, head, tiling
 

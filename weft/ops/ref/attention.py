@@ -114,12 +114,10 @@ def _gather(pool: KVPool, layer: int, value: bool, plan: AttentionPlan, part: Ro
     """Keys or values of a round's key tiles, float32 [P, KV, E, D] contiguous."""
     group = pool.groups[plan.group]
     table = pool.rows(plan.group)
-    run = plan.run
-    offset = (2 * group.layers.index(layer) + value) * group.block_tokens
-    table = table[: table.shape[0] // run * run].view(-1, run * table.shape[1])
-    found = table.index_select(0, (part.runs + offset // run).flatten())
-    found = found.view(part.runs.shape[0], plan.tiling.keys, plan.kv_heads, -1)
-    return found.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    table = table.view(-1, table.shape[1] // plan.kv_heads)
+    offset = (2 * group.layers.index(layer) + value) * group.block_tokens * plan.kv_heads
+    found = table.index_select(0, (part.heads + offset).flatten())
+    return found.float().view(*part.heads.shape, -1)
 
 
 def _scores(
@@ -164,9 +162,6 @@ def _pairs(
     weight = scores.sub_(_finite(top)[..., None]).exp_()
     total = weight.sum(-1)
     v = _gather(pool, layer, True, plan, part)
-    if part.foreign is not None:
-        # Entries that belong to nobody hold whatever was there before, even NaN, and NaN times 0 is not 0.
-        v.masked_fill_(part.foreign[:, None, :, None], 0.0)
     mixed = torch.bmm(weight.flatten(0, 1), v.flatten(0, 1))
     return Partial(top, total, mixed.view(pairs, kv_heads, -1, v.shape[-1]))
 

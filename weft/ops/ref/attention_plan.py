@@ -1,12 +1,11 @@
 """Cutting a batch's attention in one KV group into tiles: worked out once a step, used by every layer of the group.
 
 Legend.  T: rows of the batch.  S: sequences.  C: query tiles of a slab.  Q: query positions of a tile.  E: entries of a key
-tile.  P: (query tile, key tile) pairs of a round.  R: runs of a key tile, E / run.
+tile.  P: (query tile, key tile) pairs of a round.  KV: kv heads.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,20 +31,19 @@ class Round:
     """The pairs of a slab whose key tiles are in the same group, counted from each query tile's first.
 
     tile    [P], the pair's query tile in the slab.  cell [P]: tile * width + key tile's index in its group
-    runs    [P, R], row of the first layer's keys at each run, divided by the run's length
+    heads   [P, KV, E], where the first layer's keys of a head are: row of memory * KV + head.  Entries beyond the sequence
+            stand for its last one: what was never written, even NaN, is never read, and a weight of 0 hides the rest
     entries [P, E], block * block_tokens + offset.  column [P, E]: sequence * entries + entry, -1 where there is none
     hidden  [P, Q, E], true where the query does not see the entry
-    foreign [P, E], true where the entry is not the sequence's; None where all are
     one_to_one  whether pair p belongs to tile p
     """
 
     tile: Tensor
     cell: Tensor
-    runs: Tensor
+    heads: Tensor
     entries: Tensor
     column: Tensor
     hidden: Tensor
-    foreign: Tensor | None
     width: int
     one_to_one: bool
 
@@ -95,7 +93,6 @@ class AttentionPlan:
             s: ancestors(parents, int(self._counts[s]) - len(parents)) for s, parents in batch.trees.items() if parents
         }
         self._in_tree = np.array([s in self._ancestors for s in range(self.sequences)], dtype=bool)
-        self.run = self._run_length()
         self._pair_bytes = 4 * spec.kv_heads * spec.head_dim * 4 * tiling.keys
         self._row_bytes = 4 * heads * (4 * spec.head_dim + 3 * tiling.keys)
         self.slabs = self._cut(bounds, positions)
@@ -114,13 +111,6 @@ class AttentionPlan:
             if self._keep:
                 slab.kept.append(part)
             yield part
-
-    def _run_length(self) -> int:
-        """Entries that lie one after the other in memory wherever a key tile begins: what one copy can take."""
-        shape = self._pool.groups[self.group]
-        row_bytes = self._pool.rows(self.group).shape[1] * self._pool.dtype.itemsize
-        per_block = self._pool.block_bytes // row_bytes
-        return math.gcd(shape.block_tokens, self.tiling.keys, per_block, *(int(n) for n in self._first))
 
     # ------------------------------------------------------------------------------------------ query tiles
 
@@ -223,8 +213,8 @@ class AttentionPlan:
         inner = torch.minimum(entry.clamp_min(0), lengths - 1)
         block = tables.gather(1, torch.div(inner, own_block, rounding_mode="floor"))
         offset = inner % own_block
-        heads, head_offsets = block[:, :: self.run], offset[:, :: self.run]
-        runs = torch.div(pool.row_of(self.group, heads, head_offsets), self.run, rounding_mode="floor")
+        row = pool.row_of(self.group, block, offset) * self.kv_heads
+        heads = row[:, None, :] + torch.arange(self.kv_heads, device=row.device)[:, None]
         position = pool.positions(self.group)[block, offset].to(torch.int64)
         mine = self._tensor(tile)
         query = slab.positions.index_select(0, mine)
@@ -237,11 +227,10 @@ class AttentionPlan:
         return Round(
             tile=mine,
             cell=self._tensor(tile * width + inside),
-            runs=runs,
+            heads=heads,
             entries=block * own_block + offset,
             column=(self._tensor(owner)[:, None] * self.entries + inner).masked_fill(foreign, -1),
             hidden=hidden,
-            foreign=foreign if bool(foreign.any()) else None,
             width=width,
             one_to_one=bool(tile.size == count.size and (count == 1).all()),
         )

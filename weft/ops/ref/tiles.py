@@ -21,8 +21,10 @@ from weft.ops.ref.basic import Slabs, linear
 
 CANDIDATES = (8, 16, 32, 64, 128, 256, 512)
 """Row counts that are tried.  Each divides the next, so padding to the smallest never exceeds PAD_ROWS."""
+SMALL_ROWS = 16
+"""A single row should not cost more than a product of this many."""
 TRIAL_FLOP = 3e10
-"""Work that one trial of a weight may cost; larger weights try fewer row counts."""
+"""Work that the trials of one weight may cost; larger weights try fewer row counts."""
 
 
 def whole(rows: int) -> Slabs:
@@ -53,30 +55,44 @@ def _trial(weight: Tensor, x: Tensor, rows: int, shift: int) -> Tensor:
     return out.roll(-shift, 0)
 
 
-def agreeing_rows(weights: Iterable[Tensor]) -> tuple[int, ...]:
-    """Row counts, ascending, for which products with all these weights give every row the same bits in every slot.
+def agreeing_rows(weights: Iterable[Tensor], most: int = CANDIDATES[-1]) -> tuple[int, ...]:
+    """Row counts, ascending and at most `most`, for which products with all these weights give every row the same bits in
+    every slot.
 
-    weights: [N, K], one for each distinct shape.  The set that reaches the largest row count among those whose smallest is at
-    most PAD_ROWS; a single row count if none agree.
+    weights: [N, K], one for each distinct shape.  Of the sets that agree, one with a small member (a single row is padded to
+    it) is preferred, and then the one that reaches the largest row count; a single row count if none agree.
     """
     allowed = {size: set(CANDIDATES) for size in CANDIDATES if size <= PAD_ROWS}
-    generator = torch.Generator().manual_seed(20240229)
     for weight in weights:
-        outs, width = weight.shape
-        sizes = [size for size in CANDIDATES if size <= 16 or 6.0 * size * outs * width <= TRIAL_FLOP]
-        total = 2 * sizes[-1]
-        x = torch.randn(total, width, generator=generator).to(weight)
-        trials = {size: [_trial(weight, x, size, shift) for shift in (0, 5)] for size in sizes}
+        classes = _classes(weight, most)
         for small, members in allowed.items():
-            if small not in trials:
-                members.intersection_update({small})
-                continue
-            reference = trials[small][0]
-            members.intersection_update(
-                size for size in sizes if all(torch.equal(out, reference) for out in trials[size])
-            )
-    best = max(allowed.values(), key=lambda members: (max(members, default=0), len(members)))
-    return tuple(sorted(best)) or (16,)
+            members.intersection_update(next((found for found in classes if small in found), {small}))
+    sets = [members for members in allowed.values() if members]
+    best = max(sets, key=lambda members: (min(members) <= SMALL_ROWS, max(members)), default={SMALL_ROWS})
+    return tuple(sorted(best))
+
+
+def _classes(weight: Tensor, most: int) -> list[set[int]]:
+    """Row counts in sets that give equal bits.  Keeps one result for each set, so that trying costs little memory."""
+    outs, width = weight.shape
+    sizes = [CANDIDATES[0]]
+    for count, size in enumerate(CANDIDATES[1:], 2):
+        if size <= most and (size <= SMALL_ROWS or 4.0 * count * size * outs * width <= TRIAL_FLOP):
+            sizes.append(size)
+    generator = torch.Generator().manual_seed(20240229)
+    x = torch.randn(sizes[-1], width, generator=generator).to(weight)
+    found: list[tuple[Tensor, set[int]]] = []
+    for size in sizes:
+        out = _trial(weight, x, size, 0)
+        if not torch.equal(out, _trial(weight, x, size, 5)):
+            continue  # a row's bits depend on its slot
+        for reference, members in found:
+            if torch.equal(out, reference):
+                members.add(size)
+                break
+        else:
+            found.append((out, {size}))
+    return [members for _, members in found]
 
 
 @dataclass(frozen=True, slots=True)
