@@ -32,6 +32,7 @@ from tests.core.world import (
 from weft.config import Limits, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
+from weft.core.noise import child_seed
 from weft.core.request import State
 from weft.errors import CapacityError, EngineError, RequestError
 from weft.exec.mirror import Mirror
@@ -84,7 +85,7 @@ class Flight:
     """A submitted plan, what its linked works must yield, and the blocks that it names, by their sequence."""
 
     plan: Plan
-    linked: dict[int, int]
+    linked: dict[Key, int]
     named: dict[int, int]
 
 
@@ -395,14 +396,14 @@ class Machine(RuleBasedStateMachine):
                 assert not fresh, f"block {block} is written while plan {flight.plan.step} that names it is in flight"
         return named
 
-    def draw_linked(self, plan: Plan) -> dict[int, int]:
+    def draw_linked(self, plan: Plan) -> dict[Key, int]:
         """The token that each linked sequence must get: the first one's."""
         first: dict[int, int] = {}
-        out = {}
+        out: dict[Key, int] = {}
         for w in plan.works:
             if w.link is not None and w.samples:
-                token = first.setdefault(w.link, self.live[self.keys[w.request]].token())
-                out[w.request] = token
+                key = self.keys[w.request]
+                out[key] = first.setdefault(w.link, self.live[key].token())
         for link in first:
             members = [w for w in plan.works if w.link == link and w.samples]
             assert len(members) == len(self.engine.scheduler.links[link]), "linked sequences are sampled apart"
@@ -415,9 +416,8 @@ class Machine(RuleBasedStateMachine):
         if isinstance(event, Tokens):
             assert wanted.reason is None
             wanted.told += [int(p.logprob) for p in event.prompt_logprobs]
-            forced = flight.linked.get(self.engine.find(*key).rid) if key in self.present() else None
             for token in event.tokens:
-                assert token == (wanted.token() if forced is None or not self.linked_now(key, flight) else forced), key
+                assert token == flight.linked.get(key, wanted.token()), key
                 wanted.reason = wanted.take(token, MAX_LEN)
         elif event.reason == "error":
             assert key in self.doomed
@@ -427,9 +427,6 @@ class Machine(RuleBasedStateMachine):
             assert event.stop_id == (wanted.output[-1] if event.reason == "stop" else None)
             assert 0 <= event.cached_tokens <= wanted.kinds.count("p")
             self.finish(key)
-
-    def linked_now(self, key: Key, flight: Flight) -> bool:
-        return any(self.keys[rid] == key for rid in flight.linked)
 
     def finish(self, key: Key) -> None:
         wanted = self.ended[key] = self.live[key]
@@ -447,11 +444,11 @@ class Machine(RuleBasedStateMachine):
 
     def touched(self, key: Key) -> None:
         """A program changed this sequence; others that are still to fan out of it go on from there too."""
-        self.live[key].pure = False
-        r = self.engine.find(*key)
-        if not r.fanned:
-            for k in range(1, self.specs[key[0]].n):
-                self.engine.cancel(key[0], k)
+        wanted, spec = self.live[key], self.specs[key[0]]
+        wanted.pure = False
+        if not self.engine.find(*key).fanned:
+            for k in range(1, spec.n):
+                self.live[key[0], k] = wanted.copy(child_seed(spec.seed, k))
 
     def forget(self, key: Key) -> None:
         del self.live[key]
@@ -462,7 +459,9 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.executor.short = 0.0
-        for _ in range(3000):
+        patience, left = 0, len(self.live)
+        while patience < 1500:
+            patience, left = (patience + 1, left) if len(self.live) == left else (0, len(self.live))
             for key in [k for k, r in self.present().items() if r.state is State.PARKED]:
                 if key in self.present() and self.engine.find(*key).state is State.PARKED:
                     self.engine.resume(*key, self.now)
@@ -472,7 +471,7 @@ class Machine(RuleBasedStateMachine):
                 self.submit()
             if self.flights:
                 self.collect()
-        assert not self.live, f"never finished: {sorted(self.live)}"
+        assert not self.live, f"{patience} steps in which nobody finished of {sorted(self.live)}"
         pool = self.engine.pool
         assert (pool.referenced, pool.limbo) == (0, 0)
         assert pool.available == pool.total

@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,24 +80,30 @@ def serve(
 
 
 def _serve(model: str | None, flags: EngineFlags, host: str, port: int, names: list[str], key: str | None) -> None:
-    from weft.front.server import Server, bind
+    from weft.front.server import bind
     from weft.hub import model_id, resolve
 
     names = names or [model_id(model)]
     # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
+    # Clients that come while the model loads wait in the socket's queue and are answered then.
     with contextlib.closing(bind(host, port)) as held:
         folder = resolve(model, progress=sys.stderr.isatty())
         engine, text = start(folder, model_id(model), flags)
-        port = held.getsockname()[1]
+        _run(engine, text, held, host, names, key)
+
+
+def _run(
+    engine: EngineThread, text: ModelText, held: socket.socket, host: str, names: list[str], key: str | None
+) -> None:
+    from weft.front.app import create_app
+    from weft.front.server import Server
 
     def ready(url: str) -> None:
         print(f"weft ready {url}", flush=True)
         say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
 
     try:
-        from weft.front.app import create_app
-
-        Server(create_app(engine, text, model_ids=names, api_key=key), host, port, ready).run()
+        Server(create_app(engine, text, model_ids=names, api_key=key), host, ready=ready, sock=held).run()
         if engine.error() is not None:
             raise EngineError(f"the engine had stopped: {engine.error()}")
     finally:

@@ -195,9 +195,7 @@ class Engine(Sequences):
         """The prompt is computed: the other sequences of the request share it from here."""
         parent.fanned = True
         for index in range(1, parent.spec.n):
-            child = self._new(parent.spec, index, now, arrival=parent.arrival)
-            child.reported = parent.prompt
-            self._enter_fork(parent, child, now)
+            self._fork(parent, index, now)
 
     # ------------------------------------------------------------------ figures and proof
 

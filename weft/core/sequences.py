@@ -121,12 +121,7 @@ class Sequences:
         parent = self._still(id, source)
         if index in self._by_id[id] or index < parent.spec.n:
             raise RequestError(f"request {id} has, or had, a sequence {index}; take another index")
-        child = self._new(parent.spec, index, now, arrival=parent.arrival, seed=seed)
-        child.context, child.output, child.given = list(parent.context), list(parent.output), list(parent.given)
-        child.prompt, child.spans, child.vectors = parent.prompt, parent.spans, parent.vectors
-        child.names = {size: list(names) for size, names in parent.names.items()}
-        child.reported = parent.reported
-        self._enter_fork(parent, child, now)
+        self._fork(parent, index, now, seed)
 
     def park(self, id: int, index: int = 0) -> None:
         """Stop advancing, with those linked to it; the KV stays while nobody needs its room."""
@@ -209,7 +204,12 @@ class Sequences:
         if not family:
             del self._by_id[r.id]
 
-    def _enter_fork(self, parent: Request, child: Request, now: float) -> None:
+    def _fork(self, parent: Request, index: int, now: float, seed: int | None = None) -> None:
+        child = self._new(parent.spec, index, now, arrival=parent.arrival, seed=seed)
+        child.context, child.output, child.given = list(parent.context), list(parent.output), list(parent.given)
+        child.prompt, child.spans, child.vectors = parent.prompt, parent.spans, parent.vectors
+        child.names = {size: list(names) for size, names in parent.names.items()}
+        child.reported = parent.prompt  # the parent tells of the prompt
         room = len(self.scheduler.running) < self.limits.max_num_seqs
         if room and parent.state is State.RUNNING and self.kv.fork(parent, child):
             child.state = State.RUNNING

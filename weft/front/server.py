@@ -63,7 +63,8 @@ def url_of(host: str, sock: socket.socket) -> str:
 class Server:
     """One HTTP server over one application (see `app.create_app`).  `run` blocks until `stop` or a signal.
 
-    Binding is done here, so a taken port raises ConfigError before anything else happens.
+    Binding is done here, so a taken port raises ConfigError before anything else happens; or `sock`, what `bind` gave
+    earlier, is taken over.
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class Server:
         ready: Callable[[str], None] | None = None,
         *,
         drain_s: float = DRAIN_S,
+        sock: socket.socket | None = None,
     ) -> None:
-        self._sock = bind(host, port)
+        self._sock = bind(host, port) if sock is None else sock
         self.url = url_of(host, self._sock)
         config = uvicorn.Config(
             app,

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-CACHED_MASK_BYTES = 16 << 20
-"""Masks of all rounds are kept for the next layer up to this size, and made anew for each layer beyond it."""
+CACHED_BYTES = 16 << 20
+"""Rounds are kept for the next layer while all of them stay below this size, and made anew for each layer beyond it."""
 
 
 @dataclass(slots=True)
@@ -93,11 +93,14 @@ class AttentionPlan:
             s: ancestors(parents, int(self._counts[s]) - len(parents)) for s, parents in batch.trees.items() if parents
         }
         self._in_tree = np.array([s in self._ancestors for s in range(self.sequences)], dtype=bool)
-        self._pair_bytes = 4 * spec.kv_heads * spec.head_dim * 4 * tiling.keys
+        # Scratch: keys and values of a pair, twice; a query row's scores and mixes in a pair; its mixes in all cells of a group.
+        self._pair_bytes = 4 * 4 * spec.kv_heads * spec.head_dim * tiling.keys
         self._row_bytes = 4 * heads * (4 * spec.head_dim + 3 * tiling.keys)
+        self._cell_bytes = 4 * heads * 2 * spec.head_dim
         self.slabs = self._cut(bounds, positions)
-        pairs = sum(int((slab.stop - slab.first).sum()) * slab.rows.shape[1] for slab in self.slabs)
-        self._keep = pairs * tiling.keys <= CACHED_MASK_BYTES
+        pairs = [(int((slab.stop - slab.first).sum()), slab.rows.shape[1]) for slab in self.slabs]
+        cached = sum(count * tiling.keys * (size + 8 * (spec.kv_heads + 2)) for count, size in pairs)
+        self._keep = cached <= CACHED_BYTES
 
     def rounds(self, slab: Slab) -> Iterator[Round]:
         """The slab's pairs, group of key tiles after group, in ascending order for each query tile."""
@@ -144,8 +147,9 @@ class AttentionPlan:
             owner, np.minimum.reduceat(positions, heads), np.maximum.reduceat(positions, heads)
         )
         widest = min(int((stop - first).max()), self.tiling.group)
-        pairs = self.tiling.scratch_bytes // (self._pair_bytes + size * self._row_bytes)
-        step = max(1, pairs // widest)
+        tile_bytes = widest * (self._pair_bytes + size * self._row_bytes)
+        tile_bytes += self.tiling.group * size * self._cell_bytes if widest > 1 else 0
+        step = max(1, self.tiling.scratch_bytes // tile_bytes)
         for at in range(0, heads.size, step):
             mine = (tile >= at) & (tile < at + step)
             count = min(step, heads.size - at)
