@@ -35,7 +35,6 @@ from weft.core.ledger import blocks_for
 from weft.core.noise import child_seed
 from weft.core.request import State
 from weft.errors import CapacityError, EngineError, RequestError
-from weft.exec.mirror import Mirror
 from weft.exec.null import reference
 from weft.types import (
     Event,
@@ -82,17 +81,18 @@ samplings = st.builds(
 
 @dataclass
 class Flight:
-    """A submitted plan, what its linked works must yield, and the blocks that it names, by their sequence."""
+    """A submitted plan, the sequences of its works, and who held the blocks that it names."""
 
     plan: Plan
-    linked: dict[Key, int]
-    named: dict[int, int]
+    wanted: dict[int, Wanted]
+    named: dict[int, set[int]]
 
 
 class Machine(RuleBasedStateMachine):
     """policy and long are set by subclasses."""
 
     policy = "fcfs"
+    sound = False
 
     @initialize(
         seed=st.integers(0, 2**32), models=st.sampled_from([1, 1, 2]), flights=st.sampled_from([1, 1, 2]), share=st.booleans(),
@@ -120,7 +120,6 @@ class Machine(RuleBasedStateMachine):
         self.engine, self.share = self.make(share), share
         self.executor = Executor(self.groups, self.rnd, cut=self.cut)
         self.executor.right = guesses
-        self.seen = Mirror(self.groups)
         self.flights: deque[Flight] = deque()
         self.most_flights = flights
         self.keys: dict[int, Key] = {}
@@ -131,6 +130,7 @@ class Machine(RuleBasedStateMachine):
         self.links: list[list[Key]] = []
         self.now, self.ids, self.forks, self.idle = 0.0, 0, 100, 0
         self.capacity = blocks
+        self.sound = True
 
     # ------------------------------------------------------------------ arrivals and departures
 
@@ -315,6 +315,7 @@ class Machine(RuleBasedStateMachine):
     def submit(self) -> None:
         if len(self.flights) == self.most_flights:
             self.collect()
+        self.sound = False
         self.now += 1.0
         plan, events = self.engine.schedule(self.now)
         assert all(isinstance(e, Preempted) for e in events)
@@ -326,19 +327,25 @@ class Machine(RuleBasedStateMachine):
         assert self.idle < 3, "nothing advances although requests could"
         self.flights.append(self.inspect(plan))
         self.engine.check()
+        self.sound = True
 
     @precondition(lambda self: self.flights)
     @rule()
     def collect(self) -> None:
+        self.sound = False
         flight = self.flights.popleft()
         result = self.executor.execute(flight.plan)
         self.now += 1.0
         due = dict(self.live)
+        # Linked sequences get the draw of the first of them that the executor sampled.
+        drawn = {link: flight.wanted[rid].token() for link, rid in self.executor.leaders.items()}
+        linked = {self.keys[w.request]: drawn[w.link] for w in flight.plan.works if w.link in drawn}
         for event in self.engine.commit(self.now, flight.plan, result):
-            self.hear(event, flight)
+            self.hear(event, linked)
         self.engine.check()
         for key, wanted in due.items():
             assert wanted.reason is None or key in self.ended, f"{key} should have ended"
+        self.sound = True
 
     @precondition(lambda self: self.engine.has_work)
     @rule(steps=st.integers(2, 12))
@@ -369,47 +376,42 @@ class Machine(RuleBasedStateMachine):
             assert w.stop <= min(MAX_LEN, r.limit)
             assert w.samples == (w.model == "target" and w.stop - w.guesses == len(r.context) and self.last(w.layers))
             assert self.cut is None or w.stop <= cut_rule(r.prompt, w.start)
-        self.seen.follow(plan)
-        return Flight(plan, self.draw_linked(plan), self.quarantine(plan))
+        for link in {w.link for w in plan.works if w.link is not None and w.samples}:
+            together = [w.request for w in plan.works if w.link == link and w.samples]
+            assert together == list(self.engine.scheduler.links[link]), "linked sequences are sampled apart"
+        return Flight(plan, {w.request: self.live[self.keys[w.request]] for w in plan.works}, self.quarantine(plan))
 
     def last(self, layers: tuple[int, int] | None) -> bool:
         return layers is None or layers[1] == LAYERS
 
-    def quarantine(self, plan: Plan) -> dict[int, int]:
+    def quarantine(self, plan: Plan) -> dict[int, set[int]]:
+        """Who holds each block that the plan names; none of them may be written by somebody who got it meanwhile."""
         sources = {b for op in plan.kv for b in op.source}
-        written = {b: 0 for op in plan.kv for b in op.target}
-        assert not sources & set(written), "a block is source and target of copies"
-        named = dict.fromkeys(sources, 0)
+        targets = {b for op in plan.kv for b in op.target}
+        assert not sources & targets, "a block is source and target of copies"
+        requests = {r.rid: r for r in self.engine.requests()}
+        written: dict[int, int] = {}
+        named = sources | targets
         for w in plan.works:
-            s = self.seen.sequences[w.request]
             for g, spec in enumerate(self.groups):
                 if spec.model == w.model:
-                    named.update({int(b): w.request for b in s.table(g)})
-                if spec.model == w.model and spec.kind is not GroupKind.PARKED:
-                    first = self.seen.entry(w, g) // spec.block_tokens
-                    written.update({int(b): w.request for b in s.table(g)[first:]})
-        named.update(written)
+                    table = requests[w.request].tables[g]
+                    named.update(table.blocks)
+                    first = 0 if spec.kind is GroupKind.PARKED else table.count // spec.block_tokens
+                    written.update(dict.fromkeys(table.blocks[first:], w.request))
+                    written.update({b: w.request for b in table.blocks if b in targets})
+        assert targets <= set(written)
         for flight in self.flights:
             for block, rid in written.items():
-                owner = flight.named.get(block)
-                fresh = owner is not None and owner != rid and not (rid == 0 and owner == named.get(block))
-                assert not fresh, f"block {block} is written while plan {flight.plan.step} that names it is in flight"
-        return named
+                reused = rid not in flight.named.get(block, {rid})
+                assert not reused, f"block {block} is written while plan {flight.plan.step} that names it is in flight"
+        holders: dict[int, set[int]] = {b: set() for b in named}
+        for r in requests.values():
+            for b in {b for t in r.tables for b in t.blocks} & named:
+                holders[b].add(r.rid)
+        return holders
 
-    def draw_linked(self, plan: Plan) -> dict[Key, int]:
-        """The token that each linked sequence must get: the first one's."""
-        first: dict[int, int] = {}
-        out: dict[Key, int] = {}
-        for w in plan.works:
-            if w.link is not None and w.samples:
-                key = self.keys[w.request]
-                out[key] = first.setdefault(w.link, self.live[key].token())
-        for link in first:
-            members = [w for w in plan.works if w.link == link and w.samples]
-            assert len(members) == len(self.engine.scheduler.links[link]), "linked sequences are sampled apart"
-        return out
-
-    def hear(self, event: Event, flight: Flight) -> None:
+    def hear(self, event: Event, linked: dict[Key, int]) -> None:
         assert isinstance(event, (Tokens, Finished))
         key = (event.id, event.index)
         wanted = self.live[key]
@@ -417,7 +419,7 @@ class Machine(RuleBasedStateMachine):
             assert wanted.reason is None
             wanted.told += [int(p.logprob) for p in event.prompt_logprobs]
             for token in event.tokens:
-                assert token == flight.linked.get(key, wanted.token()), key
+                assert token == linked.get(key, wanted.token()), key
                 wanted.reason = wanted.take(token, MAX_LEN)
         elif event.reason == "error":
             assert key in self.doomed
@@ -456,8 +458,8 @@ class Machine(RuleBasedStateMachine):
     # ------------------------------------------------------------------ the end
 
     def teardown(self) -> None:
-        if not hasattr(self, "engine"):
-            return
+        if not self.sound:
+            return  # a step has failed: that is what matters
         self.executor.short = 0.0
         patience, left = 0, len(self.live)
         while patience < 1500:

@@ -82,8 +82,11 @@ class Executor(NullExecutor):
         self.right: float | None = None
         self.salts: dict[int, bytes] = {}
         self.failing: set[int] = set()
+        self.leaders: dict[int, int] = {}
+        """By link: whose draw the linked sequences of the last step shared."""
 
     def execute(self, plan: Plan) -> StepResult:
+        self.leaders = {}
         result = super().execute(plan)
         told = []
         for work, fact in zip(plan.works, result.works, strict=True):
@@ -118,12 +121,17 @@ class Executor(NullExecutor):
             state = step(state, token)
         return tuple(out)
 
+    def _sample(self, work: Work, states: list[int], count: int, shared: dict[int, int]) -> WorkResult:
+        if work.link is not None:
+            self.leaders.setdefault(work.link, work.request)
+        return super()._sample(work, states, count, shared)
+
     def _work(self, work: Work, shared: dict[int, int]) -> WorkResult:
+        s = self.mirror.sequences[work.request]
+        done: int = s.state.setdefault(work.model, work.start)  # type: ignore[assignment]
         if work.request in self.failing:
             self.failing.discard(work.request)
             return WorkResult(rows=0, failed="told to fail")
-        s = self.mirror.sequences[work.request]
-        done: int = s.state.setdefault(work.model, work.start)  # type: ignore[assignment]
         if work.start > done:
             # Planned on top of a short result that nobody knew of: its rows are garbage, and so is what it says.
             for g in self.members(work):

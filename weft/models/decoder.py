@@ -18,14 +18,13 @@ from weft.errors import ConfigError
 from weft.exec.batch import Batch
 from weft.exec.kvpool import KVPool
 from weft.models.layout import arena, buffer_shapes, workspace_bytes
-from weft.models.operations import Hook, Material, Operation, Run, Seam, Step, operations
+from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, operations
 from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.ops import Ops, choose
 from weft.ops.ref.attention_plan import AttentionPlan
-from weft.ops.ref.basic import Slabs
 from weft.ops.ref.rope import frequencies
-from weft.ops.ref.tiles import FAST, Tiling, agreeing_rows, invariant_tiling, slabs_for, whole
+from weft.ops.ref.tiles import CANDIDATES, FAST, Tiling, agreeing_rows, invariant_tiling, slabs_for, whole
 from weft.types import GroupKind, GroupSpec
 
 __all__ = ["Decoder", "Hook", "Seam", "build", "workspace_bytes"]
@@ -67,8 +66,9 @@ class Decoder:
         self._buffers, self._workspace = self._allocate()
         self._group_of = _group_of_layers(spec, groups)
         self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
-        self._slabs, self._head_slabs, self._tiling = self._cuts()
-        self._operations = operations(Material(spec, ops, tensors, self._buffers, self._group_of, self._slabs))
+        self._tiling = self._attention_tiling()
+        self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
+        self._operations = operations(Material(spec, ops, tensors, self._buffers, self._group_of, self._cut_for))
         self._hooks: dict[tuple[Seam, int], list[Hook]] = {}
         self._segments: dict[tuple[int, int], list[Segment]] = {}
 
@@ -93,19 +93,22 @@ class Decoder:
             buffers[key] = memory[offsets[key] : stop].view(getattr(torch, kind)).view(shape)
         return buffers, memory
 
-    def _cuts(self) -> tuple[Callable[[int], Slabs], Callable[[int], Slabs], Tiling]:
-        """How rows are cut into products, and attention into tiles."""
+    def _attention_tiling(self) -> Tiling:
         if not self.invariant:
-            return whole, whole, FAST
-        by_shape: dict[tuple[int, ...], Tensor] = {}
-        for name, tensor in self.tensors.items():
-            if tensor.dim() > 1 and name not in ("embed", "head"):
-                by_shape.setdefault(tensor.shape[-2:], tensor if tensor.dim() == 2 else tensor[0])
-        rows = slabs_for(agreeing_rows(by_shape.values()))
-        # Few rows want logits, and the head is the widest weight: its trials would cost the most and gain the least.
-        head = slabs_for(agreeing_rows([self.tensors["embed" if self.spec.tied else "head"]], most=PAD_ROWS))
-        tiling = invariant_tiling(self.spec.heads // self.spec.kv_heads, self.spec.head_dim, self.device)
-        return rows, head, tiling
+            return FAST
+        return invariant_tiling(self.spec.heads // self.spec.kv_heads, self.spec.head_dim, self.device)
+
+    def _cut_for(self, *weights: Tensor) -> Cut:
+        """How rows are cut into products with these weights ([N, K], or a stack of such); tried once for each shape."""
+        if not self.invariant:
+            return whole
+        shapes = tuple(tuple(weight.shape[-2:]) for weight in weights)
+        if shapes not in self._cuts:
+            # Few rows want logits, and the head is the widest weight: its trials would cost the most and gain the least.
+            most = PAD_ROWS if weights[0].shape[0] == self.spec.vocab else CANDIDATES[-1]
+            matrices = [weight if weight.dim() == 2 else weight[0] for weight in weights]
+            self._cuts[shapes] = slabs_for(agreeing_rows(matrices, most))
+        return self._cuts[shapes]
 
     # ------------------------------------------------------------------------------------------ running
 
@@ -131,8 +134,8 @@ class Decoder:
                 assert int(batch.positions_T.max()) < self.spec.max_positions, "a position beyond the model's context"
             if hidden is not None:
                 self._buffers["hidden"][:rows].copy_(hidden)
-            step = self._begin(batch, pool, rows, wanted, first, stop)
-            for segment in self._cut(first, stop):
+            step = self._begin(batch, pool, rows, first, stop)
+            for segment in self._pieces(first, stop):
                 for run in segment.runs:
                     run(step)
                 if segment.hook is not None:
@@ -140,13 +143,13 @@ class Decoder:
                     segment.hook(batch, segment.last.views(step))
         return self._buffers["logits"][:wanted] if at_end else self._buffers["hidden"][:rows]
 
-    def _begin(self, batch: Batch, pool: KVPool, rows: int, wanted: int, first: int, stop: int) -> Step:
+    def _begin(self, batch: Batch, pool: KVPool, rows: int, first: int, stop: int) -> Step:
         """Store positions and work out what every layer needs: slots as rows of memory, rope tables, attention tiles."""
         ropes = {
             rope: self.ops.rope_tables(batch.positions_T, inverse, rope.attention_factor)
             for rope, inverse in self._inverse.items()
         }
-        step = Step(batch, pool, rows, self._slabs(rows), self._head_slabs(wanted), ropes)
+        step = Step(batch, pool, rows, ropes)
         for group in sorted({self._group_of[layer] for layer in range(first, stop)}):
             where, at = batch.groups[group], pool.groups.index(self.groups[group])
             pool.write_positions(at, where.slots_T, batch.positions_T)
@@ -173,7 +176,7 @@ class Decoder:
 
         return remove
 
-    def _cut(self, first: int, stop: int) -> list[Segment]:
+    def _pieces(self, first: int, stop: int) -> list[Segment]:
         """The operations of a range of layers as segments, cut at hooked seams and nowhere else."""
         if (first, stop) in self._segments:
             return self._segments[first, stop]
@@ -194,7 +197,7 @@ class Decoder:
     @property
     def segments(self) -> int:
         """Segments of a whole pass: 1 where nothing hooks in."""
-        return len(self._cut(0, len(self.spec.layers)))
+        return len(self._pieces(0, len(self.spec.layers)))
 
 
 def _group_of_layers(spec: DecoderSpec, groups: Sequence[GroupSpec]) -> dict[int, int]:

@@ -53,15 +53,13 @@ Hook = Callable[[Batch, tuple[Tensor, ...]], None]
 class Step:
     """What the operations of one forward pass share.
 
-    slabs, head_slabs: how T rows, and N rows, are cut into products.  plans, stored: by the model's group, its attention
-    tiles and the rows of memory that take the batch's keys.  routed: weights and ids of the experts that the present layer chose.
+    plans, stored: by the model's group, its attention tiles and the rows of memory that take the batch's keys.
+    routed: weights and ids of the experts that the present layer chose.
     """
 
     batch: Batch
     pool: KVPool
     rows: int
-    slabs: Slabs
-    head_slabs: Slabs
     ropes: dict[RopeSpec, tuple[Tensor, Tensor]]
     plans: dict[int, AttentionPlan] = field(default_factory=dict)
     stored: dict[int, Tensor] = field(default_factory=dict)
@@ -69,6 +67,7 @@ class Step:
 
 
 Run = Callable[[Step], None]
+Cut = Callable[[int], Slabs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class Material:
     """What the operations are made of.
 
     tensors: weights by name (`layout.tensor_shapes`).  buffers: by name (`layout.buffer_shapes`).
-    group_of: the KV group of each layer.  cut: how a number of rows is cut into products.
+    group_of: the KV group of each layer.  cut: how rows are cut into products with the given weights, for any number of rows.
     """
 
     spec: DecoderSpec
@@ -94,7 +93,7 @@ class Material:
     tensors: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     group_of: Mapping[int, int]
-    cut: Callable[[int], Slabs]
+    cut: Callable[..., Cut]
 
     def weight(self, layer: LayerSpec, name: str) -> Tensor | None:
         """A layer's weight, or None where the layer has none of that name."""
@@ -144,7 +143,8 @@ def _norm(m: Material, source: str, weight: Tensor | None, target: str) -> Run:
 
 def _linear(m: Material, x: Tensor, layer: LayerSpec, name: str, out: Tensor) -> Run:
     linear, weight, bias = m.ops.linear, m.weight(layer, name), m.weight(layer, f"{name}_bias")
-    return lambda step: linear(x, weight, bias, out, step.slabs)
+    cut = m.cut(weight)
+    return lambda step: linear(x, weight, bias, out, cut(step.rows))
 
 
 def _add(m: Material, layer: LayerSpec, norm: str) -> Run:
@@ -228,6 +228,7 @@ def _experts(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
     rows = m.buffers["router"].shape[0]
     router = m.buffers["router"].flatten()[: rows * experts.num].view(rows, experts.num)
     gate_up, down = m.weight(layer, "experts_gate_up"), m.weight(layer, "experts_down")
+    cut = m.cut(gate_up, down)
 
     def route(step: Step) -> None:
         step.routed = m.ops.route(router[: step.rows], experts.top_k, experts.normalize)
@@ -239,7 +240,7 @@ def _experts(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
     def mix(step: Step) -> None:
         assert step.routed is not None
         x, out = m.buffers["normed"][: step.rows], m.buffers["projected"][: step.rows]
-        m.ops.experts(x, *step.routed, gate_up, down, layer.activation, out, m.cut)
+        m.ops.experts(x, *step.routed, gate_up, down, layer.activation, out, cut)
 
     return [
         Operation(index, _linear(m, m.buffers["normed"], layer, "router", router)),
@@ -251,7 +252,7 @@ def _experts(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
 def _logits(m: Material) -> Run:
     picked, logits, narrow = m.buffers["picked"], m.buffers["logits"], m.buffers.get("narrow_logits")
     head = m.tensors["embed" if m.spec.tied else "head"]
-    spec, norm = m.spec, m.tensors["norm"]
+    spec, norm, cut = m.spec, m.tensors["norm"], m.cut(head)
 
     def run(step: Step) -> None:
         count = step.batch.logit_rows_N.shape[0]
@@ -260,7 +261,7 @@ def _logits(m: Material) -> Run:
         mine = picked[:count]
         torch.index_select(m.buffers["hidden"], 0, step.batch.logit_rows_N, out=mine)
         m.ops.rms_norm(mine, norm, spec.norm_eps, spec.norm_offset, mine)
-        m.ops.linear(picked, head, None, logits if narrow is None else narrow, step.head_slabs)
+        m.ops.linear(picked, head, None, logits if narrow is None else narrow, cut(count))
         if narrow is not None:
             logits[:count].copy_(narrow[:count])
         if spec.final_softcap is not None:

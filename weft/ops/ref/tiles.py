@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def whole(rows: int) -> Slabs:
 def slabs_for(ladder: Sequence[int]) -> Callable[[int], Slabs]:
     """A function that cuts a number of rows into products of the ladder's row counts, largest first."""
 
+    @lru_cache(maxsize=256)
     def cut(rows: int) -> Slabs:
         slabs, start = [], 0
         while start < rows:
