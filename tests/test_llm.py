@@ -10,6 +10,7 @@ import pytest
 
 from weft import LLM, AsyncLLM, SamplingParams
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
+from weft.types import Plan, StepResult
 
 PROMPT = "Once upon a time, there was a little"
 
@@ -109,6 +110,46 @@ def test_streams_grow_and_can_be_left(llm: LLM) -> None:
         break
     assert llm.runtime.engine.pool.referenced == 0
     assert not llm.runtime.engine.has_work
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_in_a_step_leaves_the_model_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    law = SamplingParams(max_tokens=20, temperature=1.0, seed=5, n=2)
+    wanted = [o.token_ids for o in llm.generate(PROMPT, law)[0].outputs]
+    executor, calls = llm.runtime.executor, 0
+    whole = executor.execute
+
+    def interrupted(plan: Plan) -> StepResult:
+        nonlocal calls
+        calls += 1
+        if calls == 6 and when == "before":
+            raise KeyboardInterrupt
+        result = whole(plan)
+        if calls == 6:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(executor, "execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPT, law)
+    assert not llm.runtime.engine.has_work and llm.runtime.engine.pool.referenced == 0
+    llm.runtime.engine.check()
+    assert [o.token_ids for o in llm.generate(PROMPT, law)[0].outputs] == wanted
+
+
+def test_two_streams_in_turns(llm: LLM) -> None:
+    laws = [SamplingParams(max_tokens=n, temperature=1.0, seed=n) for n in (9, 14)]
+    wanted = [llm.generate(PROMPT, law)[0].outputs[0].text for law in laws]
+    streams = [llm.stream(PROMPT, law) for law in laws]
+    got = ["", ""]
+    while streams != [None, None]:
+        for i, stream in enumerate(streams):
+            out = next(stream, None) if stream is not None else None
+            if out is None:
+                streams[i] = None  # type: ignore[call-overload]
+            else:
+                got[i] = out.outputs[0].text
+    assert got == wanted
 
 
 def test_chat_renders_the_template(llm: LLM) -> None:

@@ -23,6 +23,7 @@ class Job:
         self, spec: RequestSpec, params: SamplingParams, prompt: str | None, ids: list[int], text: ModelText
     ) -> None:
         self.spec, self.params, self._text = spec, params, text
+        self.changes = 0
         wants = params.logprobs is not None
         outputs = [
             CompletionOutput(i, logprobs=[] if wants else None, cumulative_logprob=0.0 if wants else None)
@@ -34,7 +35,8 @@ class Job:
         self._sequences = [text.sequence(params) for _ in range(spec.n)]
 
     def take(self, event: Tokens | Finished) -> bool:
-        """True where a stop string has ended a sequence that the engine still runs."""
+        """True where a stop string has ended a sequence that the engine still runs.  Counts `changes`."""
+        self.changes += 1
         out, sequence = self.output.outputs[event.index], self._sequences[event.index]
         if out.finish_reason is not None:
             return False

@@ -63,6 +63,8 @@ def engine_info(setup: Setup, name: str) -> EngineInfo:
 class LLM:
     """Load a model and generate.  A context manager; `close` frees the weights and the KV pool.
 
+    For one thread; several streams may be read in turns.  `AsyncLLM` serves many callers at once.
+
     model       a folder, a hub id, or None / "bundled" for the model that comes with weft
     dtype       auto, float32, bfloat16 (torch dtypes are taken too)
     memory      bytes, or text such as "4GiB": everything that weft may take
@@ -80,6 +82,7 @@ class LLM:
         self._text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=self.name)
         self._runtime: Runtime | None = build(setup)
         self._ids = 0
+        self._open: dict[int, Job] = {}
 
     # ------------------------------------------------------------------ use
 
@@ -192,30 +195,40 @@ class LLM:
 
     def _run(self, jobs: Sequence[Job], *, every: bool = False) -> Iterator[Job]:
         """Advance the engine until all jobs have ended; yields each as it ends, or after each of its steps."""
-        engine, executor = self.runtime.engine, self.runtime.executor
-        open_jobs = {job.spec.id: job for job in jobs}
+        engine = self.runtime.engine
+        mine = {job.spec.id: job for job in jobs}
+        seen = dict.fromkeys(mine, 0)
         try:
             for job in jobs:
                 _refuse(engine.add(job.spec, 0.0))
-            while open_jobs:
-                events, _ = step(engine, executor)
-                changed: dict[int, Job] = {}
-                for event in events:
-                    found = open_jobs.get(event.id)
-                    if found is not None and isinstance(event, (Tokens, Finished)):
-                        if found.take(event):
-                            engine.cancel(event.id, event.index)
-                        changed[event.id] = found
-                for id, job in changed.items():
+                self._open[job.spec.id] = job
+            while mine:
+                # Another iteration over this model may have advanced these jobs too; only what is news is given out.
+                changed = [job for id, job in mine.items() if job.changes != seen[id]]
+                if not changed:
+                    self._step()
+                for job in changed:
+                    seen[job.spec.id] = job.changes
                     if job.output.finished:
-                        del open_jobs[id]
+                        del mine[job.spec.id]
                     if every or job.output.finished:
                         yield job
         finally:
-            for id in open_jobs:
+            for id in mine:
                 engine.cancel(id)
+            for job in jobs:
+                self._open.pop(job.spec.id, None)
             if engine.has_work and not engine.scheduler.running and not engine.scheduler.waiting:
-                step(engine, executor)
+                self._step()
+
+    def _step(self) -> None:
+        """One step of the engine; its events go to whichever open job they concern."""
+        engine = self.runtime.engine
+        events, _ = step(engine, self.runtime.executor)
+        for event in events:
+            job = self._open.get(event.id)
+            if job is not None and isinstance(event, (Tokens, Finished)) and job.take(event):
+                engine.cancel(event.id, event.index)
 
 
 def _refuse(events: Sequence[Event]) -> None:

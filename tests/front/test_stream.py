@@ -98,14 +98,14 @@ def test_streams_do_not_wait_for_long_texts(text: ModelText, info: EngineInfo) -
 
 def test_a_reader_that_stops_reading_costs_a_bounded_amount(scripted: Make, text: ModelText) -> None:
     """The server stops writing to it, keeps one merged delta, and goes on serving others."""
-    ids = text.tokenizer.encode("word " * 500, add_special=False)[:500]
-    port = scripted(lambda spec, index: ids, interval_s=0.0005)
+    ids = text.tokenizer.encode("word " * 3000, add_special=False)[:3000]
+    port = scripted(lambda spec, index: ids, interval_s=0.0)
     with serving(port, text) as url:
         parts = urlsplit(url)
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect((parts.hostname, parts.port))
-            body = json.dumps({"prompt": "Hi", "max_tokens": 500, "n": 8, "stream": True, "logprobs": 5}).encode()
+            body = json.dumps({"prompt": "Hi", "max_tokens": 3000, "n": 8, "stream": True, "logprobs": 5}).encode()
             head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             sock.sendall(head % len(body) + body)
             assert wait_until(lambda: port.stats.running == 8)
@@ -118,4 +118,4 @@ def test_a_reader_that_stops_reading_costs_a_bounded_amount(scripted: Make, text
                 assert chunk
                 got += chunk
     assert got.count(b'"finish_reason":"length"') == 8
-    assert got.count(b'"finish_reason":null') < 8 * 500, "what was not read was merged"
+    assert got.count(b'"finish_reason":null') < 0.9 * 8 * 3000, "what was not read was merged"

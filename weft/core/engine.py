@@ -111,6 +111,18 @@ class Engine(Sequences):
         self.pool.committed(plan.step)
         return events
 
+    def abandon(self, plan: Plan, now: float) -> None:
+        """An executor broke off inside a plan, and nobody knows how far it came: all who run are computed anew."""
+        for request, _ in self._flights.pop(plan.step):
+            request.in_flight -= 1
+        self.pool.committed(plan.step)
+        ran = list(self.scheduler.running.values())
+        for request in ran:
+            if request.state is State.RUNNING:
+                self.scheduler.preempt(request)
+        for request in ran:
+            self.scheduler.enqueue(request, now)
+
     def _take(self, r: Request, work: Work, fact: WorkResult, now: float, events: list[Event]) -> None:
         if fact.failed is not None:
             self._end(r, "error", events, error=fact.failed)

@@ -94,35 +94,27 @@ def plan_memory(
     memory_bytes: --memory, everything that weft may take; None takes what the default KV pool needs, at most 85 % of
     what is available.  max_model_len: None takes the model's own, or less where only less fits (and says so in `reason`).
     """
-    if max_model_len is not None and max_model_len < 1:
-        raise ConfigError(f"--max-model-len must be at least 1, got {max_model_len}")
-    if max_model_len is not None and max_model_len > model_max_len:
-        raise ConfigError(
-            f"--max-model-len {max_model_len} exceeds the {model_max_len} positions that the model was made for"
-        )
+    _check_length(max_model_len, model_max_len)
     # The int32 position of every entry; any group may hold a block, so as many as the one with most entries has.
     entry_overhead = 4 * max(g.block_tokens for g in groups)
     per_block = block_bytes + entry_overhead
     fixed = weights_bytes + workspace_bytes + reserve_bytes
-    wanted_len = max_model_len or model_max_len
     share = int(available_bytes * DEFAULT_SHARE)
     room = share if memory_bytes is None else min(memory_bytes, available_bytes)
     fit_blocks = max(0, (room - fixed) // per_block)
-    need = blocks_for(groups, wanted_len, rows, layered=layered)
     reason = ""
     if memory_bytes is not None and memory_bytes > available_bytes:
         reason = f"--memory asks for {_mib(memory_bytes)}, {_mib(available_bytes)} are available; planned with those"
-    length = wanted_len
+    length = max_model_len or model_max_len
+    need = blocks_for(groups, length, rows, layered=layered)
     if need > fit_blocks and max_model_len is None:
-        length = longest(groups, fit_blocks, rows, wanted_len, layered=layered)
-        if length >= min(wanted_len, 256):
+        shorter = longest(groups, fit_blocks, rows, length, layered=layered)
+        if shorter >= min(length, 256):
+            length, need = shorter, blocks_for(groups, shorter, rows, layered=layered)
             reason = (
                 f"the model allows {model_max_len} tokens, memory holds the KV of {length}; "
                 "give more --memory for longer ones"
             )
-            need = blocks_for(groups, length, rows, layered=layered)
-        else:
-            length = wanted_len
     most = max_num_seqs * need
     blocks = min(fit_blocks, most)
     if memory_bytes is None:
@@ -132,11 +124,7 @@ def plan_memory(
     if not fits:
         blocks = max(blocks, need)
         total = fixed + blocks * per_block
-        bound = f"{_mib(available_bytes)} are available"
-        if room < available_bytes:
-            bound = f"--memory allows {_mib(room)}"
-            if memory_bytes is None:
-                bound = f"weft takes {_mib(room)} of the {_mib(available_bytes)} that are available unless --memory says more"
+        bound = _bound(memory_bytes, room, available_bytes)
         reason = _why(weights_bytes, workspace_bytes, reserve_bytes, need * per_block, length, bound)
     return MemoryPlan(
         weights_bytes=weights_bytes,
@@ -155,6 +143,22 @@ def plan_memory(
         available_source=available_source,
         model_max_len=model_max_len,
     )
+
+
+def _check_length(wanted: int | None, most: int) -> None:
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"--max-model-len must be at least 1, got {wanted}")
+    if wanted is not None and wanted > most:
+        raise ConfigError(f"--max-model-len {wanted} exceeds the {most} positions that the model was made for")
+
+
+def _bound(memory_bytes: int | None, room: int, available_bytes: int) -> str:
+    """Which limit the plan ran into, in words."""
+    if room >= available_bytes:
+        return f"{_mib(available_bytes)} are available"
+    if memory_bytes is None:
+        return f"weft takes {_mib(room)} of the {_mib(available_bytes)} that are available unless --memory says more"
+    return f"--memory allows {_mib(room)}"
 
 
 def longest(groups: Sequence[GroupSpec], blocks: int, rows: int, most: int, *, layered: bool = False) -> int:

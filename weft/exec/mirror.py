@@ -45,7 +45,7 @@ class Mirrored:
         self.used = [0] * groups
         self.first = [0] * groups
         self.count = [-1] * groups
-        self.fresh = dict(enumerate(enter.entries))
+        self.fresh: dict[int, int] = {}
         """Entries by group on entering, until the first work tells whether they are all of its positions."""
         self.state: dict[str, object] = {}
         """Per-request state of executors and techniques, by owner."""
@@ -69,6 +69,7 @@ class Mirror:
     def __init__(self, groups: Sequence[GroupSpec]) -> None:
         self.groups = list(groups)
         self.sequences: dict[int, Mirrored] = {}
+        self._whole = [g for g, s in enumerate(groups) if s.window is None and s.kind is not GroupKind.PARKED]
 
     def follow(self, plan: Plan) -> None:
         """Leave, enter, grants and the works' tokens, in that order."""
@@ -77,7 +78,8 @@ class Mirror:
         for enter in plan.enter:
             if enter.request in self.sequences:
                 raise InvariantError(f"sequence {enter.request} enters twice")
-            self.sequences[enter.request] = Mirrored(enter, len(self.groups))
+            s = self.sequences[enter.request] = Mirrored(enter, len(self.groups))
+            s.fresh = {g: enter.entries[g] for g in self._whole}
         for grant in plan.grants:
             s, g = self.sequences[grant.request], grant.group
             stop = grant.at + len(grant.blocks)
@@ -98,12 +100,11 @@ class Mirror:
                 self._meet(s, work)
 
     def _meet(self, s: Mirrored, work: Work) -> None:
-        """A table that entered with fewer entries than positions came from a compressed sequence."""
-        for g, spec in enumerate(self.groups):
-            if spec.model == work.model and spec.kind is not GroupKind.PARKED:
-                entries = s.fresh.pop(g, work.start - s.first[g])
-                if entries != work.start - s.first[g]:
-                    s.count[g] = entries
+        """A table that entered with fewer entries than positions came from a compressed sequence (windows never do)."""
+        for g in [g for g in s.fresh if self.groups[g].model == work.model]:
+            entries = s.fresh.pop(g)
+            if entries != work.start:
+                s.count[g] = entries
 
     def entry(self, work: Work, g: int) -> int:
         """Physical index, counted from the table's head, at which the work's first row is written in group g."""

@@ -47,7 +47,11 @@ def step(
     """One schedule, execute, commit."""
     began = clock()
     plan, events = engine.schedule(began)
-    result = executor.execute(plan)
+    try:
+        result = executor.execute(plan)
+    except BaseException:  # an interrupt, say: the engine must not be left with a plan that never commits
+        engine.abandon(plan, clock())
+        raise
     events = [*events, *engine.commit(clock(), plan, result)]
     return events, StepTimes(clock() - began, result.forward_s, result.sample_s)
 
