@@ -132,7 +132,8 @@ def test_an_interrupt_in_a_step_leaves_the_model_usable(llm: LLM, monkeypatch: p
     monkeypatch.setattr(executor, "execute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPT, law)
-    assert not llm.runtime.engine.has_work and llm.runtime.engine.pool.referenced == 0
+    assert not llm.runtime.engine.has_work
+    assert llm.runtime.engine.pool.referenced == 0
     llm.runtime.engine.check()
     assert [o.token_ids for o in llm.generate(PROMPT, law)[0].outputs] == wanted
 

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from weft.async_llm import AsyncLLM
     from weft.errors import (
         CapacityError,
         ComposeError,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         RequestError,
         TransferError,
     )
-    from weft.async_llm import AsyncLLM
     from weft.llm import LLM
     from weft.sampling import SamplingParams
 
