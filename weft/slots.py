@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from weft.types import SamplingSpec
 
@@ -135,3 +135,14 @@ class Evict(Protocol):
 
     def observe(self, block: int, event: str, now: float) -> None: ...
     def rank(self, block: int, now: float) -> float: ...
+
+
+class Draft(Protocol):
+    """Slot `draft`: guesses for the tokens that come next.
+
+    propose   from a sequence's whole context, [T] int64 with -1 where no token stands; () when there is nothing to say
+    observe   of a step's guesses for one sequence, how many were verified and how many of them stood
+    """
+
+    def propose(self, context: Any) -> Sequence[int]: ...
+    def observe(self, proposed: int, accepted: int) -> None: ...

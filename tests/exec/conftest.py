@@ -58,20 +58,20 @@ class Bench:
         blocks: int | None = None,
         techniques: Sequence[str] = (),
         share: bool = True,
-        propose: Any = None,
+        draft: Any = None,
         **limits: int,
     ) -> None:
-        setup = runtime.setup
+        setup, stack = runtime.setup, build_stack(techniques)
         self.engine = Engine(
             setup.groups,
             blocks or setup.plan.kv_blocks,
             replace(setup.limits, **limits),
-            build_stack(techniques),
+            stack,
             layers=len(setup.spec.layers),
             vocab=setup.spec.vocab,
             share=share,
         )
-        self.executor = TorchExecutor({"target": runtime.decoder}, runtime.pool, propose=propose)
+        self.executor = TorchExecutor({"target": runtime.decoder}, runtime.pool, draft=draft or stack.get("draft"))
         self.events: list[Event] = []
         self.steps = 0
 

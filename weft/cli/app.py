@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from weft import __version__
-from weft.cli import bench, chat, check, generate, plan, serve
+from weft.cli import bench, chat, check, features, generate, plan, serve
 from weft.cli._terminal import complain
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 
@@ -63,4 +63,6 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
+app.command("features")(features.features)
+app.command("compose")(features.compose)
 app.add_typer(bench.app, name="bench")

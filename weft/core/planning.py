@@ -23,6 +23,9 @@ class Planning:
     """The request of each work."""
     ops: list[KVOp] = field(default_factory=list)
     planned: set[int] = field(default_factory=set)
+    """Requests with any work."""
+    advanced: set[int] = field(default_factory=set)
+    """Requests with rows of the target model."""
     preempted: list[Request] = field(default_factory=list)
     closed: bool = False
     blocks: int = 0
@@ -85,6 +88,7 @@ class Planning:
             prompt_rows=prompt_rows,
         )
         self.add(r, work, samples)
+        self.advanced.add(r.rid)
         if r.decoding:
             self.view.decode_rows += len(tokens)
         else:

@@ -124,7 +124,7 @@ class Scheduler:
                 break
             if waits and not self._admit(request, d):
                 d.closed = True
-            elif request.rid not in d.planned:
+            elif request.rid not in d.advanced:
                 self._advance(request, d)
         for request in d.preempted:
             self.enqueue(request, now)
@@ -273,7 +273,7 @@ class Scheduler:
         family = self.linked(r)
         if any(x.planned[0] != len(x.context) - 1 for x in family):
             return False
-        if any(x.in_flight for x in family) or not d.fits(len(family), len(family)):
+        if any(x.in_flight or x.rid in d.advanced for x in family) or not d.fits(len(family), len(family)):
             return True
         if any(self.policy.quota(x, d.view).rows < 1 for x in family):
             return True
@@ -303,14 +303,14 @@ class Scheduler:
         return at
 
     def _guesses(self, r: Request, start: int, cut: int | None, samples: int, d: Planning) -> int:
-        """Drafts that fit the budgets, the request's end and the next cut."""
-        end = len(r.context)
+        """Drafts that fit the budgets, the request's end and the next cut; nobody who runs goes without a row for them."""
+        end, others = len(r.context), max(0, len(self.running) - len(d.planned) - 1)
         most = min(len(r.draft), self.limits.max_guesses, r.limit - end - 1, self.limits.max_model_len - end - 1)
         if cut is not None:
             most = min(most, cut - end)
         if r.link is not None:
             most = 0
-        while most > 0 and not d.fits(end - start + most, samples + most):
+        while most > 0 and not d.fits(end - start + most + others, samples + most + others):
             most -= 1
         return max(0, most)
 

@@ -24,7 +24,7 @@ from weft.types import GroupKind, GroupSpec
 
 if TYPE_CHECKING:
     from weft.exec.kvpool import KVPool
-    from weft.exec.runner import Propose, TorchExecutor
+    from weft.exec.runner import TorchExecutor
     from weft.models.decoder import Decoder
 
 SMALL_BYTES = 64 << 20
@@ -146,7 +146,7 @@ def prepare(config: EngineConfig) -> Setup:
     )  # fmt: skip
 
 
-def build(setup: Setup, progress: Progress | None = None, *, propose: Propose | None = None) -> Runtime:
+def build(setup: Setup, progress: Progress | None = None) -> Runtime:
     """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint."""
     setup.require_fit()
     import torch
@@ -177,7 +177,7 @@ def build(setup: Setup, progress: Progress | None = None, *, propose: Propose | 
         setup.groups, setup.plan.kv_blocks, limits, setup.stack, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
         share=config.share, settings=f"{setup.dtype}".encode(),
     )  # fmt: skip
-    executor = TorchExecutor({"target": decoder}, pool, propose=propose)
+    executor = TorchExecutor({"target": decoder}, pool, draft=setup.stack.get("draft"))
     return Runtime(setup, engine, executor, decoder, pool)
 
 

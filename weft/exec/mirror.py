@@ -79,7 +79,7 @@ class Mirror:
             if enter.request in self.sequences:
                 raise InvariantError(f"sequence {enter.request} enters twice")
             s = self.sequences[enter.request] = Mirrored(enter, len(self.groups))
-            s.fresh = {g: enter.entries[g] for g in self._whole}
+            s.fresh = {g: n for g, n in enumerate(enter.entries) if g in self._whole}
         for grant in plan.grants:
             s, g = self.sequences[grant.request], grant.group
             stop = grant.at + len(grant.blocks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,8 @@ from weft.exec.batch import Batch, GroupBatch
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror, Mirrored
 from weft.models.decoder import Decoder
+from weft.slots import Draft
 from weft.types import GroupKind, KVOp, KVOpKind, Plan, StepResult, TokenLogprob, Work, WorkResult
-
-Propose = Callable[[Work, Ints], Sequence[int]]
-"""(work, context after the step) -> guesses: the seam of the slot `draft`."""
 
 
 @dataclass(slots=True)
@@ -38,15 +36,15 @@ class Wanted:
 
 
 class TorchExecutor:
-    """decoders: by model name.  pool: the KV of all groups.  propose: gives drafts, or None."""
+    """decoders: by model name.  pool: the KV of all groups.  draft: the technique in that slot, or None."""
 
-    def __init__(self, decoders: Mapping[str, Decoder], pool: KVPool, *, propose: Propose | None = None) -> None:
+    def __init__(self, decoders: Mapping[str, Decoder], pool: KVPool, *, draft: Draft | None = None) -> None:
         self.decoders = dict(decoders)
         self.pool = pool
         self.groups = pool.groups
         self.mirror = Mirror(pool.groups)
         self.device = pool.device
-        self.propose = propose
+        self.draft = draft
         self._forward_s = 0.0
         self._members = {
             name: [g for g, spec in enumerate(pool.groups) if spec.model == name] for name in self.decoders
@@ -290,9 +288,11 @@ class TorchExecutor:
                 sampler.logprobs(logits_NV[first + i], t, s.sampling.logprobs) for i, t in zip(at, tokens, strict=True)
             ]
         draft: tuple[int, ...] = ()
-        if self.propose is not None and work.model == "target":
+        if self.draft is not None and work.model == "target":
+            if work.guesses:
+                self.draft.observe(work.guesses, len(path))
             known = np.concatenate([s.tokens[: work.start + context], np.array(tokens, np.int64)])
-            draft = tuple(int(t) for t in self.propose(work, known))
+            draft = tuple(self.draft.propose(known))
         return WorkResult(
             rows=context, tokens=tuple(tokens), draft=draft, logprobs=tuple(chosen), prompt_logprobs=tuple(told)
         )

@@ -1,0 +1,1 @@
+"""Slot `draft`: guesses ahead."""
