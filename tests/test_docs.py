@@ -6,6 +6,7 @@ Most checks are equalities of two sets of names, so a page fails both for what i
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import textwrap
@@ -19,7 +20,7 @@ import pytest
 import typer
 
 import weft
-from weft.cli import _compare, app, generate, plan
+from weft.cli import _compare, app, features, generate, plan
 from weft.cli._flags import EngineFlags
 from weft.cli._sampling import SamplingFlags
 from weft.errors import ConfigError
@@ -227,9 +228,8 @@ def test_make_targets_and_settings_exist() -> None:
 def test_files_that_pages_name_exist() -> None:
     for path in PAGES:
         for span in spans(path.read_text()):
-            found = re.match(r"(?:weft|tests|tools|bench|docs)/[\w/.-]+", span)
-            if found and found[0] not in EXAMPLES:
-                assert (ROOT / found[0]).exists(), f"{path.name}: {span}"
+            for name in re.findall(r"(?<![\w/.])(?:weft|tests|tools|bench|docs)/[\w/.-]+", span):
+                assert name in EXAMPLES or (ROOT / name).exists(), f"{path.name}: {span}"
 
 
 # ---------------------------------------------------------------------------------------------- JSON
@@ -246,7 +246,9 @@ def record_keys() -> tuple[set[str], set[str]]:
     tree = ast.parse(page("weft/bench/decode.py"))
     (function,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "_record"]
     outer, inner = [
-        {k.value for k in n.keys if isinstance(k, ast.Constant)} for n in ast.walk(function) if isinstance(n, ast.Dict)
+        {str(k.value) for k in n.keys if isinstance(k, ast.Constant)}
+        for n in ast.walk(function)
+        if isinstance(n, ast.Dict)
     ]
     return outer, inner
 
@@ -268,6 +270,18 @@ def test_json_of_bench() -> None:
 def test_json_of_generate() -> None:
     result = generate.as_json(RequestOutput("1", "a", [1], [CompletionOutput(0)]))
     assert keys_after(section_of("weft generate"), "Each result in the JSON") == {*result, *result["outputs"][0]}
+
+
+def test_json_of_features_and_compose(capsys: pytest.CaptureFixture[str]) -> None:
+    features.features(json_=True)
+    assert keys_after(section_of("weft features"), "JSON keys") == json.loads(capsys.readouterr().out)[0].keys()
+    with pytest.raises(typer.Exit):
+        features.compose(["draft=ngram", "draft=ngram"], json_=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert keys_after(section_of("weft compose"), "JSON keys") == {
+        *answer,
+        *answer["reasons"][0],
+    }
 
 
 # ---------------------------------------------------------------------------------------------- HTTP

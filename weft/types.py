@@ -369,7 +369,10 @@ class Preempted(Struct, frozen=True, tag="preempted"):
 
 
 class Rejected(Struct, frozen=True, tag="rejected"):
-    """The request never ran: it can't fit, or it is malformed.  kind: "request" (4xx) or "capacity"."""
+    """The request never ran: it can't fit, or it is malformed.  kind: "request" (4xx) or "capacity".
+
+    code of a capacity: "overloaded" may be asked again later, "never_fits" is too large for this engine's pool.
+    """
 
     id: int
     message: str

@@ -42,17 +42,18 @@ class Sequences:
 
     def add(self, spec: RequestSpec, now: float) -> list[Event]:
         """Accept a request, or refuse it with a Rejected event (never an exception for a client's mistake)."""
+        if len(self.scheduler.waiting) >= self.limits.max_waiting:
+            text = f"{self.limits.max_waiting} requests are waiting already; try again later"
+            return [Rejected(spec.id, text, "capacity", code="overloaded")]
         try:
             if spec.id in self._by_id:
                 raise RequestError(f"request id {spec.id} is already live")
-            if len(self.scheduler.waiting) >= self.limits.max_waiting:
-                raise CapacityError(f"{self.limits.max_waiting} requests are waiting already; try again later")
             check_spec(spec, self.limits, self.vocab)
             first = self._new(spec, 0, now)
         except RequestError as error:
             return [Rejected(spec.id, str(error), "request", error.param, error.code)]
         except CapacityError as error:
-            return [Rejected(spec.id, str(error), "capacity")]
+            return [Rejected(spec.id, str(error), "capacity", code="never_fits")]
         self.scheduler.enqueue(first, now)
         return []
 
