@@ -219,6 +219,14 @@ def test_async_calls_share_steps_and_answer_as_alone(llm: LLM) -> None:
             got = await asyncio.gather(*(one(law) for law in laws))
             async for _ in model.generate(PROMPT, SamplingParams(max_tokens=1000)):
                 break
+            rich = SamplingParams(max_tokens=3, temperature=0, logprobs=2, prompt_logprobs=1)
+            async for out in model.generate(PROMPT, rich):
+                last = out
+            (wanted,) = llm.generate(PROMPT, rich)
+            assert (last.outputs, last.prompt_logprobs) == (wanted.outputs, wanted.prompt_logprobs)
+            with pytest.raises(RequestError, match="either"):
+                async for _ in model.generate({"prompt": "a", "prompt_token_ids": [1]}):
+                    pass
             for _ in range(200):
                 if not model.port.stats.kv_blocks_referenced:
                     break

@@ -11,9 +11,9 @@ from weft.exec.thread import EngineThread
 from weft.front.client import Client
 from weft.front.client import Prompt as FrontPrompt
 from weft.front.text import ModelText
-from weft.jobs import Prompt
+from weft.jobs import Prompt, read_prompt, with_texts
 from weft.llm import Messages, configure, engine_info
-from weft.outputs import CompletionOutput, RequestOutput, logprob_dict
+from weft.outputs import CompletionOutput, RequestOutput
 from weft.sampling import SamplingParams
 
 
@@ -32,40 +32,39 @@ class AsyncLLM:
         runtime = build(setup)
         self.port = EngineThread(runtime.engine, runtime.executor, engine_info(setup, self.name))
         self._client = Client(self.port, self.text)
+        self._calls = 0
 
     async def generate(
         self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
         """The outputs of one prompt or conversation as they grow; leaving the iteration cancels the request."""
         params = sampling_params or self.text.default_params(max_tokens=16)
-        text, ids = self._ids(prompt)
-        outputs = [CompletionOutput(i, logprobs=None if params.logprobs is None else []) for i in range(params.n)]
-        result = RequestOutput("", text, ids, outputs)
+        if not isinstance(prompt, (str, Mapping)) and prompt and isinstance(prompt[0], Mapping):
+            prompt = {"prompt": self.text.chat_text(prompt), "chat": True}
+        text, ids = read_prompt(prompt, self.text)  # type: ignore[arg-type]
+        wants = params.logprobs is not None
+        outputs = [
+            CompletionOutput(i, logprobs=[] if wants else None, cumulative_logprob=0.0 if wants else None)
+            for i in range(params.n)
+        ]
+        self._calls += 1
+        result = RequestOutput(str(self._calls), text, ids, outputs)
         async with await self._client.start(FrontPrompt(ids=ids, params=params, priority=priority)) as generation:
             async for delta in generation:
                 out = outputs[delta.index]
                 out.text += delta.text
                 out.token_ids.extend(delta.token_ids)
-                if out.logprobs is not None:
-                    decode = self.text.tokenizer.decode
-                    for e in delta.logprobs:
-                        shown = {i: decode([i], skip_special=False) for i in {e.token, *(t for t, _ in e.top)}}
-                        out.logprobs.append(logprob_dict(e, shown))
+                if out.logprobs is not None and out.cumulative_logprob is not None:
+                    out.logprobs.extend(with_texts(e, self.text) for e in delta.logprobs)
+                    out.cumulative_logprob += sum(e.logprob for e in delta.logprobs)
                 if delta.finish_reason is not None:
                     out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
                     result.num_cached_tokens = max(result.num_cached_tokens, delta.cached_tokens)
+                if params.prompt_logprobs is not None:
+                    told = generation.requests[0].prompt_logprobs
+                    result.prompt_logprobs = [None, *(with_texts(e, self.text) for e in told)]
                 result.finished = all(o.finish_reason is not None for o in outputs)
                 yield result
-
-    def _ids(self, prompt: Prompt | Messages) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self.text.prompt_ids(prompt)
-        if isinstance(prompt, Mapping):
-            text = prompt.get("prompt")
-            return text, self.text.prompt_ids(text if text is not None else list(prompt.get("prompt_token_ids") or ()))
-        if prompt and isinstance(prompt[0], Mapping):
-            return None, self.text.chat_ids(prompt)
-        return None, self.text.prompt_ids(list(prompt))  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._client.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from weft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 BUNDLED = "bundled"
 BUNDLED_ID = "weft-tiny"
@@ -18,6 +18,8 @@ _BUNDLED_FOLDER = Path(__file__).parent / "bundled" / "tiny"
 
 PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.tiktoken", "merges.txt", "vocab.bpe")
 """What is fetched from the hub."""
+CONFIGURATION = ("config.json", "generation_config.json")
+"""What is fetched where only the model's shape is wanted."""
 NEVER = (
     "*.bin",
     "*.pt",
@@ -36,8 +38,10 @@ NEVER = (
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?(@[A-Za-z0-9._/-]{1,96})?")
 
 
-def resolve(model: str | os.PathLike[str] | None, *, progress: bool = True) -> Path:
+def resolve(model: str | os.PathLike[str] | None, *, progress: bool = True, weights: bool = True) -> Path:
     """The folder that holds the model's files.
+
+    weights: False fetches no more of a hub model than its small JSON files (a memory plan needs only those).
 
     model: a folder; a hub id such as "Qwen/Qwen3-0.6B", with "@REVISION" for a branch, tag or commit; None or "bundled"
     for the model that comes with weft.  A hub model is fetched into the hub's own cache, under the token of its own
@@ -58,7 +62,7 @@ def resolve(model: str | os.PathLike[str] | None, *, progress: bool = True) -> P
         return _checked(path)
     if not _ID.fullmatch(name) or _looks_local(name):
         raise ConfigError(f"there is no folder {name}; give one with config.json, or a hub id such as Qwen/Qwen3-0.6B")
-    return _checked(_download(name, progress))
+    return _checked(_download(name, progress, PATTERNS if weights else CONFIGURATION))
 
 
 def model_id(model: str | os.PathLike[str] | None) -> str:
@@ -84,7 +88,7 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _download(name: str, progress: bool) -> Path:
+def _download(name: str, progress: bool, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -100,7 +104,7 @@ def _download(name: str, progress: bool) -> Path:
             snapshot_download(
                 repository,
                 revision=revision or None,
-                allow_patterns=list(PATTERNS),
+                allow_patterns=list(patterns),
                 ignore_patterns=list(NEVER),
                 local_files_only=offline,
             )

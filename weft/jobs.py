@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weft.errors import EngineError
+from weft.errors import EngineError, RequestError
 from weft.front.text import ModelText
 from weft.outputs import CompletionOutput, Logprob, RequestOutput, logprob_dict
 from weft.sampling import SamplingParams
@@ -14,6 +14,21 @@ from weft.types import Finished, RequestSpec, TokenLogprob, Tokens
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+
+def read_prompt(prompt: Prompt, text: ModelText) -> tuple[str | None, list[int]]:
+    """(the prompt's text where it was given as one, its ids), checked.  Raises RequestError.
+
+    A mapping with "chat" true holds a rendered conversation, to which no special tokens are added.
+    """
+    if isinstance(prompt, str):
+        return prompt, text.prompt_ids(prompt)
+    if not isinstance(prompt, Mapping):
+        return None, text.prompt_ids(list(prompt))
+    given, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if (given is None) == (ids is None):
+        raise RequestError("a prompt has either 'prompt' or 'prompt_token_ids'", param="prompt")
+    return given, text.prompt_ids(given if given is not None else list(ids or ()), add_special=not prompt.get("chat"))
 
 
 class Job:
@@ -72,8 +87,13 @@ class Job:
         self.output.finished = all(o.finish_reason is not None for o in self.output.outputs)
 
     def _dict(self, entry: TokenLogprob) -> dict[int, Logprob]:
-        ids = {entry.token, *(t for t, _ in entry.top)}
-        return logprob_dict(entry, {i: self._text.tokenizer.decode([i], skip_special=False) for i in ids})
+        return with_texts(entry, self._text)
+
+
+def with_texts(entry: TokenLogprob, text: ModelText) -> dict[int, Logprob]:
+    """One position's log-probabilities with the text of every token."""
+    ids = {entry.token, *(t for t, _ in entry.top)}
+    return logprob_dict(entry, {i: text.tokenizer.decode([i], skip_special=False) for i in ids})
 
 
 def listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

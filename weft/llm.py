@@ -23,7 +23,7 @@ from weft.exec.thread import step
 from weft.front.port import EngineInfo
 from weft.front.text import ModelText
 from weft.hub import model_id, resolve
-from weft.jobs import Job, Progress, Prompt, listed
+from weft.jobs import Job, Progress, Prompt, listed, read_prompt
 from weft.outputs import RequestOutput
 from weft.sampling import SamplingParams
 from weft.types import Event, Finished, Rejected, RequestSpec, TokenItem, Tokens
@@ -169,17 +169,7 @@ class LLM:
         return list(given)
 
     def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
-        text: str | None = None
-        if isinstance(prompt, Mapping):
-            chat = bool(prompt.get("chat"))
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if (text is None) == (ids is None):
-                raise RequestError("a prompt has either 'prompt' or 'prompt_token_ids'", param="prompt")
-        elif isinstance(prompt, str):
-            chat, text, ids = False, prompt, None
-        else:
-            chat, text, ids = False, None, prompt
-        given = self._text.prompt_ids(text if text is not None else list(ids or ()), add_special=not chat)
+        text, given = read_prompt(prompt, self._text)
         setup = self.runtime.setup
         room = setup.limits.max_model_len - len(given)
         self._ids += 1

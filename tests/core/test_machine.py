@@ -96,13 +96,13 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         seed=st.integers(0, 2**32), models=st.sampled_from([1, 1, 2]), flights=st.sampled_from([1, 1, 2]), share=st.booleans(),
-        cut=st.sampled_from([False, False, True]), blocks=st.integers(14, 90), rows=st.sampled_from([1, 3, 8, 20]),
+        cut=st.sampled_from([False, False, True]), blocks=st.integers(14, 90), rows=st.sampled_from([1, 4, 8, 8, 20, 20]),
         samples=st.sampled_from([1, 3, 9]), seqs=st.sampled_from([1, 3, 6]), guesses=st.sampled_from([None, 0.0, 0.6, 1.0]),
-        spare=st.sampled_from([None, 0, 40]),
+        spare=st.sampled_from([None, 0, 40]), start=st.integers(0, 5),
     )  # fmt: skip
     def begin(
         self, seed: int, models: int, flights: int, share: bool, cut: bool, blocks: int, rows: int, samples: int, seqs: int,
-        guesses: float | None, spare: int | None,
+        guesses: float | None, spare: int | None, start: int,
     ) -> None:  # fmt: skip
         self.rnd = random.Random(seed)
         layered = self.policy.startswith("layered")
@@ -131,6 +131,7 @@ class Machine(RuleBasedStateMachine):
         self.now, self.ids, self.forks, self.idle = 0.0, 0, 100, 0
         self.capacity = blocks
         self.sound = True
+        self.burst(seed, start)
 
     # ------------------------------------------------------------------ arrivals and departures
 
@@ -141,14 +142,14 @@ class Machine(RuleBasedStateMachine):
     def add(self, items: Any, sampling: SamplingSpec, seed: int, n: int, priority: int, salt: bytes) -> None:
         self.arrive(RequestSpec(id=self.ids, items=items, sampling=sampling, seed=seed, n=n, priority=priority, salt=salt))
 
-    @rule(seed=st.integers(0, 2**32), count=st.integers(2, 8))
+    @rule(seed=st.integers(0, 2**32), count=st.integers(2, 5))
     def burst(self, seed: int, count: int) -> None:
         """Many at once, so that the pool and the budgets are contended."""
         rnd = random.Random(seed)
         for _ in range(count):
             base = BASES[rnd.randrange(2)][: rnd.randrange(30)]
             ids = (*base, *(rnd.randrange(VOCAB) for _ in range(rnd.randrange(1, 5))))
-            sampling = SamplingSpec(temperature=1.0, max_tokens=rnd.randrange(1, 24), stop_ids=(3,) if rnd.random() < 0.3 else ())
+            sampling = SamplingSpec(temperature=1.0, max_tokens=rnd.randrange(1, 16), stop_ids=(3,) if rnd.random() < 0.3 else ())
             n, priority = rnd.choice([1, 1, 2, 4]), rnd.randrange(3)
             self.arrive(
                 RequestSpec(id=self.ids, items=(TokenItem(ids),), sampling=sampling, seed=rnd.getrandbits(64), n=n, priority=priority)
@@ -277,6 +278,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.live) > 1)
     @rule(data=st.data())
     def link(self, data: st.DataObject) -> None:
+        self.land()
         keys = sorted(k for k, r in self.present().items() if not r.in_flight and r.state is not State.PARKED)
         if len(keys) < 2:
             return
@@ -295,18 +297,18 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
+        self.land()
         key = self.chosen(data, State.RUNNING)
-        if key is not None and not any(self.engine.find(*k).in_flight for k in self.family(key)):
+        if key is not None:
             self.engine.scheduler.restart(self.engine.find(*key), self.now)
 
-    @rule()
-    def clear_cache(self) -> None:
-        self.engine.pool.clear_cache()
-        assert self.engine.pool.cached == 0
-
-    @rule(short=st.sampled_from([0.0, 0.0, 0.3]))
-    def shorten(self, short: float) -> None:
+    @rule(short=st.sampled_from([0.0, 0.0, 0.3]), clear=st.booleans())
+    def weather(self, short: float, clear: bool) -> None:
+        """From now on results fall short, or not; and perhaps every cached block is evicted."""
         self.executor.short = short
+        if clear:
+            self.engine.pool.clear_cache()
+            assert self.engine.pool.cached == 0
 
     # ------------------------------------------------------------------ steps
 
@@ -346,6 +348,11 @@ class Machine(RuleBasedStateMachine):
         for key, wanted in due.items():
             assert wanted.reason is None or key in self.ended, f"{key} should have ended"
         self.sound = True
+
+    def land(self) -> None:
+        """Commit every plan in flight."""
+        while self.flights:
+            self.collect()
 
     @precondition(lambda self: self.engine.has_work)
     @rule(steps=st.integers(2, 12))

@@ -113,18 +113,18 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def ask(model: str, home: Path, endpoint: str, **environment: str) -> tuple[str, str]:
+def ask(model: str, home: Path, endpoint: str, *flags: str, **environment: str) -> tuple[str, str]:
     """(folder or sentence of the error, stderr) of `resolve` in a process with its own hub cache."""
     program = (
         "import sys\nfrom weft.hub import resolve\nfrom weft.errors import ConfigError\n"
-        "try: print(resolve(sys.argv[1], progress=False))\n"
+        "try: print(resolve(sys.argv[1], progress=False, weights=len(sys.argv) < 3))\n"
         "except ConfigError as e: print('ConfigError', e)\n"
     )
     dropped = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "TRANSFORMERS_OFFLINE")
     env = {k: v for k, v in os.environ.items() if k not in dropped}
     env |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", program, model],
+        [sys.executable, "-c", program, model, *flags],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -147,6 +147,13 @@ def test_a_hub_model_is_fetched_once_and_then_read_offline(tmp_path: Path, hub: 
     Hub.broken = True
     assert ask("org/toy", tmp_path, hub)[0] == found, "a hub that talks nonsense is no hub"
     assert ask("org/other", tmp_path, hub)[0].startswith("ConfigError there is no folder org/other")
+
+
+def test_a_plan_fetches_the_shape_and_no_weights(tmp_path: Path, hub: str) -> None:
+    found, errors = ask("org/toy", tmp_path, hub, "shape")
+    assert (Path(found) / "config.json").is_file(), errors
+    assert "config.json" in Hub.asked
+    assert not any(name.endswith((".safetensors", "tokenizer.json")) for name in Hub.asked)
 
 
 def test_what_the_hub_refuses(tmp_path: Path, hub: str) -> None:

@@ -47,7 +47,12 @@ class EngineFlags:
         _option("--memory", help="All that weft may take, e.g. [b]8G[/b]; sizes are powers of 1024.", metavar="SIZE"),
     ] = None
     threads: Annotated[
-        int | None, _option("--threads", help="CPU threads; all that this process may use.", metavar="N")
+        int | None,
+        _option(
+            "--threads",
+            help="CPU threads; else all that this process may use, or one for a very small model.",
+            metavar="N",
+        ),
     ] = None
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences computed at once; more wait. (64)", metavar="N")
@@ -151,7 +156,7 @@ def spread(command: Callable[..., None], **groups: Any) -> Callable[..., None]:
     return run
 
 
-def source_of(model: str | None) -> tuple[Path | dict[str, Any], str]:
+def source_of(model: str | None, *, weights: bool = True) -> tuple[Path | dict[str, Any], str]:
     """(folder, or the contents of a config file; the name to show) of a MODEL.  Raises ConfigError."""
     from weft.hub import model_id, resolve
 
@@ -160,4 +165,4 @@ def source_of(model: str | None) -> tuple[Path | dict[str, Any], str]:
 
         path = Path(model).expanduser()
         return load_config(path), path.stem if path.stem != "config" else path.resolve().parent.name
-    return resolve(model), model_id(model)
+    return resolve(model, weights=weights), model_id(model)

@@ -25,7 +25,7 @@ def plan(model: Model = None, *, json_: Json = False, flags: EngineFlags) -> Non
     from weft.exec.build import prepare
 
     flags.check()
-    source, name = source_of(model)
+    source, name = source_of(model, weights=False)
     setup = prepare(flags.config(source))
     if json_:
         print(json.dumps(as_json(setup, name), indent=2))
