@@ -171,3 +171,9 @@ def test_a_server_that_is_not_there() -> None:
 def test_exit_status_tells_a_wrong_request_from_a_no() -> None:
     assert exit_status(ConfigError("")) == exit_status(RequestError("")) == 2
     assert exit_status(CapacityError("")) == exit_status(EngineError("")) == 1
+
+
+def test_a_key_without_a_url_is_refused() -> None:
+    done = CliRunner().invoke(app, ["chat", "--api-key", "x"])
+    assert done.exit_code == 2
+    assert "--url" in done.stderr

@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from weft.core import noise
 from weft.core.engine import Engine
 from weft.errors import InvariantError
@@ -96,9 +98,7 @@ class Executor(NullExecutor):
                 known = tuple(
                     TokenLogprob(int(s.tokens[work.start + i + 1]), float(work.start + i + 1), 1) for i in range(rows)
                 )
-                fact = WorkResult(
-                    rows=fact.rows, tokens=fact.tokens, kept=fact.kept, draft=fact.draft, failed=fact.failed, prompt_logprobs=known
-                )  # fmt: skip
+                fact = msgspec.structs.replace(fact, prompt_logprobs=known)
             told.append(fact)
         return StepResult(step=plan.step, works=tuple(told))
 
@@ -152,7 +152,9 @@ class Executor(NullExecutor):
                 s.count[g] += stand
                 s.state[f"kept{g}"] = [*self._kept(s, g), *range(done, done + stand)]
         if self.cut is not None and work.model == "target" and self.cut(s.prompt, work.start) == done + stand:
-            return WorkResult(rows=fact.rows, tokens=fact.tokens, draft=fact.draft, kept=self._compress(work, s, done + stand))
+            return WorkResult(
+                rows=fact.rows, tokens=fact.tokens, draft=fact.draft, kept=self._compress(work, s, done + stand)
+            )
         return fact
 
     def _audit(self, work: Work, s: Mirrored) -> None:

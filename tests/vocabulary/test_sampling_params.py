@@ -36,9 +36,9 @@ WHOLE = {
 }
 OTHER: dict[str, tuple[list[Any], list[Any]]] = {
     "logit_bias": (
-        [None, {}, {0: -100}, {5: 100.0}, {i: 0.5 for i in range(MAX_BIAS)}],
+        [None, {}, {0: -100}, {5: 100.0}, dict.fromkeys(range(MAX_BIAS), 0.5)],
         [{-1: 0}, {0: 100.001}, {0: -100.001}, {0: NAN}, {0: INF}, {0: True}, {0: "1"}, {0: None}, {"0": 1}, {True: 1},
-         {1.0: 1}, {(1 << 31) + 1: 1}, {i: 0.5 for i in range(MAX_BIAS + 1)}],
+         {1.0: 1}, {(1 << 31) + 1: 1}, dict.fromkeys(range(MAX_BIAS + 1), 0.5)],
     ),
     "stop": (
         [None, [], "x", ["x", "y"], "x" * MAX_STOP_CHARS, ["x"] * MAX_STOP_STRINGS],
@@ -82,6 +82,35 @@ def test_outside_bounds(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
     assert caught.value.param == name
     assert name in str(caught.value)
+
+
+HOSTILE: list[tuple[str, Any]] = [
+    ("temperature", 10**400),
+    ("top_p", -(10**400)),
+    ("logit_bias", {0: 10**400}),
+    ("n", 10**5000),
+    ("seed", 10**5000),
+    ("stop", 5),
+    ("stop_token_ids", 5),
+    ("logit_bias", [1]),
+    ("logit_bias", "ab"),
+]
+"""Integers that no float holds or no text shows, and values that are no collection."""
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=(OverflowError, ValueError, TypeError, AttributeError),
+    reason="they end in Python's own errors, not in RequestError",
+)
+@pytest.mark.parametrize(
+    ("name", "value"), HOSTILE, ids=[f"{name}-{type(value).__name__}{i}" for i, (name, value) in enumerate(HOSTILE)]
+)
+def test_hostile_values_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("text", ["n", "temperature", "top_k"])
@@ -132,9 +161,8 @@ def test_every_field_of_the_law_arrives() -> None:
 
 def test_whole_numbers_become_floats_where_floats_stand() -> None:
     law = spec(SamplingParams(temperature=1, top_p=1, min_p=0, repetition_penalty=2, presence_penalty=1))
-    assert all(
-        isinstance(getattr(law, f), float) for f in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
-    )
+    for field in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        assert isinstance(getattr(law, field), float), field
     msgspec.msgpack.decode(msgspec.msgpack.encode(law), type=SamplingSpec)
 
 
@@ -162,7 +190,9 @@ def test_ids_must_be_in_the_vocabulary(field: str) -> None:
     assert caught.value.param == field
 
 
-@pytest.mark.parametrize(("asked", "room", "wanted"), [(None, 50, 50), (7, 50, 7), (50, 50, 50), (51, 50, 50), (9, 1, 1)])
+@pytest.mark.parametrize(
+    ("asked", "room", "wanted"), [(None, 50, 50), (7, 50, 7), (50, 50, 50), (51, 50, 50), (9, 1, 1)]
+)
 def test_max_tokens_is_bounded_by_the_room(asked: int | None, room: int, wanted: int) -> None:
     assert spec(SamplingParams(max_tokens=asked), room=room).max_tokens == wanted
 

@@ -50,7 +50,14 @@ SAMPLING = SamplingSpec(
     min_tokens=2, stop_ids=(0, 7),
 )  # fmt: skip
 SPEC = RequestSpec(
-    id=2**63 - 1, items=ITEMS, sampling=SAMPLING, seed=2**64 - 1, n=3, priority=-4, salt=b"\x00tenant\xff", resumed=(9, 8)
+    id=2**63 - 1,
+    items=ITEMS,
+    sampling=SAMPLING,
+    seed=2**64 - 1,
+    n=3,
+    priority=-4,
+    salt=b"\x00tenant\xff",
+    resumed=(9, 8),
 )
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
 LINKED = Work(

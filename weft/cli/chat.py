@@ -63,6 +63,8 @@ def chat(
         remote = RemoteChat(url, model, api_key or os.environ.get("WEFT_API_KEY") or None)
         Conversation(lambda messages: remote.answer(messages, sampling.given()), remote.name, system).run()
         return
+    if api_key is not None:
+        raise ConfigError("--api-key goes with --url: a model in this process asks for no key")
     flags.check()
     with load(model, flags) as llm:
         if not llm.text.has_chat_template:

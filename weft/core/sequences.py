@@ -111,7 +111,7 @@ class Sequences:
         r.spans = tuple(s for s in r.spans if s.stop <= length)
         r.vectors = {at: item for at, item in r.vectors.items() if at < length}
         r.given = [(start, min(stop, length)) for start, stop in r.given if start < length]
-        r.reported = min(r.reported, length)
+        r.reported, r.cached_tokens = min(r.reported, length), min(r.cached_tokens, length)
         r.draft = ()
         for size, names in r.names.items():
             del names[length // size :]

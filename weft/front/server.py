@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import math
 import signal
 import socket
@@ -85,8 +86,8 @@ class Server:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             lifespan="on",
-            log_level="warning",
-            access_log=False,
+            log_config=None,  # the program's own logging: at level info, a line for each request
+            access_log=logging.getLogger("uvicorn.access").isEnabledFor(logging.INFO),
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=65,

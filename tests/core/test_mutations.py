@@ -1,0 +1,111 @@
+"""The machine bites: each of these faults, put into the core one at a time, is found by a few storms.
+
+A mutation replaces one piece of one function's source.  When a refactoring moves that piece, the test says so, and the mutation is
+to be written anew for the new code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.core.machine import Layered, Machine, storm
+from weft.core import prefix
+from weft.core.engine import Engine
+from weft.core.kv import KV
+from weft.core.planning import Planning
+from weft.core.pool import BlockPool
+from weft.core.request import Request
+from weft.core.scheduler import Scheduler
+from weft.core.sequences import Sequences
+
+SEEDS = 24
+
+
+class Fault(NamedTuple):
+    """What is wrong, where, and how the source is changed.  machine: whose policy meets it."""
+
+    name: str
+    owner: Any
+    function: str
+    old: str
+    new: str
+    machine: type[Machine] = Machine
+
+
+FAULTS = [
+    Fault("no quarantine", BlockPool, "drop", "if self._in_flight:", "if False:"),
+    Fault("quarantine ends too early", BlockPool, "drop", "self._in_flight[-1]", "self._in_flight[0]"),
+    Fault("no copy on write", KV, "_others", "return self.pool.refs[block] - 1", "return 0 *"),
+    Fault("copy left out", KV, "grow", "if i * size < standing:", "if False:"),
+    Fault("source of a copy let go at once", KV, "grow", "self._sources.append(old)", "self.pool.drop([old])"),
+    Fault("published before commit", KV, "publish", "request.computed[m], len", "request.planned[m], len"),
+    Fault("published over what is no longer pure", KV, "advance", "request.publishes = False", "pass"),
+    Fault("compression writes shared blocks", KV, "_reach", "return 0 if rewrite and", "return at if rewrite and"),
+    Fault("hash without salt", prefix, "root", "+ salt + settings", "+ settings"),
+    Fault("hash without parent", prefix, "extend", "names[-1] if names else base", "base"),
+    Fault("hash without items", prefix, "extend", "if spans:", "if False:"),
+    Fault("hit not capped", KV, "hit_cap", "len(request.context) - 1", "len(request.context)"),
+    Fault("hit over a cut", KV, "hit_cap", "first - 1", "first"),
+    Fault("hit over wanted prompt logprobs", KV, "hit_cap", "min(cap, request.reported)", "cap"),
+    Fault("window drops one block too many", KV, "slide", "- table.first //", "+ 1 - table.first //"),
+    Fault("window hit one block short", prefix, "longest_hit", "first = first_block(spec, length)", "first = first_block(spec, length) + (spec.window is not None)"),
+    Fault("references leak", Scheduler, "remove", "self.kv.release(request)", "pass"),
+    Fault("a fork holds nothing", KV, "fork", "self.pool.hold(b)", "pass"),
+    Fault("a fork keeps the last row", KV, "fork", "len(child.context) - 1", "len(child.context)"),
+    Fault("the oldest is preempted", Scheduler, "_victim", "safe = {x.rid for x in self.linked(oldest)}", "safe = set()"),
+    Fault("a planned request is preempted", Scheduler, "_victim", "x.in_flight or x.rid in d.planned", "x.in_flight"),
+    Fault("a request in flight is preempted", Scheduler, "_victim", "x.in_flight or x.rid in d.planned", "x.rid in d.planned"),
+    Fault("cut crossed", Scheduler, "_target", "if cut is not None and cut < stop:", "if False:"),
+    Fault("guesses cross a cut", Scheduler, "_guesses", "if cut is not None:", "if False:"),
+    Fault("guesses beyond the end", Scheduler, "_guesses", "r.limit - end - 1", "99"),
+    Fault("a guess too many accepted", Engine, "_take", "len(fact.tokens) - 1 if", "len(fact.tokens) if"),
+    Fault("short result advances", Engine, "_take", "rows = min(fact.rows, planned)", "rows = planned"),
+    Fault("a late result of an earlier life counts", Engine, "commit", "and request.generation == generation", ""),
+    Fault("in two plans although data decides", Scheduler, "_target", "if r.in_flight and (", "if False and ("),
+    Fault("linked rows planned twice", Scheduler, "_together", "or x.rid in d.advanced", "", Layered),
+    Fault("linked requests yield one by one", Scheduler, "_strip", "self.linked(request)", "[request]"),
+    Fault("hidden states kept", Engine, "_take", "self.kv.unpark(r, m)", "pass", Layered),
+    Fault("hidden states get no room", KV, "_grown", "if park and g is not None", "if False", Layered),
+    Fault("split rows sampled at every pass", Planning, "write", "samples=final and", "samples=", Layered),
+    Fault("prompt rows sample for free", Planning, "chunk", "samples = prompt_rows + (stop == end)", "samples = int(stop == end)"),
+    Fault("rows cost no bytes", Planning, "add", "self.bytes_left -= rows * limits.row_bytes +", "self.bytes_left -="),
+    Fault("row budget ignored", Planning, "add", "self.view.rows_left -= rows", "pass"),
+    Fault("too many sequences run", Scheduler, "_admit", "> self.limits.max_num_seqs", "> 99"),
+    Fault("old names after truncation", Sequences, "truncate", "del names[length // size :]", "pass"),
+    Fault("executor not told of a truncation", Sequences, "_recompute_from", "if r.started:", "if False:"),
+    Fault("given tokens taken for output", Request, "outputs_before", "- given", ""),
+    Fault("a stop id is overlooked", Engine, "_tokens", "if reason is not None:\n                break", "if False:\n                break"),
+    Fault("forks of other seeds share one", Sequences, "_new", "if seed is None else seed", ""),
+]  # fmt: skip
+
+
+def mutated(fault: Fault) -> Any:
+    """The function with its source changed, in its module's namespace."""
+    source = textwrap.dedent(inspect.getsource(getattr(fault.owner, fault.function)))
+    assert source.count(fault.old) >= 1, (
+        f"{fault.name}: the source has no {fault.old!r} any more; write the mutation anew"
+    )
+    module = fault.owner if inspect.ismodule(fault.owner) else sys.modules[fault.owner.__module__]
+    names: dict[str, Any] = {}
+    exec(
+        compile("from __future__ import annotations\n" + source.replace(fault.old, fault.new, 1), fault.name, "exec"),
+        vars(module),
+        names,
+    )
+    return names[fault.function]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_fault_is_found(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault.owner, fault.function, mutated(fault))
+    for seed in range(SEEDS):
+        try:
+            storm(fault.machine, seed, 80)
+        except Exception:
+            return
+    pytest.fail(f"{SEEDS} storms did not notice: {fault.name}")
