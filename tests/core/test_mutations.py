@@ -1,7 +1,7 @@
 """The machine bites: each of these faults, put into the core one at a time, is found by a few storms.
 
-A mutation replaces one piece of one function's source.  When a refactoring moves that piece, the test says so, and the mutation is
-to be written anew for the new code.
+A mutation replaces one piece of one function's source.  When a refactoring moves that piece, the test says so, and the mutation
+is to be written anew for the new code.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FAULTS = [
     Fault("hit over a cut", KV, "hit_cap", "first - 1", "first"),
     Fault("hit over wanted prompt logprobs", KV, "hit_cap", "min(cap, request.reported)", "cap"),
     Fault("window drops one block too many", KV, "slide", "- table.first //", "+ 1 - table.first //"),
-    Fault("window hit one block short", prefix, "longest_hit", "first = first_block(spec, length)", "first = first_block(spec, length) + (spec.window is not None)"),
+    Fault("window hit one block short", prefix, "longest_hit", "= first_block(spec, length)", "= first_block(spec, length + 2)"),
     Fault("references leak", Scheduler, "remove", "self.kv.release(request)", "pass"),
     Fault("a fork holds nothing", KV, "fork", "self.pool.hold(b)", "pass"),
     Fault("a fork keeps the last row", KV, "fork", "len(child.context) - 1", "len(child.context)"),
@@ -72,14 +72,14 @@ FAULTS = [
     Fault("hidden states kept", Engine, "_take", "self.kv.unpark(r, m)", "pass", Layered),
     Fault("hidden states get no room", KV, "_grown", "if park and g is not None", "if False", Layered),
     Fault("split rows sampled at every pass", Planning, "write", "samples=final and", "samples=", Layered),
-    Fault("prompt rows sample for free", Planning, "chunk", "samples = prompt_rows + (stop == end)", "samples = int(stop == end)"),
+    Fault("prompt rows sample for free", Planning, "chunk", "= prompt_rows + (stop == end)", "= int(stop == end)"),
     Fault("rows cost no bytes", Planning, "add", "self.bytes_left -= rows * limits.row_bytes +", "self.bytes_left -="),
     Fault("row budget ignored", Planning, "add", "self.view.rows_left -= rows", "pass"),
     Fault("too many sequences run", Scheduler, "_admit", "> self.limits.max_num_seqs", "> 99"),
     Fault("old names after truncation", Sequences, "truncate", "del names[length // size :]", "pass"),
     Fault("executor not told of a truncation", Sequences, "_recompute_from", "if r.started:", "if False:"),
     Fault("given tokens taken for output", Request, "outputs_before", "- given", ""),
-    Fault("a stop id is overlooked", Engine, "_tokens", "if reason is not None:\n                break", "if False:\n                break"),
+    Fault("a stop id is overlooked", Engine, "_tokens", "in r.sampling.stop_ids", "in ()"),
     Fault("forks of other seeds share one", Sequences, "_new", "if seed is None else seed", ""),
 ]  # fmt: skip
 

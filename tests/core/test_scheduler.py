@@ -243,7 +243,7 @@ def test_the_workspace_bounds_a_step() -> None:
     assert steps == [
         ([(1, 0, 6)], 60),
         ([(1, 6, 10)], 65),
-        ([(1, 10, 11), (2, 0, 3)][:1] + [(2, 0, 2)], 35 + 20),  # no room for 2's logits
+        ([(1, 10, 11), (2, 0, 2)], 35 + 20),  # no room for 2's logits
         ([(2, 2, 3)], 35),
     ]
     b.finish()
@@ -350,31 +350,29 @@ def test_the_oldest_never_yields_whatever_its_priority() -> None:
     assert 1 not in victims
 
 
-def test_a_request_that_is_its_own_victim_lets_the_better_ones_go_on() -> None:
-    b = Bench(blocks=5)
-    b.add(1, 3, max_tokens=4, priority=0)
-    b.add(2, 3, max_tokens=12, priority=0)
-    b.add(3, 7, max_tokens=4, priority=5)
-    assert b.step() == [(1, 0, 3), (2, 0, 3)]  # 3 would need 2 blocks, and 2 more for the others
+@pytest.mark.parametrize(("second", "third", "victim"), [(5, 0, 2), (0, 5, 3)])
+def test_the_lowest_priority_yields_and_that_may_be_the_needy_one(second: int, third: int, victim: int) -> None:
+    """In step 7 the first takes the last block of 10; the second, a decode, needs one, and the third is a half-done prompt."""
+    b = Bench(blocks=10, max_rows=6)
+    b.add(1, 3, max_tokens=12)
+    b.add(2, 3, max_tokens=12, priority=second)
+    assert b.step() == [(1, 0, 3), (2, 0, 3)]
+    b.add(3, 24, max_tokens=2, priority=third)
+    assert b.steps(5)[-1] == [(1, 7, 8), (2, 7, 8), (3, 16, 20)]
+    assert (b.engine.pool.available, b.of(Preempted)) == (1, [])
+    assert b.step() == [(1, 8, 9), (3, 20, 24) if victim == 2 else (2, 8, 9)]
+    assert b.of(Preempted) == [victim]
     b.finish()
-    b = Bench(blocks=4)
-    b.add(1, 3, max_tokens=6)
-    b.add(2, 2, max_tokens=9)
-    b.add(3, 3, max_tokens=9, priority=5)
-    assert b.steps(2) == [[(1, 0, 3), (2, 0, 2)], [(1, 3, 4), (2, 2, 3), (3, 0, 3)][: 2 + (b.engine.pool.available > 1)]]
-    b.finish()
-    assert 1 not in b.of(Preempted)
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "prefill_first", "layered(groups=2, least=3)"])
-@pytest.mark.parametrize("blocks", [6, 9, 14])
+@pytest.mark.parametrize("blocks", [9, 12])
 def test_preempted_requests_recompute_the_same(policy: str, blocks: int) -> None:
-    b = Bench(blocks=blocks, policy=policy, layers=2, max_rows=5, share=True, guesses=2)
-    b.executor.wrong = 1
+    b = Bench(blocks=blocks, policy=policy, layers=2, max_rows=6, share=True)
     for id in range(1, 7):
-        b.add(id, 1 + id, max_tokens=9, priority=id % 2)
+        b.add(id, 1 + id, max_tokens=20, priority=id % 2)
     b.finish()
-    assert b.engine.stats.preemptions > 0 or blocks == 14
+    assert b.engine.stats.preemptions > 0
 
 
 # ---------------------------------------------------------------------------------------------- drafts
@@ -541,7 +539,7 @@ def test_a_parked_request_keeps_its_kv_only_while_nobody_needs_it() -> None:
     b.engine.park(1)
     b.add(2, 9, max_tokens=5)  # 3 blocks; one more at position 12
     assert b.engine.pool.available == 2
-    assert b.finish_of(2)[0] == [(2, 0, 8)] if False else True
+    assert [len(rows) for rows in b.steps(2)] == [0, 1]  # the room is made in one step and taken in the next
     while 2 not in b.of(Finished):
         b.step()
     assert b.engine.pool.referenced == 0
