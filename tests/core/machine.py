@@ -162,7 +162,7 @@ class Machine(RuleBasedStateMachine):
             spec = RequestSpec(
                 id=self.ids, items=rnd.choice([(text,), (text,), (TokenItem(base[:5]), picture, text)]), sampling=sampling,
                 seed=rnd.getrandbits(64), n=rnd.choice([1, 1, 2, 4]), priority=rnd.randrange(3),
-                salt=rnd.choice([b"", b"", b"tenant"]),
+                salt=rnd.choice([b"", b"", b"me", b"yo"]),
             )  # fmt: skip
             self.arrive(spec)
 
@@ -254,6 +254,15 @@ class Machine(RuleBasedStateMachine):
         del wanted.told[min(length, wanted.kinds.count("p")) :]
         wanted.spans = tuple(s for s in wanted.spans if s.stop <= length)
         self.touched(key)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=picks, share=st.floats(0, 1), tokens=st.lists(token_ids, min_size=1, max_size=5))
+    def retry(self, pick: int, share: float, tokens: list[int]) -> None:
+        """What a search does: take back a part, and go on otherwise."""
+        self.land()
+        if self.live:
+            self.truncate(pick, share)
+            self.append(pick, tokens)
 
     @precondition(lambda self: self.live)
     @rule(pick=picks)
@@ -569,6 +578,7 @@ def storm(machine: type[Machine], seed: int, events: int) -> Counter[str]:
         "fail": (1, lambda: m.fail(draw())),
         "append": (2, lambda: m.append(draw(), [rnd.randrange(VOCAB) for _ in range(rnd.randrange(1, 6))])),
         "truncate": (2, lambda: m.truncate(draw(), rnd.random())),
+        "retry": (2, lambda: m.retry(draw(), rnd.random(), [rnd.randrange(VOCAB) for _ in range(rnd.randrange(1, 6))])),
         "fork": (2, lambda: m.fork(draw())),
         "park": (2, lambda: m.park(draw())),
         "resume": (2, lambda: m.resume(draw())),

@@ -94,7 +94,7 @@ class Bench:
 
     def finish(self, most: int = 500) -> list[list[Rows]]:
         """Step until nobody is left; every output is then what the reference says."""
-        out = []
+        out: list[list[Rows]] = []
         while self.engine.has_work:
             assert len(out) < most, "this never ends"
             out.append(self.step())
@@ -407,7 +407,7 @@ def test_right_guesses_stand_and_wrong_ones_do_not() -> None:
         ({"row_bytes": 10, "sample_bytes": 5, "work_bytes": 45}, 12, (4, 7)),
     ],
 )
-def test_drafts_are_clipped(limits: dict[str, int], max_tokens: int, rows: tuple[int, int]) -> None:
+def test_drafts_are_clipped(limits: dict[str, Any], max_tokens: int, rows: tuple[int, int]) -> None:
     b = Bench(guesses=5, **limits)
     b.add(1, 4, max_tokens=max_tokens)
     b.step()
@@ -457,7 +457,7 @@ def test_of_several_cut_rules_the_nearest_holds() -> None:
     rule = every([lambda prompt, at: 8 if at < 8 else None, lambda prompt, at: at + 3, lambda prompt, at: None])
     assert rule is not None
     assert [rule(20, at) for at in (0, 5, 6, 8)] == [3, 8, 8, 11]
-    only = lambda prompt, at: None  # noqa: E731
+    only = lambda prompt, at: None
     assert every([only]) is only
     assert every([]) is None
 
@@ -539,11 +539,27 @@ def test_a_parked_request_keeps_its_kv_only_while_nobody_needs_it() -> None:
     b.engine.park(1)
     b.add(2, 9, max_tokens=5)  # 3 blocks; one more at position 12
     assert b.engine.pool.available == 2
-    assert [len(rows) for rows in b.steps(2)] == [0, 1]  # the room is made in one step and taken in the next
+    assert b.step() == [(2, 0, 9)]
     while 2 not in b.of(Finished):
         b.step()
     assert b.engine.pool.referenced == 0
     b.engine.resume(1)
     assert b.step() == [(1, 0, 6)]
     assert b.of(Preempted) == []
+    b.finish()
+
+
+def test_room_for_a_newcomer_is_taken_from_the_parked_before_it_enters() -> None:
+    b = Bench(blocks=8)
+    b.add(1, 4, max_tokens=6)
+    b.steps(2)
+    b.engine.park(1)
+    b.add(2, 5, max_tokens=7)
+    assert b.step() == [(2, 0, 5)]
+    b.add(3, 16, max_tokens=2)  # 4 blocks, and one more for the second: one too many
+    assert b.engine.pool.available == 4
+    assert b.step() == [(2, 5, 6)]
+    assert b.engine.pool.available == 6
+    assert b.step() == [(2, 6, 7), (3, 0, 16)]
+    b.engine.resume(1)
     b.finish()
