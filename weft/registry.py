@@ -134,6 +134,7 @@ def parse_call(call: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
             raise ConfigError(f"{node.func.id}: {keyword.arg} is given twice")
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
+            repr(arguments[keyword.arg])  # Python writes no number of more than 4,300 digits: nobody could read it back
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise ConfigError(f"{node.func.id}: {keyword.arg} must be a literal (number, string, list, ...)") from None
     return node.func.id, tuple(arguments.items())

@@ -91,19 +91,24 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _whole(name, value, 0, MAX_LOGPROBS)
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {_shown(getattr(self, name))}", param=name)
+        stops = (self.stop,) if isinstance(self.stop, str) else _sequence("stop", self.stop)
         if len(stops) > MAX_STOP_STRINGS:
             raise RequestError(f"stop: at most {MAX_STOP_STRINGS} strings, got {len(stops)}", param="stop")
         for s in stops:
             if not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_CHARS:
                 raise RequestError(f"stop: each must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop")
         object.__setattr__(self, "stops", stops)
-        ids = self.stop_token_ids or []
+        ids = _sequence("stop_token_ids", self.stop_token_ids)
         if len(ids) > MAX_STOP_IDS:
             raise RequestError(f"stop_token_ids: at most {MAX_STOP_IDS}, got {len(ids)}", param="stop_token_ids")
         for i in ids:
             _whole("stop_token_ids", i, 0, 1 << 31)
-        bias = self.logit_bias or {}
+        bias = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, dict):
+            raise RequestError(f"logit_bias must map token ids to numbers, got {_shown(bias)}", param="logit_bias")
         if len(bias) > MAX_BIAS:
             raise RequestError(f"logit_bias: at most {MAX_BIAS} entries, got {len(bias)}", param="logit_bias")
         for token, value in bias.items():
@@ -139,16 +144,35 @@ class SamplingParams:
         )
 
 
+def _shown(value: Any) -> str:
+    """A value as an error text may show it: short, whatever it is (Python refuses to write numbers of 5,000 digits)."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of very many digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _sequence(name: str, value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{name} must be a list, got {_shown(value)}", param=name)
+    return tuple(value)
+
+
 def _whole(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} must be a whole number, got {value!r}", param=name)
+        raise RequestError(f"{name} must be a whole number, got {_shown(value)}", param=name)
     if not low <= value <= high:
-        raise RequestError(f"{name} must be from {low} to {high}, got {value}", param=name)
+        raise RequestError(f"{name} must be from {low} to {high}, got {_shown(value)}", param=name)
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a finite number, got {value!r}", param=name)
+    # A whole number may be too large for a float, and is then out of every bound below.
+    finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not finite:
+        raise RequestError(f"{name} must be a finite number, got {_shown(value)}", param=name)
     if value > high or value < low or (open_low and value == low):
         edge = "above" if open_low else "at least"
-        raise RequestError(f"{name} must be {edge} {low:g} and at most {high:g}, got {value}", param=name)
+        raise RequestError(f"{name} must be {edge} {low:g} and at most {high:g}, got {_shown(value)}", param=name)

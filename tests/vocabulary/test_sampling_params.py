@@ -98,11 +98,6 @@ HOSTILE: list[tuple[str, Any]] = [
 """Integers that no float holds or no text shows, and values that are no collection."""
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(OverflowError, ValueError, TypeError, AttributeError),
-    reason="they end in Python's own errors, not in RequestError",
-)
 @pytest.mark.parametrize(
     ("name", "value"), HOSTILE, ids=[f"{name}-{type(value).__name__}{i}" for i, (name, value) in enumerate(HOSTILE)]
 )
