@@ -367,3 +367,20 @@ def test_check_finds(fault: str) -> None:
     corrupt(p)
     with pytest.raises(InvariantError, match=text):
         p.check([[HELD]])
+
+
+def test_check_finds_a_name_that_the_index_lost_and_a_limbo_that_nothing_ends() -> None:
+    pool = BlockPool(2, LRU())
+    (block,) = pool.take(1, 1)
+    pool.publish(block, (0, b"a"))
+    del pool.index[0, b"a"]
+    with pytest.raises(InvariantError, match="name"):
+        pool.check([[block]])
+    pool = BlockPool(2, LRU())
+    (block,) = pool.take(1, 1)
+    pool.submitted(1)
+    pool.drop([block])
+    pool.check([])
+    pool._limbo.clear()
+    with pytest.raises(InvariantError, match="limbo"):
+        pool.check([])

@@ -440,6 +440,14 @@ def test_nobody_is_preempted_for_a_guess() -> None:
     assert b.plan.works[1].guesses == 0
     assert b.of(Preempted) == []
     b.finish()
+    b = Bench(blocks=3, guesses=5)
+    b.add(1, 3, max_tokens=7)
+    b.add(2, 3, max_tokens=5)
+    b.step()
+    # Five guesses of the first would take two blocks, and one is free; the second could yield, but not for guesses.
+    assert b.step() == [(1, 3, 4), (2, 3, 7)]
+    assert b.of(Preempted) == []
+    b.finish()
 
 
 # ---------------------------------------------------------------------------------------------- cuts

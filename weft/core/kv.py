@@ -105,7 +105,11 @@ class KV:
     # ------------------------------------------------------------------ growth
 
     def slide(self, request: Request, m: int, start: int) -> None:
-        """Drop the head blocks that no query from position `start` on can see."""
+        """Drop the head blocks that no query from position `start` on can see.
+
+        Rows in flight may fall short and be planned anew, so what they see stays until they have committed.
+        """
+        start = min(start, request.computed[m])
         for g in self.sliding[m]:
             spec, table = self.groups[g], request.tables[g]
             drop = prefix.first_block(spec, start) - table.first // spec.block_tokens

@@ -239,5 +239,10 @@ class BlockPool:
         for key, b in self.index.items():
             if self.keys[b] != key:
                 raise InvariantError(f"the index names block {b}, which bears another name")
+        if sum(key is not None for key in self.keys) != len(self.index):
+            raise InvariantError("a block bears a name that the index does not have")
+        resting = {(b, step) for step, blocks in self._limbo for b in blocks}
+        if not resting.issuperset(self._in_limbo.items()):
+            raise InvariantError("a block is in limbo, and no plan in flight will let it go")
         if self._reserved_total != sum(self._reserved.values()) or self.available < 0:
             raise InvariantError(f"reservations ({self._reserved_total}) exceed what is available")
