@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.models.spec import RopeSpec
+from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 
 LIMITS = {
     "vocab_size": 1 << 24,
@@ -199,3 +199,33 @@ def _yarn_attention(rope: Config, factor: float) -> float:
     if above and below:
         return scale(above) / scale(below)
     return scale(1.0)
+
+
+def decoder(
+    config: Config,
+    family: str,
+    *,
+    layers: tuple[LayerSpec, ...],
+    heads: tuple[int, int, int],
+    max_positions: int,
+    tied: bool = False,
+    **more: Any,
+) -> DecoderSpec:
+    """The fields that every family reads alike.
+
+    heads: (query heads, key/value heads, head_dim).  max_positions, tied: what a missing key means.  more: further fields.
+    """
+    count, kv_heads, dim = heads
+    return DecoderSpec(
+        family=family,
+        vocab=config.size("vocab_size"),
+        width=config.size("hidden_size"),
+        heads=count,
+        kv_heads=kv_heads,
+        head_dim=dim,
+        max_positions=config.size("max_position_embeddings", max_positions),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        tied=config.flag("tie_word_embeddings", tied),
+        layers=layers,
+        **more,
+    )

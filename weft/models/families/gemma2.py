@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from weft.models.families._config import Config
+from weft.models.families._config import Config, decoder
 from weft.models.layout import Part, checkpoint_parts
 from weft.models.spec import DecoderSpec, LayerSpec
 
@@ -31,25 +31,22 @@ def spec(config: Config) -> DecoderSpec:
     """Even layers have the window unless `layer_types` says otherwise; queries are scaled by a number of their own."""
     if config.flag("use_bidirectional_attention", False):
         raise config.refuse("use_bidirectional_attention", "false: weft decodes causally")
-    heads, kv_heads, dim = config.heads(HEAD_DIM)
+    heads = config.heads(HEAD_DIM)
+    dim = heads[2]
     rope = config.rope(dim)
     count = config.size("num_hidden_layers")
     windows = config.windows(count, config.window(), [index % 2 == 0 for index in range(count)])
     width = config.size("hidden_size")
     bias = config.flag("attention_bias", False)
-    return DecoderSpec(
-        family="gemma2",
-        vocab=config.size("vocab_size"),
-        width=width,
+    return decoder(
+        config,
+        "gemma2",
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        max_positions=config.size("max_position_embeddings", 8192),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        max_positions=8192,
         norm_offset=1.0,
         embedding_scale=width**0.5,
         final_softcap=config.optional("final_logit_softcapping", 30.0),
-        tied=config.flag("tie_word_embeddings", True),
+        tied=True,
         layers=tuple(
             LayerSpec(
                 weights=index,

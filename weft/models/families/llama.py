@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.models.families._config import Config
+from weft.models.families._config import Config, decoder
 from weft.models.layout import checkpoint_parts as parts
 from weft.models.spec import DecoderSpec, LayerSpec
 
@@ -14,19 +14,15 @@ __all__ = ["ARCHITECTURE", "MODEL_TYPE", "parts", "spec"]
 
 def spec(config: Config) -> DecoderSpec:
     """Full attention everywhere; `attention_bias` puts biases on all four projections, `mlp_bias` on all three."""
-    heads, kv_heads, dim = config.heads()
+    heads = config.heads()
+    dim = heads[2]
     rope = config.rope(dim)
     bias = config.flag("attention_bias", False)
-    return DecoderSpec(
-        family="llama",
-        vocab=config.size("vocab_size"),
-        width=config.size("hidden_size"),
+    return decoder(
+        config,
+        "llama",
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        max_positions=config.size("max_position_embeddings", 2048),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        tied=config.flag("tie_word_embeddings", False),
+        max_positions=2048,
         layers=tuple(
             LayerSpec(
                 weights=index,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.models.families._config import Config
+from weft.models.families._config import Config, decoder
 from weft.models.layout import checkpoint_parts as parts
 from weft.models.spec import DecoderSpec, LayerSpec
 
@@ -14,20 +14,16 @@ __all__ = ["ARCHITECTURE", "MODEL_TYPE", "parts", "spec"]
 
 def spec(config: Config) -> DecoderSpec:
     """Biases on q, k and v always, on the output projection never."""
-    heads, kv_heads, dim = config.heads()
+    heads = config.heads()
+    dim = heads[2]
     rope = config.rope(dim)
     count = config.size("num_hidden_layers")
     windows = config.upper_windows(count)
-    return DecoderSpec(
-        family="qwen2",
-        vocab=config.size("vocab_size"),
-        width=config.size("hidden_size"),
+    return decoder(
+        config,
+        "qwen2",
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        max_positions=config.size("max_position_embeddings", 32768),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        tied=config.flag("tie_word_embeddings", False),
+        max_positions=32768,
         layers=tuple(
             LayerSpec(
                 weights=index,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.models.families._config import Config
+from weft.models.families._config import Config, decoder
 from weft.models.layout import checkpoint_parts as parts
 from weft.models.spec import DecoderSpec, LayerSpec
 
@@ -17,21 +17,17 @@ HEAD_DIM = 128
 
 def spec(config: Config) -> DecoderSpec:
     """Windows as in Qwen2; `attention_bias` puts biases on all four projections."""
-    heads, kv_heads, dim = config.heads(HEAD_DIM)
+    heads = config.heads(HEAD_DIM)
+    dim = heads[2]
     rope = config.rope(dim)
     count = config.size("num_hidden_layers")
     bias = config.flag("attention_bias", False)
     windows = config.upper_windows(count)
-    return DecoderSpec(
-        family="qwen3",
-        vocab=config.size("vocab_size"),
-        width=config.size("hidden_size"),
+    return decoder(
+        config,
+        "qwen3",
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        max_positions=config.size("max_position_embeddings", 32768),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        tied=config.flag("tie_word_embeddings", False),
+        max_positions=32768,
         layers=tuple(
             LayerSpec(
                 weights=index,

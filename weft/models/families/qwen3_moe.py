@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weft.errors import ConfigError
-from weft.models.families._config import Config
+from weft.models.families._config import Config, decoder
 from weft.models.layout import checkpoint_parts as parts
 from weft.models.spec import DecoderSpec, ExpertSpec, LayerSpec
 
@@ -39,7 +39,8 @@ def _sparse(config: Config, count: int) -> list[bool]:
 
 def spec(config: Config) -> DecoderSpec:
     """With `use_sliding_window` every layer has the window."""
-    heads, kv_heads, dim = config.heads()
+    heads = config.heads()
+    dim = heads[2]
     rope = config.rope(dim)
     count = config.size("num_hidden_layers")
     bias = config.flag("attention_bias", False)
@@ -48,16 +49,11 @@ def spec(config: Config) -> DecoderSpec:
         raise ConfigError("config.json: layer_types is not known in qwen3_moe; expected none")
     sparse = _sparse(config, count)
     experts = _experts(config) if any(sparse) else None
-    return DecoderSpec(
-        family="qwen3_moe",
-        vocab=config.size("vocab_size"),
-        width=config.size("hidden_size"),
+    return decoder(
+        config,
+        "qwen3_moe",
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=dim,
-        max_positions=config.size("max_position_embeddings", 32768),
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        tied=config.flag("tie_word_embeddings", False),
+        max_positions=32768,
         layers=tuple(
             LayerSpec(
                 weights=index,
