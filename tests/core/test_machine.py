@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.core.machine import Layered, Machine, PrefillFirst, storm
+from tests.core.machine import Layered, Machine, PrefillFirst
+from tests.core.storms import storm
 
 MACHINES = pytest.mark.parametrize("machine", [Machine, PrefillFirst, Layered], ids=lambda m: m.policy.split("(")[0])
 QUIET = list(HealthCheck)

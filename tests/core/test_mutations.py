@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.core.machine import Layered, Machine, storm
+from tests.core.machine import Layered, Machine
+from tests.core.storms import storm
 from weft.core import prefix
 from weft.core.engine import Engine
 from weft.core.kv import KV

@@ -59,9 +59,12 @@ class Bench:
         techniques: Sequence[str] = (),
         share: bool = True,
         draft: Any = None,
+        policy: Any = None,
         **limits: int,
     ) -> None:
         setup, stack = runtime.setup, build_stack(techniques)
+        if policy is not None:
+            stack = replace(stack, instances={**stack.instances, "schedule": policy})
         self.engine = Engine(
             setup.groups,
             blocks or setup.plan.kv_blocks,

@@ -17,7 +17,6 @@ from weft.exec.build import Runtime
 from weft.exec.thread import step
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
-from weft.registry import register
 from weft.schedule.fcfs import FCFS
 from weft.slots import Quota, RequestView, StepView
 from weft.traits import Traits
@@ -27,7 +26,6 @@ COUNT = 100
 Tokens_ = dict[tuple[int, int], list[int]]
 
 
-@register("schedule", "small_chunks")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallChunks(FCFS):
     """FCFS whose prompts advance by at most `rows` rows in a step."""
@@ -79,7 +77,7 @@ def test_in_company(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, 
 
 @pytest.mark.parametrize("rows", [1, 16, 512])
 def test_in_chunks(runtime: Runtime, specs: list[RequestSpec], alone: Tokens_, rows: int) -> None:
-    bench = Bench(runtime, share=False, techniques=[f"schedule=small_chunks(rows={rows})"])
+    bench = Bench(runtime, share=False, policy=SmallChunks(rows=rows))
     assert bench.run(specs) == alone
 
 

@@ -116,6 +116,7 @@ class Engine(Sequences):
         for request, _ in self._flights.pop(plan.step):
             request.in_flight -= 1
         self.pool.committed(plan.step)
+        self.scheduler.leaving.extend(plan.leave)  # the executor may not have heard of it; to leave twice does no harm
         ran = list(self.scheduler.running.values())
         for request in ran:
             if request.state is State.RUNNING:
