@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import termios
 import time
@@ -88,6 +89,12 @@ def test_lines_are_followed_with_a_real_model() -> None:
     assert "there is no /what" in done.stderr
 
 
+def _foreground() -> None:
+    """In the child: the terminal is its own, and Ctrl-C counts, also where the tests run as somebody's background job."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """The command on a terminal of its own, where Ctrl-C and Ctrl-D are keys."""
 
@@ -96,7 +103,7 @@ class Terminal:
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [*COMMAND, *args], cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_foreground,
         )  # fmt: skip
         os.close(slave)
         self.seen = ""

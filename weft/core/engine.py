@@ -155,7 +155,8 @@ class Engine(Sequences):
             r.generation += m == 0
         self.kv.advance(r, m, rows + accepted, fact.kept)
         if m == 0:
-            self._prompted += max(0, min(r.computed[0], r.prompt) - min(before, r.prompt))
+            if before < r.prompt:
+                self._prompted += min(r.computed[0], r.prompt) - before
             self._tokens(r, work, fact, now, events)
         if r.state is not State.DONE:
             self.kv.publish(r, m)

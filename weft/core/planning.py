@@ -54,7 +54,7 @@ class Planning:
     def chunk(self, r: Request, start: int, stop: int) -> tuple[int, int, int]:
         """(stop, prompt rows, samples) of the longest chunk of [start, stop) that fits; its stop is `start` where none does."""
         end = len(r.context)
-        prompt_rows = r.prompt_rows(start, stop)
+        prompt_rows = r.prompt_rows(start, stop) if start < r.prompt else 0
         samples = prompt_rows + (stop == end)
         if self.fits(stop - start, samples):
             return stop, prompt_rows, samples
@@ -89,7 +89,7 @@ class Planning:
         )
         self.add(r, work, samples)
         self.advanced.add(r.rid)
-        if r.decoding:
+        if start >= r.prompt and len(context) - start <= 1:  # as Request.decoding
             self.view.decode_rows += len(tokens)
         else:
             self.view.prompt_rows += len(tokens)

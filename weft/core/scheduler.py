@@ -34,6 +34,7 @@ class Scheduler:
     def __init__(self, kv: KV, policy: Schedule, limits: Limits, models: tuple[str, ...], layers: int) -> None:
         self.kv, self.pool, self.policy, self.limits = kv, kv.pool, policy, limits
         self.models, self.layers = models, layers
+        self._followers = range(1, len(models))
         self.running: dict[int, Request] = {}
         self.parked: dict[int, Request] = {}
         self.waiting: dict[int, Request] = {}
@@ -198,7 +199,7 @@ class Scheduler:
     # ------------------------------------------------------------------ one request
 
     def _advance(self, r: Request, d: Planning) -> None:
-        for m in range(1, len(self.models)):
+        for m in self._followers:
             self._follow(r, m, d)
         if r.link is None or not self._together(r, d):
             self._target(r, d)
@@ -212,7 +213,8 @@ class Scheduler:
             return
         start, end = r.planned[0], len(r.context)
         quota = FINAL if final else self.policy.quota(r, d.view)
-        stop, cut = min(end, start + quota.rows, start + d.view.rows_left), self._cut(r, start)
+        stop = min(end, start + quota.rows, start + d.view.rows_left)
+        cut = None if r.cut is None else self._cut(r, start)
         if cut is not None and cut < stop:
             stop = cut
         if r.link is not None and stop == end and not final:
@@ -223,7 +225,8 @@ class Scheduler:
         if stop <= start:
             return
         split = quota.layers is not None and quota.layers < self.layers
-        self.kv.slide(r, 0, start)
+        if self.kv.sliding[0]:
+            self.kv.slide(r, 0, start)
         guesses = self._guesses(r, start, cut, samples, d) if r.draft and stop == end and not split else 0
         if not self._room(
             r, stop - start + guesses, d, split=split, rewrite=cut == stop + guesses, guesses=bool(guesses)
