@@ -10,7 +10,6 @@ Engine, executor and text are plain objects here; the scheduler, the sampling an
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +25,7 @@ from weft.hub import model_id, resolve
 from weft.jobs import Job, Progress, Prompt, listed, read_prompt
 from weft.outputs import RequestOutput
 from weft.sampling import SamplingParams
-from weft.types import Event, Finished, Rejected, RequestSpec, TokenItem, Tokens
+from weft.types import Event, Finished, Rejected, Tokens
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -170,17 +169,8 @@ class LLM:
 
     def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
         text, given = read_prompt(prompt, self._text)
-        setup = self.runtime.setup
-        room = setup.limits.max_model_len - len(given)
         self._ids += 1
-        spec = RequestSpec(
-            id=self._ids,
-            items=(TokenItem(tuple(given)),),
-            sampling=params.spec(eos=self._text.eos_ids, vocab=setup.spec.vocab, room=room),
-            seed=secrets.randbits(64) if params.seed is None else params.seed & ((1 << 64) - 1),
-            n=params.n,
-            priority=priority,
-        )
+        spec = self._text.request(self._ids, given, params, priority=priority)
         return Job(spec, params, text, given, self._text)
 
     def _run(self, jobs: Sequence[Job], *, every: bool = False) -> Iterator[Job]:

@@ -129,11 +129,11 @@ class EngineThread:
             if self._busy_since is None:
                 self._busy_since = time.monotonic()
             more, times = step(self.engine, self.executor)
-            empty = 0 if self.engine.stats.rows or not self.engine.scheduler.running else empty + 1
-            if empty > EMPTY_STEPS:
-                raise EngineError("the scheduler makes no progress although requests are running; please report this")
             self._last_step = time.monotonic()
             self._emit([*events, *more], times.host_s)
+            empty = 0 if self._stats.rows or not self._stats.running else empty + 1
+            if empty > EMPTY_STEPS:
+                raise EngineError("the scheduler makes no progress although requests are running; please report this")
 
     def _drain(self, wait: bool) -> list[Event]:
         """Take in every command that has come; block for the first one when there is nothing to do."""

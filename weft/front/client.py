@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from weft.front.generation import (
 from weft.front.metrics import Metrics
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
-from weft.types import Add, Cancel, EngineFrame, Finished, FinishReason, Rejected, RequestSpec, TokenItem, Tokens
+from weft.types import Add, Cancel, EngineFrame, Finished, FinishReason, Rejected, Tokens
 
 __all__ = ["Client", "Delta", "EngineStopped", "Generation", "GenerationFailed", "Prompt", "Refused"]
 
@@ -74,7 +73,7 @@ class Client:
         if reason is not None:
             raise EngineStopped(f"the engine has stopped: {reason}")
         batch = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-        specs = [self._spec(prompt) for prompt in batch]
+        specs = [self.text.request(next(self._ids), p.ids, p.params, priority=p.priority, salt=p.salt) for p in batch]
         generation = Generation(self._forget)
         now = self._clock()
         for prompt, spec in zip(batch, specs, strict=True):
@@ -98,37 +97,6 @@ class Client:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-
-    def check(self, ids: Sequence[int], param: str = "prompt") -> None:
-        """Raise RequestError unless `ids` is a prompt that the model can take, with room for at least one token."""
-        limit = self.port.info.max_model_len
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token", param=param, code="empty_prompt")
-        if len(ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and the model's context is {limit}, which must hold the prompt and "
-                f"at least one new token; shorten the prompt to at most {limit - 1} tokens",
-                param=param,
-                code="context_length_exceeded",
-            )
-        low, high, vocab = min(ids), max(ids), self.port.info.vocab_size
-        if low < 0 or high >= vocab:
-            wrong = low if low < 0 else high
-            raise RequestError(f"token id {wrong} is outside the vocabulary (0 to {vocab - 1})", param=param)
-
-    def _spec(self, prompt: Prompt) -> RequestSpec:
-        self.check(prompt.ids)
-        params, info = prompt.params, self.port.info
-        room = info.max_model_len - len(prompt.ids)
-        return RequestSpec(
-            id=next(self._ids),
-            items=(TokenItem(tuple(prompt.ids)),),
-            sampling=params.spec(eos=self.text.eos_ids, vocab=info.vocab_size, room=room),
-            seed=secrets.randbits(64) if params.seed is None else params.seed & ((1 << 64) - 1),
-            n=params.n,
-            priority=prompt.priority,
-            salt=prompt.salt,
-        )
 
     # ------------------------------------------------------------------------------------------ the engine's frames
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from weft.front.files import read_json
 from weft.front.template import ChatTemplate, plain_messages
 from weft.front.tokenizer import Tokenizer
 from weft.sampling import SamplingParams
+from weft.types import RequestSpec, TokenItem
 
 _SHRINK = 4
 """Unicode normalization makes at most so many characters into one (NFC; Unicode Standard Annex 15)."""
@@ -108,15 +110,34 @@ class ModelText:
         """RequestError unless `ids` is a prompt that the model can take and that leaves room for one token."""
         if not ids:
             raise RequestError("the prompt is empty; give at least one token", param=param, code="empty_prompt")
-        for i in ids:
-            if isinstance(i, bool) or not isinstance(i, int):
-                raise RequestError(f"token ids must be whole numbers, not {i!r}", param=param)
+        if set(map(type, ids)) != {int}:
+            wrong = next(i for i in ids if type(i) is not int)
+            raise RequestError(f"token ids must be whole numbers, not {wrong!r}", param=param)
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high
             raise RequestError(f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", param=param)
         if self.max_model_len is not None and len(ids) >= self.max_model_len:
             raise self._too_long(f"{len(ids)} tokens", param)
+
+    def request(
+        self, id: int, ids: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+    ) -> RequestSpec:
+        """What the engine is asked for one prompt; its seed is drawn where `params` names none.
+
+        Raises RequestError for ids that are no prompt (see `check_prompt_ids`) or parameters outside the vocabulary.
+        """
+        assert self.max_model_len is not None, "the engine's context is known before anything is asked of it"
+        self.check_prompt_ids(ids)
+        return RequestSpec(
+            id=id,
+            items=(TokenItem(tuple(ids)),),
+            sampling=params.spec(eos=self.eos_ids, vocab=self.vocab_size, room=self.max_model_len - len(ids)),
+            seed=secrets.randbits(64) if params.seed is None else params.seed & ((1 << 64) - 1),
+            n=params.n,
+            priority=priority,
+            salt=salt,
+        )
 
     def sequence(self, params: SamplingParams) -> SequenceText:
         """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show."""
