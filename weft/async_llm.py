@@ -6,14 +6,12 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from weft.exec.build import build, prepare
 from weft.exec.thread import EngineThread
 from weft.front.client import Client
 from weft.front.client import Prompt as FrontPrompt
-from weft.front.text import ModelText
-from weft.jobs import Prompt, read_prompt, with_texts
-from weft.llm import Messages, configure, engine_info
-from weft.outputs import CompletionOutput, RequestOutput
+from weft.jobs import Prompt, blank, read_prompt, with_texts
+from weft.llm import Messages, engine_info, load
+from weft.outputs import RequestOutput
 from weft.sampling import SamplingParams
 
 
@@ -25,12 +23,8 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        config, self.name = configure(model, **options)
-        setup = prepare(config)
-        assert isinstance(config.model, Path)
-        self.text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=self.name)
-        runtime = build(setup)
-        self.port = EngineThread(runtime.engine, runtime.executor, engine_info(setup, self.name))
+        runtime, self.text, self.name = load(model, **options)
+        self.port = EngineThread(runtime.engine, runtime.executor, engine_info(runtime.setup, self.name))
         self._client = Client(self.port, self.text)
         self._calls = 0
 
@@ -42,13 +36,9 @@ class AsyncLLM:
         if not isinstance(prompt, (str, Mapping)) and prompt and isinstance(prompt[0], Mapping):
             prompt = {"prompt": self.text.chat_text(prompt), "chat": True}
         text, ids = read_prompt(prompt, self.text)  # type: ignore[arg-type]
-        wants = params.logprobs is not None
-        outputs = [
-            CompletionOutput(i, logprobs=[] if wants else None, cumulative_logprob=0.0 if wants else None)
-            for i in range(params.n)
-        ]
         self._calls += 1
-        result = RequestOutput(str(self._calls), text, ids, outputs)
+        result = blank(str(self._calls), text, ids, params)
+        outputs = result.outputs
         async with await self._client.start(FrontPrompt(ids=ids, params=params, priority=priority)) as generation:
             async for delta in generation:
                 out = outputs[delta.index]
@@ -60,9 +50,9 @@ class AsyncLLM:
                 if delta.finish_reason is not None:
                     out.finish_reason, out.stop_reason = delta.finish_reason, delta.stop_reason
                     result.num_cached_tokens = max(result.num_cached_tokens, delta.cached_tokens)
-                if params.prompt_logprobs is not None:
-                    told = generation.requests[0].prompt_logprobs
-                    result.prompt_logprobs = [None, *(with_texts(e, self.text) for e in told)]
+                if result.prompt_logprobs is not None:
+                    told = generation.requests[0].prompt_logprobs[len(result.prompt_logprobs) - 1 :]
+                    result.prompt_logprobs.extend(with_texts(e, self.text) for e in told)
                 result.finished = all(o.finish_reason is not None for o in outputs)
                 yield result
 

@@ -31,6 +31,19 @@ def read_prompt(prompt: Prompt, text: ModelText) -> tuple[str | None, list[int]]
     return given, text.prompt_ids(given if given is not None else list(ids or ()), add_special=not prompt.get("chat"))
 
 
+def blank(id: str, prompt: str | None, ids: list[int], params: SamplingParams) -> RequestOutput:
+    """The result of a prompt of which nothing is computed yet."""
+    wants = params.logprobs is not None
+    outputs = [
+        CompletionOutput(i, logprobs=[] if wants else None, cumulative_logprob=0.0 if wants else None)
+        for i in range(params.n)
+    ]
+    result = RequestOutput(id, prompt, ids, outputs)
+    if params.prompt_logprobs is not None:
+        result.prompt_logprobs = [None]
+    return result
+
+
 class Job:
     """One prompt on its way: events in, a RequestOutput that is always right out."""
 
@@ -39,14 +52,7 @@ class Job:
     ) -> None:
         self.spec, self.params, self._text = spec, params, text
         self.changes = 0
-        wants = params.logprobs is not None
-        outputs = [
-            CompletionOutput(i, logprobs=[] if wants else None, cumulative_logprob=0.0 if wants else None)
-            for i in range(spec.n)
-        ]
-        self.output = RequestOutput(str(spec.id), prompt, ids, outputs)
-        if params.prompt_logprobs is not None:
-            self.output.prompt_logprobs = [None]
+        self.output = blank(str(spec.id), prompt, ids, params)
         self._sequences = [text.sequence(params) for _ in range(spec.n)]
 
     def take(self, event: Tokens | Finished) -> bool:

@@ -16,8 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
-from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
-from weft.exec.host import parse_size
+from weft.exec.build import EngineConfig, Runtime, Setup, build, engine_config, prepare
 from weft.exec.thread import step
 from weft.front.port import EngineInfo
 from weft.front.text import ModelText
@@ -40,14 +39,16 @@ def configure(model: str | Path | None = None, **options: Any) -> tuple[EngineCo
         if key not in known:
             raise ConfigError(f"LLM has no option {key!r}; it has: {', '.join(sorted(known))}")
     folder = resolve(model, progress=bool(options.pop("progress", True)))
-    renamed = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share"}
-    memory = options.pop("memory", None)
-    fields = {renamed.get(k, k): v for k, v in options.items() if v is not None}
-    if memory is not None:
-        fields["memory_bytes"] = parse_size(memory) if isinstance(memory, str) else int(memory)
-    if "dtype" in fields:
-        fields["dtype"] = str(fields["dtype"])
-    return EngineConfig(model=folder, **fields), model_id(model)
+    return engine_config(folder, options), model_id(model)
+
+
+def load(model: str | Path | None = None, **options: Any) -> tuple[Runtime, ModelText, str]:
+    """(built engine, its model's text side, served name) from the keywords of `LLM`."""
+    config, name = configure(model, **options)
+    setup = prepare(config)
+    assert isinstance(config.model, Path)
+    text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=name)
+    return build(setup), text, name
 
 
 def engine_info(setup: Setup, name: str) -> EngineInfo:
@@ -75,11 +76,8 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
-        config, self.name = configure(model, **options)
-        setup = prepare(config)
-        assert isinstance(config.model, Path)
-        self._text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=self.name)
-        self._runtime: Runtime | None = build(setup)
+        self._runtime: Runtime | None
+        self._runtime, self._text, self.name = load(model, **options)
         self._ids = 0
         self._open: dict[int, Job] = {}
 

@@ -101,17 +101,10 @@ class EngineFlags:
 
         Raises ConfigError for a size that cannot be read, before anything else is looked at.
         """
-        from weft.exec.build import EngineConfig
-        from weft.exec.host import parse_size
+        from weft.exec.build import engine_config
 
-        renamed = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share"}
-        given = {renamed.get(name, name): value for name, value in self.options().items()}
-        memory = given.pop("memory", None)
-        if memory is not None:
-            given["memory_bytes"] = parse_size(memory)
-        if not isinstance(source, Path):
-            given["load"] = "random"
-        return EngineConfig(model=source, **given)
+        bare = {} if isinstance(source, Path) else {"load": "random"}
+        return engine_config(source, {**self.options(), **bare})
 
     def check(self) -> None:
         """Look at what can be wrong without a model, so that it is said before anything is fetched.  Raises ConfigError."""

@@ -15,7 +15,7 @@ from weft.config import Limits, Stack, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import MemoryPlan, plan_memory
 from weft.errors import CapacityError, ConfigError
-from weft.exec.host import available_memory, cpu_count
+from weft.exec.host import available_memory, cpu_count, parse_size
 from weft.models import checkpoint_dtype, load_config
 from weft.models.families import read
 from weft.models.layout import weights_bytes, workspace_bytes
@@ -63,6 +63,23 @@ class EngineConfig:
     invariant: bool | None = None
     share: bool = True
     techniques: Sequence[str] = ()
+
+
+USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
+"""Options by the names that users know from other engines, and the fields of `EngineConfig` that they set."""
+
+
+def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -> EngineConfig:
+    """An `EngineConfig` from options as users name them; what is None is left to weft.
+
+    memory may be a number of bytes or text such as "4GiB".  Raises ConfigError for a size that cannot be read.
+    """
+    given = {USERS_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    if isinstance(given.get("memory_bytes"), str):
+        given["memory_bytes"] = parse_size(given["memory_bytes"])
+    if "dtype" in given:
+        given["dtype"] = str(given["dtype"])  # a torch.dtype is taken too
+    return EngineConfig(model=model, **given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
