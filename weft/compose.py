@@ -34,6 +34,8 @@ class Verdict:
     reasons: tuple[Reason, ...]
     history: int = 0
     """The largest READS_HISTORY(w): a prefix hit ends at least so many tokens before the prompt's end."""
+    effects: frozenset[Effect] = frozenset()
+    """Everything that any part does."""
 
 
 def traits_of(part: Part) -> Traits:
@@ -67,7 +69,8 @@ def compose(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Ver
             reasons.append(Reason("extra pass", (str(part),), f"{part} costs an extra pass over the prompt"))
     fidelity = max((t.fidelity for _, t in declared), default=Fidelity.EXACT)
     verdict: Literal["ok", "cost", "refused"] = "refused" if refused else "cost" if reasons else "ok"
-    return Verdict(verdict, fidelity, tuple(reasons), max((t.history for _, t in declared), default=0))
+    history = max((t.history for _, t in declared), default=0)
+    return Verdict(verdict, fidelity, tuple(reasons), history, frozenset(e for _, t in declared for e in t.effects))
 
 
 def require(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Verdict:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.compose import Verdict, complete, require
+from weft.compose import Verdict, complete, require, traits_of
 from weft.errors import ConfigError
-from weft.registry import Part, parse
+from weft.registry import Part, lookup, parse
+from weft.traits import Effect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A complete, composed stack: one instance for each filled slot."""
+    """A complete, composed stack: one instance for each filled slot.
+
+    What the core reads of it is pure: where compression cuts, what it leaves, which rows belong together.
+    """
 
     parts: tuple[Part, ...]
     instances: Mapping[str, Any] = field(repr=False)
@@ -62,9 +66,104 @@ class Stack:
     def get(self, slot: str) -> Any | None:
         return self.instances.get(slot)
 
+    def cut(self, prompt: int, position: int) -> int | None:
+        """The next position at which compression drops entries."""
+        compress = self.instances.get("kv.compress")
+        return None if compress is None else compress.cuts(prompt, position)
+
+    def budget(self, prompt: int, limit: int) -> int:
+        """Entries that a full group holds at most for a context that reaches `limit`."""
+        compress = self.instances.get("kv.compress")
+        return limit if compress is None else min(limit, compress.budget(prompt, limit))
+
+    @property
+    def tile(self) -> int:
+        """Rows of a prompt that are computed together."""
+        attention = self.instances.get("attention")
+        return 1 if attention is None else int(attention.tile)
+
+    @property
+    def history(self) -> int:
+        """Tokens at the end of a prompt that a technique has to see computed; an instance may ask for more than its traits."""
+        return max(self.verdict.history, *(int(getattr(x, "history", 0)) for x in self.instances.values()), 0)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a technique keeps state for each request that its KV alone does not hold."""
+        return Effect.PER_REQUEST_STATE in self.verdict.effects
+
+    @property
+    def settings(self) -> bytes:
+        """What changes the values of stored KV, in canonical form: part of the name of every cached prefix.
+
+        An instance whose arguments do not say all of it (an adapter's contents) has a `digest`, bytes.
+        """
+        said = [
+            str(p).encode() + b"\0" + getattr(self.instances[p.slot], "digest", b"")
+            for p in self.parts
+            if Effect.REWRITES_KV in traits_of(p).effects
+        ]
+        return b"\n".join(sorted(said))
+
 
 def build_stack(techniques: Sequence[str | Part] = ()) -> Stack:
     """Parse, complete with nulls, compose and build.  Raises ConfigError or ComposeError."""
     parts = complete([parse(t) if isinstance(t, str) else t for t in techniques])
     verdict = require(parts)
     return Stack(tuple(parts), {p.slot: p.build() for p in parts}, verdict)
+
+
+MAX_STACKS = 64
+"""Stacks of requests that are kept at hand; their instances are made anew when they come back after so many others."""
+
+
+class Stacks:
+    """The server's stack, and those that requests lay over it.  Equal parts share one instance while they are kept."""
+
+    def __init__(self, base: Stack) -> None:
+        self.base = base
+        self._made: dict[tuple[str, ...], Stack] = {}
+        self._retired: dict[str, int] = {}
+
+    def of(self, techniques: tuple[str, ...]) -> Stack:
+        """The server's stack with these parts laid over it.  Raises ConfigError, or ComposeError with the reasons."""
+        if not techniques:
+            return self.base
+        stack = self._made.pop(techniques, None)
+        if stack is None:
+            stack = self._lay_over([parse(t) for t in techniques])
+        self._made[techniques] = stack
+        if len(self._made) > MAX_STACKS:
+            self._count(self._made.pop(next(iter(self._made))), self._retired)
+        return stack
+
+    def _lay_over(self, own: Sequence[Part]) -> Stack:
+        for part in own:
+            if not getattr(lookup(part.slot, part.name), "per_request", False):
+                raise ConfigError(f"{part} belongs to the whole server: start weft with --with '{part}'")
+        require(own)
+        slots = {p.slot for p in own}
+        rest = [p for p in self.base.parts if p.slot not in slots]
+        parts = [*rest, *own]
+        verdict = require(parts)
+        instances = {p.slot: self.base.instances[p.slot] for p in rest} | {p.slot: p.build() for p in own}
+        return Stack(tuple(parts), instances, verdict)
+
+    def acts(self) -> dict[str, int]:
+        """What the techniques did since the start, by "slot=name.act"."""
+        total = dict(self._retired)
+        seen = {id(x) for x in self.base.instances.values()}
+        self._count(self.base, total)
+        for stack in self._made.values():
+            own = {s: x for s, x in stack.instances.items() if id(x) not in seen}
+            self._count(Stack(stack.parts, own, stack.verdict), total)
+        return total
+
+    def _count(self, stack: Stack, total: dict[str, int]) -> None:
+        for part in stack.parts:
+            instance = stack.instances.get(part.slot)
+            if stack is not self.base and instance is self.base.instances.get(part.slot):
+                continue
+            for act, count in getattr(instance, "acts", {}).items():
+                key = f"{part.slot}={part.name}.{act}"
+                total[key] = total.get(key, 0) + count

@@ -37,7 +37,7 @@ SLOTS: dict[str, Slot] = {
         Slot("kv.offload", "which tier holds a block, when to fetch"),
         Slot("attention", "how attention is computed"),
         Slot("draft", "guesses ahead"),
-        Slot("accept", "which guesses stand"),
+        Slot("accept", "which guesses stand", "race"),
         Slot("weights", "how weights are stored: quantized, pruned, tied"),
         Slot("adapt", "per-request deltas on weights"),
         Slot("skip", "which layers, halves of layers or neurons a row takes"),
@@ -137,12 +137,162 @@ class Evict(Protocol):
     def rank(self, block: int, now: float) -> float: ...
 
 
-class Draft(Protocol):
-    """Slot `draft`: guesses for the tokens that come next.
+class Compress(Protocol):
+    """Slot `kv.compress`: how many entries a sequence keeps in each full group, and which.
 
-    propose   from a sequence's whole context, [T] int64 with -1 where no token stands; () when there is nothing to say
-    observe   of a step's guesses for one sequence, how many were verified and how many of them stood
+    budget  entries that a full group holds at most, at any moment, for a context of `limit` positions (pure; memory is planned
+            with it): what stays after a cut, and what comes before the next
+    cuts    the smallest position above `position` at which entries are dropped, None if there is none (pure).  A step never
+            crosses a cut, recomputation replays the same ones, and nothing before the first one is changed
+    keep    which entries of one group stay, at a cut (tensors)
+
+    observe_rows: where the technique needs ATTENTION_MASS, the last rows of the prompt whose attention counts (None: all rows);
+    rows after the prompt always count.
     """
 
-    def propose(self, context: Any) -> Sequence[int]: ...
+    def budget(self, prompt: int, limit: int) -> int: ...
+    def cuts(self, prompt: int, position: int) -> int | None: ...
+    def keep(self, view: Any) -> Kept: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """indices: entries that stay, int64, ascending: [N] for all heads alike, or [layers, kv heads, N].
+
+    rotate: (delta, first, stop): after packing, entries [first, stop) move by delta positions and their keys turn with them.
+    """
+
+    indices: Any
+    rotate: tuple[int, int, int] | None = None
+
+
+class Store(Protocol):
+    """Slot `kv.store`: number format of stored KV.  A row is one entry's key (or value) of one kv head.
+
+    row_bytes   of a row of `head_dim` values (pure; memory is planned with it)
+    encode      [N, head_dim] of the model's dtype to uint8 [N, row_bytes]
+    decode      uint8 [N, row_bytes] to float32 [N, head_dim]
+    """
+
+    def row_bytes(self, head_dim: int) -> int: ...
+    def encode(self, rows: Any) -> Any: ...
+    def decode(self, rows: Any) -> Any: ...
+
+
+class Attention(Protocol):
+    """Slot `attention`: how attention is computed for the sequences of a batch whose stack has this technique.
+
+    tile    rows of a prompt that are computed together, at absolute multiples of it (1: any).  Such a tile is never split between
+            steps, and a prefix hit ends at a multiple, so what is computed depends on the prompt alone
+    plan    once a step for each KV group: what all its layers share
+    run     one layer: attention of the batch's rows, written into the output
+    """
+
+    @property
+    def tile(self) -> int: ...
+    def plan(self, call: Any) -> Any: ...
+    def run(self, call: Any, plan: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A sequence that could use guesses.
+
+    context: [T] int64 ids, the newest token last, -1 where no token stands.  prompt: how many of them are prompt.  output: index
+    of the first token to guess.  most: guesses that can be verified.  sampling, seed: the law and the noise of its tokens.
+    """
+
+    context: Any
+    prompt: int
+    output: int
+    most: int
+    sampling: SamplingSpec
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """tokens: a chain of guesses.  laws: where each was drawn, float32 [guesses, vocab], for an `accept` that asks for it."""
+
+    tokens: Sequence[int]
+    laws: Any = None
+
+
+class Forward(Protocol):
+    """Runs the second model: for each (index of the ask, ids that follow what it has computed) the logits after the last of
+    them, float32 [N, vocab].  Ids stand in the model's KV from then on, until the step's result says what stands."""
+
+    def __call__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> Any: ...
+
+
+class Draft(Protocol):
+    """Slot `draft`: guesses for the tokens that come next, for all sequences of a step at once (each as many as it likes).
+
+    propose   for each ask its guesses, none where there is nothing to say.  run: the second model, where `model` names one;
+              the newest token is the first that it has not computed
+    observe   of a step's guesses for one sequence, how many were verified and how many of them stood
+
+    model: the second model's checkpoint ("bundled" for the one that ships with weft, or a folder), or None.
+    """
+
+    @property
+    def model(self) -> str | None: ...
+    def propose(self, asks: Sequence[Ask], run: Forward | None) -> Sequence[Guesses]: ...
     def observe(self, proposed: int, accepted: int) -> None: ...
+
+
+class Verify(Protocol):
+    """What `accept` may ask about a sequence whose guesses were computed.
+
+    guesses, parents: a tree of guesses; parents[j] is the guess that j follows, -1 the context.  laws: of each guess, float32
+    [guesses, vocab], or None (then a guess was certain).  Row 0 follows the context, row 1 + j guess j.
+    winner(row): the token that the race selects there.  law(row): (ids int64, probabilities float64) of the target's law.
+    uniform(row, token, salt): noise in (0, 1), a function of seed, output index, token and salt.
+    """
+
+    guesses: Sequence[int]
+    parents: Sequence[int]
+    laws: Any
+
+    def winner(self, row: int) -> int: ...
+    def law(self, row: int) -> tuple[Any, Any]: ...
+    def uniform(self, row: int, token: int, salt: int) -> float: ...
+
+
+class Accept(Protocol):
+    """Slot `accept`: which guesses stand.
+
+    accept  (tokens that stand, accepted guesses in order); there is one token more than guesses
+    """
+
+    def accept(self, view: Verify) -> tuple[list[int], list[int]]: ...
+
+
+class Sample(Protocol):
+    """Slot `sample`: one law out of the logits of linked rows.
+
+    warp    [rows, vocab] float32, the request's own row first, to [vocab] float32
+    """
+
+    def warp(self, logits: Any) -> Any: ...
+
+
+class Adapt(Protocol):
+    """Slot `adapt`: per-request deltas on weights.
+
+    apply   after a product with the weights called `name` of `layer`: x [T, K] its input, out [T, N] its output, to be changed in
+            place; only rows of sequences that have this technique
+    """
+
+    def apply(self, layer: int, name: str, x: Any, out: Any) -> None: ...
+
+
+class Skip(Protocol):
+    """Slot `skip`: which layers a row takes.
+
+    exits   after which layers rows may leave (pure)
+    rows    which of the given rows leave there: hidden [T, width], positions [T], and `logits()` of these rows; bool [T]
+    """
+
+    def exits(self, layers: int) -> Sequence[int]: ...
+    def rows(self, view: Any) -> Any: ...

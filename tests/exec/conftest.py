@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from weft.config import build_stack
+from weft.config import Stacks, build_stack
 from weft.core.engine import Engine
 from weft.exec.build import EngineConfig, Runtime, build, prepare
 from weft.exec.runner import TorchExecutor
@@ -65,16 +65,19 @@ class Bench:
         setup, stack = runtime.setup, build_stack(techniques)
         if policy is not None:
             stack = replace(stack, instances={**stack.instances, "schedule": policy})
+        if draft is not None:
+            stack = replace(stack, instances={**stack.instances, "draft": draft})
+        stacks = Stacks(stack)
         self.engine = Engine(
             setup.groups,
             blocks or setup.plan.kv_blocks,
             replace(setup.limits, **limits),
-            stack,
+            stacks,
             layers=len(setup.spec.layers),
             vocab=setup.spec.vocab,
             share=share,
         )
-        self.executor = TorchExecutor({"target": runtime.decoder}, runtime.pool, draft=draft or stack.get("draft"))
+        self.executor = TorchExecutor({"target": runtime.decoder}, runtime.pool, stacks)
         self.events: list[Event] = []
         self.steps = 0
 

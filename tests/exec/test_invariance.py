@@ -18,7 +18,7 @@ from weft.exec.thread import step
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.schedule.fcfs import FCFS
-from weft.slots import Quota, RequestView, StepView
+from weft.slots import Ask, Forward, Guesses, Quota, RequestView, StepView
 from weft.traits import Traits
 from weft.types import RequestSpec
 
@@ -131,11 +131,16 @@ def test_under_other_policies(layered_runtime: Runtime, specs: list[RequestSpec]
 class Skilled:
     """A draft that knows the answers, and says them with probability `skill`."""
 
+    model = None
+
     def __init__(self, truth: list[list[int]], skill: float) -> None:
         self.truth = {tuple(t[:3]): t for t in truth}
         self.skill, self.rng, self.proposed, self.accepted = skill, random.Random(2), 0, 0
 
-    def propose(self, context: np.ndarray) -> list[int]:
+    def propose(self, asks: Sequence[Ask], run: Forward | None) -> list[Guesses]:
+        return [Guesses(self.say(ask.context)) for ask in asks]
+
+    def say(self, context: np.ndarray) -> list[int]:
         rest = self.truth[tuple(context[:3].tolist())][len(context) :][:4]
         return [t if self.rng.random() < self.skill else (t + 1) % 4096 for t in rest]
 

@@ -12,6 +12,13 @@ from weft.exec.build import Runtime
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.registry import parse
+from weft.slots import Ask
+from weft.types import SamplingSpec
+
+
+def say(part: NGram, context: np.ndarray, most: int = 16) -> list[int]:
+    (guesses,) = part.propose([Ask(context, len(context), 0, most, SamplingSpec(), 1)], None)
+    return list(guesses.tokens)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +36,8 @@ from weft.registry import parse
     ],
 )
 def test_the_rule_by_hand(context: list[int], guesses: list[int]) -> None:
-    assert list(NGram().propose(np.array(context, np.int64))) == guesses
+    assert say(NGram(), np.array(context, np.int64)) == guesses
+    assert say(NGram(), np.array(context, np.int64), most=2) == guesses[:2]
 
 
 def test_equal_to_a_search_without_arrays() -> None:
@@ -43,7 +51,7 @@ def test_equal_to_a_search_without_arrays() -> None:
             if starts:
                 wanted = list(context[starts[-1] + n :][:3])
                 break
-        assert list(part.propose(context)) == wanted, context
+        assert say(part, context) == wanted, context
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from weft.accept.race import Race
 from weft.core import noise
 from weft.exec import sampler
 from weft.exec.sampler import Row
+from weft.exec.verify import Verified
 from weft.types import SamplingSpec
 
 EMPTY = np.empty(0, np.int64)
@@ -185,4 +187,5 @@ def test_logprobs_are_of_the_models_own_law() -> None:
 def test_a_guess_stands_when_the_race_selects_it(
     guesses: list[int], winners: list[int], parents: tuple[int, ...], tokens: list[int], path: list[int]
 ) -> None:
-    assert sampler.accept(guesses, winners, parents) == (tokens, path)
+    view = Verified(guesses, parents or range(-1, len(guesses) - 1), None, [], torch.empty(0, 0), winners)
+    assert Race().accept(view) == (tokens, path)

@@ -58,15 +58,18 @@ SPEC = RequestSpec(
     priority=-4,
     salt=b"\x00tenant\xff",
     resumed=(9, 8),
+    techniques=("draft=ngram(guesses=3)",),
+    companions=((TokenItem((4,)),),),
+    forced=(3, 1),
 )
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
 LINKED = Work(
     request=1, rows=((3, 5), (9, 12)), tokens=(7, -1, 8, 9, 10), model="draft", layers=(2, 4), mask=Mask.TREE,
-    keep=Keep.ACCEPT, link=6, guesses=2, parents=(-1, 0), samples=True, output=11, prompt_rows=3,
+    keep=Keep.ACCEPT, link=6, guesses=2, parents=(-1, 0), samples=True, output=11, prompt_rows=3, ahead=2,
 )  # fmt: skip
 ENTER = Enter(
     request=1, tokens=(7, -1, -1, 8), prompt=3, sampling=SAMPLING, seed=2**64 - 1, entries=(2, 0),
-    spans=(Span(1, 3, DIGEST),), vectors={1: VECTOR},
+    spans=(Span(1, 3, DIGEST),), vectors={1: VECTOR}, techniques=("accept=race",), source=3, forced=(1,),
 )  # fmt: skip
 GRANT = Grant(request=1, group=2, at=3, blocks=(4, 5), first=16)
 PLAN = Plan(
@@ -86,7 +89,7 @@ RESULT = StepResult(
 STATS = EngineStats(
     steps=1, running=2, waiting=3, kv_blocks_total=4, kv_blocks_referenced=5, kv_blocks_cached=6, prompt_tokens=7,
     generation_tokens=8, prefix_hit_tokens=9, prefix_query_tokens=10, preemptions=11, evictions=12, finished=13, rows=14,
-    last_step_s=1.5, host_s=2.5e-4,
+    last_step_s=1.5, host_s=2.5e-4, acts={"draft=ngram.proposed": 4},
 )  # fmt: skip
 EVENTS: tuple[Event, ...] = (
     Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB)),
@@ -107,9 +110,9 @@ WHOLE: list[Any] = [PLAN, RESULT, FRAME, SPEC, *GROUPS, *COMMANDS, *EVENTS, *ITE
 
 
 def structs() -> dict[str, type[msgspec.Struct]]:
-    """Every struct that weft/types.py defines."""
+    """Every struct of weft.types."""
     found = inspect.getmembers(types, lambda x: inspect.isclass(x) and issubclass(x, msgspec.Struct))
-    return {name: cls for name, cls in found if cls.__module__ == types.__name__}
+    return {name: cls for name, cls in found if cls.__module__.startswith(types.__name__)}
 
 
 def parts(value: Any) -> list[msgspec.Struct]:

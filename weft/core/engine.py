@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weft.config import Limits, Stack, build_stack
+from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core.kv import KV
 from weft.core.pool import BlockPool
-from weft.core.request import CutRule, Request, State, every
+from weft.core.request import CutRule, Request, State
 from weft.core.scheduler import Scheduler
 from weft.core.sequences import Sequences
 from weft.errors import ConfigError, InvariantError
@@ -37,7 +37,8 @@ from weft.types import (
 class Engine(Sequences):
     """groups: KV groups of all models.  blocks: pool size.  models: names, the target first.  layers: of the target.
 
-    vocab: ids are checked against it where it is given.  share: prefix sharing.  cuts: rules of the stack's techniques.
+    vocab: ids are checked against it where it is given.  share: prefix sharing.  stack: the server's.  stacks: with those that
+    requests lay over it, shared with an executor in the same process.  cuts: rules beside those of the stacks' techniques.
     in_flight: plans that may be submitted at once (1 on a CPU).
     """
 
@@ -46,7 +47,7 @@ class Engine(Sequences):
         groups: Sequence[GroupSpec],
         blocks: int,
         limits: Limits,
-        stack: Stack | None = None,
+        stack: Stack | Stacks | None = None,
         *,
         models: Sequence[str] = ("target",),
         layers: int = 1,
@@ -56,18 +57,17 @@ class Engine(Sequences):
         cuts: Sequence[CutRule] = (),
         in_flight: int = 1,
     ) -> None:
-        self.stack = stack or build_stack()
+        stacks = stack if isinstance(stack, Stacks) else Stacks(stack or build_stack())
+        self.stack = stacks.base
         self.most_in_flight = in_flight
-        policy, history = self.stack["schedule"], self.stack.verdict.history
-        kv = KV(
-            groups, BlockPool(blocks, self.stack["kv.evict"]), models, settings=settings, share=share, history=history
-        )
+        policy = self.stack["schedule"]
+        kv = KV(groups, BlockPool(blocks, self.stack["kv.evict"]), models, settings=settings, share=share)
         if policy.layered and layers > 1 and kv.parked[0] is None:
             raise ConfigError(
                 "this schedule stops rows between layers, and the engine has no KV group for their hidden states"
             )
-        scheduler = Scheduler(kv, policy, limits, tuple(models), layers)
-        super().__init__(kv, scheduler, limits, tuple(models), vocab, every(cuts))
+        scheduler = Scheduler(kv, policy, limits, tuple(models), layers, self.stack)
+        super().__init__(kv, scheduler, limits, tuple(models), vocab, stacks, cuts)
         self._layers = layers
         self._step = 0
         self._flights: dict[int, list[tuple[Request, int]]] = {}
@@ -130,8 +130,8 @@ class Engine(Sequences):
             return
         m = 0 if work.model == self.models[0] else self.models.index(work.model)
         planned = len(work.tokens) - work.guesses
-        rows = min(fact.rows, planned)
-        full = rows == planned
+        rows = min(fact.rows, planned + work.ahead)
+        full = rows >= planned
         if rows < 0 or len(fact.tokens) > work.guesses + 1 or bool(fact.tokens) is not (work.samples and full):
             raise InvariantError(
                 f"step result: {fact.rows} rows and {len(fact.tokens)} tokens do not answer a work of {planned} rows and "
@@ -222,6 +222,7 @@ class Engine(Sequences):
             kv_blocks_referenced=self.pool.referenced, kv_blocks_cached=self.pool.cached, prompt_tokens=self._prompted,
             generation_tokens=self._generated, prefix_hit_tokens=s.hit_tokens, prefix_query_tokens=s.queried_tokens,
             preemptions=s.preemptions, evictions=self.pool.evictions, finished=self._finished, rows=self._rows,
+            acts=self.stacks.acts(),
         )  # fmt: skip
 
     def check(self) -> None:

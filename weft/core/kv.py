@@ -25,13 +25,11 @@ class KV:
         *,
         settings: bytes = b"",
         share: bool = True,
-        history: int = 0,
     ) -> None:
         self.groups = list(groups)
         self.pool = pool
         self.settings = settings
         self.share = share
-        self.history = history
         self.by_model: list[list[int]] = [
             [g for g, spec in enumerate(groups) if spec.model == name and spec.kind is not GroupKind.PARKED]
             for name in models
@@ -43,7 +41,7 @@ class KV:
         self.sliding: list[list[int]] = [
             [g for g in mine if self.groups[g].window is not None] for mine in self.by_model
         ]
-        self._roots: dict[bytes, bytes] = {}
+        self._roots: dict[tuple[bytes, bytes], bytes] = {}
         self._sources: list[int] = []
         """Sources of the copies of the plan in the making: held until it is submitted, so that nobody writes them before."""
         for m, name in enumerate(models):
@@ -66,6 +64,8 @@ class KV:
                 for _, spec in specs:
                     self._name(request, spec.block_tokens, cap)
                 length, found = prefix.longest_hit(specs, request.names, self.pool.lookup, cap)
+                while length != (whole := request.whole(length)):
+                    length, found = prefix.longest_hit(specs, request.names, self.pool.lookup, whole)
             lengths.append(length)
             tables.append(found)
             idle += sum(self.pool.refs[b] == 0 for blocks in found.values() for b in blocks)
@@ -80,8 +80,8 @@ class KV:
         if not (self.share and request.publishes):
             return 0
         cap = len(request.context) - 1
-        if self.history:
-            cap = min(cap, request.prompt - self.history)
+        if request.history:
+            cap = min(cap, request.prompt - request.history)
         if request.cut is not None and (first := request.cut(request.prompt, 0)) is not None:
             cap = min(cap, first - 1)
         if request.sampling.prompt_logprobs >= 0 and request.reported < request.prompt - 1:
@@ -277,9 +277,9 @@ class KV:
 
         False, and nothing changed, where the parent's tables do not hold what the child needs.
         """
-        if parent.partial is not None:
-            return False  # its tables change between the layers
-        lengths = [min(computed, len(child.context) - 1) for computed in parent.computed]
+        if parent.partial is not None or (parent.stack.stateful and not parent.started):
+            return False  # its tables change between the layers, or the executor has nothing that could be inherited
+        lengths = [min(computed, child.whole(len(child.context) - 1)) for computed in parent.computed]
         for m, groups in enumerate(self.by_model):
             for g in groups:
                 spec, source = self.groups[g], parent.tables[g]
@@ -349,10 +349,10 @@ class KV:
     def _name(self, request: Request, block_tokens: int, upto: int) -> None:
         names = request.names.setdefault(block_tokens, [])
         if (len(names) + 1) * block_tokens <= upto:
-            salt = request.spec.salt
+            salt = request.spec.salt, request.settings
             base = self._roots.get(salt)
             if base is None:
                 if len(self._roots) >= 4096:
                     self._roots.clear()
-                base = self._roots[salt] = prefix.root(salt, self.settings)
+                base = self._roots[salt] = prefix.root(salt[0], self.settings + b"\0" + salt[1])
             prefix.extend(names, base, request.context, request.spans, block_tokens, upto)

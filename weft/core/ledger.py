@@ -50,10 +50,13 @@ class MemoryPlan:
         return asdict(self)
 
 
-def blocks_for(groups: Sequence[GroupSpec], tokens: int, rows: int, *, layered: bool = False) -> int:
+def blocks_for(
+    groups: Sequence[GroupSpec], tokens: int, rows: int, *, layered: bool = False, kept: int | None = None
+) -> int:
     """Blocks that one sequence of `tokens` positions holds at most, when no step adds more than `rows` to it.
 
     A window group keeps only what its window and the rows of one step reach; parked hidden states stand only in layered steps.
+    kept: entries that a full group of the target keeps at most where compression drops some.
     """
     total = 0
     for g in groups:
@@ -63,7 +66,7 @@ def blocks_for(groups: Sequence[GroupSpec], tokens: int, rows: int, *, layered: 
             # The head is dropped in whole blocks, so up to one block more than window and rows ask for.
             need = min(tokens, g.window - 1 + rows + g.block_tokens)
         else:
-            need = tokens
+            need = tokens if kept is None or g.model != "target" else min(tokens, kept)
         total += -(-need // g.block_tokens)
     return total
 

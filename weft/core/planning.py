@@ -105,12 +105,16 @@ class Planning:
         if limits.work_bytes:
             self.bytes_left -= rows * limits.row_bytes + samples * limits.sample_bytes
 
-    def finish(self, step: int, leave: list[int]) -> Plan:
-        """The plan, with an Enter for each request that the executor does not know and a Grant for each table that changed."""
+    def finish(self, step: int, leave: list[int], forked: list[Request]) -> Plan:
+        """The plan, with an Enter for each request that the executor does not know and a Grant for each table that changed.
+
+        forked: sequences that inherit state, which their source may not have any more in the next plan.
+        """
         enter: list[Enter] = []
         grants: list[Grant] = []
         for r in self.requests:
             r.in_flight += 1
+        for r in [*(r for r in forked if r.source >= 0), *self.requests]:
             if not r.started:
                 r.started = True
                 for t in r.tables:
@@ -118,9 +122,11 @@ class Planning:
                 enter.append(
                     Enter(
                         request=r.rid, tokens=tuple(r.context), prompt=r.prompt, sampling=r.sampling, seed=r.seed,
-                        entries=tuple(t.count for t in r.tables), spans=r.spans, vectors=r.vectors,
+                        entries=tuple(t.count for t in r.tables), spans=r.spans, vectors=r.vectors, techniques=r.spec.techniques,
+                        source=r.source, forced=r.spec.forced,
                     )
                 )  # fmt: skip
+                r.source = -1
             for g, t in enumerate(r.tables):
                 if t.dirty is not None:
                     grants.append(Grant(r.rid, g, t.dirty, tuple(t.blocks[t.dirty :]), t.first))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Sequence
 
-from weft.config import Limits
+from weft.config import Limits, Stack
 from weft.errors import RequestError
 from weft.types import RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 
@@ -56,13 +56,23 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "computed", "context", "cut", "draft", "fanned", "generation", "given", "id", "in_flight",
-        "index", "key", "link", "names", "output", "partial", "planned", "preemptions", "priority", "prompt", "publishes",
-        "reported", "rid", "sampling", "seed", "spans", "spec", "started", "state", "tables", "vectors",
+        "arrival", "cached_tokens", "computed", "context", "cut", "draft", "fanned", "generation", "given", "history", "id",
+        "in_flight", "index", "key", "link", "names", "output", "partial", "planned", "preemptions", "priority", "prompt",
+        "publishes", "reported", "rid", "sampling", "seed", "settings", "source", "spans", "spec", "stack", "started", "state",
+        "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
-        self, rid: int, spec: RequestSpec, *, index: int, seed: int, arrival: float, models: int, groups: int
+        self,
+        rid: int,
+        spec: RequestSpec,
+        stack: Stack,
+        *,
+        index: int,
+        seed: int,
+        arrival: float,
+        models: int,
+        groups: int,
     ) -> None:
         self.rid = rid
         self.id = spec.id
@@ -88,6 +98,11 @@ class Request:
         self.in_flight = 0
         self.partial: tuple[int, int, int] | None = None
         """(start, stop, next layer) of rows that have passed only some layers."""
+        self.stack = stack
+        self.history = stack.history
+        self.settings = stack.settings
+        self.tile = stack.tile
+        """Rows of the prompt that are computed together, from an absolute multiple of it on."""
         self.cut: CutRule | None = None
         self.link: int | None = None
         self.fanned = index > 0 or spec.n == 1
@@ -98,6 +113,8 @@ class Request:
         """Counts lives, so that results of an earlier one are recognised."""
         self.started = False
         """Whether the executor knows this request."""
+        self.source = -1
+        """The sequence that this one was forked from, until the executor has been told."""
         self.key: tuple[float, ...] = ()
         self.reported = 0
         """Prompt positions whose logprobs the client has."""
@@ -134,6 +151,10 @@ class Request:
 
     # ------------------------------------------------------------------ what the engine does
 
+    def whole(self, length: int) -> int:
+        """The most positions, at most `length`, whose rows were computed together with all that belong to them."""
+        return length if length >= self.prompt else length // self.tile * self.tile
+
     def prompt_rows(self, start: int, stop: int) -> int:
         """Rows of [start, stop), from the first, that give a wanted prompt logprob; 0 if all are known.
 
@@ -162,6 +183,7 @@ class Request:
         self.draft = ()
         self.generation += 1
         self.started = False
+        self.source = -1
         return blocks
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 
-from weft.config import Limits
+from weft.config import Limits, Stack
 from weft.core.kv import KV
 from weft.core.ledger import blocks_for
 from weft.core.planning import Planning
@@ -29,9 +29,15 @@ FINAL = Quota(1)
 
 
 class Scheduler:
-    """Owns who is running, who waits, and in which order.  models: names; layers: layer count of the target model."""
+    """Owns who is running, who waits, and in which order.
 
-    def __init__(self, kv: KV, policy: Schedule, limits: Limits, models: tuple[str, ...], layers: int) -> None:
+    models: names; layers: layer count of the target model; base: the server's stack.
+    """
+
+    def __init__(
+        self, kv: KV, policy: Schedule, limits: Limits, models: tuple[str, ...], layers: int, base: Stack
+    ) -> None:
+        self.base = base
         self.kv, self.pool, self.policy, self.limits = kv, kv.pool, policy, limits
         self.models, self.layers = models, layers
         self._followers = range(1, len(models))
@@ -41,6 +47,8 @@ class Scheduler:
         self.links: dict[int, dict[int, Request]] = {}
         """Linked requests by link and rid."""
         self.leaving: list[int] = []
+        self.forked: list[Request] = []
+        """Forks that the executor has not heard of."""
         self.preemptions = 0
         self.hit_tokens = 0
         self.queried_tokens = 0
@@ -70,8 +78,12 @@ class Scheduler:
 
     def footprint(self, request: Request) -> int:
         """Blocks that the request holds at most, alone, in all its models."""
-        tokens = min(request.limit, self.limits.max_model_len)
-        return blocks_for(self.kv.groups, tokens, self.limits.max_rows, layered=self.policy.layered)
+        return self._blocks(request, min(request.limit, self.limits.max_model_len))
+
+    def _blocks(self, request: Request, tokens: int) -> int:
+        """Blocks for `tokens` positions of a request, or for as many entries as its stack keeps of them."""
+        kept = request.stack.budget(request.prompt, tokens)
+        return blocks_for(self.kv.groups, tokens, self.limits.max_rows, layered=self.policy.layered, kept=kept)
 
     def link(self, number: int, members: list[Request]) -> None:
         for r in members:
@@ -130,7 +142,8 @@ class Scheduler:
         for request in d.preempted:
             self.enqueue(request, now)
         leaving, self.leaving = self.leaving, []
-        return d.finish(step, leaving), d.requests, d.preempted
+        forked, self.forked = self.forked, []
+        return d.finish(step, leaving, forked), d.requests, d.preempted
 
     def _candidates(self, now: float, d: Planning) -> Iterator[tuple[Request, bool]]:
         """(request, whether it waits) by the policy's key; whoever is admitted meanwhile is not met twice."""
@@ -169,7 +182,7 @@ class Scheduler:
             wanted = len(self.running)
             for x, (lengths, _, idle) in zip(entering, matches, strict=True):
                 rest = len(x.context) - lengths[0]
-                wanted += idle + blocks_for(self.kv.groups, rest, self.limits.max_rows, layered=self.policy.layered)
+                wanted += idle + self._blocks(x, rest)
             if wanted > self.pool.available:
                 self._reclaim_parked(wanted)
                 return False
@@ -200,7 +213,8 @@ class Scheduler:
 
     def _advance(self, r: Request, d: Planning) -> None:
         for m in self._followers:
-            self._follow(r, m, d)
+            if r.stack is self.base or self._wants(r):
+                self._follow(r, m, d)
         if r.link is None or not self._together(r, d):
             self._target(r, d)
 
@@ -215,13 +229,15 @@ class Scheduler:
         quota = FINAL if final else self.policy.quota(r, d.view)
         stop = min(end, start + quota.rows, start + d.view.rows_left)
         cut = None if r.cut is None else self._cut(r, start)
-        if cut is not None and cut < stop:
-            stop = cut
+        if cut is not None and cut <= stop:
+            stop = self._before(r, start, cut)
         if r.link is not None and stop == end and not final:
             stop -= 1
         if stop <= start:
             return
         stop, prompt_rows, samples = d.chunk(r, start, stop)
+        if r.tile > 1 and start < r.prompt:
+            stop, prompt_rows, samples = self._tiles(r, start, stop, d)
         if stop <= start:
             return
         split = quota.layers is not None and quota.layers < self.layers
@@ -256,18 +272,35 @@ class Scheduler:
             if final:
                 r.planned[0] = stop
 
+    def _wants(self, r: Request) -> bool:
+        """Whether another model follows this request: its own stack may guess without one."""
+        own, base = r.stack.get("draft"), self.base.get("draft")
+        return base is None or base.model is None or (own is not None and own.model is not None)
+
     def _follow(self, r: Request, m: int, d: Planning) -> None:
-        """Another model catches up with the context (a draft model, a guide): ordinary rows, none sampled, nobody preempted."""
+        """Another model catches up with the context (a draft model, a guide): ordinary rows, none sampled, nobody preempted.
+
+        A draft model goes on from there once it is known what was accepted, and needs room for that: the newest token, guesses
+        that were accepted, and its own proposals but the last.
+        """
         start = r.planned[m]
         stop = min(len(r.context), start + d.most())
-        if r.in_flight or stop <= start:
+        draft = r.stack.get("draft")
+        ahead = 0
+        if draft is not None and draft.model is not None and stop == len(r.context) and r.link is None:
+            ahead = min(2 * self.limits.max_guesses + 1, min(r.limit, self.limits.max_model_len) - stop)
+        if r.in_flight or (stop <= start and ahead <= 0):
             return
         cut = self._cut(r, start)
-        stop = stop if cut is None else min(stop, cut)
+        if cut is not None and cut < stop:
+            stop, ahead = cut, 0
         self.kv.slide(r, m, start)
-        if self.pool.can_take(r.rid, self.kv.need(r, m, stop - start)):
-            d.blocks += self.kv.grow(r, m, stop - start, d.ops)
-            work = Work(request=r.rid, model=self.models[m], rows=((start, stop),), tokens=tuple(r.context[start:stop]))
+        if ahead and not self.pool.can_take(r.rid, self.kv.need(r, m, stop - start + ahead)):
+            ahead = 0
+        if (stop > start or ahead) and self.pool.can_take(r.rid, self.kv.need(r, m, stop - start + ahead)):
+            d.blocks += self.kv.grow(r, m, stop - start + ahead, d.ops)
+            tokens = tuple(r.context[start:stop])
+            work = Work(request=r.rid, model=self.models[m], rows=((start, stop),), tokens=tokens, ahead=ahead)
             d.add(r, work, 0)
             r.planned[m] = stop
 
@@ -295,6 +328,21 @@ class Scheduler:
         return True
 
     # ------------------------------------------------------------------ bounds
+
+    def _before(self, r: Request, start: int, cut: int) -> int:
+        """Where a step that would reach `cut` ends.
+
+        Compression writes over blocks, so those of a first cut are published a step before it, and copied when it comes.
+        """
+        if not (self.kv.share and r.publishes):
+            return cut
+        size = min(self.kv.groups[g].block_tokens for g in self.kv.by_model[0])
+        full = (cut - 1) // size * size
+        return full if full > start and full > r.computed[0] else cut
+
+    def _tiles(self, r: Request, start: int, stop: int, d: Planning) -> tuple[int, int, int]:
+        """As `Planning.chunk`, ending where a tile of the prompt ends: rows that belong together are never parted."""
+        return d.chunk(r, start, max(start, r.whole(min(stop, r.prompt))))
 
     def _cut(self, r: Request, start: int) -> int | None:
         """The next cut after position `start`."""

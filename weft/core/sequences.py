@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from weft.config import Limits
+from weft.config import Limits, Stacks
 from weft.core import noise
 from weft.core.kv import KV
-from weft.core.request import CutRule, Request, State, check_ids, check_spec
+from weft.core.request import CutRule, Request, State, check_ids, check_spec, every
 from weft.core.scheduler import Scheduler
-from weft.errors import CapacityError, EngineError, RequestError
+from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 from weft.types import Event, Rejected, RequestSpec
 
 
@@ -28,10 +28,11 @@ class Sequences:
         limits: Limits,
         models: tuple[str, ...],
         vocab: int | None,
-        cut: CutRule | None,
+        stacks: Stacks,
+        cuts: Sequence[CutRule],
     ) -> None:
         self.kv, self.pool, self.scheduler = kv, kv.pool, scheduler
-        self.limits, self.models, self.vocab, self.cut = limits, models, vocab, cut
+        self.limits, self.models, self.vocab, self.stacks, self.cuts = limits, models, vocab, stacks, tuple(cuts)
         self._live: dict[int, Request] = {}
         self._by_id: dict[int, dict[int, int]] = {}
         self._rids = 0
@@ -52,6 +53,8 @@ class Sequences:
             first = self._new(spec, 0, now)
         except RequestError as error:
             return [Rejected(spec.id, str(error), "request", error.param, error.code)]
+        except ConfigError as error:
+            return [Rejected(spec.id, str(error), "request", "weft.with", "unsupported_stack")]
         except CapacityError as error:
             return [Rejected(spec.id, str(error), "capacity", code="never_fits")]
         self.scheduler.enqueue(first, now)
@@ -182,16 +185,23 @@ class Sequences:
             # Two requests of one instant still have an order.
             arrival = self._arrivals = max(now, math.nextafter(self._arrivals, math.inf))
         own = noise.child_seed(spec.seed, index) if seed is None else seed
+        stack = self.stacks.of(spec.techniques)
+        if stack.tile > self.limits.max_rows:
+            raise ConfigError(
+                f"the stack computes {stack.tile} rows of a prompt together, and a step has room for {self.limits.max_rows}; "
+                "give weft more --max-num-batched-tokens, or the technique smaller tiles"
+            )
         r = Request(
             self._rids,
             spec,
+            stack,
             index=index,
             seed=own,
             arrival=arrival,
             models=len(self.models),
             groups=len(self.kv.groups),
         )
-        r.cut = self.cut
+        r.cut = every((*self.cuts, stack.cut) if stack.get("kv.compress") is not None else self.cuts)
         self._fit([r])
         self._live[r.rid] = r
         self._by_id.setdefault(spec.id, {})[index] = r.rid
@@ -215,6 +225,9 @@ class Sequences:
         if room and parent.state is State.RUNNING and self.kv.fork(parent, child):
             child.state = State.RUNNING
             self.scheduler.running[child.rid] = child
+            if child.stack.stateful:
+                child.source = parent.rid
+                self.scheduler.forked.append(child)
         else:
             self.scheduler.enqueue(child, now)
 
@@ -227,7 +240,10 @@ class Sequences:
             r.started = False
         for m in range(len(self.models)):
             self.kv.unpark(r, m)
-            keep = min(r.computed[m], length - 1)
+            if r.stack.stateful and r.computed[m]:
+                self.scheduler.restart(r, r.arrival)
+                return
+            keep = min(r.computed[m], r.whole(length - 1))
             if keep < r.computed[m]:
                 if not self.kv.truncate(r, m, keep):
                     self.scheduler.restart(r, r.arrival)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from weft.registry import register
+from weft.slots import Ask, Forward, Guesses
 from weft.traits import Trait, Traits
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class NGram:
     shortest: int = 2
     guesses: int = 5
     acts: dict[str, int] = field(default_factory=lambda: {"proposed": 0, "accepted": 0}, init=False, compare=False)
+    model: ClassVar[str | None] = None
+    per_request: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(needs=frozenset({Trait.ROLLBACK}))
 
     def __post_init__(self) -> None:
@@ -41,7 +44,11 @@ class NGram:
                 f"1 <= shortest <= longest and guesses >= 1 are needed, got {self.shortest}, {self.longest}, {self.guesses}"
             )
 
-    def propose(self, context: npt.NDArray[np.int64]) -> Sequence[int]:
+    def propose(self, asks: Sequence[Ask], run: Forward | None) -> list[Guesses]:
+        return [Guesses(self._after(ask.context)[: ask.most]) for ask in asks]
+
+    def _after(self, context: npt.NDArray[np.int64]) -> Sequence[int]:
+        """What followed the newest tokens before."""
         for n in range(min(self.longest, len(context) - 1), self.shortest - 1, -1):
             # Candidates end before the newest token, so that at least one token follows them.
             same = context[n - 1 : -1] == context[-1]

@@ -7,7 +7,7 @@ B: longest block table in the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,3 +51,5 @@ class Batch:
     logit_rows_N: Tensor
     trees: dict[int, tuple[int, ...]] = field(default_factory=dict)
     vectors: tuple[Tensor, Tensor] | None = None
+    sequences: list[Any] = field(default_factory=list)
+    """What the executor knows of each sequence (`exec.mirror.Mirrored`): its stack and the state of its techniques."""

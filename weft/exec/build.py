@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from weft.config import Limits, Stack, build_stack
+from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import MemoryPlan, plan_memory
 from weft.errors import CapacityError, ConfigError
@@ -190,11 +190,12 @@ def build(setup: Setup, progress: Progress | None = None) -> Runtime:
         dtype=dtype,
         device=setup.device,
     )
+    stacks = Stacks(setup.stack)
     engine = Engine(
-        setup.groups, setup.plan.kv_blocks, limits, setup.stack, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
+        setup.groups, setup.plan.kv_blocks, limits, stacks, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
         share=config.share, settings=f"{setup.dtype}".encode(),
     )  # fmt: skip
-    executor = TorchExecutor({"target": decoder}, pool, draft=setup.stack.get("draft"))
+    executor = TorchExecutor({"target": decoder}, pool, stacks)
     return Runtime(setup, engine, executor, decoder, pool)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from weft.config import Stack, Stacks, build_stack
 from weft.errors import InvariantError
 from weft.types import Enter, GroupKind, GroupSpec, Plan, SamplingSpec, Span, VectorItem, Work
 
@@ -21,11 +23,14 @@ class Mirrored:
     __slots__ = (
         "count",
         "first",
+        "forced",
         "fresh",
+        "laws",
         "prompt",
         "sampling",
         "seed",
         "spans",
+        "stack",
         "state",
         "tables",
         "tokens",
@@ -33,7 +38,11 @@ class Mirrored:
         "vectors",
     )
 
-    def __init__(self, enter: Enter, groups: int) -> None:
+    def __init__(self, enter: Enter, groups: int, stack: Stack) -> None:
+        self.stack = stack
+        self.forced = enter.forced
+        self.laws: Any = None
+        """Where the newest guesses were drawn from, by the technique that made them."""
         self.tokens: Ints = np.empty(max(64, 2 * len(enter.tokens)), np.int64)
         self.tokens[: len(enter.tokens)] = enter.tokens
         self.prompt = enter.prompt
@@ -48,7 +57,7 @@ class Mirrored:
         self.fresh: dict[int, int] = {}
         """Entries by group on entering, until the first work tells whether they are all of its positions."""
         self.state: dict[str, object] = {}
-        """Per-request state of executors and techniques, by owner."""
+        """Per-request state of executors and techniques, by owner.  What has a method `fork` gives a copy of itself to a fork."""
 
     def table(self, g: int) -> Ints:
         return self.tables[g][: self.used[g]]
@@ -66,19 +75,25 @@ class Mirrored:
 class Mirror:
     """Follow a stream of plans.  Raises InvariantError where a plan does not continue what was said before."""
 
-    def __init__(self, groups: Sequence[GroupSpec]) -> None:
+    def __init__(self, groups: Sequence[GroupSpec], stacks: Stacks | None = None) -> None:
         self.groups = list(groups)
+        self.stacks = stacks or Stacks(build_stack())
         self.sequences: dict[int, Mirrored] = {}
         self._whole = [g for g, s in enumerate(groups) if s.window is None and s.kind is not GroupKind.PARKED]
 
     def follow(self, plan: Plan) -> None:
         """Leave, enter, grants and the works' tokens, in that order."""
+        sources = {e.source: self.sequences.get(e.source) for e in plan.enter if e.source >= 0}
         for rid in plan.leave:
             self.sequences.pop(rid, None)
         for enter in plan.enter:
             if enter.request in self.sequences:
                 raise InvariantError(f"sequence {enter.request} enters twice")
-            s = self.sequences[enter.request] = Mirrored(enter, len(self.groups))
+            s = Mirrored(enter, len(self.groups), self.stacks.of(enter.techniques))
+            self.sequences[enter.request] = s
+            source = sources.get(enter.source)
+            if source is not None:
+                s.state = {owner: x.fork() for owner, x in source.state.items() if hasattr(x, "fork")}
             s.fresh = {g: n for g, n in enumerate(enter.entries) if g in self._whole}
         for grant in plan.grants:
             s, g = self.sequences[grant.request], grant.group

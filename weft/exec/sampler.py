@@ -32,6 +32,7 @@ class Row:
     """One row of logits to draw from.
 
     history: ids before this row's token, prompt first; prompt: how many of them are prompt.  output: index of the token.
+    forced: the token, where it is set beforehand.
     """
 
     sampling: SamplingSpec
@@ -39,6 +40,7 @@ class Row:
     output: int
     history: Ints
     prompt: int
+    forced: int | None = None
 
 
 def gumbel(seed: int, output: int, ids: Ints) -> Floats:
@@ -60,6 +62,8 @@ def draw(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
     for i, row in enumerate(rows):
         if not plain(row.sampling, row.output):
             winners[i] = _draw_one(logits_NV[i].float().cpu(), row)
+        if row.forced is not None:
+            winners[i] = row.forced
     return winners
 
 
@@ -166,18 +170,13 @@ def logprobs(logits_V: Tensor, token: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, float(own), rank, best)
 
 
-def accept(guesses: Sequence[int], winners: Sequence[int], parents: Sequence[int] = ()) -> tuple[list[int], list[int]]:
-    """The null of `accept`: a guess stands exactly when the race selects it.
-
-    winners[0] follows the context, winners[1 + j] follows guess j.  parents[j]: the guess that guess j follows, -1 for the
-    context; () is a chain.  Returns (tokens that stand, accepted guesses in order); there is one token more than guesses.
-    """
-    chain = parents or range(-1, len(guesses) - 1)
-    tokens, path, at = [winners[0]], list[int](), -1
-    while True:
-        hit = next((j for j, p in enumerate(chain) if p == at and guesses[j] == tokens[-1]), None)
-        if hit is None:
-            return tokens, path
-        path.append(hit)
-        tokens.append(winners[1 + hit])
-        at = hit
+def law(logits_V: Tensor, row: Row) -> tuple[Ints, Floats]:
+    """(ids, probabilities) of the law that the row's token is drawn from: what the race is a draw of.  Greedy is certain."""
+    s = row.sampling
+    if _adjusts(s, row.output):
+        logits_V = adjust(logits_V.clone(), row)
+    if s.temperature == 0.0:
+        return np.array([int(logits_V.argmax())]), np.ones(1)
+    ids, scores = candidates(logits_V, s)
+    weights = np.exp((scores - scores.max()) / s.temperature)
+    return ids, weights / weights.sum()

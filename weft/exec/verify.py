@@ -1,0 +1,177 @@
+"""From logits to the facts of a step: the draw of every row, which guesses stand, and guesses for the next plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.core import noise
+from weft.exec import sampler
+from weft.exec.gather import Wanted
+from weft.exec.kvpool import KVPool
+from weft.exec.mirror import Ints, Mirror, Mirrored
+from weft.slots import Ask, Forward
+from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
+
+NOT_FINITE = "the model gave a logit that is not a finite number; the checkpoint or its dtype is at fault"
+
+
+@dataclass(slots=True)
+class Verified:
+    """One work's rows as the slot `accept` sees them (`slots.Verify`)."""
+
+    guesses: Sequence[int]
+    parents: Sequence[int]
+    laws: Tensor | None
+    rows: Sequence[sampler.Row]
+    logits_NV: Tensor
+    winners: Sequence[int]
+    _laws: dict[int, tuple[Ints, sampler.Floats]] = field(default_factory=dict)
+
+    def winner(self, row: int) -> int:
+        return self.winners[row]
+
+    def law(self, row: int) -> tuple[Ints, sampler.Floats]:
+        if row not in self._laws:
+            self._laws[row] = sampler.law(self.logits_NV[row].float().cpu(), self.rows[row])
+        return self._laws[row]
+
+    def uniform(self, row: int, token: int, salt: int) -> float:
+        own = self.rows[row]
+        return noise.uniform(noise.child_seed(own.seed, salt), own.output, token)
+
+
+class Sampling:
+    """Draws, accepts and proposes for the sequences of a mirror.  members: the pool's groups of each model."""
+
+    def __init__(self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]]) -> None:
+        self.mirror, self.pool, self.groups = mirror, pool, pool.groups
+        self._members = members
+
+    def sample(self, works: Sequence[Work], logits_NV: Tensor, wanted: list[Wanted], results: list[WorkResult]) -> None:
+        """Put the facts of every work that wanted logits into `results`."""
+        rows: list[sampler.Row] = []
+        index: list[int] = []
+        for w in wanted:
+            rows.extend(self._rows(works[w.work], w.sampled))
+            index.extend(range(w.first + w.prompt_rows, w.first + w.prompt_rows + w.sampled))
+        sampled_NV = (
+            logits_NV
+            if len(index) == len(logits_NV)
+            else logits_NV[torch.tensor(index, dtype=torch.int64, device=logits_NV.device)]
+        )
+        finite = torch.isfinite(sampled_NV.amax(-1)).tolist() if index else []
+        winners = sampler.draw(sampled_NV, rows) if index else []
+        linked: dict[int, int] = {}
+        at = 0
+        for w in wanted:
+            work, mine = works[w.work], slice(at, at + w.sampled)
+            at += w.sampled
+            if not all(finite[mine]):
+                results[w.work] = WorkResult(rows=results[w.work].rows, failed=NOT_FINITE)
+                continue
+            drawn = winners[mine]
+            if work.link is not None and drawn:
+                # Linked rows share one draw: the first one's (the null of the slot `sample`).
+                drawn = [linked.setdefault(work.link, drawn[0])]
+            results[w.work] = self._result(work, w, rows[mine], drawn, sampled_NV[mine], logits_NV)
+
+    def propose(self, works: Sequence[Work], results: list[WorkResult], run: Forward | None = None) -> None:
+        """Guesses for the next plan, for every sequence that got a token; each technique is asked once."""
+        asks: dict[int, tuple[object, list[int], list[Ask]]] = {}
+        for i, (work, fact) in enumerate(zip(works, results, strict=True)):
+            s = self.mirror.sequences[work.request]
+            draft = s.stack.get("draft")
+            if draft is None or not fact.tokens or work.model != "target" or work.link is not None:
+                continue
+            context = len(work.tokens) - work.guesses
+            known = np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)])
+            output = work.output + len(fact.tokens)
+            ask = Ask(known, s.prompt, output, s.sampling.max_tokens - output - 1, s.sampling, s.seed)
+            if ask.most > 0:
+                _, at, mine = asks.setdefault(id(draft), (draft, [], []))
+                at.append(i)
+                mine.append(ask)
+        for draft, at, mine in asks.values():
+            for i, guesses in zip(at, draft.propose(mine, run), strict=True):  # type: ignore[attr-defined]
+                self.mirror.sequences[works[i].request].laws = guesses.laws
+                results[i] = msgspec.structs.replace(results[i], draft=tuple(guesses.tokens))
+
+    # ------------------------------------------------------------------ rows
+
+    def _rows(self, work: Work, sampled: int) -> list[sampler.Row]:
+        s: Mirrored = self.mirror.sequences[work.request]
+        base = work.start + len(work.tokens) - sampled + 1
+        out = []
+        for i in range(sampled):
+            history = s.tokens[: base + i]
+            if work.parents and i:
+                history = self._branch(work, i - 1, s)
+            depth = len(history) - base
+            output = work.output + depth
+            forced = s.forced[output] if output < len(s.forced) else None
+            out.append(sampler.Row(s.sampling, s.seed, output, history, s.prompt, forced))
+        return out
+
+    def _branch(self, work: Work, guess: int, s: Mirrored) -> Ints:
+        """History of a guess in a tree: the context, its ancestors and itself."""
+        path = []
+        at = guess
+        while at >= 0:
+            path.append(work.tokens[len(work.tokens) - work.guesses + at])
+            at = work.parents[at]
+        base = work.start + len(work.tokens) - work.guesses
+        return np.concatenate([s.tokens[:base], np.array(path[::-1], np.int64)])
+
+    # ------------------------------------------------------------------ results
+
+    def _result(
+        self,
+        work: Work,
+        w: Wanted,
+        rows: Sequence[sampler.Row],
+        winners: list[int],
+        sampled_NV: Tensor,
+        logits_NV: Tensor,
+    ) -> WorkResult:
+        s = self.mirror.sequences[work.request]
+        context = len(work.tokens) - work.guesses
+        told: list[TokenLogprob] = []
+        for i in range(w.prompt_rows):
+            token = int(s.tokens[work.start + i + 1])
+            told.append(sampler.logprobs(logits_NV[w.first + i], max(token, 0), s.sampling.prompt_logprobs))
+        if not winners:
+            return WorkResult(rows=context, prompt_logprobs=tuple(told))
+        tokens, path = [winners[0]], list[int]()
+        if work.guesses:
+            guesses = work.tokens[context:]
+            laws = None if s.laws is None else s.laws[: len(guesses)]
+            parents = work.parents or range(-1, len(guesses) - 1)
+            tokens, path = s.stack["accept"].accept(Verified(guesses, parents, laws, rows, sampled_NV, winners))
+            draft = s.stack.get("draft")
+            if draft is not None:
+                draft.observe(work.guesses, len(path))
+        if path != list(range(len(path))):
+            self._compact(work, context, path)
+        chosen: list[TokenLogprob] = []
+        if s.sampling.logprobs >= 0:
+            at = [0, *(1 + j for j in path)]
+            chosen = [sampler.logprobs(sampled_NV[i], t, s.sampling.logprobs) for i, t in zip(at, tokens, strict=True)]
+        return WorkResult(rows=context, tokens=tuple(tokens), logprobs=tuple(chosen), prompt_logprobs=tuple(told))
+
+    def _compact(self, work: Work, context: int, path: list[int]) -> None:
+        """Bring the entries of an accepted branch together, right after the context's."""
+        s = self.mirror.sequences[work.request]
+        for g in self._members[work.model]:
+            if self.groups[g].kind is GroupKind.PARKED:
+                continue
+            size = self.groups[g].block_tokens
+            base = self.mirror.entry(work, g) + context
+            table = tuple(int(b) for b in s.table(g)[base // size :])
+            keep = (*range(base % size), *(base % size + j for j in path))
+            self.pool.carry_out(KVOp(KVOpKind.COMPACT, g, table, table, keep))

@@ -1,0 +1,66 @@
+"""The vocabulary of a step: what goes into the engine, what a plan says, what a result states.
+
+Everything here is a plain msgspec struct: no torch, no clock, no behaviour beyond small derived properties, so the same
+objects are planned by the scheduler, carried out by an executor, written to a record and replayed by a simulator.
+
+    plan   = engine.schedule(now)          # Plan: upper bounds
+    result = executor.execute(plan)        # StepResult: facts
+    events = engine.commit(now, plan, result)
+
+Legend.  position: index of an item in a request's context, from 0.  entry: one position's KV in one group.
+block: `GroupSpec.block_tokens` entries of one group.  Half-open ranges everywhere.
+"""
+
+from __future__ import annotations
+
+from weft.types.events import (
+    Add,
+    Cancel,
+    Command,
+    EngineFrame,
+    EngineStats,
+    Event,
+    Finished,
+    FinishReason,
+    Preempted,
+    Rejected,
+    Tokens,
+)
+from weft.types.inputs import Item, MediaItem, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
+from weft.types.kv import Grant, GroupKind, GroupSpec, KVOp, KVOpKind
+from weft.types.plan import Enter, Keep, Mask, Plan, Work
+from weft.types.result import StepResult, TokenLogprob, WorkResult
+
+__all__ = [
+    "Add",
+    "Cancel",
+    "Command",
+    "EngineFrame",
+    "EngineStats",
+    "Enter",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "Grant",
+    "GroupKind",
+    "GroupSpec",
+    "Item",
+    "KVOp",
+    "KVOpKind",
+    "Keep",
+    "Mask",
+    "MediaItem",
+    "Plan",
+    "Preempted",
+    "Rejected",
+    "RequestSpec",
+    "SamplingSpec",
+    "Span",
+    "StepResult",
+    "TokenItem",
+    "TokenLogprob",
+    "Tokens",
+    "VectorItem",
+    "Work",
+    "WorkResult",
+]

@@ -1,0 +1,107 @@
+"""Commands to the engine and events out of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from weft.types.inputs import RequestSpec
+from weft.types.result import TokenLogprob
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Add(Struct, frozen=True, tag="add"):
+    """Front to engine: run this request."""
+
+    spec: RequestSpec
+
+
+class Cancel(Struct, frozen=True, tag="cancel"):
+    """Front to engine: forget this request, or its sequence `index` alone (the client left, or a stop string was met)."""
+
+    id: int
+    index: int | None = None
+
+
+Command = Add | Cancel
+
+
+class Tokens(Struct, frozen=True, tag="tokens"):
+    """New output tokens of sequence `index` of request `id`."""
+
+    id: int
+    index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Finished(Struct, frozen=True, tag="finished"):
+    """Sequence `index` of request `id` has ended.  stop_id: the id that ended it, where one did (it is the last output token)."""
+
+    id: int
+    index: int
+    reason: FinishReason
+    stop_id: int | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that came from the prefix index."""
+    error: str | None = None
+
+
+class Preempted(Struct, frozen=True, tag="preempted"):
+    """The sequence lost its blocks and waits to be recomputed."""
+
+    id: int
+    index: int
+
+
+class Rejected(Struct, frozen=True, tag="rejected"):
+    """The request never ran: it can't fit, or it is malformed.  kind: "request" (4xx) or "capacity".
+
+    code of a capacity: "overloaded" may be asked again later, "never_fits" is too large for this engine's pool.
+    """
+
+    id: int
+    message: str
+    kind: Literal["request", "capacity"] = "request"
+    param: str | None = None
+    code: str | None = None
+
+
+Event = Tokens | Finished | Preempted | Rejected
+
+
+class EngineStats(Struct, frozen=True, kw_only=True):
+    """A snapshot for metrics; counters grow for ever, gauges are of now."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_referenced: int = 0
+    kv_blocks_cached: int = 0
+    prompt_tokens: int = 0
+    """Prompt rows computed (counter)."""
+    generation_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    preemptions: int = 0
+    evictions: int = 0
+    finished: int = 0
+    rows: int = 0
+    """Rows of the last plan."""
+    last_step_s: float = 0.0
+    """When the last step ended, on the engine's clock."""
+    acts: dict[str, int] = {}
+    """What the techniques did, by "slot=name.act" (counters)."""
+    host_s: float = 0.0
+    """Time of the last step that was neither model forward nor sampling."""
+
+
+class EngineFrame(Struct, frozen=True, kw_only=True):
+    """What the engine sends after each step: one frame, all events."""
+
+    events: tuple[Event, ...] = ()
+    stats: EngineStats = EngineStats()

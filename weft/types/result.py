@@ -1,0 +1,42 @@
+"""A result: the facts of one step."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class TokenLogprob(Struct, frozen=True):
+    """Log-probability of the chosen token, and the best alternatives as (token, logprob), best first."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class WorkResult(Struct, frozen=True, kw_only=True):
+    """What became of one work.
+
+    rows: rows computed, at most planned (a short result), or more where the work let the executor go ahead.  tokens: tokens
+    that stand, in order: accepted guesses and the one sampled after them.  kept: entries kept per group where that is not simply
+    the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  failed: why this request
+    alone cannot go on.
+    """
+
+    rows: int
+    tokens: tuple[int, ...] = ()
+    kept: dict[int, int] = {}
+    draft: tuple[int, ...] = ()
+    signals: dict[str, tuple[float, ...]] = {}
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    failed: str | None = None
+
+
+class StepResult(Struct, frozen=True, kw_only=True):
+    """Facts of one step, one `WorkResult` for each work of the plan, in its order.  Times in seconds."""
+
+    step: int
+    works: tuple[WorkResult, ...] = ()
+    forward_s: float = 0.0
+    sample_s: float = 0.0
