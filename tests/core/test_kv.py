@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from weft.config import build_stack
 from weft.core.kv import KV
 from weft.core.pool import BlockPool
 from weft.core.request import Request, State
@@ -21,14 +22,17 @@ def group(kind: GroupKind, size: int, window: int | None = None) -> GroupSpec:
 FULL, WINDOW, PARKED = group(GroupKind.FULL, 4), group(GroupKind.WINDOW, 2, 4), group(GroupKind.PARKED, 2)
 
 
-def make(groups: Sequence[GroupSpec] = (FULL,), blocks: int = 16, *, share: bool = True, history: int = 0) -> KV:
-    return KV(groups, BlockPool(blocks, LRU()), share=share, history=history)
+def make(groups: Sequence[GroupSpec] = (FULL,), blocks: int = 16, *, share: bool = True) -> KV:
+    return KV(groups, BlockPool(blocks, LRU()), share=share)
 
 
-def request(kv: KV, rid: int, tokens: Sequence[int], *, salt: bytes = b"", prompt_logprobs: int = -1) -> Request:
+def request(
+    kv: KV, rid: int, tokens: Sequence[int], *, salt: bytes = b"", prompt_logprobs: int = -1, history: int = 0
+) -> Request:
     sampling = SamplingSpec(prompt_logprobs=prompt_logprobs)
     spec = RequestSpec(id=rid, items=(TokenItem(tuple(tokens)),), sampling=sampling, salt=salt)
-    r = Request(rid, spec, index=0, seed=0, arrival=float(rid), models=1, groups=len(kv.groups))
+    r = Request(rid, spec, build_stack(), index=0, seed=0, arrival=float(rid), models=1, groups=len(kv.groups))
+    r.history = history
     r.state = State.RUNNING
     return r
 
@@ -164,8 +168,8 @@ def test_what_caps_a_hit() -> None:
     r.publishes = False
     assert kv.hit_cap(r) == 0
     assert make(share=False).hit_cap(request(kv, 2, range(20))) == 0
-    assert make(history=5).hit_cap(request(kv, 3, range(20))) == 15
-    assert make(history=30).hit_cap(request(kv, 4, range(20))) == 0
+    assert kv.hit_cap(request(kv, 3, range(20), history=5)) == 15
+    assert kv.hit_cap(request(kv, 4, range(20), history=30)) == 0
     wants = request(kv, 5, range(20), prompt_logprobs=0)
     assert kv.hit_cap(wants) == 0
     wants.reported = 7

@@ -65,11 +65,11 @@ FAULTS = [
     Fault("the oldest is preempted", Scheduler, "_victim", "safe = {x.rid for x in self.linked(oldest)}", "safe = set()"),
     Fault("a planned request is preempted", Scheduler, "_victim", "x.in_flight or x.rid in d.planned", "x.in_flight"),
     Fault("a request in flight is preempted", Scheduler, "_victim", "if x.in_flight or", "if", fixed=TWO),
-    Fault("cut crossed", Scheduler, "_target", "if cut is not None and cut < stop:", "if False:", fixed=CUTS),
+    Fault("cut crossed", Scheduler, "_target", "if cut is not None and cut <= stop:", "if False:", fixed=CUTS),
     Fault("guesses cross a cut", Scheduler, "_guesses", "if cut is not None:", "if False:", fixed=CUTS),
     Fault("guesses beyond the end", Scheduler, "_guesses", "r.limit - end - 1", "99"),
     Fault("a guess too many accepted", Engine, "_take", "len(fact.tokens) - 1 if", "len(fact.tokens) if"),
-    Fault("short result advances", Engine, "_take", "rows = min(fact.rows, planned)", "rows = planned"),
+    Fault("short result advances", Engine, "_take", "rows = min(fact.rows, planned + work.ahead)", "rows = planned"),
     Fault("a late result of an earlier life counts", Engine, "commit", "and request.generation == generation", "", fixed=TWO),
     Fault("in two plans although data decides", Scheduler, "_target", "if r.in_flight and (", "if False and (", fixed=TWO),
     Fault("linked rows planned twice", Scheduler, "_together", "or x.rid in d.advanced", "", Layered),
@@ -97,11 +97,12 @@ def test_without_a_fault_the_same_storms_pass(fixed: dict[str, Any]) -> None:
 
 def mutated(fault: Fault) -> Any:
     """The function with its source changed, in its module's namespace."""
-    source = textwrap.dedent(inspect.getsource(getattr(fault.owner, fault.function)))
+    function = getattr(fault.owner, fault.function)
+    source = textwrap.dedent(inspect.getsource(function))
     assert source.count(fault.old) >= 1, (
         f"{fault.name}: the source has no {fault.old!r} any more; write the mutation anew"
     )
-    module = fault.owner if inspect.ismodule(fault.owner) else sys.modules[fault.owner.__module__]
+    module = sys.modules[function.__module__]
     names: dict[str, Any] = {}
     exec(
         compile("from __future__ import annotations\n" + source.replace(fault.old, fault.new, 1), fault.name, "exec"),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from weft.config import Limits, Stack
 from weft.core.kv import KV
-from weft.core.ledger import blocks_for
+from weft.core.membership import Membership
 from weft.core.planning import Planning
 from weft.core.request import Request, State
 from weft.errors import InvariantError
@@ -28,99 +28,18 @@ FINAL = Quota(1)
 """What a linked request's last row has: the policy was asked for the whole family before."""
 
 
-class Scheduler:
-    """Owns who is running, who waits, and in which order.
-
-    models: names; layers: layer count of the target model; base: the server's stack.
-    """
+class Scheduler(Membership):
+    """Fills steps.  models: names; layers: layer count of the target model; base: the server's stack."""
 
     def __init__(
         self, kv: KV, policy: Schedule, limits: Limits, models: tuple[str, ...], layers: int, base: Stack
     ) -> None:
+        super().__init__(kv, policy, limits)
         self.base = base
-        self.kv, self.pool, self.policy, self.limits = kv, kv.pool, policy, limits
         self.models, self.layers = models, layers
         self._followers = range(1, len(models))
-        self.running: dict[int, Request] = {}
-        self.parked: dict[int, Request] = {}
-        self.waiting: dict[int, Request] = {}
-        self.links: dict[int, dict[int, Request]] = {}
-        """Linked requests by link and rid."""
-        self.leaving: list[int] = []
-        self.forked: list[Request] = []
-        """Forks that the executor has not heard of."""
-        self.preemptions = 0
         self.hit_tokens = 0
         self.queried_tokens = 0
-        self._heap: list[tuple[tuple[float, ...], int, int, Request]] = []
-
-    # ------------------------------------------------------------------ the queue
-
-    def enqueue(self, request: Request, now: float) -> None:
-        request.state = State.WAITING
-        self.waiting[request.rid] = request
-        request.key = self.policy.order(request, now)
-        heapq.heappush(self._heap, (request.key, request.rid, request.generation, request))
-        if len(self._heap) > 2 * len(self.waiting) + 64:
-            # Those who left the queue without reaching its head are still in the heap.
-            self._heap = [e for e in self._heap if self._waits(e)]
-            heapq.heapify(self._heap)
-
-    def remove(self, request: Request) -> None:
-        """Out of every list, without its blocks."""
-        self.unlink(request)
-        if request.started:
-            self.leaving.append(request.rid)
-        self.kv.release(request)
-        for group in (self.running, self.parked, self.waiting):
-            group.pop(request.rid, None)
-        request.state = State.DONE
-
-    def footprint(self, request: Request) -> int:
-        """Blocks that the request holds at most, alone, in all its models."""
-        return self._blocks(request, min(request.limit, self.limits.max_model_len))
-
-    def _blocks(self, request: Request, tokens: int) -> int:
-        """Blocks for `tokens` positions of a request, or for as many entries as its stack keeps of them."""
-        kept = request.stack.budget(request.prompt, tokens)
-        return blocks_for(self.kv.groups, tokens, self.limits.max_rows, layered=self.policy.layered, kept=kept)
-
-    def link(self, number: int, members: list[Request]) -> None:
-        for r in members:
-            self.unlink(r)
-            r.link = number
-        self.links[number] = {r.rid: r for r in members}
-
-    def unlink(self, request: Request) -> None:
-        if request.link is None:
-            return
-        others = self.links[request.link]
-        del others[request.rid]
-        if len(others) == 1:
-            (last,) = others.values()
-            del self.links[request.link]
-            last.link = None
-        request.link = None
-
-    def linked(self, request: Request) -> list[Request]:
-        """The request and those that are sampled together with it."""
-        return [request] if request.link is None else list(self.links[request.link].values())
-
-    def restart(self, request: Request, now: float) -> None:
-        """Back to the queue without blocks, with those linked to it; what is parked stays parked."""
-        for r in self._strip(request):
-            self.enqueue(r, now)
-
-    def _waits(self, entry: tuple[tuple[float, ...], int, int, Request]) -> bool:
-        _, rid, generation, request = entry
-        return self.waiting.get(rid) is request and request.generation == generation
-
-    def _head(self) -> Request | None:
-        while self._heap:
-            if self._waits(self._heap[0]):
-                return self._heap[0][3]
-            heapq.heappop(self._heap)
-        return None
 
     # ------------------------------------------------------------------ one step
 
@@ -161,12 +80,6 @@ class Scheduler:
                 yield head, True
             else:
                 return
-
-    def _reorder(self, now: float) -> None:
-        for r in self.waiting.values():
-            r.key = self.policy.order(r, now)
-        self._heap = [(r.key, r.rid, r.generation, r) for r in self.waiting.values()]
-        heapq.heapify(self._heap)
 
     def _admit(self, r: Request, d: Planning) -> bool:
         """Take a waiting request in, with those linked to it and what the prefix index has of them.  False ends admission."""
@@ -414,30 +327,3 @@ class Scheduler:
             # The oldest must go on: if the policy has no answer, the lowest priority yields to it.
             return max(candidates, key=lambda x: (x.priority, x.arrival)) if oldest.rid in own else None
         return victim
-
-    def preempt(self, victim: Request, d: Planning | None = None) -> None:
-        """Take everything but context and output from a request and those linked to it; they will be recomputed.
-
-        A parked one stays parked: it only has to be computed again once it is resumed.
-        """
-        for r in self.linked(victim):
-            r.preemptions += 1
-            self.preemptions += 1
-        ran = self._strip(victim)
-        if d is not None:
-            d.preempted.extend(ran)
-            d.view.running -= len(ran)
-
-    def _strip(self, request: Request) -> list[Request]:
-        """Take blocks and progress from a request and those linked to it; returns those that were running."""
-        ran = []
-        for r in self.linked(request):
-            if r.state is State.WAITING:
-                continue
-            if r.started:
-                self.leaving.append(r.rid)
-            self.kv.release(r)
-            if self.running.pop(r.rid, None) is not None:
-                r.state = State.WAITING
-                ran.append(r)
-        return ran
