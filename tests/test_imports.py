@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-VOCABULARY = frozenset({"types", "traits", "slots", "registry", "compose", "config", "errors", "sampling"})
+VOCABULARY = frozenset({"types", "traits", "slots", "registry", "compose", "config", "errors", "sampling", "recipe"})
 TECHNIQUES = frozenset(
     "schedule kv attention draft accept weights adapt skip resident sample constrain search context route place "
     "bundle".split()

@@ -67,10 +67,26 @@ def compose(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Ver
     for part, traits in declared:
         if Effect.EXTRA_PASS in traits.effects:
             reasons.append(Reason("extra pass", (str(part),), f"{part} costs an extra pass over the prompt"))
+    reasons += _without_guesses(declared)
     fidelity = max((t.fidelity for _, t in declared), default=Fidelity.EXACT)
     verdict: Literal["ok", "cost", "refused"] = "refused" if refused else "cost" if reasons else "ok"
     history = max((t.history for _, t in declared), default=0)
     return Verdict(verdict, fidelity, tuple(reasons), history, frozenset(e for _, t in declared for e in t.effects))
+
+
+def _without_guesses(declared: Sequence[tuple[Part, Traits]]) -> list[Reason]:
+    """Guesses are not made where each token is needed before the next one: both go on, and one of them has nothing to do."""
+    alone = [part for part, t in declared if Effect.ONE_AT_A_TIME in t.effects]
+    guessing = [part for part, t in declared if Effect.GUESSES in t.effects]
+    return [
+        Reason(
+            "one at a time",
+            (str(one), str(other)),
+            f"{one} takes one token at a time, so {other} makes no guesses for its sequences",
+        )
+        for one in alone
+        for other in guessing
+    ]
 
 
 def require(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Verdict:

@@ -33,7 +33,7 @@ def configure(model: str | Path | None = None, **options: Any) -> tuple[EngineCo
     """(engine configuration, served name) from the keywords of `LLM`.  Raises ConfigError for an unknown keyword."""
     known = {
         "dtype", "device", "max_model_len", "memory", "threads", "max_num_seqs", "max_num_batched_tokens", "block_tokens",
-        "load", "seed", "invariant", "enable_prefix_caching", "techniques", "progress",
+        "load", "seed", "invariant", "enable_prefix_caching", "techniques", "recipe", "plugins", "progress",
     }  # fmt: skip
     for key in options:
         if key not in known:
@@ -70,7 +70,7 @@ class LLM:
     memory      bytes, or text such as "4GiB": everything that weft may take
     max_model_len, max_num_seqs, max_num_batched_tokens, threads, device, seed, enable_prefix_caching, invariant
     load        "random" gives random weights of the config's shape
-    techniques  a list such as ["schedule=prefill_first"]
+    techniques  a list such as ["schedule=prefill_first"]; recipe: a TOML file with a stack; plugins: Python files with techniques
 
     Raises ConfigError for a bad flag or checkpoint, CapacityError when the model does not fit.
     """

@@ -13,11 +13,17 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib
+import importlib.metadata
+import importlib.util
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -26,6 +32,8 @@ from weft.errors import ConfigError
 from weft.slots import SLOTS
 
 T = TypeVar("T", bound=type)
+ENTRY_POINTS = "weft.techniques"
+"""Group of entry points in which an installed package names its techniques: "SLOT:NAME" = "its.module"."""
 _REGISTERED: dict[tuple[str, str], type] = {}
 MAX_TEXT = 4096
 
@@ -67,7 +75,7 @@ def register(slot: str, name: str) -> Callable[[T], T]:
 def names(slot: str) -> list[str]:
     """Names of a slot's techniques: the modules of its folder and what plugins registered.  Imports nothing but the folder."""
     _known(slot)
-    found = {n for s, n in _REGISTERED if s == slot}
+    found = {n for s, n in _REGISTERED if s == slot} | {n for s, n in _installed() if s == slot}
     try:
         package = importlib.import_module(SLOTS[slot].package)
     except ModuleNotFoundError as error:
@@ -80,6 +88,51 @@ def names(slot: str) -> list[str]:
     return sorted(found)
 
 
+@lru_cache(maxsize=1)
+def _installed() -> dict[tuple[str, str], str]:
+    """{(slot, name): module} of the techniques that installed packages name."""
+    found = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        slot, _, name = point.name.partition(":")
+        if slot in SLOTS and name.isidentifier():
+            found[slot, name] = point.value
+    return found
+
+
+def load_plugin(path: str | Path) -> list[tuple[str, str]]:
+    """Run a file of yours that registers techniques; returns the (slot, name) of each.
+
+    The file is a program: it is named on the command line or in Python, never by a request, a recipe or a checkpoint.
+    Raises ConfigError when it cannot be read, fails, registers nothing, or takes a name that is taken.
+    """
+    file = Path(path).expanduser().resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise ConfigError(f"--plugin {path}: there is no such Python file")
+    module = f"weft_plugin_{hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()}_{file.stem}"
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, file)
+        assert spec is not None
+        assert spec.loader is not None
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[module] = loaded  # dataclasses look their module up there
+        before = dict(_REGISTERED)
+        try:
+            spec.loader.exec_module(loaded)
+        except Exception as error:
+            del sys.modules[module]
+            _REGISTERED.clear()
+            _REGISTERED.update(before)
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+    mine = [key for key, cls in _REGISTERED.items() if cls.__module__ == module]
+    if not mine:
+        raise ConfigError(
+            f'--plugin {path}: the file registers no technique; it needs a class under @register("SLOT", "NAME")'
+        )
+    return mine
+
+
 def lookup(slot: str, name: str) -> type:
     """The class of a technique.  Raises ConfigError with the nearest names."""
     _known(slot)
@@ -89,7 +142,7 @@ def lookup(slot: str, name: str) -> type:
             listing = f"; there are: {', '.join(known)}" if known else "; that slot has no techniques yet"
             raise ConfigError(f"there is no {slot}={name}{_nearest(name, known)}{listing}")
         try:
-            importlib.import_module(f"{SLOTS[slot].package}.{name}")
+            importlib.import_module(_installed().get((slot, name), f"{SLOTS[slot].package}.{name}"))
         except ImportError as error:
             raise ConfigError(f"the file of {slot}={name} cannot be loaded: {error}") from error
     try:

@@ -65,18 +65,31 @@ class Effect(enum.StrEnum):
     PREEMPTS = "PREEMPTS"
     PER_REQUEST_STATE = "PER_REQUEST_STATE"
     SKIPS_LAYERS = "SKIPS_LAYERS"
+    GUESSES = "GUESSES"
+    """Tokens are guessed and verified, several in a step."""
+    ONE_AT_A_TIME = "ONE_AT_A_TIME"
+    """A program or a link needs each token before the next: no guesses are made for its sequences."""
+    REDEFINES = "REDEFINES"
+    """The answer is another one on purpose (an adapter, a search, a contrast): fidelity is meant against its own definition."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traits:
-    """What one technique declares.  history: the w of READS_HISTORY(w), in tokens."""
+    """What one technique declares.
+
+    history: the w of READS_HISTORY(w), in tokens.  bound: of an APPROX technique, the mean KL divergence in nats per token from
+    the reference path's law that it stays below at its `trial` arguments, over the prose of `weft conform`.
+    """
 
     fidelity: Fidelity = Fidelity.EXACT
     needs: frozenset[Trait] = frozenset()
     gives: frozenset[Trait] = frozenset()
     effects: frozenset[Effect] = frozenset()
     history: int = 0
+    bound: float | None = None
 
     def __post_init__(self) -> None:
+        if self.bound is not None and (self.fidelity is not Fidelity.APPROX or not self.bound > 0):
+            raise ValueError("a bound on KL is a positive number, and belongs to fidelity APPROX")
         if self.history < 0 or bool(self.history) != (Trait.READS_HISTORY in self.needs):
             raise ValueError("history > 0 goes with needing READS_HISTORY, and only with it")

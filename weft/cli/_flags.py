@@ -23,6 +23,18 @@ ENGINE = "Engine"
 MODEL_HELP = "A folder, a Hugging Face id, or nothing (or [b]bundled[/b]) for the model that comes with weft."
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py",
+        help="A Python file of yours with techniques; may be repeated.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[
+    Path | None, typer.Option("--recipe", metavar="FILE", help="A TOML file with a stack.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 
 
@@ -89,6 +101,14 @@ class EngineFlags:
         _option("--with", help="Put a technique in a slot, e.g. [b]schedule=prefill_first[/b]; may be repeated.",
                 metavar="'SLOT=NAME(ARGS)'"),
     ] = None  # fmt: skip
+    recipe: Annotated[
+        Path | None,
+        _option("--recipe", help="A TOML file with a stack; what --with names goes before it.", metavar="FILE"),
+    ] = None
+    plugins: Annotated[
+        list[Path] | None,
+        _option("--plugin", help="A Python file of yours with techniques; may be repeated.", metavar="FILE.py"),
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """As keywords of `weft.LLM`; what the user left open is left out."""
@@ -109,13 +129,14 @@ class EngineFlags:
     def check(self) -> None:
         """Look at what can be wrong without a model, so that it is said before anything is fetched.  Raises ConfigError."""
         from weft.config import build_stack
+        from weft.exec.build import chosen
         from weft.exec.host import parse_size
 
         if self.memory is not None:
             parse_size(self.memory)
         if self.load not in ("auto", "random"):
             raise ConfigError(f"--load is auto or random, got {self.load!r}")
-        build_stack(self.techniques or ())
+        build_stack(chosen(self.techniques or (), self.recipe, self.plugins or ()))
 
 
 def engine_flags(command: Callable[..., None]) -> Callable[..., None]:

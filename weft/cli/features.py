@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
-from weft.cli._flags import Json
+from weft.cli._flags import Json, Plugins, Recipe
 from weft.cli._terminal import stdout
 
 VERDICT = {"ok": "[green]ok[/]", "cost": "[yellow]ok, at a cost[/]", "refused": "[bold red]refused[/]"}
 
 
-def features(*, json_: Json = False) -> None:
+def features(*, plugin: Plugins = None, json_: Json = False) -> None:
     """List every technique with its slot, paper, fidelity and traits."""
+    from weft.registry import load_plugin
+
+    for path in plugin or ():
+        load_plugin(path)
     from rich.table import Table
 
     from weft.features import features as find
@@ -37,14 +41,17 @@ def features(*, json_: Json = False) -> None:
 def compose(
     parts: Annotated[list[str] | None, typer.Argument(metavar="'SLOT=NAME(ARGS)'...", show_default=False)] = None,
     *,
+    recipe: Recipe = None,
+    plugin: Plugins = None,
     json_: Json = False,
 ) -> None:
     """Say whether techniques go together; exit status 1 when they do not."""
     from weft.compose import complete
     from weft.compose import compose as decide
-    from weft.registry import build, parse
+    from weft.exec.build import chosen
+    from weft.registry import build
 
-    stack = complete([parse(text) for text in parts or []])
+    stack = complete(chosen(parts or (), recipe, plugin or ()))
     for part in stack:
         build(part)
     verdict = decide(stack)

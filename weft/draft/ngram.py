@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from weft.registry import register
 from weft.slots import Ask, Forward, Guesses
-from weft.traits import Trait, Traits
+from weft.traits import Effect, Trait, Traits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ class NGram:
     acts: dict[str, int] = field(default_factory=lambda: {"proposed": 0, "accepted": 0}, init=False, compare=False)
     model: ClassVar[str | None] = None
     per_request: ClassVar[bool] = True
-    traits: ClassVar[Traits] = Traits(needs=frozenset({Trait.ROLLBACK}))
+    traits: ClassVar[Traits] = Traits(needs=frozenset({Trait.ROLLBACK}), effects=frozenset({Effect.GUESSES}))
 
     def __post_init__(self) -> None:
         if not 1 <= self.shortest <= self.longest or self.guesses < 1:

@@ -20,6 +20,9 @@ from weft.models import checkpoint_dtype, load_config
 from weft.models.families import read
 from weft.models.layout import weights_bytes, workspace_bytes
 from weft.models.spec import DecoderSpec, dtype_bytes, kv_groups
+from weft.recipe import merged
+from weft.recipe import read as read_recipe
+from weft.registry import Part, load_plugin, parse
 from weft.types import GroupKind, GroupSpec
 
 if TYPE_CHECKING:
@@ -62,19 +65,32 @@ class EngineConfig:
     seed: int = 0
     invariant: bool | None = None
     share: bool = True
-    techniques: Sequence[str] = ()
+    techniques: Sequence[str | Part] = ()
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
 """Options by the names that users know from other engines, and the fields of `EngineConfig` that they set."""
 
 
+def chosen(techniques: Sequence[str | Part], recipe: str | Path | None, plugins: Sequence[str | Path]) -> list[Part]:
+    """The parts that a user chose: a recipe's, with what was named beside it in their place.  Plugins are loaded first.
+
+    Raises ConfigError.
+    """
+    for path in plugins:
+        load_plugin(path)
+    own = [parse(t) if isinstance(t, str) else t for t in techniques]
+    return own if recipe is None else merged(read_recipe(recipe), own)
+
+
 def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -> EngineConfig:
     """An `EngineConfig` from options as users name them; what is None is left to weft.
 
-    memory may be a number of bytes or text such as "4GiB".  Raises ConfigError for a size that cannot be read.
+    memory may be a number of bytes or text such as "4GiB"; recipe a TOML file; plugins Python files with techniques.  Raises
+    ConfigError for a size that cannot be read, and for parts that are unknown.
     """
     given = {USERS_NAMES.get(name, name): value for name, value in options.items() if value is not None}
+    given["techniques"] = chosen(given.get("techniques", ()), given.pop("recipe", None), given.pop("plugins", ()))
     if isinstance(given.get("memory_bytes"), str):
         given["memory_bytes"] = parse_size(given["memory_bytes"])
     if "dtype" in given:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,6 +18,8 @@ from weft.exec.mirror import Ints, Mirror, Mirrored
 from weft.slots import Ask, Forward
 from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
+Probe = Callable[[Mirrored, int, Tensor], None]
+"""(the sequence, index of the token in its output, logits [vocab] before any law)"""
 NOT_FINITE = "the model gave a logit that is not a finite number; the checkpoint or its dtype is at fault"
 
 
@@ -52,6 +54,8 @@ class Sampling:
     def __init__(self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]]) -> None:
         self.mirror, self.pool, self.groups = mirror, pool, pool.groups
         self._members = members
+        self.probe: Probe | None = None
+        """Called with every row that a token was taken from: who measures a stack reads laws here."""
 
     def sample(self, works: Sequence[Work], logits_NV: Tensor, wanted: list[Wanted], results: list[WorkResult]) -> None:
         """Put the facts of every work that wanted logits into `results`."""
@@ -156,6 +160,9 @@ class Sampling:
             draft = s.stack.get("draft")
             if draft is not None:
                 draft.observe(work.guesses, len(path))
+        if self.probe is not None:
+            for i in [0, *(1 + j for j in path)]:
+                self.probe(s, rows[i].output, sampled_NV[i])
         if path != list(range(len(path))):
             self._compact(work, context, path)
         chosen: list[TokenLogprob] = []
