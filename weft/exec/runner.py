@@ -20,7 +20,7 @@ from weft.exec.batch import Batch
 from weft.exec.gather import Gather, Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Mirror
-from weft.exec.verify import Sampling
+from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
 from weft.types import GroupKind, Plan, StepResult, Work, WorkResult
 
@@ -41,6 +41,10 @@ class TorchExecutor:
         }
         self._gather = Gather(self.mirror, pool, self._members)
         self._sampling = Sampling(self.mirror, pool, self._members)
+
+    def watch(self, probe: Probe | None) -> None:
+        """Give every row that a token is taken from to `probe`, or to nobody."""
+        self._sampling.probe = probe
 
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult:

@@ -1,0 +1,213 @@
+"""A laboratory: stacks run over the workload on the bundled model, each once, and what came out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from weft.compose import complete
+from weft.conform.workload import QUESTIONS, Workload, workload
+from weft.core.engine import Engine
+from weft.errors import EngineError
+from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
+from weft.exec.mirror import Mirrored
+from weft.exec.null import NullExecutor
+from weft.exec.thread import step
+from weft.front.tokenizer import Tokenizer
+from weft.hub import resolve
+from weft.registry import Part, lookup
+from weft.types import Event, Finished, Item, Rejected, RequestSpec, TokenItem, Tokens
+
+MAX_STEPS = 20_000
+Key = tuple[int, int]
+Laws = dict[tuple[int, int], Tensor]
+"""By (seed of the sequence, index of the token): logits [vocab], float32."""
+
+
+class Failed(EngineError):
+    """A stack did not do what every stack does: take every request, and end it without an error."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """tokens: by (request id, index).  acts: by "slot=name.act".  peak_blocks: most blocks referenced at once."""
+
+    tokens: dict[Key, list[int]] = field(default_factory=dict)
+    acts: dict[str, int] = field(default_factory=dict)
+    peak_blocks: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    hit_tokens: int = 0
+
+
+class Lab:
+    """Runs stacks.  alter: a change of a built stack's instances, by slot (the tests of the tests put broken copies in)."""
+
+    def __init__(self, alter: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.model = resolve(None)
+        self.tokenizer = Tokenizer.load(self.model)
+        self.alter = alter
+        self._folder = tempfile.TemporaryDirectory(prefix="weft-conform-")
+        self._trials: dict[tuple[str, str], Part] = {}
+        self._outcomes: dict[tuple[str, ...], Outcome] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special=False)
+
+    # ------------------------------------------------------------------ stacks
+
+    def part(self, slot: str, name: str) -> Part:
+        """A technique with the arguments of its trial: small budgets, under which it has to work at once.
+
+        A class says them as `trial`: a mapping, or a function of a folder of its own in which it may write files.
+        """
+        if (slot, name) not in self._trials:
+            trial = getattr(lookup(slot, name), "trial", {})
+            if callable(trial):
+                place = Path(self._folder.name) / f"{slot}-{name}"
+                place.mkdir()
+                trial = trial(place)
+            self._trials[slot, name] = Part(slot, name, tuple(dict(trial).items()))
+        return self._trials[slot, name]
+
+    def setup(self, parts: Sequence[Part], **changes: Any) -> Setup:
+        """An engine that is small: steps of few rows, and a pool that a handful of the requests fill."""
+        given: dict[str, Any] = {"max_model_len": 768, "max_num_seqs": 8, "max_rows": 192}
+        config = EngineConfig(
+            model=self.model, dtype="float32", device="cpu", threads=1, techniques=list(parts), **{**given, **changes}
+        )
+        return prepare(config)
+
+    def runtime(self, parts: Sequence[Part], *, roomy: bool = False, **changes: Any) -> Runtime:
+        setup = self.setup(parts, **changes)
+        whole = -(-setup.plan.max_model_len // 16) * max(1, len({g.model for g in setup.groups}))
+        blocks = setup.plan.kv_blocks if roomy else min(setup.plan.kv_blocks, whole + whole // 8)
+        runtime = build(replace(setup, plan=replace(setup.plan, kv_blocks=blocks)))
+        if self.alter is not None:
+            self.alter(dict(runtime.engine.stack.instances))
+        return runtime
+
+    def companions(self, parts: Sequence[Part]) -> list[tuple[int, ...]]:
+        """Contexts to contrast with, for a stack whose technique asks for them."""
+        wanted = max((int(getattr(lookup(p.slot, p.name), "companions", 0)) for p in parts), default=0)
+        return [tuple(self.encode(text)) for text in QUESTIONS[:wanted]]
+
+    def workload(self, parts: Sequence[Part], tokens: int = 24) -> Workload:
+        return workload(self.encode, tokens, self.companions(parts))
+
+    # ------------------------------------------------------------------ live
+
+    def run(self, parts: Sequence[Part]) -> Outcome:
+        """The whole workload under a stack; remembered."""
+        key = tuple(sorted(str(p) for p in parts))
+        if key not in self._outcomes:
+            runtime = self.runtime(parts)
+            self._outcomes[key] = self.send(runtime, self.workload(parts).rounds)
+        return self._outcomes[key]
+
+    def alone(self, parts: Sequence[Part], spec: RequestSpec) -> Outcome:
+        """One request with the whole engine for itself, nothing cached, in steps of another size."""
+        return self.send(self.runtime(parts, roomy=True, max_rows=256, share=False), [[spec]])
+
+    def send(self, runtime: Runtime, rounds: Sequence[Sequence[RequestSpec]]) -> Outcome:
+        """Run requests round after round.  Raises Failed where one is refused or ends with an error, or nothing advances."""
+        engine, outcome = runtime.engine, Outcome()
+        for specs in rounds:
+            events: list[Event] = []
+            for spec in specs:
+                events += engine.add(spec, 0.0)
+            while engine.has_work:
+                more, _ = step(engine, runtime.executor)
+                events += more
+                outcome.steps += 1
+                outcome.peak_blocks = max(outcome.peak_blocks, engine.pool.referenced)
+                if outcome.steps > MAX_STEPS:
+                    raise Failed(f"not done after {MAX_STEPS} steps: {engine.stats}")
+            _take(events, outcome)
+            engine.check()
+        stats = engine.stats
+        if stats.kv_blocks_referenced:
+            raise Failed(f"{stats.kv_blocks_referenced} blocks are still referenced when everybody has ended")
+        outcome.acts, outcome.preemptions, outcome.hit_tokens = stats.acts, stats.preemptions, stats.prefix_hit_tokens
+        return outcome
+
+    def laws(self, parts: Sequence[Part], specs: Sequence[RequestSpec], forced: dict[int, Sequence[int]]) -> Laws:
+        """Logits of every output token along given texts.  forced: the output of each request id."""
+        runtime = self.runtime(parts, roomy=True)
+        found: Laws = {}
+
+        def probe(sequence: Mirrored, output: int, logits_V: Tensor) -> None:
+            found[sequence.seed, output] = logits_V.float().clone()
+
+        runtime.executor.watch(probe)
+        sent = [
+            msgspec.structs.replace(
+                spec,
+                n=1,
+                forced=tuple(forced[spec.id]),
+                sampling=msgspec.structs.replace(spec.sampling, max_tokens=len(forced[spec.id])),
+            )
+            for spec in specs
+        ]
+        self.send(runtime, [sent])
+        return found
+
+    # ------------------------------------------------------------------ simulated
+
+    def simulate(self, parts: Sequence[Part]) -> Outcome:
+        """The same requests through the deciding half alone: no model, and KV that is a chain of hashes."""
+        setup = self.setup(parts)
+        stack = setup.stack
+        layers = len(setup.spec.layers)
+        engine = Engine(setup.groups, 2 * 48, setup.limits, stack, models=_models(setup), layers=layers, vocab=256)
+        executor = NullExecutor(setup.groups, vocab=256, layers=layers)
+        runtime = Runtime(setup, engine, executor, None, None)  # type: ignore[arg-type]
+        return self.send(runtime, self.simulated_rounds(parts))
+
+    def simulated_rounds(self, parts: Sequence[Part]) -> list[list[RequestSpec]]:
+        """The workload in a vocabulary of 256 ids."""
+
+        def small(items: tuple[Item, ...]) -> tuple[Item, ...]:
+            return tuple(TokenItem(tuple(t % 256 for t in i.ids)) if isinstance(i, TokenItem) else i for i in items)
+
+        return [
+            [msgspec.structs.replace(s, items=small(s.items), companions=tuple(map(small, s.companions))) for s in one]
+            for one in self.workload(parts).rounds
+        ]
+
+
+def _models(setup: Setup) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(g.model for g in setup.groups))
+
+
+def _take(events: Sequence[Event], outcome: Outcome) -> None:
+    for event in events:
+        if isinstance(event, Rejected):
+            raise Failed(f"request {event.id} was refused: {event.message}")
+        if isinstance(event, Finished) and event.reason in ("error", "abort"):
+            raise Failed(f"request {event.id} ended with an error: {event.error}")
+        if isinstance(event, Tokens):
+            outcome.tokens.setdefault((event.id, event.index), []).extend(event.tokens)
+
+
+def kl(reference: Laws, other: Laws) -> list[float]:
+    """KL divergence of each token's law (temperature 1) from the reference's, in nats."""
+    out = []
+    for key in sorted(reference):
+        p = torch.log_softmax(reference[key].double(), -1)
+        q = torch.log_softmax(other[key].double(), -1)
+        terms = torch.where(p > -torch.inf, p.exp() * (p - q), torch.zeros(()))
+        out.append(float(terms.sum()))
+    return out
+
+
+def stack(*parts: Part) -> list[Part]:
+    """With the nulls of the slots that are left open."""
+    return complete(list(parts))
