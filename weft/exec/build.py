@@ -146,7 +146,7 @@ def prepare(config: EngineConfig) -> Setup:
     device = _device(config.device)
     dtype = choose_dtype(config.dtype, raw, spec, device)
     stack = build_stack(config.techniques)
-    groups, block_bytes = kv_groups(spec, dtype, config.block_tokens)
+    groups, block_bytes = kv_groups(spec, dtype, config.block_tokens, stack.get("kv.store"))
     layered = bool(stack["schedule"].layered)
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
@@ -205,6 +205,7 @@ def build(setup: Setup, progress: Progress | None = None) -> Runtime:
         block_bytes=setup.block_bytes,
         dtype=dtype,
         device=setup.device,
+        store=setup.stack.get("kv.store"),
     )
     stacks = Stacks(setup.stack)
     engine = Engine(

@@ -1,12 +1,14 @@
 """The KV pool as memory: one arena of equal blocks, strided views of it for each group, and the KV instruction set.
 
-    inside a block of a group with keys   [layer of the group][key, value][entry][kv head][head_dim]
+    inside a block of a group with keys   [layer of the group][key, value][entry][kv head][row]
     inside a block of parked states       [entry][width], float32
     beside the arena                      one int32 position for each entry
 
 A *slot* is `block * block_tokens + offset` of one group.  An *entry* of a table is `index * block_tokens + offset`, counted from
 the table's first block.  A *row* is one entry's keys (or values) of one layer: the arena, seen as a matrix of such rows, is
-what gathers and writes index.
+what gathers and writes index.  A kv head's part of it is head_dim values of the model's dtype, or the bytes that the slot
+`kv.store` makes of them.  Who wants values asks `gather` or `read`, and writes by `write`, `write_rows` or `put`; instructions
+that only move entries move what is stored.
 
 On a CPU the arena is anonymous mapped memory: pages cost nothing until an entry in them is written.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 from weft.errors import InvariantError, TransferError
 from weft.models.spec import DecoderSpec
 from weft.ops.ref.rope import rotate_by
+from weft.slots import Store
 from weft.types import GroupKind, GroupSpec, KVOp, KVOpKind
 
 CHECKSUM_BYTES = 32
@@ -51,7 +54,7 @@ def pool_bytes(groups: Sequence[GroupSpec], blocks: int, block_bytes: int) -> in
 class KVPool:
     """Keys, values, positions and parked hidden states of every group, in `blocks` blocks of `block_bytes`.
 
-    specs: the decoder of each model that the groups name ("target" where only one is given).
+    specs: the decoder of each model that the groups name ("target" where only one is given).  store: the stack's `kv.store`.
     Raises InvariantError when a group does not fit its blocks.
     """
 
@@ -64,12 +67,15 @@ class KVPool:
         block_bytes: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        store: Store | None = None,
     ) -> None:
         self.groups = tuple(groups)
+        self.store = store
         self.specs = {"target": specs} if isinstance(specs, DecoderSpec) else dict(specs)
         self.blocks = blocks
         self.block_bytes = block_bytes
         self.dtype = dtype
+        self._stored = dtype if store is None else torch.uint8
         self.device = torch.device(device)
         self.bytes = pool_bytes(groups, blocks, block_bytes)
         for group in groups:
@@ -84,7 +90,7 @@ class KVPool:
             raise InvariantError(
                 f"group {group.name}: {group.block_tokens} entries do not fit {self.block_bytes} bytes"
             )
-        row_bytes = spec.kv_heads * spec.head_dim * self.dtype.itemsize
+        row_bytes = spec.kv_heads * self._width(spec) * self._stored.itemsize
         if group.kind is GroupKind.PARKED:
             fits = group.entry_bytes == spec.width * 4 and self.block_bytes % 4 == 0
         else:
@@ -92,12 +98,16 @@ class KVPool:
         if not fits:
             raise InvariantError(f"group {group.name}: entry_bytes {group.entry_bytes} is not what its model stores")
 
+    def _width(self, spec: DecoderSpec) -> int:
+        """Stored elements of one kv head's part of a row: values, or bytes."""
+        return spec.head_dim if self.store is None else self.store.row_bytes(spec.head_dim)
+
     # ------------------------------------------------------------------------------------------ views
 
     def rows(self, group: int) -> Tensor:
-        """The arena as a matrix of rows, [blocks * rows per block, kv_heads * head_dim]; see `row_of`."""
+        """The arena as a matrix of rows as they are stored, [blocks * rows per block, kv_heads * width]; see `row_of`."""
         spec = self.specs[self.groups[group].model]
-        return self.arena.view(self.dtype).view(-1, spec.kv_heads * spec.head_dim)
+        return self.arena.view(self._stored).view(-1, spec.kv_heads * self._width(spec))
 
     def row_of(self, group: int, blocks: Tensor, offsets: Tensor) -> Tensor:
         """Rows that hold the keys of the group's first layer at (block, offset), int64.
@@ -105,24 +115,27 @@ class KVPool:
         Add `2 * block_tokens * i` for the group's i-th layer, and `block_tokens` for values.
         """
         spec = self.specs[self.groups[group].model]
-        return blocks * (self.block_bytes // (spec.kv_heads * spec.head_dim * self.dtype.itemsize)) + offsets
+        return blocks * (self.block_bytes // (spec.kv_heads * self._width(spec) * self._stored.itemsize)) + offsets
 
-    def _view(self, group: int, layer: int, part: int) -> Tensor:
+    def stored(self, group: int, layer: int, value: bool) -> Tensor:
+        """View [blocks, block_tokens, kv_heads, width] of a layer's keys or values as they are stored; to be moved, not read."""
         shape = self.groups[group]
         spec = self.specs[shape.model]
-        heads, dim, tokens = spec.kv_heads, spec.head_dim, shape.block_tokens
-        typed = self.arena.view(self.dtype)
-        offset = (2 * shape.layers.index(layer) + part) * tokens * heads * dim
-        stride = (typed.stride(0), heads * dim, dim, 1)
-        return typed.as_strided((self.blocks, tokens, heads, dim), stride, offset)
+        heads, width, tokens = spec.kv_heads, self._width(spec), shape.block_tokens
+        typed = self.arena.view(self._stored)
+        offset = (2 * shape.layers.index(layer) + value) * tokens * heads * width
+        stride = (typed.stride(0), heads * width, width, 1)
+        return typed.as_strided((self.blocks, tokens, heads, width), stride, offset)
 
     def keys(self, group: int, layer: int) -> Tensor:
-        """View [blocks, block_tokens, kv_heads, head_dim] of a layer's keys (after rope)."""
-        return self._view(group, layer, 0)
+        """View [blocks, block_tokens, kv_heads, head_dim] of a layer's keys (after rope), in a pool without a store."""
+        assert self.store is None, "rows of this pool are encoded; use `read` and `put`"
+        return self.stored(group, layer, False)
 
     def values(self, group: int, layer: int) -> Tensor:
-        """View [blocks, block_tokens, kv_heads, head_dim] of a layer's values."""
-        return self._view(group, layer, 1)
+        """View [blocks, block_tokens, kv_heads, head_dim] of a layer's values, in a pool without a store."""
+        assert self.store is None, "rows of this pool are encoded; use `read` and `put`"
+        return self.stored(group, layer, True)
 
     def positions(self, group: int) -> Tensor:
         """View [blocks, block_tokens], int32: the logical position of each entry."""
@@ -142,6 +155,42 @@ class KVPool:
         tokens = self.groups[group].block_tokens
         return torch.div(slots, tokens, rounding_mode="floor"), slots % tokens
 
+    def gather(self, group: int, layer: int, value: bool, heads: Tensor) -> Tensor:
+        """Keys or values of a layer, float32 [*heads.shape, head_dim], contiguous.
+
+        heads: int64, `row_of` * kv_heads + head, of any shape: where the keys of the group's *first* layer are.
+        """
+        shape = self.groups[group]
+        spec = self.specs[shape.model]
+        table = self.arena.view(self._stored).view(-1, self._width(spec))
+        offset = (2 * shape.layers.index(layer) + value) * shape.block_tokens * spec.kv_heads
+        found = table.index_select(0, (heads + offset).flatten())
+        return self._decoded(found).view(*heads.shape, -1)
+
+    def read(self, group: int, layer: int, value: bool, where: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys or values [N, kv_heads, head_dim] at N (blocks, offsets): of the model's dtype, or float32 out of a store."""
+        found = self.stored(group, layer, value)[where]
+        if self.store is None:
+            return found
+        decoded: Tensor = self.store.decode(found.flatten(0, 1))
+        return decoded.view(*found.shape[:2], -1)
+
+    def put(self, group: int, layer: int, value: bool, where: tuple[Tensor, Tensor], x: Tensor) -> None:
+        """Store keys or values [N, kv_heads, head_dim] at N distinct (blocks, offsets)."""
+        view = self.stored(group, layer, value)
+        view[where] = self._encoded(x).view(x.shape[0], *view.shape[2:])
+
+    def _decoded(self, rows: Tensor) -> Tensor:
+        """Stored rows [N, width] to float32 [N, head_dim]."""
+        return rows.float() if self.store is None else self.store.decode(rows)
+
+    def _encoded(self, x: Tensor) -> Tensor:
+        """[N, kv_heads, head_dim] to what is stored of it, [N, kv_heads * width]."""
+        if self.store is None:
+            return x.to(self.dtype).reshape(x.shape[0], -1)
+        rows: Tensor = self.store.encode(x.reshape(-1, x.shape[-1]))
+        return rows.view(x.shape[0], -1)
+
     def write(self, group: int, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Store keys and values [T, kv_heads, head_dim] of one layer at T distinct slots."""
         rows = self.row_of(group, *self.split(group, slots))
@@ -152,8 +201,8 @@ class KVPool:
         shape = self.groups[group]
         table = self.rows(group)
         base = rows + 2 * shape.block_tokens * shape.layers.index(layer)
-        table.index_copy_(0, base, k.reshape(k.shape[0], -1))
-        table.index_copy_(0, base + shape.block_tokens, v.reshape(v.shape[0], -1))
+        table.index_copy_(0, base, self._encoded(k))
+        table.index_copy_(0, base + shape.block_tokens, self._encoded(v))
 
     def write_positions(self, group: int, slots: Tensor, positions: Tensor) -> None:
         """Store the logical positions of T slots."""
@@ -211,8 +260,8 @@ class KVPool:
         for layer in group.layers:
             rope = spec.layers[layer].rope
             if rope is not None:
-                keys = self.keys(op.group, layer)
-                keys[where] = rotate_by(keys[where], rope, delta)
+                turned = rotate_by(self.read(op.group, layer, False, where), rope, delta)
+                self.put(op.group, layer, False, where, turned)
 
     def _rewrite(self, op: KVOp, payload: bytes | None) -> None:
         where = self._entries(op.group, op.source, op.argument)
@@ -252,7 +301,7 @@ class KVPool:
         self._positions.index_copy_(0, target, positions.to(self.device))
 
     def pack(self, group: int, source: Sequence[int], entries: Sequence[int]) -> bytes:
-        """Bytes of the given entries of a table, [layer][key, value][entry][kv head][head_dim]: REWRITE's payload."""
+        """Bytes of the given entries of a table as stored, [layer][key, value][entry][kv head][row]: REWRITE's payload."""
         where = self._entries(group, source, entries)
         parts = (view[where].contiguous().cpu() for view in self._entry_views(group))
         return b"".join(part.view(torch.uint8).numpy().tobytes() for part in parts)
@@ -268,10 +317,11 @@ class KVPool:
         return self._ids(table)[torch.div(index, tokens, rounding_mode="floor")], index % tokens
 
     def _entry_views(self, group: int) -> list[Tensor]:
+        """What a group stores, each view [blocks, block_tokens, ...]: to be moved as it is."""
         shape = self.groups[group]
         if shape.kind is GroupKind.PARKED:
             return [self.hidden(group)]
-        return [view(group, layer) for layer in shape.layers for view in (self.keys, self.values)]
+        return [self.stored(group, layer, value) for layer in shape.layers for value in (False, True)]
 
 
 _CARRY_OUT: dict[KVOpKind, Callable[[KVPool, KVOp, bytes | None], bytes | None]] = {

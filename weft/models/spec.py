@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from weft.errors import ConfigError
+from weft.slots import Store
 from weft.types import GroupKind, GroupSpec
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -158,7 +159,9 @@ class DecoderSpec:
         return next(layer for layer in self.layers if layer.weights == weights)
 
 
-def kv_groups(spec: DecoderSpec, dtype: str, block_tokens: int = 16) -> tuple[list[GroupSpec], int]:
+def kv_groups(
+    spec: DecoderSpec, dtype: str, block_tokens: int = 16, store: Store | None = None
+) -> tuple[list[GroupSpec], int]:
     """The KV groups of a model and the bytes of one block of their shared pool.
 
     One FULL group for the layers that see everything, one WINDOW group for each distinct window, and last one PARKED
@@ -166,13 +169,17 @@ def kv_groups(spec: DecoderSpec, dtype: str, block_tokens: int = 16) -> tuple[li
 
     All blocks have `block_bytes`; the group with the largest entry has `block_tokens` entries in one, and the others as many
     times that, in powers of two, as fit: fewer bytes lie idle, and tables of all groups break at common positions.
-    Inside a block: [layer of the group][key, value][entry][kv head][head_dim].
+    Inside a block: [layer of the group][key, value][entry][kv head][row], a row being head_dim values of `dtype`, or what
+    `store` (the slot `kv.store`) makes of them.
 
     Raises ConfigError for a dtype that is not supported or block_tokens < 1.
     """
     if block_tokens < 1:
         raise ConfigError(f"block_tokens must be at least 1, not {block_tokens}")
-    row_bytes = spec.kv_heads * spec.head_dim * dtype_bytes(dtype)
+    head_bytes = spec.head_dim * dtype_bytes(dtype)
+    if store is not None:
+        head_bytes = store.row_bytes(spec.head_dim)
+    row_bytes = spec.kv_heads * head_bytes
     members: dict[int | None, list[int]] = {}
     for index, layer in enumerate(spec.layers):
         members.setdefault(layer.window, []).append(index)

@@ -110,16 +110,6 @@ def _by_rows(x: Tensor, slab: Slab) -> Tensor:
     return split.reshape(tiles * size, -1, dim)
 
 
-def _gather(pool: KVPool, layer: int, value: bool, plan: AttentionPlan, part: Round) -> Tensor:
-    """Keys or values of a round's key tiles, float32 [P, KV, E, D] contiguous."""
-    group = pool.groups[plan.group]
-    table = pool.rows(plan.group)
-    table = table.view(-1, table.shape[1] // plan.kv_heads)
-    offset = (2 * group.layers.index(layer) + value) * group.block_tokens * plan.kv_heads
-    found = table.index_select(0, (part.heads + offset).flatten())
-    return found.float().view(*part.heads.shape, -1)
-
-
 def _scores(
     query: Tensor,
     pool: KVPool,
@@ -132,7 +122,7 @@ def _scores(
 ) -> Tensor:
     """Masked scores of a round, [P, KV, Q, G, E]."""
     q = query if part.one_to_one else query.index_select(0, part.tile)
-    k = _gather(pool, layer, False, plan, part)
+    k = pool.gather(plan.group, layer, False, part.heads)
     pairs, kv_heads, rows, dim = q.shape
     scores = torch.bmm(q.reshape(-1, rows, dim), k.flatten(0, 1).transpose(1, 2))
     if softcap is not None:
@@ -161,7 +151,7 @@ def _pairs(
     top = scores.amax(-1)
     weight = scores.sub_(_finite(top)[..., None]).exp_()
     total = weight.sum(-1)
-    v = _gather(pool, layer, True, plan, part)
+    v = pool.gather(plan.group, layer, True, part.heads)
     mixed = torch.bmm(weight.flatten(0, 1), v.flatten(0, 1))
     return Partial(top, total, mixed.view(pairs, kv_heads, -1, v.shape[-1]))
 

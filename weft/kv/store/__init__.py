@@ -1,0 +1,1 @@
+"""Slot `kv.store`: number format of stored KV."""
