@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weft.compose import complete
+from weft.config import Stack
 from weft.conform.workload import QUESTIONS, Workload, workload
 from weft.core.engine import Engine
 from weft.errors import EngineError
@@ -48,9 +49,9 @@ class Outcome:
 
 
 class Lab:
-    """Runs stacks.  alter: a change of a built stack's instances, by slot (the tests of the tests put broken copies in)."""
+    """Runs stacks.  alter: a change of a stack before it is built in (the tests of the tests put broken copies there)."""
 
-    def __init__(self, alter: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, alter: Callable[[Stack], Stack] | None = None) -> None:
         self.model = resolve(None)
         self.tokenizer = Tokenizer.load(self.model)
         self.alter = alter
@@ -89,10 +90,8 @@ class Lab:
         setup = self.setup(parts, **changes)
         whole = -(-setup.plan.max_model_len // 16) * max(1, len({g.model for g in setup.groups}))
         blocks = setup.plan.kv_blocks if roomy else min(setup.plan.kv_blocks, whole + whole // 8)
-        runtime = build(replace(setup, plan=replace(setup.plan, kv_blocks=blocks)))
-        if self.alter is not None:
-            self.alter(dict(runtime.engine.stack.instances))
-        return runtime
+        stack = setup.stack if self.alter is None else self.alter(setup.stack)
+        return build(replace(setup, stack=stack, plan=replace(setup.plan, kv_blocks=blocks)))
 
     def companions(self, parts: Sequence[Part]) -> list[tuple[int, ...]]:
         """Contexts to contrast with, for a stack whose technique asks for them."""
@@ -138,7 +137,7 @@ class Lab:
         outcome.acts, outcome.preemptions, outcome.hit_tokens = stats.acts, stats.preemptions, stats.prefix_hit_tokens
         return outcome
 
-    def laws(self, parts: Sequence[Part], specs: Sequence[RequestSpec], forced: dict[int, Sequence[int]]) -> Laws:
+    def laws(self, parts: Sequence[Part], specs: Sequence[RequestSpec], forced: Mapping[int, Sequence[int]]) -> Laws:
         """Logits of every output token along given texts.  forced: the output of each request id."""
         runtime = self.runtime(parts, roomy=True)
         found: Laws = {}

@@ -1,0 +1,114 @@
+"""The generated tests of two techniques together: every pair of different slots of the registry.
+
+A pair that is refused raises with its reasons.  One that goes together runs at its declared fidelity: taking an EXACT part out
+changes no token; with a SAME_LAW part draws fit the law of the stack without it; two APPROX parts stay within their bounds.
+Every part still does what it counts, unless the verdict says that it has nothing to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weft.compose import Verdict, compose, traits_of
+from weft.config import build_stack
+from weft.conform.checks import SLACK, beside, equal_tokens, fits, own_acts, within
+from weft.conform.lab import Lab, stack
+from weft.errors import ComposeError
+from weft.registry import Part, lookup, names
+from weft.slots import SLOTS
+from weft.traits import Effect, Fidelity
+
+PAIR_DRAWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two techniques of different slots, by slot and name."""
+
+    one: tuple[str, str]
+    other: tuple[str, str]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{slot}={name}" for slot, name in (self.one, self.other))
+
+
+def techniques() -> list[tuple[str, str]]:
+    """Everything that is no null: a null is in every stack anyway."""
+    return [(slot, name) for slot in SLOTS for name in names(slot) if name != SLOTS[slot].null]
+
+
+def pairs() -> list[Pair]:
+    return [Pair(a, b) for a, b in itertools.combinations(techniques(), 2) if a[0] != b[0]]
+
+
+def parts_of(lab: Lab, pair: Pair) -> list[Part]:
+    """The two at their trials' arguments, with what either needs beside it."""
+    own = [lab.part(*pair.one), lab.part(*pair.other)]
+    slots = {p.slot for p in own}
+    more = {p.slot: p for part in own for p in beside(part)[1:] if p.slot not in slots}
+    return [*own, *more.values()]
+
+
+def verdict_of(lab: Lab, pair: Pair) -> Verdict:
+    return compose(stack(*parts_of(lab, pair)))
+
+
+def check(lab: Lab, pair: Pair) -> str:
+    """Test a pair; says what was seen.  Raises AssertionError or EngineError."""
+    parts = parts_of(lab, pair)
+    verdict = compose(stack(*parts))
+    if verdict.verdict == "refused":
+        return _refused(parts, verdict)
+    outcome = lab.run(parts)
+    idle = {p for r in verdict.reasons if r.rule == "one at a time" for p in r.parts[1:]}
+    for part in parts:
+        counted = own_acts(outcome, part)
+        still = [act for act, count in counted.items() if not count]
+        assert str(part) in idle or not still, f"{part}: {', '.join(still)} stayed 0"
+    said = [_keeps(lab, parts, part) for part in parts[:2]]
+    return "; ".join(text for text in said if text)
+
+
+def _refused(parts: Sequence[Part], verdict: Verdict) -> str:
+    reasons: tuple[str, ...] = ()
+    try:
+        build_stack(parts)
+    except ComposeError as error:
+        reasons = error.reasons
+    assert reasons, "compose refuses the pair, and it is built all the same"
+    assert set(reasons) == {r.text for r in verdict.reasons}
+    return f"refused: {'; '.join(reasons)}"
+
+
+def _keeps(lab: Lab, parts: Sequence[Part], part: Part) -> str:
+    """What taking `part` out of the stack may change."""
+    rest = [p for p in parts if p is not part]
+    traits, others = traits_of(part), [traits_of(p) for p in rest]
+    weakest = max((t.fidelity for t in others), default=Fidelity.EXACT)
+    if Effect.REDEFINES in traits.effects:
+        return ""
+    law = Fidelity.SAME_LAW in (traits.fidelity, weakest)
+    if law and Fidelity.APPROX not in (traits.fidelity, weakest):
+        return fits(lab, parts, rest, PAIR_DRAWS)
+    if traits.fidelity is Fidelity.EXACT and not any(t.fidelity is Fidelity.SAME_LAW for t in others):
+        return equal_tokens(lab, parts, rest)
+    if traits.fidelity is Fidelity.APPROX:
+        bounds = [t.bound for t in (traits, *others) if t.bound is not None]
+        return within(
+            lab, parts, [p for p, t in zip(rest, others, strict=True) if t.bound is None], SLACK * sum(bounds)
+        )
+    return ""
+
+
+def digest(pair: Pair) -> str:
+    """Changes with either technique's file."""
+    h = hashlib.blake2b(digest_size=12)
+    for slot, name in (pair.one, pair.other):
+        module = inspect.getmodule(lookup(slot, name))
+        assert module is not None
+        h.update(inspect.getsource(module).encode())
+    return h.hexdigest()
