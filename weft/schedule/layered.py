@@ -13,7 +13,7 @@ Raises   ValueError if groups < 1 or least < 1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
@@ -28,6 +28,7 @@ class Layered:
 
     groups: int = 4
     least: int = 32
+    acts: dict[str, int] = field(default_factory=lambda: {"prompts_split": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(gives=frozenset({Trait.STARVATION_FREE}), effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = True
     layered: ClassVar[bool] = True
@@ -45,6 +46,7 @@ class Layered:
     def quota(self, request: RequestView, step: StepView) -> Quota:
         if request.decoding or (request.partial is None and request.remaining < self.least):
             return Quota(step.rows_left)
+        self.acts["prompts_split"] += request.partial is None
         return Quota(step.rows_left, -(-step.layers // self.groups))
 
     def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None:

@@ -11,7 +11,7 @@ Raises   nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
@@ -24,6 +24,7 @@ from weft.traits import Effect, Traits
 class PrefillFirst:
     """Best throughput of prompts, worst stalls of decodes."""
 
+    acts: dict[str, int] = field(default_factory=lambda: {"decodes_held": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = True
     layered: ClassVar[bool] = False
@@ -35,7 +36,10 @@ class PrefillFirst:
         return True
 
     def quota(self, request: RequestView, step: StepView) -> Quota:
-        return Quota(0 if request.decoding and step.prompt_rows else step.rows_left)
+        if request.decoding and step.prompt_rows:
+            self.acts["decodes_held"] += 1
+            return Quota(0)
+        return Quota(step.rows_left)
 
     def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None:
         return max([*candidates, needy], key=lambda r: (r.priority, r.arrival))
