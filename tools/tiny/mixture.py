@@ -19,19 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.tiny.corpus import END_OF_TEXT, Corpus
+from weft.fidelity.recall import OWNERS, THINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Ids = NDArray[np.int32]
 
-OWNERS = (
-    "Alice Ben Clara David Emma Frank Grace Henry Irene Jack Kate Leo Mary Nick Olive Paul Queenie Robert Sarah Tom "
-    "Ursula Victor Wendy Xavier Yvonne Zach"
-).split()
-THINGS = (
-    "lamp key box door coat ring book boat drum clock chair horse garden letter mirror piano ticket wagon basket violin"
-).split()
 ANSWER_TOKENS = 16
 """Room that one question with its answer is taken to need."""
 

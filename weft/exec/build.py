@@ -179,8 +179,11 @@ def prepare(config: EngineConfig) -> Setup:
     )  # fmt: skip
 
 
-def build(setup: Setup, progress: Progress | None = None) -> Runtime:
-    """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint."""
+def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | None = None) -> Runtime:
+    """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint.
+
+    like: a decoder of the same model and number format, whose weights are read by this engine too.
+    """
     setup.require_fit()
     import torch
 
@@ -191,8 +194,10 @@ def build(setup: Setup, progress: Progress | None = None) -> Runtime:
     torch.set_num_threads(setup.threads)
     config, limits = setup.config, setup.limits
     dtype = getattr(torch, setup.dtype)
-    source: Path | Literal["random"] = "random"
-    if config.load == "auto" and isinstance(config.model, Path):
+    source: Path | Literal["random"] | Decoder = "random"
+    if like is not None:
+        source = like
+    elif config.load == "auto" and isinstance(config.model, Path):
         source = config.model
     decoder = build_decoder(
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,

@@ -62,7 +62,7 @@ class Decoder:
         self.groups = tuple(groups)
         self.invariant = invariant
         self.ops = ops
-        self._weights = memory
+        self.weights = memory
         self._buffers, self._workspace = self._allocate()
         self._group_of = _group_of_layers(spec, groups)
         self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
@@ -75,7 +75,7 @@ class Decoder:
     @property
     def weights_bytes(self) -> int:
         """Bytes of the weights."""
-        return self._weights.nbytes
+        return self.weights.nbytes
 
     @property
     def workspace_bytes(self) -> int:
@@ -214,7 +214,7 @@ def _group_of_layers(spec: DecoderSpec, groups: Sequence[GroupSpec]) -> dict[int
 
 def build(
     spec: DecoderSpec,
-    source: Path | Literal["random"],
+    source: Path | Literal["random"] | Decoder,
     *,
     dtype: torch.dtype | str,
     device: torch.device | str = "cpu",
@@ -228,7 +228,7 @@ def build(
 ) -> Decoder:
     """Allocate, load and get ready to run.
 
-    source      a folder with safetensors, or "random" for noise drawn from `seed`
+    source      a folder with safetensors, "random" for noise drawn from `seed`, or a decoder whose weights this one reads too
     dtype       number format of weights, activations and KV: float32, bfloat16 or float16
     max_rows, max_samples   most rows of a batch, and most rows whose logits it wants
     groups      the KV groups of the model, in the order of a batch's groups
@@ -240,11 +240,16 @@ def build(
     assert isinstance(kind, torch.dtype)
     dtype_bytes(str(kind))
     place = torch.device(device)
-    memory, tensors = allocate(spec, kind, place)
-    if isinstance(source, str) and source == "random":
-        randomize(spec, tensors, seed, progress)
+    if isinstance(source, Decoder):
+        assert source.spec == spec
+        assert source.dtype == kind
+        memory, tensors = source.weights, source.tensors
     else:
-        load(Path(source), spec, tensors, progress)
+        memory, tensors = allocate(spec, kind, place)
+        if isinstance(source, str):
+            randomize(spec, tensors, seed, progress)
+        else:
+            load(source, spec, tensors, progress)
     if invariant is None:
         invariant = place.type == "cpu" and kind is torch.float32
     return Decoder(
