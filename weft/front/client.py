@@ -73,7 +73,18 @@ class Client:
         if reason is not None:
             raise EngineStopped(f"the engine has stopped: {reason}")
         batch = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-        specs = [self.text.request(next(self._ids), p.ids, p.params, priority=p.priority, salt=p.salt) for p in batch]
+        specs = [
+            self.text.request(
+                next(self._ids),
+                p.ids,
+                p.params,
+                priority=p.priority,
+                salt=p.salt,
+                techniques=p.techniques,
+                contrast=p.contrast,
+            )
+            for p in batch
+        ]
         generation = Generation(self._forget)
         now = self._clock()
         for prompt, spec in zip(batch, specs, strict=True):

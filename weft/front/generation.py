@@ -36,13 +36,16 @@ class Refused(CapacityError):
 class Prompt:
     """One prompt as token ids, and how to go on from it.
 
-    salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.
+    salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.  techniques: laid over the server's
+    stack.  contrast: ids of a second context, for a technique that contrasts.
     """
 
     ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     salt: bytes = b""
+    techniques: tuple[str, ...] = ()
+    contrast: Sequence[int] = ()
 
 
 class Delta(msgspec.Struct, kw_only=True):

@@ -99,6 +99,10 @@ class Metrics:
                 out.append(f"weft:{name} {getattr(stats, field)!r}")
         out.extend(_head("weft:requests_total", "Sequences that ended, by reason", "counter"))
         out.extend(f'weft:requests_total{{finish_reason="{reason}"}} {count}' for reason, count in self.ends.items())
+        out.extend(_head("weft:technique_acts_total", "What techniques did, by technique and act", "counter"))
+        for key, count in sorted(stats.acts.items()):
+            technique, _, act = key.rpartition(".")
+            out.append(f'weft:technique_acts_total{{technique="{technique}",act="{act}"}} {count}')
         for histogram in (
             self.ttft,
             self.inter_token,

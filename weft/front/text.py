@@ -121,14 +121,25 @@ class ModelText:
             raise self._too_long(f"{len(ids)} tokens", param)
 
     def request(
-        self, id: int, ids: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        id: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        techniques: tuple[str, ...] = (),
+        contrast: Sequence[int] = (),
     ) -> RequestSpec:
         """What the engine is asked for one prompt; its seed is drawn where `params` names none.
 
+        techniques: laid over the server's stack.  contrast: ids of a second context.
         Raises RequestError for ids that are no prompt (see `check_prompt_ids`) or parameters outside the vocabulary.
         """
         assert self.max_model_len is not None, "the engine's context is known before anything is asked of it"
         self.check_prompt_ids(ids)
+        if contrast:
+            self.check_prompt_ids(contrast, param="weft.contrast")
         return RequestSpec(
             id=id,
             items=(TokenItem(tuple(ids)),),
@@ -137,6 +148,8 @@ class ModelText:
             n=params.n,
             priority=priority,
             salt=salt,
+            techniques=techniques,
+            companions=((TokenItem(tuple(contrast)),),) if contrast else (),
         )
 
     def sequence(self, params: SamplingParams) -> SequenceText:

@@ -14,6 +14,7 @@ from weft.errors import RequestError
 from weft.front.generation import Delta, Generation, Prompt
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
 from weft.front.openai.logprobs import chat_logprobs
+from weft.front.openai.own import label, techniques
 from weft.front.openai.params import routing, sampling_params
 from weft.front.openai.service import Service, answer_id
 from weft.front.openai.structs import ChatRequest, TokenizeRequest, read
@@ -39,11 +40,22 @@ async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     priority, salt = routing(request)
+    parts = techniques(request, service.port.info.stack)
     ids = await chat_ids(service, request)
-    prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt)
+    beside = await contrast(service, request)
+    prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside)
     generation = await service.client.start(prompt)
     writer = ChatWriter(service, model, generation, request, params.n)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
+
+
+async def contrast(service: Service, request: ChatRequest) -> list[int]:
+    """Ids of the messages to contrast with, none where there are none.  Raises RequestError."""
+    given = request.weft and request.weft.contrast
+    if not given:
+        return []
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return await chat_ids(service, msgspec.structs.replace(request, messages=messages))
 
 
 def checked_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -118,6 +130,8 @@ class ChatWriter:
         self._usage_head = start + b',"choices":[],"usage":'
         self._content_heads = [self._head + b'%d,"delta":{"content":' % i for i in range(n)]
         self._choices: dict[int, _Choice] = {}
+        self._label = label(request, service.port.info.stack)
+        self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
 
     # ------------------------------------------------------------------------------------------ stream
 
@@ -141,7 +155,7 @@ class ChatWriter:
         return b"".join(out)
 
     def close(self, usage: dict[str, Any]) -> bytes:
-        return self._usage_head + encode(usage) + b"}\n\n" if self._with_usage else b""
+        return self._label_event + (self._usage_head + encode(usage) + b"}\n\n" if self._with_usage else b"")
 
     # ------------------------------------------------------------------------------------------ one body
 
@@ -166,7 +180,8 @@ class ChatWriter:
                     "stop_reason": choice.last and choice.last.stop_reason,
                 }
             )
-        return encode({**self._common, "choices": choices, "usage": usage})
+        said = {} if self._label is None else {"weft": self._label}
+        return encode({**self._common, "choices": choices, "usage": usage, **said})
 
 
 class _Choice:

@@ -14,6 +14,7 @@ from weft.errors import RequestError
 from weft.front.generation import Delta, Generation, Prompt
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
 from weft.front.openai.logprobs import CompletionLogprobs, completion_logprobs, completion_token, token_offsets
+from weft.front.openai.own import label, techniques
 from weft.front.openai.params import check_sequences, routing, sampling_params
 from weft.front.openai.service import SHORT_CHARS, Service, answer_id
 from weft.front.openai.structs import CompletionRequest, read
@@ -37,12 +38,25 @@ async def complete(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     )
     priority, salt = routing(request)
     check_sequences(len(prompts), params.n)
-    ids = await tokenize(service, prompts, add_special=request.add_special_tokens is not False)
+    parts = techniques(request, service.port.info.stack)
+    special = request.add_special_tokens is not False
+    ids = await tokenize(service, prompts, add_special=special)
+    beside = await contrast(service, request, add_special=special)
     generation = await service.client.start(
-        [Prompt(ids=one, params=params, priority=priority, salt=salt) for one in ids]
+        [Prompt(ids=one, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside) for one in ids]
     )
     writer = CompletionWriter(service, model, generation, request, prompts, hide=hide)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
+
+
+async def contrast(service: Service, request: CompletionRequest, *, add_special: bool) -> list[int]:
+    """Ids of the prompt to contrast with, none where there is none.  Raises RequestError."""
+    given = request.weft and request.weft.contrast
+    if not given:
+        return []
+    if not isinstance(given, str):
+        raise RequestError("weft.contrast of a completion is a text, as its prompt is", param="weft.contrast")
+    return (await tokenize(service, [given], add_special=add_special))[0]
 
 
 def prompt_list(prompt: str | list[str | int | list[int]] | None) -> list[str | list[int]]:
@@ -109,6 +123,8 @@ class CompletionWriter:
         self._head = start + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if self._with_usage else b"}]}\n\n"
         self._usage_head = start + b',"choices":[],"usage":'
+        self._label = label(request, service.port.info.stack)
+        self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
         self._begun: dict[int, str] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._hidden = 0
@@ -132,7 +148,8 @@ class CompletionWriter:
         return b"".join(out)
 
     def close(self, usage: dict[str, Any]) -> bytes:
-        return self._usage_head + encode(self._count(usage)) + b"}\n\n" if self._with_usage else b""
+        told = self._usage_head + encode(self._count(usage)) + b"}\n\n" if self._with_usage else b""
+        return self._label_event + told
 
     # ------------------------------------------------------------------------------------------ one body
 
@@ -157,7 +174,8 @@ class CompletionWriter:
         choices = [self._choices[index] for index in sorted(self._choices)]
         for choice in choices:
             choice["text"] = "".join(choice["text"])
-        return encode({**self._common, "choices": choices, "usage": self._count(usage)})
+        said = {} if self._label is None else {"weft": self._label}
+        return encode({**self._common, "choices": choices, "usage": self._count(usage), **said})
 
     # ------------------------------------------------------------------------------------------ both
 

@@ -16,10 +16,24 @@ from weft.errors import RequestError
 MAX_SEQUENCES = 2048
 """Prompts times n in one call."""
 MAX_SALT_CHARS = 256
+MAX_TECHNIQUES = 16
+"""Parts that one request may lay over the server's stack."""
 
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+
+
+class Own(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"techniques": "with"}):
+    """weft's own field of a request, `weft`.  Unknown keys are refused: each of them would change the answer.
+
+    with: parts laid over the server's stack for this request.  label: whether the answer says which techniques touched it.
+    contrast: a prompt, or messages, without what the answer should rest on, for a technique that contrasts the two.
+    """
+
+    techniques: list[str] | None = None
+    label: bool | None = None
+    contrast: str | list[dict[str, Any]] | None = None
 
 
 class Fields(msgspec.Struct, kw_only=True):
@@ -49,6 +63,8 @@ class Fields(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    # weft's own
+    weft: Own | None = None
 
     @property
     def include_usage(self) -> bool:

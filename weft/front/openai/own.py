@@ -1,0 +1,48 @@
+"""The field `weft` of a request: a stack for this request alone, the label of an answer, a prompt to contrast with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from weft.compose import complete, compose
+from weft.errors import ConfigError, RequestError
+from weft.front.openai.structs import MAX_TECHNIQUES, Fields
+from weft.registry import Part, lookup, parse
+
+
+def techniques(fields: Fields, server: Sequence[str]) -> tuple[str, ...]:
+    """The parts that a request lays over the server's stack, checked.  Raises RequestError saying what is wrong with them.
+
+    Only what composes is let through, so that a refusal comes with its reasons before the prompt is even read.
+    """
+    given = (fields.weft and fields.weft.techniques) or []
+    if len(given) > MAX_TECHNIQUES:
+        raise RequestError(f"weft.with names {len(given)} techniques; at most {MAX_TECHNIQUES}", param="weft.with")
+    try:
+        own = [parse(text) for text in given]
+        for part in own:
+            if not getattr(lookup(part.slot, part.name), "per_request", False):
+                raise ConfigError(f"{part} belongs to the whole server: it is started with it, or without")
+        verdict = compose(_laid_over(own, server))
+    except ConfigError as error:
+        raise RequestError(str(error), param="weft.with", code="unsupported_stack") from None
+    if verdict.verdict == "refused":
+        reasons = "; ".join(r.text for r in verdict.reasons)
+        raise RequestError(
+            f"these techniques do not go together: {reasons}", param="weft.with", code="unsupported_stack"
+        )
+    return tuple(str(part) for part in own)
+
+
+def _laid_over(own: Sequence[Part], server: Sequence[str]) -> list[Part]:
+    slots = {part.slot for part in own}
+    return complete([*(part for part in map(parse, server) if part.slot not in slots), *own])
+
+
+def label(fields: Fields, server: Sequence[str]) -> dict[str, Any] | None:
+    """What an answer says of itself, where the request asks for it: its stack, and how faithful that is."""
+    if fields.weft is None or not fields.weft.label:
+        return None
+    parts = _laid_over([parse(text) for text in fields.weft.techniques or []], server)
+    return {"stack": [str(part) for part in parts], "fidelity": compose(parts).fidelity.value}
