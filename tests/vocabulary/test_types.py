@@ -89,7 +89,8 @@ RESULT = StepResult(
 STATS = EngineStats(
     steps=1, running=2, waiting=3, kv_blocks_total=4, kv_blocks_referenced=5, kv_blocks_cached=6, prompt_tokens=7,
     generation_tokens=8, prefix_hit_tokens=9, prefix_query_tokens=10, preemptions=11, evictions=12, finished=13, rows=14,
-    last_step_s=1.5, host_s=2.5e-4, acts={"draft=ngram.proposed": 4},
+    last_step_s=1.5, host_s=2.5e-4, acts={"draft=ngram.proposed": 4}, shadow_requests=1, shadow_tokens=2,
+    shadow_skipped=3, shadow_kl=0.25, shadow_top1=0.5, shadow_alarm=1,
 )  # fmt: skip
 EVENTS: tuple[Event, ...] = (
     Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB)),

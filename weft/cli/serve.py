@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from weft.front.text import ModelText
 
 SERVER = "Server"
+Checks = tuple[float, float | None] | None
+"""Share of requests that are shadow-checked, and the alarm; None for no checks."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -66,6 +68,26 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    shadow: Annotated[
+        float | None,
+        typer.Option(
+            "--shadow",
+            help="Share of the requests that is computed once more on the reference path; the drift is a metric.",
+            metavar="SHARE",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
+    shadow_alarm: Annotated[
+        float | None,
+        typer.Option(
+            "--shadow-alarm",
+            help="Divergence in nats per token from which on the drift is told as an alarm.",
+            metavar="NATS",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
     flags: EngineFlags,
 ) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
@@ -76,10 +98,14 @@ def serve(
         if served_model_name and len(names) < len(served_model_name):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
         flags.check()
-        _serve(model, flags, host, port, names, key)
+        if shadow_alarm is not None and not shadow:
+            raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
+        _serve(model, flags, host, port, names, key, (shadow, shadow_alarm) if shadow is not None else None)
 
 
-def _serve(model: str | None, flags: EngineFlags, host: str, port: int, names: list[str], key: str | None) -> None:
+def _serve(
+    model: str | None, flags: EngineFlags, host: str, port: int, names: list[str], key: str | None, checks: Checks
+) -> None:
     from weft.front.server import bind
     from weft.hub import model_id, resolve
 
@@ -88,7 +114,7 @@ def _serve(model: str | None, flags: EngineFlags, host: str, port: int, names: l
     # Clients that come while the model loads wait in the socket's queue and are answered then.
     with contextlib.closing(bind(host, port)) as held:
         folder = resolve(model, progress=sys.stderr.isatty())
-        engine, text = start(folder, model_id(model), flags)
+        engine, text = start(folder, model_id(model), flags, checks)
         _run(engine, text, held, host, names, key)
 
 
@@ -110,16 +136,20 @@ def _run(
         engine.close()
 
 
-def start(folder: Path, name: str, flags: EngineFlags) -> tuple[EngineThread, ModelText]:
+def start(folder: Path, name: str, flags: EngineFlags, checks: Checks = None) -> tuple[EngineThread, ModelText]:
     """Plan, show the plan, and only then load: the engine in its thread, and the text side of its model."""
     from weft.cli.plan import table
     from weft.exec.build import build, prepare
     from weft.exec.host import format_size
+    from weft.exec.shadow import Shadow, check_options, planned
     from weft.exec.thread import EngineThread
     from weft.front.text import ModelText
     from weft.llm import engine_info
 
     setup = prepare(flags.config(folder))
+    if checks is not None:
+        check_options(*checks)
+        setup = planned(setup)
     stderr().print(table(setup, name))
     setup.require_fit()
     if setup.plan.reason:
@@ -127,7 +157,8 @@ def start(folder: Path, name: str, flags: EngineFlags) -> tuple[EngineThread, Mo
     text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
         runtime = build(setup, progress)
-    return EngineThread(runtime.engine, runtime.executor, engine_info(setup, name)), text
+    shadow = None if checks is None else Shadow(runtime, *checks)
+    return EngineThread(runtime.engine, runtime.executor, engine_info(setup, name), shadow=shadow), text
 
 
 def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:

@@ -27,6 +27,7 @@ class Mirrored:
         "fresh",
         "laws",
         "prompt",
+        "request",
         "sampling",
         "seed",
         "spans",
@@ -39,6 +40,7 @@ class Mirrored:
     )
 
     def __init__(self, enter: Enter, groups: int, stack: Stack) -> None:
+        self.request = enter.request
         self.stack = stack
         self.forced = enter.forced
         self.laws: Any = None

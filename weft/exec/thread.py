@@ -10,13 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from weft.core.engine import Engine
 from weft.errors import EngineError
 from weft.types import Add, Command, EngineFrame, EngineStats, Event, Finished, Plan, StepResult
+
+if TYPE_CHECKING:
+    from weft.exec.shadow import Shadow
 
 EMPTY_STEPS = 1000
 """Steps without any work, while requests live, after which the engine says that it is stuck."""
@@ -57,10 +60,12 @@ def step(
 
 
 class EngineThread:
-    """info: `front.port.EngineInfo` for those who ask.  close: called on the thread once it has ended."""
+    """info: `front.port.EngineInfo` for those who ask.  shadow: checks of a sample of the requests, or None."""
 
-    def __init__(self, engine: Engine, executor: Executor, info: Any, *, idle_check: bool = True) -> None:
-        self.engine, self.executor, self._info = engine, executor, info
+    def __init__(
+        self, engine: Engine, executor: Executor, info: Any, *, idle_check: bool = True, shadow: Shadow | None = None
+    ) -> None:
+        self.engine, self.executor, self._info, self.shadow = engine, executor, info, shadow
         self.idle_check = idle_check
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._sink: Callable[[EngineFrame], None] | None = None
@@ -118,18 +123,24 @@ class EngineThread:
         empty = 0
         while not self._closing:
             idle = not self.engine.has_work
+            if self.shadow is not None and self.shadow.turn(idle):
+                self._stats = self.shadow.told(self._stats)
             if idle and self._busy_since is not None:
                 self._busy_since = None
                 if self.idle_check:
                     self.engine.check()
-            events = self._drain(wait=idle)
+            checking = self.shadow is not None and self.shadow.busy
+            events = self._drain(wait=idle and not checking)
             if not self.engine.has_work:
-                self._emit(events, 0.0)
+                if events or not checking:
+                    self._emit(events, 0.0)
                 continue
             if self._busy_since is None:
                 self._busy_since = time.monotonic()
             more, times = step(self.engine, self.executor)
             self._last_step = time.monotonic()
+            if self.shadow is not None:
+                self.shadow.see(more)
             self._emit([*events, *more], times.host_s)
             empty = 0 if self._stats.rows or not self._stats.running else empty + 1
             if empty > EMPTY_STEPS:
@@ -147,12 +158,19 @@ class EngineThread:
             if command is None:
                 return events
             if isinstance(command, Add):
-                events.extend(self.engine.add(command.spec, time.monotonic()))
+                refused = self.engine.add(command.spec, time.monotonic())
+                events.extend(refused)
+                if self.shadow is not None and not refused:
+                    self.shadow.admit(command.spec)
             else:
                 self.engine.cancel(command.id, command.index)
+                if self.shadow is not None:
+                    self.shadow.cancelled(command.id)
 
     def _emit(self, events: list[Event], host_s: float) -> None:
         stats = msgspec.structs.replace(self.engine.stats, last_step_s=self._last_step, host_s=host_s)
+        if self.shadow is not None:
+            stats = self.shadow.told(stats)
         self._stats = stats
         if events and self._sink is not None:
             self._sink(EngineFrame(events=tuple(events), stats=stats))

@@ -24,6 +24,9 @@ GAUGES = (
     ("kv_blocks_total", "kv_blocks_total", "Blocks in the KV pool"),
     ("kv_blocks_referenced", "kv_blocks_referenced", "Blocks in use by live sequences"),
     ("kv_blocks_cached", "kv_blocks_cached", "Blocks kept only for prefixes that may come again"),
+    ("shadow_kl_mean", "shadow_kl", "Divergence from the reference path over recent shadow checks, nats per token"),
+    ("shadow_top1", "shadow_top1", "Share of tokens of recent shadow checks whose likeliest token is the reference's"),
+    ("shadow_alarm", "shadow_alarm", "1 while the divergence is above --shadow-alarm"),
     ("step_rows", "rows", "Rows of the last step"),
     ("step_host_seconds", "host_s", "Time of the last step that was neither model forward nor sampling"),
 )
@@ -34,6 +37,9 @@ COUNTERS = (
     ("prefix_hit_tokens_total", "prefix_hit_tokens", "Prompt tokens found in the prefix index"),
     ("prefix_query_tokens_total", "prefix_query_tokens", "Prompt tokens looked up in the prefix index"),
     ("preemptions_total", "preemptions", "Sequences that lost their blocks and were computed again"),
+    ("shadow_requests_total", "shadow_requests", "Requests that were computed once more on the reference path"),
+    ("shadow_tokens_total", "shadow_tokens", "Tokens that shadow checks compared"),
+    ("shadow_skipped_total", "shadow_skipped", "Sampled requests that could not be checked"),
     ("evictions_total", "evictions", "Cached blocks that were given up"),
 )
 

@@ -96,6 +96,15 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """When the last step ended, on the engine's clock."""
     acts: dict[str, int] = {}
     """What the techniques did, by "slot=name.act" (counters)."""
+    shadow_requests: int = 0
+    """Requests that were computed once more on the reference path (counter); tokens of theirs, and requests left out."""
+    shadow_tokens: int = 0
+    shadow_skipped: int = 0
+    shadow_kl: float = 0.0
+    """Mean divergence from the reference path over recent checks, nats per token; share of equal likeliest tokens."""
+    shadow_top1: float = 1.0
+    shadow_alarm: int = 0
+    """1 while the divergence is above the threshold."""
     host_s: float = 0.0
     """Time of the last step that was neither model forward nor sampling."""
 

@@ -1,0 +1,42 @@
+"""The matrix page is what its generator writes, and few pairs are refused."""
+
+from __future__ import annotations
+
+import itertools
+
+from tools import matrix
+from weft.compose import compose
+from weft.registry import parse
+
+MOST_REFUSED = 0.15
+
+
+def test_the_page_is_what_the_generator_writes() -> None:
+    assert matrix.main(["--check"]) == 0, "run python -m tools.matrix"
+
+
+def test_few_pairs_are_refused_and_each_says_what_would_help() -> None:
+    """Every refusal names the word that is missing and who gives it."""
+    found = matrix.shown()
+    said = [v for a, b in itertools.combinations(found, 2) if (v := matrix.verdict(a, b)) is not None]
+    refused = [v for v in said if v.verdict == "refused"]
+    assert len(refused) <= MOST_REFUSED * len(said)
+    for v in refused:
+        assert v.reasons
+        assert all("gives it" in r.text for r in v.reasons if r.rule == "needs")
+
+
+def test_a_cell_says_what_compose_says() -> None:
+    found = matrix.shown()
+    names = [f"{f.slot}={f.name}" for f in found]
+    one, other = names.index("draft=ngram"), names.index("schedule=layered")
+    row = matrix.rows(found)[2 + max(one, other)].split(" | ")
+    cell = row[3 + min(one, other)].strip(" |")
+    assert cell == matrix.MARKS[compose([parse("draft=ngram"), parse("schedule=layered")]).verdict]
+
+
+def test_a_page_that_was_edited_is_noticed(monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    page = tmp_path / "matrix.md"
+    page.write_text(matrix.page(matrix.shown()).replace("| + |", "| x |", 1))
+    monkeypatch.setattr(matrix, "PAGE", page)
+    assert matrix.main(["--check"]) == 1
