@@ -52,7 +52,7 @@ def page(found: Sequence[Feature]) -> str:
         "Written by `python -m tools.matrix` from the traits that each technique declares; `weft compose` says the same for any",
         "stack, and generated tests hold every pair to it (`tests/conform/test_pairs.py`).",
         "",
-        "`+` goes together, `o` goes together at a cost or with one of them idle, `x` is refused, `.` the same slot, which takes one",
+        "`+` goes together, `o` does at a cost or with one of them idle, `x` is refused, `.` is the same slot, which takes one",
         "technique. A pair is as faithful as the weaker of the two.",
         "",
         *rows(found),
