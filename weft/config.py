@@ -9,7 +9,7 @@ from typing import Any
 from weft.compose import Verdict, complete, require, traits_of
 from weft.errors import ConfigError
 from weft.registry import Part, lookup, parse
-from weft.traits import Effect
+from weft.traits import Effect, Trait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +83,16 @@ class Stack:
         return 1 if attention is None else int(attention.tile)
 
     @property
+    def second(self) -> str | None:
+        """The checkpoint of the second model that a technique asks for.  Raises ConfigError where two ask for different ones."""
+        named = {p: getattr(self.instances[p.slot], "model", None) for p in self.parts}
+        models = {model for model in named.values() if model is not None}
+        if len(models) > 1:
+            asking = " and ".join(str(p) for p, model in named.items() if model is not None)
+            raise ConfigError(f"{asking} ask for different models, and weft loads one beside the target")
+        return models.pop() if models else None
+
+    @property
     def history(self) -> int:
         """Tokens at the end of a prompt that a technique has to see computed; an instance may ask for more than its traits."""
         return max(self.verdict.history, *(int(getattr(x, "history", 0)) for x in self.instances.values()), 0)
@@ -142,12 +152,25 @@ class Stacks:
             if not getattr(lookup(part.slot, part.name), "per_request", False):
                 raise ConfigError(f"{part} belongs to the whole server: start weft with --with '{part}'")
         require(own)
+        own = [self._as_loaded(p) for p in own]
         slots = {p.slot for p in own}
         rest = [p for p in self.base.parts if p.slot not in slots]
         parts = [*rest, *own]
         verdict = require(parts)
         instances = {p.slot: self.base.instances[p.slot] for p in rest} | {p.slot: p.build() for p in own}
         return Stack(tuple(parts), instances, verdict)
+
+    def _as_loaded(self, part: Part) -> Part:
+        """A request's part that needs a second model works with the server's, which it may name or leave out."""
+        if Trait.SECOND_MODEL not in traits_of(part).needs:
+            return part
+        loaded, given = self.base.second, dict(part.arguments)
+        if loaded is None or given.get("model", loaded) != loaded:
+            has = "none" if loaded is None else "another one (leave out model=, and it is used)"
+            raise ConfigError(
+                f"{part} needs a second model, and this server has loaded {has}; start weft with --with '{part}'"
+            )
+        return Part(part.slot, part.name, tuple({**given, "model": loaded}.items()))
 
     def acts(self) -> dict[str, int]:
         """What the techniques did since the start, by "slot=name.act"."""

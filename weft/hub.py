@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 BUNDLED = "bundled"
 BUNDLED_ID = "weft-tiny"
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled" / "tiny"
+_BUNDLED_DRAFT = Path(__file__).parent / "bundled" / "draft"
 
 PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.tiktoken", "merges.txt", "vocab.bpe")
 """What is fetched from the hub."""
@@ -63,6 +64,17 @@ def resolve(model: str | os.PathLike[str] | None, *, progress: bool = True, weig
     if not _ID.fullmatch(name) or _looks_local(name):
         raise ConfigError(f"there is no folder {name}; give one with config.json, or a hub id such as Qwen/Qwen3-0.6B")
     return _checked(_download(name, progress, PATTERNS if weights else CONFIGURATION))
+
+
+def resolve_draft(model: str, *, progress: bool = True, weights: bool = True) -> Path:
+    """As `resolve`, for a model that guesses for another: "bundled" is the one that comes with weft for its bundled model."""
+    if model != BUNDLED:
+        return resolve(model, progress=progress, weights=weights)
+    if not (_BUNDLED_DRAFT / "config.json").is_file():
+        raise ConfigError(
+            f"the bundled draft model is not in this installation ({_BUNDLED_DRAFT}); give model='FOLDER' or a hub id"
+        )
+    return _BUNDLED_DRAFT
 
 
 def model_id(model: str | os.PathLike[str] | None) -> str:

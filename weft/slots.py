@@ -36,7 +36,7 @@ SLOTS: dict[str, Slot] = {
         Slot("kv.reuse", "KV that can stand in for computing"),
         Slot("kv.offload", "which tier holds a block, when to fetch"),
         Slot("attention", "how attention is computed"),
-        Slot("draft", "guesses ahead"),
+        Slot("draft", "guesses ahead", "none"),
         Slot("accept", "which guesses stand", "race"),
         Slot("weights", "how weights are stored: quantized, pruned, tied"),
         Slot("adapt", "per-request deltas on weights"),
@@ -200,6 +200,7 @@ class Ask:
 
     context: [T] int64 ids, the newest token last, -1 where no token stands.  prompt: how many of them are prompt.  output: index
     of the first token to guess.  most: guesses that can be verified.  sampling, seed: the law and the noise of its tokens.
+    independent: the sequence's `accept` weighs laws (see `Accept.laws`).  forced: the output that is set beforehand, if it is.
     """
 
     context: Any
@@ -208,6 +209,8 @@ class Ask:
     most: int
     sampling: SamplingSpec
     seed: int
+    independent: bool = False
+    forced: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +222,19 @@ class Guesses:
 
 
 class Forward(Protocol):
-    """Runs the second model: for each (index of the ask, ids that follow what it has computed) the logits after the last of
-    them, float32 [N, vocab].  Ids stand in the model's KV from then on, until the step's result says what stands."""
+    """The second model, for the asks of one call of `propose`.
+
+    ()      for each (index of the ask, ids that follow what it has computed) the logits after the last of them, float32
+            [N, vocab], good until the next call.  Ids stand in the model's KV from then on, until the step's result says what
+            stands; an ask takes most - 1 of them after its newest token
+    draw    for each (index of the ask, its guesses so far) a token of its row of logits under the ask's own law (temperature,
+            truncation, bias, penalties), -1 where the logits are not finite; and the law, float32 [vocab].  By the noise of the
+            very token that is guessed, so that draft and target mostly agree, and without a law; or, where the ask is
+            independent, by noise that nothing else uses
+    """
 
     def __call__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> Any: ...
+    def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: Any) -> list[tuple[int, Any]]: ...
 
 
 class Draft(Protocol):
@@ -232,11 +244,14 @@ class Draft(Protocol):
               the newest token is the first that it has not computed
     observe   of a step's guesses for one sequence, how many were verified and how many of them stood
 
-    model: the second model's checkpoint ("bundled" for the one that ships with weft, or a folder), or None.
+    model: the second model's checkpoint ("bundled" for the one that ships with weft, a folder, or a hub id), or None.
+    guesses: the most for one sequence in a step; 0 asks for nothing.
     """
 
     @property
     def model(self) -> str | None: ...
+    @property
+    def guesses(self) -> int: ...
     def propose(self, asks: Sequence[Ask], run: Forward | None) -> Sequence[Guesses]: ...
     def observe(self, proposed: int, accepted: int) -> None: ...
 
@@ -263,8 +278,12 @@ class Accept(Protocol):
     """Slot `accept`: which guesses stand.
 
     accept  (tokens that stand, accepted guesses in order); there is one token more than guesses
+
+    laws: guesses are weighed by the laws that they were drawn from, so they must be drawn, by noise that nothing else uses.
     """
 
+    @property
+    def laws(self) -> bool: ...
     def accept(self, view: Verify) -> tuple[list[int], list[int]]: ...
 
 

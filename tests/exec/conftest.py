@@ -10,7 +10,7 @@ import pytest
 
 from weft.config import Stacks, build_stack
 from weft.core.engine import Engine
-from weft.exec.build import EngineConfig, Runtime, build, prepare
+from weft.exec.build import EngineConfig, Runtime, build, prepare, reach
 from weft.exec.runner import TorchExecutor
 from weft.exec.thread import step
 from weft.hub import resolve
@@ -73,11 +73,13 @@ class Bench:
             blocks or setup.plan.kv_blocks,
             replace(setup.limits, **limits),
             stacks,
+            models=tuple(setup.specs),
             layers=len(setup.spec.layers),
             vocab=setup.spec.vocab,
             share=share,
+            reach=reach(setup),
         )
-        self.executor = TorchExecutor({"target": runtime.decoder}, runtime.pool, stacks)
+        self.executor = TorchExecutor(runtime.decoders, runtime.pool, stacks)
         self.events: list[Event] = []
         self.steps = 0
 

@@ -132,6 +132,7 @@ class Skilled:
     """A draft that knows the answers, and says them with probability `skill`."""
 
     model = None
+    guesses = 4
 
     def __init__(self, truth: list[list[int]], skill: float) -> None:
         self.truth = {tuple(t[:3]): t for t in truth}

@@ -26,6 +26,7 @@ class Race:
 
     traits: ClassVar[Traits] = Traits()
     per_request: ClassVar[bool] = True
+    laws: ClassVar[bool] = False
 
     def accept(self, view: Verify) -> tuple[list[int], list[int]]:
         tokens, path, at = [view.winner(0)], list[int](), -1

@@ -65,6 +65,8 @@ def table(setup: Setup, name: str) -> Table:
     plural = "" if setup.threads == 1 else "s"
     threads = f", {setup.threads} thread{plural}" if setup.device == "cpu" else ""
     grid.add_row("weights", format_size(p.weights_bytes), f"{setup.dtype} on {setup.device}{threads}")
+    if p.draft_bytes:
+        grid.add_row("draft model", format_size(p.draft_bytes), "its weights, workspace and laws")
     grid.add_row(
         "KV pool",
         format_size(p.kv_bytes),

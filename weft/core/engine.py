@@ -10,7 +10,7 @@ What programs may do to single sequences between a commit and the next schedule 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core.kv import KV
@@ -39,7 +39,7 @@ class Engine(Sequences):
 
     vocab: ids are checked against it where it is given.  share: prefix sharing.  stack: the server's.  stacks: with those that
     requests lay over it, shared with an executor in the same process.  cuts: rules beside those of the stacks' techniques.
-    in_flight: plans that may be submitted at once (1 on a CPU).
+    in_flight: plans that may be submitted at once (1 on a CPU).  reach: positions that a model beside the target can compute.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Engine(Sequences):
         settings: bytes = b"",
         cuts: Sequence[CutRule] = (),
         in_flight: int = 1,
+        reach: Mapping[str, int] | None = None,
     ) -> None:
         stacks = stack if isinstance(stack, Stacks) else Stacks(stack or build_stack())
         self.stack = stacks.base
@@ -66,7 +67,8 @@ class Engine(Sequences):
             raise ConfigError(
                 "this schedule stops rows between layers, and the engine has no KV group for their hidden states"
             )
-        scheduler = Scheduler(kv, policy, limits, tuple(models), layers, self.stack)
+        far = [(reach or {}).get(name, limits.max_model_len) for name in models]
+        scheduler = Scheduler(kv, policy, limits, tuple(models), layers, self.stack, far)
         super().__init__(kv, scheduler, limits, tuple(models), vocab, stacks, cuts)
         self._layers = layers
         self._step = 0
@@ -104,9 +106,11 @@ class Engine(Sequences):
         flight = self._flights.pop(plan.step)
         self.pool.now = now
         events: list[Event] = []
-        for (request, generation), work, fact in zip(flight, plan.works, result.works, strict=True):
+        # Told before anything is taken in: what falls short of one model's rows does not undo another model's.
+        live = [request.generation == generation for request, generation in flight]
+        for (request, _), counts, work, fact in zip(flight, live, plan.works, result.works, strict=True):
             request.in_flight -= 1
-            if request.state is not State.DONE and request.generation == generation:
+            if counts and request.state is not State.DONE:
                 self._take(request, work, fact, now, events)
         self.pool.committed(plan.step)
         return events
@@ -199,7 +203,8 @@ class Engine(Sequences):
         stop_id: int | None = None,
         error: str | None = None,
     ) -> None:
-        self.kv.publish(r, 0)
+        for m in range(len(self.models)):
+            self.kv.publish(r, m)
         for index in (r.index,) if r.fanned else range(r.spec.n):
             events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error))
         self._leave(r)

@@ -27,6 +27,7 @@ class KV:
         share: bool = True,
     ) -> None:
         self.groups = list(groups)
+        self.models = tuple(models)
         self.pool = pool
         self.settings = settings
         self.share = share

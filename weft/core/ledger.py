@@ -1,6 +1,7 @@
 """The memory plan: every arena to the byte, decided before anything is allocated.
 
     weights     the checkpoint in its stored form, once
+    draft       weights, workspace and laws of a second model, where there is one
     kv          blocks * block_bytes (+ the position of every entry)
     workspace   the decoder's named buffers
     reserve     interpreter, libraries, allocator slack: measured, not planned
@@ -45,18 +46,27 @@ class MemoryPlan:
     reason: str = ""
     available_source: str = ""
     model_max_len: int = 0
+    draft_bytes: int = 0
+    """Weights, workspace and laws of a model beside the target."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def blocks_for(
-    groups: Sequence[GroupSpec], tokens: int, rows: int, *, layered: bool = False, kept: int | None = None
+    groups: Sequence[GroupSpec],
+    tokens: int,
+    rows: int,
+    *,
+    layered: bool = False,
+    kept: int | None = None,
+    ahead: int = 0,
 ) -> int:
     """Blocks that one sequence of `tokens` positions holds at most, when no step adds more than `rows` to it.
 
     A window group keeps only what its window and the rows of one step reach; parked hidden states stand only in layered steps.
-    kept: entries that a full group of the target keeps at most where compression drops some.
+    kept: entries that a full group of the target keeps at most where compression drops some.  ahead: rows of a step that a model
+    beside the target may add to them.
     """
     total = 0
     for g in groups:
@@ -64,7 +74,7 @@ def blocks_for(
             need = min(tokens, rows) if layered else 0
         elif g.window is not None:
             # The head is dropped in whole blocks, so up to one block more than window and rows ask for.
-            need = min(tokens, g.window - 1 + rows + g.block_tokens)
+            need = min(tokens, g.window - 1 + rows + g.block_tokens + (ahead if g.model != "target" else 0))
         else:
             need = tokens if kept is None or g.model != "target" else min(tokens, kept)
         total += -(-need // g.block_tokens)
@@ -91,17 +101,20 @@ def plan_memory(
     max_model_len: int | None = None,
     layered: bool = False,
     reserve_bytes: int = RESERVE_BYTES,
+    draft_bytes: int = 0,
+    ahead: int = 0,
 ) -> MemoryPlan:
     """Divide the memory.
 
     memory_bytes: --memory, everything that weft may take; None takes what the default KV pool needs, at most 85 % of
     what is available.  max_model_len: None takes the model's own, or less where only less fits (and says so in `reason`).
+    draft_bytes: of a model beside the target, which may add `ahead` rows to a step's.
     """
     _check_length(max_model_len, model_max_len)
     # The int32 position of every entry; any group may hold a block, so as many as the one with most entries has.
     entry_overhead = 4 * max(g.block_tokens for g in groups)
     per_block = block_bytes + entry_overhead
-    fixed = weights_bytes + workspace_bytes + reserve_bytes
+    fixed = weights_bytes + draft_bytes + workspace_bytes + reserve_bytes
     share = int(available_bytes * DEFAULT_SHARE)
     room = share if memory_bytes is None else min(memory_bytes, available_bytes)
     fit_blocks = max(0, (room - fixed) // per_block)
@@ -109,11 +122,11 @@ def plan_memory(
     if memory_bytes is not None and memory_bytes > available_bytes:
         reason = f"--memory asks for {_mib(memory_bytes)}, {_mib(available_bytes)} are available; planned with those"
     length = max_model_len or model_max_len
-    need = blocks_for(groups, length, rows, layered=layered)
+    need = blocks_for(groups, length, rows, layered=layered, ahead=ahead)
     if need > fit_blocks and max_model_len is None:
-        shorter = longest(groups, fit_blocks, rows, length, layered=layered)
+        shorter = longest(groups, fit_blocks, rows, length, layered=layered, ahead=ahead)
         if shorter >= min(length, 256):
-            length, need = shorter, blocks_for(groups, shorter, rows, layered=layered)
+            length, need = shorter, blocks_for(groups, shorter, rows, layered=layered, ahead=ahead)
             reason = (
                 f"the model allows {model_max_len} tokens, memory holds the KV of {length}; "
                 "give more --memory for longer ones"
@@ -128,7 +141,7 @@ def plan_memory(
         blocks = max(blocks, need)
         total = fixed + blocks * per_block
         bound = _bound(memory_bytes, room, available_bytes)
-        reason = _why(weights_bytes, workspace_bytes, reserve_bytes, need * per_block, length, bound)
+        reason = _why(weights_bytes + draft_bytes, workspace_bytes, reserve_bytes, need * per_block, length, bound)
     return MemoryPlan(
         weights_bytes=weights_bytes,
         kv_bytes=blocks * per_block,
@@ -145,6 +158,7 @@ def plan_memory(
         reason=reason,
         available_source=available_source,
         model_max_len=model_max_len,
+        draft_bytes=draft_bytes,
     )
 
 
@@ -164,12 +178,14 @@ def _bound(memory_bytes: int | None, room: int, available_bytes: int) -> str:
     return f"--memory allows {_mib(room)}"
 
 
-def longest(groups: Sequence[GroupSpec], blocks: int, rows: int, most: int, *, layered: bool = False) -> int:
+def longest(
+    groups: Sequence[GroupSpec], blocks: int, rows: int, most: int, *, layered: bool = False, ahead: int = 0
+) -> int:
     """The longest sequence that `blocks` hold alone, at most `most` (bisection: the need grows with the length)."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if blocks_for(groups, middle, rows, layered=layered) <= blocks:
+        if blocks_for(groups, middle, rows, layered=layered, ahead=ahead) <= blocks:
             low = middle
         else:
             high = middle - 1

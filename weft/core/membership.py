@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from weft.config import Limits
+from weft.config import Limits, Stack
 from weft.core.kv import KV
 from weft.core.ledger import blocks_for
 from weft.core.planning import Planning
@@ -15,8 +15,11 @@ from weft.slots import Schedule
 class Membership:
     """Owns every list of requests; `Scheduler` fills steps from them."""
 
-    def __init__(self, kv: KV, policy: Schedule, limits: Limits) -> None:
-        self.kv, self.pool, self.policy, self.limits = kv, kv.pool, policy, limits
+    def __init__(self, kv: KV, policy: Schedule, limits: Limits, base: Stack) -> None:
+        self.kv, self.pool, self.policy, self.limits, self.base = kv, kv.pool, policy, limits, base
+        draft = base.get("draft")
+        self._drafts = draft is not None and draft.model is not None
+        self._target_groups = [g for g in kv.groups if g.model == kv.models[0]]
         self.running: dict[int, Request] = {}
         self.parked: dict[int, Request] = {}
         self.waiting: dict[int, Request] = {}
@@ -57,7 +60,15 @@ class Membership:
     def _blocks(self, request: Request, tokens: int) -> int:
         """Blocks for `tokens` positions of a request, or for as many entries as its stack keeps of them."""
         kept = request.stack.budget(request.prompt, tokens)
-        return blocks_for(self.kv.groups, tokens, self.limits.max_rows, layered=self.policy.layered, kept=kept)
+        groups = self.kv.groups if self.follows(request) else self._target_groups
+        ahead = 2 * self.limits.max_guesses if self._drafts else 0
+        return blocks_for(groups, tokens, self.limits.max_rows, layered=self.policy.layered, kept=kept, ahead=ahead)
+
+    def follows(self, request: Request) -> bool:
+        """Whether models beside the target compute this request: a draft model only what it guesses for."""
+        if not self._drafts:
+            return True
+        return request.link is None and not request.spans and request.stack["draft"].model is not None
 
     def link(self, number: int, members: list[Request]) -> None:
         for r in members:

@@ -32,6 +32,11 @@ def child_seed(seed: int, index: int) -> int:
     return seed & MASK if index == 0 else mix((seed & MASK) ^ mix(index * GOLDEN))
 
 
+def side_seed(seed: int, salt: int) -> int:
+    """A seed for other noise of the same sequence (a draft's, an acceptance's): none that a sequence of a request could have."""
+    return child_seed(seed, (1 << 32) + salt)
+
+
 def row_key(seed: int, index: int) -> int:
     """64-bit key of the noise of output `index` (0 is the first token) under `seed`."""
     return mix((seed & MASK) + mix((index + 1) * GOLDEN))

@@ -26,6 +26,8 @@ class Planning:
     """Requests with any work."""
     advanced: set[int] = field(default_factory=set)
     """Requests with rows of the target model."""
+    sampled: dict[int, int] = field(default_factory=dict)
+    """Requests that get a token, and how many guesses are verified with it."""
     preempted: list[Request] = field(default_factory=list)
     closed: bool = False
     blocks: int = 0
@@ -89,6 +91,8 @@ class Planning:
         )
         self.add(r, work, samples)
         self.advanced.add(r.rid)
+        if work.samples:
+            self.sampled[r.rid] = guesses
         if start >= r.prompt and len(context) - start <= 1:  # as Request.decoding
             self.view.decode_rows += len(tokens)
         else:

@@ -13,7 +13,7 @@ the policy's; that nobody is lost is the loop's:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from weft.config import Limits, Stack
 from weft.core.kv import KV
@@ -29,14 +29,23 @@ FINAL = Quota(1)
 
 
 class Scheduler(Membership):
-    """Fills steps.  models: names; layers: layer count of the target model; base: the server's stack."""
+    """Fills steps.  models: names; layers: layer count of the target model; base: the server's stack.
+
+    reach: by model, positions that it can compute.
+    """
 
     def __init__(
-        self, kv: KV, policy: Schedule, limits: Limits, models: tuple[str, ...], layers: int, base: Stack
+        self,
+        kv: KV,
+        policy: Schedule,
+        limits: Limits,
+        models: tuple[str, ...],
+        layers: int,
+        base: Stack,
+        reach: Sequence[int],
     ) -> None:
-        super().__init__(kv, policy, limits)
-        self.base = base
-        self.models, self.layers = models, layers
+        super().__init__(kv, policy, limits, base)
+        self.models, self.layers, self.reach = models, layers, reach
         self._followers = range(1, len(models))
         self.hit_tokens = 0
         self.queried_tokens = 0
@@ -58,6 +67,7 @@ class Scheduler(Membership):
                 d.closed = True
             elif request.rid not in d.advanced:
                 self._advance(request, d)
+        self._follow(d)
         for request in d.preempted:
             self.enqueue(request, now)
         leaving, self.leaving = self.leaving, []
@@ -125,9 +135,6 @@ class Scheduler(Membership):
     # ------------------------------------------------------------------ one request
 
     def _advance(self, r: Request, d: Planning) -> None:
-        for m in self._followers:
-            if r.stack is self.base or self._wants(r):
-                self._follow(r, m, d)
         if r.link is None or not self._together(r, d):
             self._target(r, d)
 
@@ -185,37 +192,51 @@ class Scheduler(Membership):
             if final:
                 r.planned[0] = stop
 
-    def _wants(self, r: Request) -> bool:
-        """Whether another model follows this request: its own stack may guess without one."""
-        own, base = r.stack.get("draft"), self.base.get("draft")
-        return base is None or base.model is None or (own is not None and own.model is not None)
+    def _follow(self, d: Planning) -> None:
+        """Other models catch up with what stands, with the rows that the target left over; nobody is preempted for them.
 
-    def _follow(self, r: Request, m: int, d: Planning) -> None:
-        """Another model catches up with the context (a draft model, a guide): ordinary rows, none sampled, nobody preempted.
-
-        A draft model goes on from there once it is known what was accepted, and needs room for that: the newest token, guesses
-        that were accepted, and its own proposals but the last.
+        Whoever is least behind goes first: a draft that has caught up can go ahead of its sequence, and one with a long prompt
+        before it cannot yet.
         """
-        start = r.planned[m]
-        stop = min(len(r.context), start + d.most())
+        for m in self._followers:
+            behind = [
+                (len(r.context) - r.planned[m], r.rid, r)
+                for r in self.running.values()
+                if not r.in_flight and self.follows(r)
+            ]
+            for lag, _, r in sorted(behind):
+                if lag or r.rid in d.sampled:
+                    self._follow_one(r, m, d)
+
+    def _follow_one(self, r: Request, m: int, d: Planning) -> None:
+        """Rows of model m up to the context's end, and room to go ahead once it is known what of the target's guesses stood."""
+        start, end = r.planned[m], len(r.context)
+        stop = min(end, start + d.most(), self.reach[m])
+        if self.kv.sliding[m]:
+            self.kv.slide(r, m, start)
+        for ahead in (self._ahead(r, m, d), 0) if stop == end else (0,):
+            rows = max(0, stop - start) + ahead
+            if rows and self._spare(r, m, rows):
+                d.blocks += self.kv.grow(r, m, rows, d.ops)
+                tokens = tuple(r.context[start:stop])
+                work = Work(request=r.rid, model=self.models[m], rows=((start, stop),), tokens=tokens, ahead=ahead)
+                d.add(r, work, 0)
+                r.planned[m] = stop
+                return
+
+    def _ahead(self, r: Request, m: int, d: Planning) -> int:
+        """Entries for what may be accepted in this step, the token after it, and the draft's own guesses but the last."""
         draft = r.stack.get("draft")
-        ahead = 0
-        if draft is not None and draft.model is not None and stop == len(r.context) and r.link is None:
-            ahead = min(2 * self.limits.max_guesses + 1, min(r.limit, self.limits.max_model_len) - stop)
-        if r.in_flight or (stop <= start and ahead <= 0):
-            return
-        cut = self._cut(r, start)
-        if cut is not None and cut < stop:
-            stop, ahead = cut, 0
-        self.kv.slide(r, m, start)
-        if ahead and not self.pool.can_take(r.rid, self.kv.need(r, m, stop - start + ahead)):
-            ahead = 0
-        if (stop > start or ahead) and self.pool.can_take(r.rid, self.kv.need(r, m, stop - start + ahead)):
-            d.blocks += self.kv.grow(r, m, stop - start + ahead, d.ops)
-            tokens = tuple(r.context[start:stop])
-            work = Work(request=r.rid, model=self.models[m], rows=((start, stop),), tokens=tokens, ahead=ahead)
-            d.add(r, work, 0)
-            r.planned[m] = stop
+        if r.rid not in d.sampled or draft is None or draft.model is None:
+            return 0
+        most = d.sampled[r.rid] + min(int(draft.guesses), self.limits.max_guesses)
+        return max(0, min(most, min(r.limit, self.limits.max_model_len, self.reach[m]) - len(r.context)))
+
+    def _spare(self, r: Request, m: int, rows: int) -> bool:
+        """Whether there is room for another model's rows, and one more block for everybody else who runs."""
+        if self.kv.ready(r, m, rows):
+            return True
+        return self.pool.can_take(r.rid, self.kv.need(r, m, rows) + len(self.running) - 1)
 
     def _together(self, r: Request, d: Planning) -> bool:
         """Linked requests sample together: their last rows are planned in one step or not at all.  True when dealt with."""

@@ -52,4 +52,5 @@ class Batch:
     trees: dict[int, tuple[int, ...]] = field(default_factory=dict)
     vectors: tuple[Tensor, Tensor] | None = None
     sequences: list[Any] = field(default_factory=list)
-    """What the executor knows of each sequence (`exec.mirror.Mirrored`): its stack and the state of its techniques."""
+    """What the executor knows of each sequence (`exec.mirror.Mirrored`): its stack and the state of its techniques.  On a model
+    beside the target, where techniques have no say, all are one `exec.mirror.Plain`."""

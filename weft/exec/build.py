@@ -16,10 +16,11 @@ from weft.core.engine import Engine
 from weft.core.ledger import MemoryPlan, plan_memory
 from weft.errors import CapacityError, ConfigError
 from weft.exec.host import available_memory, cpu_count, parse_size
+from weft.hub import resolve_draft
 from weft.models import checkpoint_dtype, load_config
 from weft.models.families import read
 from weft.models.layout import weights_bytes, workspace_bytes
-from weft.models.spec import DecoderSpec, dtype_bytes, kv_groups
+from weft.models.spec import DecoderSpec, all_groups, dtype_bytes
 from weft.recipe import merged
 from weft.recipe import read as read_recipe
 from weft.registry import Part, load_plugin, parse
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import Decoder
 
+MAX_GUESSES = 16
+"""Guesses that are verified for one sequence in a step."""
 SMALL_BYTES = 64 << 20
 """Below this much weight a step's operations are too short to be worth handing to a second thread."""
 FLOAT32_BYTES = 1 << 30
@@ -100,7 +103,7 @@ def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Everything that is decided before anything is allocated."""
+    """Everything that is decided before anything is allocated.  draft: the second model, where the stack asks for one."""
 
     config: EngineConfig
     spec: DecoderSpec
@@ -112,6 +115,15 @@ class Setup:
     limits: Limits
     stack: Stack
     plan: MemoryPlan
+    draft: DecoderSpec | None = None
+
+    @property
+    def specs(self) -> dict[str, DecoderSpec]:
+        """The models by name, the target first."""
+        return {"target": self.spec} if self.draft is None else {"target": self.spec, "draft": self.draft}
+
+    def groups_of(self, model: str) -> tuple[GroupSpec, ...]:
+        return tuple(g for g in self.groups if g.model == model)
 
     def require_fit(self) -> None:
         """Raise CapacityError, naming the numbers, where the plan does not fit."""
@@ -128,6 +140,12 @@ class Runtime:
     executor: TorchExecutor
     decoder: Decoder
     pool: KVPool = field(repr=False)
+    draft: Decoder | None = None
+
+    @property
+    def decoders(self) -> dict[str, Decoder]:
+        """By the names of models in a plan."""
+        return {"target": self.decoder} if self.draft is None else {"target": self.decoder, "draft": self.draft}
 
 
 def prepare(config: EngineConfig) -> Setup:
@@ -146,7 +164,9 @@ def prepare(config: EngineConfig) -> Setup:
     device = _device(config.device)
     dtype = choose_dtype(config.dtype, raw, spec, device)
     stack = build_stack(config.techniques)
-    groups, block_bytes = kv_groups(spec, dtype, config.block_tokens, stack.get("kv.store"))
+    draft = _second(stack, spec)
+    specs = {"target": spec} if draft is None else {"target": spec, "draft": draft}
+    groups, block_bytes = all_groups(specs, dtype, config.block_tokens, stack.get("kv.store"))
     layered = bool(stack["schedule"].layered)
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
@@ -167,15 +187,19 @@ def prepare(config: EngineConfig) -> Setup:
         memory_bytes=config.memory_bytes,
         max_model_len=config.max_model_len,
         layered=layered,
+        draft_bytes=0 if draft is None else _draft_bytes(draft, dtype, rows, config.max_num_seqs, stack),
+        ahead=0 if draft is None else 2 * MAX_GUESSES,
     )
     small = plan.weights_bytes <= SMALL_BYTES
     threads = config.threads or (1 if small else cpu_count().threads)
     limits = Limits(
-        max_model_len=plan.max_model_len, max_num_seqs=config.max_num_seqs, max_rows=rows, max_samples=samples
-    )
+        max_model_len=plan.max_model_len, max_num_seqs=config.max_num_seqs, max_rows=rows, max_samples=samples,
+        max_guesses=MAX_GUESSES,
+    )  # fmt: skip
     return Setup(
         config=config, spec=spec, dtype=dtype, device=device, threads=threads,
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
+        draft=draft,
     )  # fmt: skip
 
 
@@ -199,13 +223,22 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
         source = like
     elif config.load == "auto" and isinstance(config.model, Path):
         source = config.model
+    total = weights_bytes(setup.spec, setup.dtype)
     decoder = build_decoder(
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
-        groups=setup.groups, invariant=config.invariant, seed=config.seed, progress=progress,
+        groups=setup.groups_of("target"), invariant=config.invariant, seed=config.seed, progress=progress,
     )  # fmt: skip
+    second = None
+    if setup.draft is not None:
+        second = build_decoder(
+            setup.draft, "random" if config.load == "random" else resolve_draft(setup.stack.second or ""), dtype=dtype,
+            device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_num_seqs,
+            groups=setup.groups_of("draft"), invariant=config.invariant, seed=config.seed + 1,
+            progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
+        )  # fmt: skip
     pool = KVPool(
         setup.groups,
-        setup.spec,
+        setup.specs,
         blocks=setup.plan.kv_blocks,
         block_bytes=setup.block_bytes,
         dtype=dtype,
@@ -214,11 +247,36 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
     )
     stacks = Stacks(setup.stack)
     engine = Engine(
-        setup.groups, setup.plan.kv_blocks, limits, stacks, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
-        share=config.share, settings=f"{setup.dtype}".encode(),
+        setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
+        vocab=setup.spec.vocab, share=config.share, settings=f"{setup.dtype}".encode(), reach=reach(setup),
     )  # fmt: skip
-    executor = TorchExecutor({"target": decoder}, pool, stacks)
-    return Runtime(setup, engine, executor, decoder, pool)
+    runtime = Runtime(setup, engine, None, decoder, pool, second)  # type: ignore[arg-type]
+    runtime.executor = TorchExecutor(runtime.decoders, pool, stacks)
+    return runtime
+
+
+def reach(setup: Setup) -> dict[str, int]:
+    """Positions that each model can compute."""
+    return {name: spec.max_positions for name, spec in setup.specs.items()}
+
+
+def _second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
+    """The model that the stack wants beside the target.  Raises ConfigError where its ids are not the target's."""
+    if stack.second is None:
+        return None
+    draft = read(load_config(resolve_draft(stack.second, weights=False)))
+    if draft.vocab != spec.vocab:
+        raise ConfigError(
+            f"the draft model {stack.second} has a vocabulary of {draft.vocab} and the model one of {spec.vocab}: its guesses "
+            "would mean other words; name a smaller model of the same family as model='...'"
+        )
+    return draft
+
+
+def _draft_bytes(draft: DecoderSpec, dtype: str, rows: int, sequences: int, stack: Stack) -> int:
+    """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
+    laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
+    return weights_bytes(draft, dtype) + workspace_bytes(draft, dtype, rows, sequences) + laws
 
 
 def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:

@@ -67,7 +67,9 @@ class Gather:
             logit_rows_N=self._tensor(np.concatenate(logit_rows) if logit_rows else np.empty(0, np.int64)),
             trees=trees,
             vectors=self._vector_rows(vectors),
-            sequences=[self.mirror.sequences[works[i].request] for i in mine],
+            sequences=[
+                self.mirror.sequences[works[i].request] if name == "target" else self.mirror.plain for i in mine
+            ],
         )
         return batch, wanted
 

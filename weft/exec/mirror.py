@@ -74,6 +74,16 @@ class Mirrored:
         self.tokens[start:stop] = ids
 
 
+class Plain:
+    """A sequence on a model beside the target.  The techniques of its stack belong to the target: here it has the nulls alone."""
+
+    __slots__ = ("stack", "state")
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.state: dict[str, object] = {}
+
+
 class Mirror:
     """Follow a stream of plans.  Raises InvariantError where a plan does not continue what was said before."""
 
@@ -81,6 +91,7 @@ class Mirror:
         self.groups = list(groups)
         self.stacks = stacks or Stacks(build_stack())
         self.sequences: dict[int, Mirrored] = {}
+        self.plain = Plain(build_stack())
         self._whole = [g for g, s in enumerate(groups) if s.window is None and s.kind is not GroupKind.PARKED]
 
     def follow(self, plan: Plan) -> None:

@@ -1,7 +1,8 @@
 """The torch executor: carries out plans on real models.
 
-A plan's works become one flattened batch for each model (several where works pass different layers), the decoder gives logits for
-the rows that sample, and the sampler turns those into tokens.  Nothing here decides: what to compute is the plan's.
+A plan's works become one flattened batch (several where works pass different layers), the decoder gives logits for the rows that
+sample, and the sampler turns those into tokens.  A second model follows once it is known what was accepted (`exec.ahead`).
+Nothing here decides: what to compute is the plan's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from weft.config import Stacks, build_stack
 from weft.errors import InvariantError
+from weft.exec.ahead import Ahead
 from weft.exec.batch import Batch
 from weft.exec.gather import Gather, Wanted
 from weft.exec.kvpool import KVPool
@@ -24,9 +26,12 @@ from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
 from weft.types import GroupKind, Plan, StepResult, Work, WorkResult
 
+TARGET, DRAFT = "target", "draft"
+"""Names of the model that answers and of the one that guesses for it."""
+
 
 class TorchExecutor:
-    """decoders: by model name.  pool: the KV of all groups.  stacks: the server's stack, and those of its requests."""
+    """decoders: by model name, the target among them.  pool: the KV of all groups.  stacks: the server's, and its requests'."""
 
     def __init__(self, decoders: Mapping[str, Decoder], pool: KVPool, stacks: Stacks | None = None) -> None:
         self.decoders = dict(decoders)
@@ -53,18 +58,21 @@ class TorchExecutor:
         for op in plan.kv:
             self.pool.carry_out(op)
         self._forward_s = 0.0
-        found: list[tuple[Tensor, list[Wanted]]] = []
-        for name in self.decoders:
-            mine = [i for i, w in enumerate(plan.works) if w.model == name]
-            if mine:
-                found.extend(self._forward(name, plan.works, mine))
-        middle = time.perf_counter()
+        mine = [i for i, w in enumerate(plan.works) if w.model == TARGET]
+        found = self._forward(TARGET, plan.works, mine) if mine else []
+        middle = time.perf_counter() - self._forward_s
         results = [WorkResult(rows=w.count - w.guesses) for w in plan.works]
         for logits, wanted in found:
             self._sampling.sample(plan.works, logits, wanted, results)
-        self._sampling.propose(plan.works, results)
-        ended = time.perf_counter()
-        return StepResult(step=plan.step, works=tuple(results), forward_s=self._forward_s, sample_s=ended - middle)
+        ahead = {name: self._ahead(name, plan.works, results) for name in self.decoders if name != TARGET}
+        self._sampling.propose(plan.works, results, ahead.get(DRAFT))
+        for other in ahead.values():
+            other.settle(results)
+        sample_s = time.perf_counter() - self._forward_s - middle
+        return StepResult(step=plan.step, works=tuple(results), forward_s=self._forward_s, sample_s=sample_s)
+
+    def _ahead(self, name: str, works: Sequence[Work], results: Sequence[WorkResult]) -> Ahead:
+        return Ahead(name, self.decoders[name], self._gather, self._timed, works, results)
 
     # ------------------------------------------------------------------ forward
 

@@ -171,8 +171,13 @@ def logprobs(logits_V: Tensor, token: int, top: int) -> TokenLogprob:
 
 
 def law(logits_V: Tensor, row: Row) -> tuple[Ints, Floats]:
-    """(ids, probabilities) of the law that the row's token is drawn from: what the race is a draw of.  Greedy is certain."""
+    """(ids, probabilities) of the law that the row's token is drawn from: what the race is a draw of.
+
+    Certain where the row is greedy, or its token set beforehand.
+    """
     s = row.sampling
+    if row.forced is not None:
+        return np.array([row.forced]), np.ones(1)
     if _adjusts(s, row.output):
         logits_V = adjust(logits_V.clone(), row)
     if s.temperature == 0.0:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from weft.core import noise
 from weft.exec import sampler
+from weft.exec.ahead import Ahead
 from weft.exec.gather import Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror, Mirrored
-from weft.slots import Ask, Forward
+from weft.slots import Ask, Draft
 from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
 Probe = Callable[[Mirrored, int, Tensor], None]
@@ -45,7 +46,7 @@ class Verified:
 
     def uniform(self, row: int, token: int, salt: int) -> float:
         own = self.rows[row]
-        return noise.uniform(noise.child_seed(own.seed, salt), own.output, token)
+        return noise.uniform(noise.side_seed(own.seed, salt), own.output, token)
 
 
 class Sampling:
@@ -85,26 +86,41 @@ class Sampling:
                 drawn = [linked.setdefault(work.link, drawn[0])]
             results[w.work] = self._result(work, w, rows[mine], drawn, sampled_NV[mine], logits_NV)
 
-    def propose(self, works: Sequence[Work], results: list[WorkResult], run: Forward | None = None) -> None:
-        """Guesses for the next plan, for every sequence that got a token; each technique is asked once."""
-        asks: dict[int, tuple[object, list[int], list[Ask]]] = {}
+    def propose(self, works: Sequence[Work], results: list[WorkResult], ahead: Ahead | None = None) -> None:
+        """Guesses for the next plan, for every sequence that got a token; each technique is asked once.
+
+        ahead: the second model, for those that guess by it.
+        """
+        asks: dict[int, tuple[Draft, list[int], list[Ask]]] = {}
         for i, (work, fact) in enumerate(zip(works, results, strict=True)):
             s = self.mirror.sequences[work.request]
-            draft = s.stack.get("draft")
-            if draft is None or not fact.tokens or work.model != "target" or work.link is not None:
+            draft: Draft = s.stack["draft"]
+            if not draft.guesses or not fact.tokens or work.model != "target" or work.link is not None:
                 continue
-            context = len(work.tokens) - work.guesses
-            known = np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)])
-            output = work.output + len(fact.tokens)
-            ask = Ask(known, s.prompt, output, s.sampling.max_tokens - output - 1, s.sampling, s.seed)
+            ask = self._ask(s, work, fact, draft, ahead)
             if ask.most > 0:
                 _, at, mine = asks.setdefault(id(draft), (draft, [], []))
                 at.append(i)
                 mine.append(ask)
         for draft, at, mine in asks.values():
-            for i, guesses in zip(at, draft.propose(mine, run), strict=True):  # type: ignore[attr-defined]
+            run = None
+            if draft.model is not None and ahead is not None:
+                run = ahead.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
+            for i, guesses in zip(at, draft.propose(mine, run), strict=True):
                 self.mirror.sequences[works[i].request].laws = guesses.laws
                 results[i] = msgspec.structs.replace(results[i], draft=tuple(guesses.tokens))
+
+    def _ask(self, s: Mirrored, work: Work, fact: WorkResult, draft: Draft, ahead: Ahead | None) -> Ask:
+        context, output = len(work.tokens) - work.guesses, work.output + len(fact.tokens)
+        most = s.sampling.max_tokens - output - 1
+        if draft.model is not None:
+            most = min(most, 0 if ahead is None else ahead.room(work.request))
+        if fact.tokens[-1] in s.sampling.stop_ids and output > s.sampling.min_tokens:
+            most = 0  # it ends here
+        known = (
+            np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)]) if most > 0 else None
+        )
+        return Ask(known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws, s.forced)
 
     # ------------------------------------------------------------------ rows
 
@@ -157,9 +173,7 @@ class Sampling:
             laws = None if s.laws is None else s.laws[: len(guesses)]
             parents = work.parents or range(-1, len(guesses) - 1)
             tokens, path = s.stack["accept"].accept(Verified(guesses, parents, laws, rows, sampled_NV, winners))
-            draft = s.stack.get("draft")
-            if draft is not None:
-                draft.observe(work.guesses, len(path))
+            s.stack["draft"].observe(work.guesses, len(path))
         if self.probe is not None:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[i])

@@ -9,8 +9,11 @@ A layer id says where a layer stands (and whose KV it has); a weight id says whi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from weft.errors import ConfigError
 from weft.slots import Store
@@ -176,10 +179,7 @@ def kv_groups(
     """
     if block_tokens < 1:
         raise ConfigError(f"block_tokens must be at least 1, not {block_tokens}")
-    head_bytes = spec.head_dim * dtype_bytes(dtype)
-    if store is not None:
-        head_bytes = store.row_bytes(spec.head_dim)
-    row_bytes = spec.kv_heads * head_bytes
+    row_bytes = _row_bytes(spec, dtype, store)
     members: dict[int | None, list[int]] = {}
     for index, layer in enumerate(spec.layers):
         members.setdefault(layer.window, []).append(index)
@@ -214,4 +214,37 @@ def kv_groups(
             block_tokens=block_bytes // hidden_bytes,
         )
     )
+    return groups, block_bytes
+
+
+def _row_bytes(spec: DecoderSpec, dtype: str, store: Store | None) -> int:
+    """Bytes of one entry's keys (or values) of one layer."""
+    return spec.kv_heads * (spec.head_dim * dtype_bytes(dtype) if store is None else store.row_bytes(spec.head_dim))
+
+
+def all_groups(
+    specs: Mapping[str, DecoderSpec], dtype: str, block_tokens: int = 16, store: Store | None = None
+) -> tuple[list[GroupSpec], int]:
+    """The KV groups of several models over one pool, and the bytes of one of its blocks.
+
+    specs: by name, the target first, whose blocks are those of `kv_groups`, rounded up to whole rows of every model.  A block
+    holds as many entries of another model's groups as fit, at least one; such models have no PARKED group.
+    Raises ConfigError as `kv_groups` does.
+    """
+    (_, target), *others = specs.items()
+    groups, block_bytes = kv_groups(target, dtype, block_tokens, store)
+    if not others:
+        return groups, block_bytes
+    found = {
+        name: [g for g in kv_groups(spec, dtype, 1, store)[0] if g.kind is not GroupKind.PARKED]
+        for name, spec in others
+    }
+    unit = math.lcm(DTYPE_BYTES["float32"], *(_row_bytes(spec, dtype, store) for spec in specs.values()))
+    largest = max(block_bytes, *(g.entry_bytes for mine in found.values() for g in mine))
+    block_bytes = -(-largest // unit) * unit
+    for name, mine in found.items():
+        groups += [
+            msgspec.structs.replace(g, name=f"{name} {g.name}", model=name, block_tokens=block_bytes // g.entry_bytes)
+            for g in mine
+        ]
     return groups, block_bytes

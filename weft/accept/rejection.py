@@ -1,0 +1,74 @@
+"""Rejection sampling: a guess stands with probability min(1, p / q), and where one falls its place is drawn from what p has left.
+
+Paper    Chen et al., Accelerating Large Language Model Decoding with Speculative Sampling, arXiv:2302.01318 (002-111); Leviathan
+         et al., Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192
+Rule     p the target's law at a guess x, q the law that x was drawn from.  From left to right: x stands if u < p(x) / q(x); at
+         the first that falls, draw from max(p - q, 0) normalised, and stop; if all stand, draw one more from the last p
+Shapes   p: ids and probabilities of the truncated law; q [guesses, vocab] float32
+Units    probabilities, after temperature, truncation, bias and penalties of the request
+Cost     the law of each row that is reached: O(vocab)
+Differs  a guess whose law is not told was certain (q = 1 there), as prompt lookup's are; of several guesses that follow the same
+         token the first is weighed alone.  The noise is a function of seed, output index and token, so a run repeats; tokens
+         are not those of the race, and depend on what was guessed
+Raises   nothing
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from weft.registry import register
+from weft.slots import Verify
+from weft.traits import Fidelity, Traits
+
+STANDS, RESIDUAL = 1, 2
+"""Salts of the two draws that a row may need: they must not share their noise, nor with the draw of the guess."""
+
+
+@register("accept", "rejection")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """Accepts a guess as often as any rule can that keeps the law, whatever noise the guess was drawn by."""
+
+    acts: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "rejected": 0}, init=False, compare=False)
+    per_request: ClassVar[bool] = True
+    laws: ClassVar[bool] = True
+    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.SAME_LAW)
+
+    def accept(self, view: Verify) -> tuple[list[int], list[int]]:
+        tokens, path, at = list[int](), list[int](), -1
+        while True:
+            guess = next((j for j, parent in enumerate(view.parents) if parent == at), None)
+            if guess is None:
+                return [*tokens, view.winner(1 + at)], path
+            token = self._weigh(view, 1 + at, guess)
+            tokens.append(token)
+            if token != view.guesses[guess]:
+                self.acts["rejected"] += 1
+                return tokens, path
+            self.acts["accepted"] += 1
+            path.append(guess)
+            at = guess
+
+    def _weigh(self, view: Verify, row: int, guess: int) -> int:
+        """The token that stands after `row`: the guess, or one that the target likes better than the draft did."""
+        x = view.guesses[guess]
+        ids, p = view.law(row)
+        q = self._draft(view, guess, ids)
+        here = ids == x
+        own = float(p[here].sum())
+        if view.uniform(row, x, STANDS) * (1.0 if view.laws is None else float(view.laws[guess][x])) < own:
+            return x
+        rest = (p - q).clip(min=0.0)
+        total = float(rest.sum())
+        if total <= 0.0:
+            return x  # p and q are equal, and only rounding says otherwise
+        reached = rest.cumsum() > view.uniform(row, 0, RESIDUAL) * total
+        return int(ids[int(reached.argmax())])
+
+    def _draft(self, view: Verify, guess: int, ids: Any) -> Any:
+        """The draft's probabilities of the target's ids."""
+        if view.laws is None:
+            return (ids == view.guesses[guess]).astype("float64")
+        return view.laws[guess].double().cpu().numpy()[ids]

@@ -1,0 +1,112 @@
+"""Speculative sampling: a smaller model of the same vocabulary writes ahead, and the target verifies it in one pass.
+
+Paper    Chen et al., Accelerating Large Language Model Decoding with Speculative Sampling, arXiv:2302.01318 (002-111); Qian et
+         al., BASS: Batched Attention-optimized Speculative Sampling, arXiv:2404.15778 (002-122)
+Rule     the draft model computes what has been accepted and then, one token a pass, `guesses` tokens of its own, each drawn from
+         its law under the request's own temperature, truncation, bias and penalties.  adapt: one length l for the whole batch;
+         l + 2 after a step in which some sequence accepted all of l, else l - ceil(l / 10), and one less again where the step
+         before shrank it too, but never below 1 nor the most that was accepted (BASS, algorithm 1)
+Shapes   logits [sequences that still guess, vocab] in each pass; sequences accept different numbers, and no row is padding
+Units    guesses: tokens
+Cost     a pass of the draft model for each guess, over all sequences at once; its weights and KV; guessed rows of the target
+         that are thrown away
+Differs  a guess is drawn by the noise of the very token that it guesses, so that under accept=race it stands exactly when the
+         target's law gives that token too: seeds keep their tokens.  Under an accept that weighs laws it is drawn by noise of
+         its own, as in the paper.  Guesses end at an end id.  adapt starts at `guesses`, where BASS starts at 7, and a sequence
+         whose guesses were cut short by a budget tells nothing when all of them stood
+Raises   ValueError unless 1 <= guesses <= 32, or where model is empty
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from weft.registry import register
+from weft.slots import Ask, Forward, Guesses
+from weft.traits import Effect, Trait, Traits
+
+MOST = 32
+STEP = 2
+SHARE = 10
+"""BASS's constants: the longest draft, by how much it grows, and the part of it by which it shrinks."""
+
+
+@register("draft", "speculative_sampling")
+@dataclass(slots=True, kw_only=True)
+class SpeculativeSampling:
+    """Pays where the target is large beside its draft and few sequences run: a pass then costs the same for one row or five.
+
+    guesses: tokens drafted a step (with adapt, in the first one).  model: the draft's checkpoint.  adapt: BASS's rule.
+    """
+
+    guesses: int = 4
+    model: str = "bundled"
+    adapt: bool = False
+    acts: dict[str, int] = field(
+        default_factory=lambda: {"proposed": 0, "accepted": 0, "draft_rows": 0}, init=False, compare=False
+    )
+    length: int = field(default=0, init=False, compare=False)
+    """Tokens to draft in the next step."""
+    _shrank: int = field(default=0, init=False, compare=False)
+    _seen: list[tuple[int, int]] = field(default_factory=list, init=False, compare=False)
+    per_request: ClassVar[bool] = True
+    trial: ClassVar[dict[str, object]] = {"guesses": 3}
+    traits: ClassVar[Traits] = Traits(
+        needs=frozenset({Trait.ROLLBACK, Trait.SECOND_MODEL}), effects=frozenset({Effect.GUESSES})
+    )
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.guesses <= MOST:
+            raise ValueError(f"guesses must be from 1 to {MOST}, got {self.guesses}")
+        if not self.model:
+            raise ValueError("the draft model's name is empty; leave it out for the one that comes with weft")
+        self.length = self.guesses
+        if self.adapt:
+            self.guesses = MOST
+
+    def propose(self, asks: Sequence[Ask], run: Forward | None) -> list[Guesses]:
+        assert run is not None
+        self._adapt()
+        most = [min(self.length, ask.most) for ask in asks]
+        tokens: list[list[int]] = [[] for _ in asks]
+        laws: list[list[Any]] = [[] for _ in asks]
+        rows: list[tuple[int, list[int]]] = [(i, [int(ask.context[-1])]) for i, ask in enumerate(asks) if most[i] > 0]
+        while rows:
+            drawn = run.draw([(i, tokens[i]) for i, _ in rows], run(rows))
+            self.acts["draft_rows"] += len(rows)
+            going = []
+            for (i, _), (token, law) in zip(rows, drawn, strict=True):
+                if token < 0:
+                    continue
+                tokens[i].append(token)
+                laws[i].append(law)
+                if len(tokens[i]) < most[i] and token not in asks[i].sampling.stop_ids:
+                    going.append((i, [token]))
+            rows = going
+        return [Guesses(t, _stacked(law) if ask.independent else None) for ask, t, law in zip(asks, tokens, laws)]
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        self.acts["proposed"] += proposed
+        self.acts["accepted"] += accepted
+        if self.adapt:
+            self._seen.append((proposed, accepted))
+
+    def _adapt(self) -> None:
+        """The next draft length out of what the last step accepted."""
+        told = [accepted for proposed, accepted in self._seen if accepted < proposed or proposed >= self.length]
+        self._seen.clear()
+        if not told:
+            return
+        if max(told) >= self.length:
+            self.length, self._shrank = min(self.length + STEP, MOST), 0
+        else:
+            shorter = self.length - -(-self.length // SHARE) - self._shrank
+            self.length, self._shrank = max(1, shorter, *told), 1
+
+
+def _stacked(laws: list[Any]) -> Any:
+    import torch
+
+    return torch.stack(laws) if laws else None
