@@ -187,7 +187,6 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
     setup.require_fit()
     import torch
 
-    from weft.exec.kvpool import KVPool
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import build as build_decoder
 
@@ -203,15 +202,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
         groups=setup.groups, invariant=config.invariant, seed=config.seed, progress=progress,
     )  # fmt: skip
-    pool = KVPool(
-        setup.groups,
-        setup.spec,
-        blocks=setup.plan.kv_blocks,
-        block_bytes=setup.block_bytes,
-        dtype=dtype,
-        device=setup.device,
-        store=setup.stack.get("kv.store"),
-    )
+    pool = make_pool(setup)
     stacks = Stacks(setup.stack)
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
@@ -219,6 +210,18 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
     )  # fmt: skip
     executor = TorchExecutor({"target": decoder}, pool, stacks)
     return Runtime(setup, engine, executor, decoder, pool)
+
+
+def make_pool(setup: Setup) -> KVPool:
+    """The KV pool as it was planned, in the number format of the stack's `kv.store`."""
+    import torch
+
+    from weft.exec.kvpool import KVPool
+
+    return KVPool(
+        setup.groups, setup.spec, blocks=setup.plan.kv_blocks, block_bytes=setup.block_bytes,
+        dtype=getattr(torch, setup.dtype), device=setup.device, store=setup.stack.get("kv.store"),
+    )  # fmt: skip
 
 
 def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:
