@@ -10,7 +10,7 @@ import pytest
 
 from weft.config import Stacks, build_stack
 from weft.core.engine import Engine
-from weft.exec.build import EngineConfig, Runtime, build, prepare, reach
+from weft.exec.build import EngineConfig, Runtime, build, make_pool, prepare, reach
 from weft.exec.runner import TorchExecutor
 from weft.exec.thread import step
 from weft.hub import resolve
@@ -49,7 +49,10 @@ def layered_runtime() -> Runtime:
 
 
 class Bench:
-    """An engine over a shared model: `run` sends requests and gives back {(id, index): tokens}."""
+    """An engine over a shared model: `run` sends requests and gives back {(id, index): tokens}.
+
+    A stack that stores KV in another format has a pool of its own.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,10 @@ class Bench:
             stack = replace(stack, instances={**stack.instances, "schedule": policy})
         if draft is not None:
             stack = replace(stack, instances={**stack.instances, "draft": draft})
+        pool = runtime.pool
+        if stack.get("kv.store") is not None:
+            setup = replace(prepare(replace(setup.config, techniques=tuple(techniques))), stack=stack)
+            pool = make_pool(setup)
         stacks = Stacks(stack)
         self.engine = Engine(
             setup.groups,
@@ -79,7 +86,7 @@ class Bench:
             share=share,
             reach=reach(setup),
         )
-        self.executor = TorchExecutor(runtime.decoders, runtime.pool, stacks)
+        self.executor = TorchExecutor(runtime.decoders, pool, stacks)
         self.events: list[Event] = []
         self.steps = 0
 

@@ -211,7 +211,6 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
     setup.require_fit()
     import torch
 
-    from weft.exec.kvpool import KVPool
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import build as build_decoder
 
@@ -236,15 +235,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
             groups=setup.groups_of("draft"), invariant=config.invariant, seed=config.seed + 1,
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
         )  # fmt: skip
-    pool = KVPool(
-        setup.groups,
-        setup.specs,
-        blocks=setup.plan.kv_blocks,
-        block_bytes=setup.block_bytes,
-        dtype=dtype,
-        device=setup.device,
-        store=setup.stack.get("kv.store"),
-    )
+    pool = make_pool(setup)
     stacks = Stacks(setup.stack)
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
@@ -277,6 +268,18 @@ def _draft_bytes(draft: DecoderSpec, dtype: str, rows: int, sequences: int, stac
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
     return weights_bytes(draft, dtype) + workspace_bytes(draft, dtype, rows, sequences) + laws
+
+
+def make_pool(setup: Setup) -> KVPool:
+    """The KV pool as it was planned, in the number format of the stack's `kv.store`."""
+    import torch
+
+    from weft.exec.kvpool import KVPool
+
+    return KVPool(
+        setup.groups, setup.specs, blocks=setup.plan.kv_blocks, block_bytes=setup.block_bytes,
+        dtype=getattr(torch, setup.dtype), device=setup.device, store=setup.stack.get("kv.store"),
+    )  # fmt: skip
 
 
 def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:

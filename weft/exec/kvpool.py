@@ -84,6 +84,10 @@ class KVPool:
         widest = max(group.block_tokens for group in groups)
         self._positions = _memory(blocks * widest * 4, self.device).view(torch.int32).view(blocks, widest)
 
+    def index_of(self, group: GroupSpec) -> int:
+        """The pool's group of that model and name: rows may be stored otherwise than the decoder was told."""
+        return next(i for i, own in enumerate(self.groups) if (own.model, own.name) == (group.model, group.name))
+
     def _check(self, group: GroupSpec) -> None:
         spec = self.specs[group.model]
         if group.entry_bytes * group.block_tokens > self.block_bytes:

