@@ -152,18 +152,24 @@ class AttentionPlan:
 
     # ------------------------------------------------------------------------------------------ query tiles
 
-    def _cut(self, bounds: Ints, positions: Ints) -> list[Slab]:
-        counts = self._counts
-        sequence = np.repeat(np.arange(self.sequences), counts)
+    def _rows(self, bounds: Ints) -> tuple[Ints, Ints, Ints]:
+        """For each row of the batch its sequence, its index in it, and its entry, counted from the sequence's entry 0."""
+        sequence = np.repeat(np.arange(self.sequences), self._counts)
         within = np.arange(bounds[-1]) - bounds[sequence]
-        totals = self._first + self._lengths
-        entry = (totals - counts)[sequence] + within
-        small, large = self.tiling.decode, self.tiling.prefill
-        start = totals - counts
-        fits = (counts > 0) & (start // small == (totals - 1) // small)
+        return sequence, within, (self._first + self._lengths - self._counts)[sequence] + within
+
+    def _small(self) -> Bools:
+        """The sequences whose rows fit one small query tile."""
+        total, size = self._first + self._lengths, self.tiling.decode
+        found: Bools = (self._counts > 0) & ((total - self._counts) // size == (total - 1) // size)
+        return found
+
+    def _cut(self, bounds: Ints, positions: Ints) -> list[Slab]:
+        sequence, within, entry = self._rows(bounds)
+        fits = self._small()
         slabs: list[Slab] = []
-        for size, chosen in ((small, fits & self._only), (large, ~fits & self._only)):
-            rows = np.flatnonzero(chosen[sequence])
+        for size, chosen in ((self.tiling.decode, fits), (self.tiling.prefill, ~fits)):
+            rows = np.flatnonzero((chosen & self._only)[sequence])
             if rows.size:
                 slabs.extend(self._slabs(size, rows, sequence[rows], entry[rows], positions[rows], within[rows]))
         return slabs
@@ -242,13 +248,18 @@ class AttentionPlan:
 
     def _round(self, slab: Slab, group: Ints) -> Round:
         """The pairs of each query tile with its key tiles of the given group, [C]."""
-        tiling = self.tiling
-        begin = np.maximum(slab.first, group * tiling.group)
-        count = np.maximum(np.minimum(slab.stop, (group + 1) * tiling.group) - begin, 0)
+        tile, key = self._listed(slab, group)
+        width = 1 << int((key % self.tiling.group).max()).bit_length()
+        one_to_one = tile.size == group.size and bool((tile == np.arange(tile.size)).all())
+        return self._pairs_of(slab, tile, key, width, one_to_one=one_to_one)
+
+    def _listed(self, slab: Slab, group: Ints) -> tuple[Ints, Ints]:
+        """(query tile, key tile) of these pairs."""
+        size = self.tiling.group
+        begin = np.maximum(slab.first, group * size)
+        count = np.maximum(np.minimum(slab.stop, (group + 1) * size) - begin, 0)
         tile = np.repeat(np.arange(count.size), count)
-        key = np.arange(tile.size) - np.repeat(np.cumsum(count) - count, count) + begin[tile]
-        width = 1 << int((key % tiling.group).max()).bit_length()
-        return self._pairs_of(slab, tile, key, width, one_to_one=bool(tile.size == count.size and (count == 1).all()))
+        return tile, np.arange(tile.size) - np.repeat(np.cumsum(count) - count, count) + begin[tile]
 
     def _pairs_of(self, slab: Slab, tile: Ints, key: Ints, width: int, *, one_to_one: bool = False) -> Round:
         """The given pairs of query tiles of the slab with key tiles."""
@@ -306,7 +317,7 @@ class AttentionPlan:
             bad = (row[:, :, None] >= 0) & (node[:, None, :] >= 0) & ~known
             hidden[index] = hidden[index] | bad
 
-    def _tensor(self, values: Ints) -> Tensor:
+    def _tensor(self, values: Ints | Bools) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._tables.device)
 
 
