@@ -25,6 +25,8 @@ class Ops:
     rope_tables: Callable[..., Any]
     apply_rope: Callable[..., Any]
     attention: Callable[..., Any]
+    block_sparse_attention: Callable[..., Any]
+    shared_attention: Callable[..., Any]
     gated: Callable[..., Any]
     route: Callable[..., Any]
     experts: Callable[..., Any]
@@ -35,7 +37,7 @@ def choose(name: str = "ref") -> Ops:
     """The implementation called `name`.  Raises ConfigError if there is none."""
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f"ops {name!r} is unknown; there is {', '.join(IMPLEMENTATIONS)}")
-    from weft.ops.ref import attention, basic, moe, rope
+    from weft.ops.ref import attention, basic, block_sparse, moe, rope, shared_prefix
 
     return Ops(
         name=name,
@@ -45,6 +47,8 @@ def choose(name: str = "ref") -> Ops:
         rope_tables=rope.tables,
         apply_rope=rope.apply_rope,
         attention=attention.attention,
+        block_sparse_attention=block_sparse.block_sparse_attention,
+        shared_attention=shared_prefix.shared_attention,
         gated=basic.gated,
         route=moe.route,
         experts=moe.experts,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from weft.ops.ref.attention_plan import AttentionPlan, Round, Slab
+from weft.ops.ref.attention_plan import Round, Slab, Tiles
 from weft.ops.ref.basic import softcap_
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def attention(
     q_THD: Tensor,
     pool: KVPool,
     layer: int,
-    plan: AttentionPlan,
+    plan: Tiles,
     *,
     scale: float,
     softcap: float | None = None,
@@ -63,9 +63,10 @@ def attention(
         query = _queries(q_THD, slab, plan.kv_heads, scale)
         state: Partial | None = None
         for part in plan.rounds(slab):
-            found = _merge_group(_pairs(query, pool, layer, plan, slab, part, softcap, bias), part, slab)
+            found = _merge_group(_pairs(query, pool, layer, plan, part, softcap, bias), part, slab)
             state = found if state is None else _merge_two(state, found)
-        assert state is not None
+        if state is None:
+            state = _nothing(query)
         mixed = state.mixed.div_(state.total.clamp_min(1.0)[..., None])
         flat = _by_rows(mixed, slab)
         out_THD.index_copy_(0, slab.out_rows, flat.index_select(0, slab.valid).to(out_THD.dtype))
@@ -114,8 +115,7 @@ def _scores(
     query: Tensor,
     pool: KVPool,
     layer: int,
-    plan: AttentionPlan,
-    slab: Slab,
+    plan: Tiles,
     part: Round,
     softcap: float | None,
     bias: Tensor | None,
@@ -127,7 +127,7 @@ def _scores(
     scores = torch.bmm(q.reshape(-1, rows, dim), k.flatten(0, 1).transpose(1, 2))
     if softcap is not None:
         softcap_(scores, softcap)
-    size = slab.rows.shape[1]
+    size = part.hidden.shape[1]
     scores = scores.view(pairs, kv_heads, size, rows // size, -1)
     if bias is not None:
         scores += bias.flatten().index_select(0, part.entries.flatten()).view(pairs, 1, 1, 1, -1)
@@ -138,14 +138,13 @@ def _pairs(
     query: Tensor,
     pool: KVPool,
     layer: int,
-    plan: AttentionPlan,
-    slab: Slab,
+    plan: Tiles,
     part: Round,
     softcap: float | None,
     bias: Tensor | None,
 ) -> Partial:
     """Each pair of a round on its own: partial results of P pairs."""
-    scores = _scores(query, pool, layer, plan, slab, part, softcap, bias)
+    scores = _scores(query, pool, layer, plan, part, softcap, bias)
     pairs, kv_heads = scores.shape[:2]
     scores = scores.flatten(2, 3)
     top = scores.amax(-1)
@@ -154,6 +153,12 @@ def _pairs(
     v = pool.gather(plan.group, layer, True, part.heads)
     mixed = torch.bmm(weight.flatten(0, 1), v.flatten(0, 1))
     return Partial(top, total, mixed.view(pairs, kv_heads, -1, v.shape[-1]))
+
+
+def _nothing(query: Tensor) -> Partial:
+    """The state of tiles that have seen nothing."""
+    empty = query.new_zeros(query.shape[:-1])
+    return Partial(torch.full_like(empty, NEGATIVE), empty, torch.zeros_like(query))
 
 
 def _finite(top: Tensor) -> Tensor:
@@ -199,7 +204,7 @@ def _column_sums(
     lse_TH: Tensor,
     pool: KVPool,
     layer: int,
-    plan: AttentionPlan,
+    plan: Tiles,
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
@@ -208,11 +213,11 @@ def _column_sums(
     mass = lse_TH.new_zeros(plan.sequences * plan.entries, plan.kv_heads)
     for slab in plan.slabs:
         query = _queries(q_THD, slab, plan.kv_heads, scale)
-        norm = _queries(lse_TH[..., None], slab, plan.kv_heads, 1.0)
+        norm = _finite(_queries(lse_TH[..., None], slab, plan.kv_heads, 1.0))
         real = torch.zeros(slab.rows.numel(), dtype=torch.bool, device=q_THD.device)
         real[slab.valid] = True
         for part in plan.rounds(slab):
-            scores = _scores(query, pool, layer, plan, slab, part, softcap, bias)
+            scores = _scores(query, pool, layer, plan, part, softcap, bias)
             pairs, kv_heads, size, inner, keys = scores.shape
             sums = norm.index_select(0, part.tile).view(pairs, kv_heads, size, inner, 1)
             weight = scores.sub_(sums).exp_()
