@@ -3,6 +3,7 @@
     weights     the checkpoint in its stored form, once
     kv          blocks * block_bytes (+ the position of every entry)
     workspace   the decoder's named buffers
+    adapters    what is set aside for adapters that come and go
     reserve     interpreter, libraries, allocator slack: measured, not planned
 
 Pure arithmetic: who knows the machine (`exec.host`) and the model (`models`) passes the figures in.
@@ -45,6 +46,7 @@ class MemoryPlan:
     reason: str = ""
     available_source: str = ""
     model_max_len: int = 0
+    adapters_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,6 +93,7 @@ def plan_memory(
     max_model_len: int | None = None,
     layered: bool = False,
     reserve_bytes: int = RESERVE_BYTES,
+    adapters_bytes: int = 0,
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -101,7 +104,7 @@ def plan_memory(
     # The int32 position of every entry; any group may hold a block, so as many as the one with most entries has.
     entry_overhead = 4 * max(g.block_tokens for g in groups)
     per_block = block_bytes + entry_overhead
-    fixed = weights_bytes + workspace_bytes + reserve_bytes
+    fixed = weights_bytes + workspace_bytes + reserve_bytes + adapters_bytes
     share = int(available_bytes * DEFAULT_SHARE)
     room = share if memory_bytes is None else min(memory_bytes, available_bytes)
     fit_blocks = max(0, (room - fixed) // per_block)
@@ -128,7 +131,7 @@ def plan_memory(
         blocks = max(blocks, need)
         total = fixed + blocks * per_block
         bound = _bound(memory_bytes, room, available_bytes)
-        reason = _why(weights_bytes, workspace_bytes, reserve_bytes, need * per_block, length, bound)
+        reason = _why(weights_bytes, workspace_bytes, reserve_bytes, adapters_bytes, need * per_block, length, bound)
     return MemoryPlan(
         weights_bytes=weights_bytes,
         kv_bytes=blocks * per_block,
@@ -145,6 +148,7 @@ def plan_memory(
         reason=reason,
         available_source=available_source,
         model_max_len=model_max_len,
+        adapters_bytes=adapters_bytes,
     )
 
 
@@ -180,9 +184,10 @@ def _mib(n: int) -> str:
     return f"{n / (1 << 20):,.0f} MiB"
 
 
-def _why(weights: int, workspace: int, reserve: int, kv: int, length: int, bound: str) -> str:
+def _why(weights: int, workspace: int, reserve: int, adapters: int, kv: int, length: int, bound: str) -> str:
+    aside = f" + adapters {_mib(adapters)}" if adapters else ""
     return (
-        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)} + KV of one "
-        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + kv)}, but {bound}; "
+        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)}{aside} + KV of one "
+        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + adapters + kv)}, but {bound}; "
         "try a smaller --max-model-len, a smaller model or dtype, or more memory"
     )

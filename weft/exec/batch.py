@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weft.exec.deltas import Deltas
+
 
 @dataclass(slots=True)
 class GroupBatch:
@@ -53,3 +55,5 @@ class Batch:
     vectors: tuple[Tensor, Tensor] | None = None
     sequences: list[Any] = field(default_factory=list)
     """What the executor knows of each sequence (`exec.mirror.Mirrored`): its stack and the state of its techniques."""
+    deltas: Deltas | None = None
+    """What adapters add to products, where a sequence has one."""

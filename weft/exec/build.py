@@ -26,6 +26,7 @@ from weft.registry import Part, load_plugin, parse
 from weft.types import GroupKind, GroupSpec
 
 if TYPE_CHECKING:
+    from weft.exec.adapters import AdapterBook
     from weft.exec.kvpool import KVPool
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import Decoder
@@ -50,6 +51,9 @@ class EngineConfig:
     invariant   results independent of batch, chunks and cache to the last bit; None: yes in float32 on a CPU
     share       whether requests share cached prefixes
     techniques  as 'slot=name(args)'
+    lora        adapters to load before the first request, as "NAME=FOLDER"
+    max_loras   adapters that may be loaded at once
+    lora_memory bytes set aside for them; None sets nothing aside, and they may take what the plan leaves over
     """
 
     model: Path | Mapping[str, Any]
@@ -66,6 +70,9 @@ class EngineConfig:
     invariant: bool | None = None
     share: bool = True
     techniques: Sequence[str | Part] = ()
+    lora: Sequence[str] = ()
+    max_loras: int = 8
+    lora_memory: int | None = None
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -86,13 +93,14 @@ def chosen(techniques: Sequence[str | Part], recipe: str | Path | None, plugins:
 def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -> EngineConfig:
     """An `EngineConfig` from options as users name them; what is None is left to weft.
 
-    memory may be a number of bytes or text such as "4GiB"; recipe a TOML file; plugins Python files with techniques.  Raises
+    memory and lora_memory may be numbers of bytes or text such as "4GiB"; recipe a TOML file; plugins Python files with techniques.  Raises
     ConfigError for a size that cannot be read, and for parts that are unknown.
     """
     given = {USERS_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     given["techniques"] = chosen(given.get("techniques", ()), given.pop("recipe", None), given.pop("plugins", ()))
-    if isinstance(given.get("memory_bytes"), str):
-        given["memory_bytes"] = parse_size(given["memory_bytes"])
+    for size in ("memory_bytes", "lora_memory"):
+        if isinstance(given.get(size), str):
+            given[size] = parse_size(given[size])
     if "dtype" in given:
         given["dtype"] = str(given["dtype"])  # a torch.dtype is taken too
     return EngineConfig(model=model, **given)
@@ -128,11 +136,12 @@ class Runtime:
     executor: TorchExecutor
     decoder: Decoder
     pool: KVPool = field(repr=False)
+    adapters: AdapterBook | None = field(default=None, repr=False)
 
 
 def prepare(config: EngineConfig) -> Setup:
     """Read the checkpoint's shape and divide the memory.  Raises ConfigError; whether the plan fits is in `plan.fits`."""
-    for name in ("max_num_seqs", "max_rows", "block_tokens"):
+    for name in ("max_num_seqs", "max_rows", "block_tokens", "max_loras"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.threads is not None and not 1 <= config.threads <= 1024:
@@ -167,6 +176,7 @@ def prepare(config: EngineConfig) -> Setup:
         memory_bytes=config.memory_bytes,
         max_model_len=config.max_model_len,
         layered=layered,
+        adapters_bytes=config.lora_memory or 0,
     )
     small = plan.weights_bytes <= SMALL_BYTES
     threads = config.threads or (1 if small else cpu_count().threads)
@@ -207,13 +217,33 @@ def build(setup: Setup, progress: Progress | None = None) -> Runtime:
         device=setup.device,
         store=setup.stack.get("kv.store"),
     )
-    stacks = Stacks(setup.stack)
+    adapters = _adapters(setup, decoder)
+    stacks = Stacks(setup.stack, {"adapt": adapters})
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, layers=len(setup.spec.layers), vocab=setup.spec.vocab,
         share=config.share, settings=f"{setup.dtype}".encode(),
     )  # fmt: skip
+    adapters.serve(engine)
     executor = TorchExecutor({"target": decoder}, pool, stacks)
-    return Runtime(setup, engine, executor, decoder, pool)
+    return Runtime(setup, engine, executor, decoder, pool, adapters)
+
+
+def _adapters(setup: Setup, decoder: Decoder) -> AdapterBook:
+    """The book of adapters, with those that the user named."""
+    from weft.exec.adapters import AdapterBook
+
+    config, plan = setup.config, setup.plan
+    most = config.lora_memory
+    if most is None:
+        limit = plan.available_bytes if config.memory_bytes is None else min(config.memory_bytes, plan.available_bytes)
+        most = max(0, limit - plan.total_bytes)
+    book = AdapterBook(decoder, most=config.max_loras, most_bytes=most)
+    for text in config.lora:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"an adapter is given as NAME=FOLDER, got {text[:200]!r}")
+        book.enter(book.read(name, path))
+    return book
 
 
 def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:
