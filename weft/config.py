@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,12 +128,18 @@ MAX_STACKS = 64
 
 
 class Stacks:
-    """The server's stack, and those that requests lay over it.  Equal parts share one instance while they are kept."""
+    """The server's stack, and those that requests lay over it.  Equal parts share one instance while they are kept.
 
-    def __init__(self, base: Stack) -> None:
+    shelves: by slot, what instances with a method `attach` take hold of (loaded adapters).  Without any, nothing is attached, and
+    such instances decide but do not compute.  Raises ConfigError where the server's own stack finds nothing there.
+    """
+
+    def __init__(self, base: Stack, shelves: Mapping[str, Any] | None = None) -> None:
         self.base = base
+        self._shelves = dict(shelves or {})
         self._made: dict[tuple[str, ...], Stack] = {}
         self._retired: dict[str, int] = {}
+        self._attach(base.instances)
 
     def of(self, techniques: tuple[str, ...]) -> Stack:
         """The server's stack with these parts laid over it.  Raises ConfigError, or ComposeError with the reasons."""
@@ -157,8 +163,19 @@ class Stacks:
         rest = [p for p in self.base.parts if p.slot not in slots]
         parts = [*rest, *own]
         verdict = require(parts)
-        instances = {p.slot: self.base.instances[p.slot] for p in rest} | {p.slot: p.build() for p in own}
-        return Stack(tuple(parts), instances, verdict)
+        made = {p.slot: p.build() for p in own}
+        self._attach(made)
+        return Stack(tuple(parts), {p.slot: self.base.instances[p.slot] for p in rest} | made, verdict)
+
+    def _attach(self, instances: Mapping[str, Any]) -> None:
+        for slot, instance in instances.items():
+            if slot in self._shelves and hasattr(instance, "attach"):
+                instance.attach(self._shelves[slot])
+
+    def forget(self, stale: Callable[[Stack], bool]) -> None:
+        """Make the stacks that this is true of anew when they are asked for again."""
+        for techniques in [t for t, stack in self._made.items() if stale(stack)]:
+            self._count(self._made.pop(techniques), self._retired)
 
     def _as_loaded(self, part: Part) -> Part:
         """A request's part that needs a second model works with the server's, which it may name or leave out."""

@@ -6,7 +6,7 @@ where it names none; slots without one are empty by default.  Protocols have at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -296,22 +296,83 @@ class Sample(Protocol):
     def warp(self, logits: Any) -> Any: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a checkpoint's weight lies in a decoder: output columns [first, first + outputs) of the product with the fused
+    weights `product` of `layer` (a weight id).  inputs, outputs: width of the weight's input and output."""
+
+    layer: int
+    product: str
+    first: int
+    inputs: int
+    outputs: int
+
+
+PRODUCTS = ("qkv", "out", "gate_up", "down")
+"""The products that a delta may change: queries, keys and values; attention's output; gate and up; the MLP's output."""
+
+
+class Adapter(Protocol):
+    """A delta on weights that is loaded under a name.
+
+    digest: hash of its contents.  tensors: by (layer, product), what the technique's `read` made, on the decoder's device.
+    multiply: [T, K] times [N, K] transposed, [T, N], each row by itself where the engine computes so.
+    """
+
+    @property
+    def digest(self) -> bytes: ...
+    @property
+    def tensors(self) -> Mapping[tuple[int, str], tuple[Any, ...]]: ...
+    def multiply(self, x: Any, weight: Any) -> Any: ...
+
+
+class Adapters(Protocol):
+    """The adapters that are loaded.  find raises ConfigError with the names there are."""
+
+    def find(self, name: str, path: str | None = None) -> Adapter: ...
+
+
 class Adapt(Protocol):
     """Slot `adapt`: per-request deltas on weights.
 
-    apply   after a product with the weights called `name` of `layer`: x [T, K] its input, out [T, N] its output, to be changed in
-            place; only rows of sequences that have this technique
+    read    (of the class) the tensors of each product, by (layer, product), from an adapter's config and tensors (float32), given
+            where the checkpoint's weights lie; ConfigError says what is wrong with the files
+    attach  take hold of the adapter that the arguments name; the engine calls it once, before any request has the instance
+    apply   after the product with the weights called `product` of `layer`: what is added to its output.  x [T, K] is the
+            product's input, rows of sequences with this adapter alone; returns [T, N], or None where nothing changes
+
+    adapter: what it took hold of; sequences with one adapter are computed together.  An instance also has its `digest`, which is
+    part of every prefix's name.
     """
 
-    def apply(self, layer: int, name: str, x: Any, out: Any) -> None: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
+    @classmethod
+    def read(cls, config: Mapping[str, Any], tensors: Mapping[str, Any], sites: Mapping[str, Site]) -> Any: ...
+    def attach(self, adapters: Adapters) -> None: ...
+    def apply(self, layer: int, product: str, x: Any) -> Any: ...
+
+
+class Leaving(Protocol):
+    """Rows that may leave after a layer: rows after the prompt of sequences with one technique.
+
+    before, after: [T, width], the hidden states that went into and came out of that layer.  logits(): float32 [T, vocab] that
+    the model's head gives for `after`; costs a product with the head.
+    """
+
+    before: Any
+    after: Any
+
+    def logits(self) -> Any: ...
 
 
 class Skip(Protocol):
     """Slot `skip`: which layers a row takes.
 
-    exits   after which layers rows may leave (pure)
-    rows    which of the given rows leave there: hidden [T, width], positions [T], and `logits()` of these rows; bool [T]
+    exits   after how many layers rows may leave, ascending, each at least 1 and below `layers` (pure)
+    rows    which rows leave there, bool [T].  A row's answer may depend on that row alone.  Keys and values of the layers that
+            a row does not take are made from the hidden state with which it left, and so are its logits
     """
 
     def exits(self, layers: int) -> Sequence[int]: ...
-    def rows(self, view: Any) -> Any: ...
+    def rows(self, view: Leaving) -> Any: ...

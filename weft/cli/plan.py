@@ -77,6 +77,8 @@ def table(setup: Setup, name: str) -> Table:
         format_size(p.workspace_bytes),
         f"{setup.limits.max_rows} rows, {setup.limits.max_samples} of logits",
     )
+    if p.adapters_bytes:
+        grid.add_row("adapters", format_size(p.adapters_bytes), f"at most {setup.config.max_loras} at once")
     grid.add_row("reserve", format_size(p.reserve_bytes), "interpreter, libraries, allocator slack")
     grid.add_section()
     verdict = "[green]fits[/]" if p.fits else "[bold red]does not fit[/]"

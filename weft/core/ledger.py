@@ -4,6 +4,7 @@
     draft       weights, workspace and laws of a second model, where there is one
     kv          blocks * block_bytes (+ the position of every entry)
     workspace   the decoder's named buffers
+    adapters    what is set aside for adapters that come and go
     reserve     interpreter, libraries, allocator slack: measured, not planned
 
 Pure arithmetic: who knows the machine (`exec.host`) and the model (`models`) passes the figures in.
@@ -48,6 +49,7 @@ class MemoryPlan:
     model_max_len: int = 0
     draft_bytes: int = 0
     """Weights, workspace and laws of a model beside the target."""
+    adapters_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,6 +105,7 @@ def plan_memory(
     reserve_bytes: int = RESERVE_BYTES,
     draft_bytes: int = 0,
     ahead: int = 0,
+    adapters_bytes: int = 0,
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -114,7 +117,7 @@ def plan_memory(
     # The int32 position of every entry; any group may hold a block, so as many as the one with most entries has.
     entry_overhead = 4 * max(g.block_tokens for g in groups)
     per_block = block_bytes + entry_overhead
-    fixed = weights_bytes + draft_bytes + workspace_bytes + reserve_bytes
+    fixed = weights_bytes + draft_bytes + workspace_bytes + reserve_bytes + adapters_bytes
     share = int(available_bytes * DEFAULT_SHARE)
     room = share if memory_bytes is None else min(memory_bytes, available_bytes)
     fit_blocks = max(0, (room - fixed) // per_block)
@@ -141,7 +144,9 @@ def plan_memory(
         blocks = max(blocks, need)
         total = fixed + blocks * per_block
         bound = _bound(memory_bytes, room, available_bytes)
-        reason = _why(weights_bytes + draft_bytes, workspace_bytes, reserve_bytes, need * per_block, length, bound)
+        reason = _why(
+            weights_bytes + draft_bytes, workspace_bytes, reserve_bytes, adapters_bytes, need * per_block, length, bound
+        )
     return MemoryPlan(
         weights_bytes=weights_bytes,
         kv_bytes=blocks * per_block,
@@ -159,6 +164,7 @@ def plan_memory(
         available_source=available_source,
         model_max_len=model_max_len,
         draft_bytes=draft_bytes,
+        adapters_bytes=adapters_bytes,
     )
 
 
@@ -196,9 +202,10 @@ def _mib(n: int) -> str:
     return f"{n / (1 << 20):,.0f} MiB"
 
 
-def _why(weights: int, workspace: int, reserve: int, kv: int, length: int, bound: str) -> str:
+def _why(weights: int, workspace: int, reserve: int, adapters: int, kv: int, length: int, bound: str) -> str:
+    aside = f" + adapters {_mib(adapters)}" if adapters else ""
     return (
-        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)} + KV of one "
-        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + kv)}, but {bound}; "
+        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)}{aside} + KV of one "
+        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + adapters + kv)}, but {bound}; "
         "try a smaller --max-model-len, a smaller model or dtype, or more memory"
     )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from weft.exec.deltas import Deltas
+
 
 @dataclass(slots=True)
 class GroupBatch:
@@ -54,3 +56,5 @@ class Batch:
     sequences: list[Any] = field(default_factory=list)
     """What the executor knows of each sequence (`exec.mirror.Mirrored`): its stack and the state of its techniques.  On a model
     beside the target, where techniques have no say, all are one `exec.mirror.Plain`."""
+    deltas: Deltas | None = None
+    """What adapters add to products, where a sequence has one."""

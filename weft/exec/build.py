@@ -27,6 +27,7 @@ from weft.registry import Part, load_plugin, parse
 from weft.types import GroupKind, GroupSpec
 
 if TYPE_CHECKING:
+    from weft.exec.adapters import AdapterBook
     from weft.exec.kvpool import KVPool
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import Decoder
@@ -53,6 +54,9 @@ class EngineConfig:
     invariant   results independent of batch, chunks and cache to the last bit; None: yes in float32 on a CPU
     share       whether requests share cached prefixes
     techniques  as 'slot=name(args)'
+    lora        adapters to load before the first request, as "NAME=FOLDER"
+    max_loras   adapters that may be loaded at once
+    lora_memory bytes set aside for them; None sets nothing aside, and they may take what the plan leaves over
     """
 
     model: Path | Mapping[str, Any]
@@ -69,6 +73,9 @@ class EngineConfig:
     invariant: bool | None = None
     share: bool = True
     techniques: Sequence[str | Part] = ()
+    lora: Sequence[str] = ()
+    max_loras: int = 8
+    lora_memory: int | None = None
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -89,13 +96,14 @@ def chosen(techniques: Sequence[str | Part], recipe: str | Path | None, plugins:
 def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -> EngineConfig:
     """An `EngineConfig` from options as users name them; what is None is left to weft.
 
-    memory may be a number of bytes or text such as "4GiB"; recipe a TOML file; plugins Python files with techniques.  Raises
+    memory and lora_memory may be numbers of bytes or text such as "4GiB"; recipe a TOML file; plugins Python files with techniques.  Raises
     ConfigError for a size that cannot be read, and for parts that are unknown.
     """
     given = {USERS_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     given["techniques"] = chosen(given.get("techniques", ()), given.pop("recipe", None), given.pop("plugins", ()))
-    if isinstance(given.get("memory_bytes"), str):
-        given["memory_bytes"] = parse_size(given["memory_bytes"])
+    for size in ("memory_bytes", "lora_memory"):
+        if isinstance(given.get(size), str):
+            given[size] = parse_size(given[size])
     if "dtype" in given:
         given["dtype"] = str(given["dtype"])  # a torch.dtype is taken too
     return EngineConfig(model=model, **given)
@@ -141,6 +149,7 @@ class Runtime:
     decoder: Decoder
     pool: KVPool = field(repr=False)
     draft: Decoder | None = None
+    adapters: AdapterBook | None = field(default=None, repr=False)
 
     @property
     def decoders(self) -> dict[str, Decoder]:
@@ -150,7 +159,7 @@ class Runtime:
 
 def prepare(config: EngineConfig) -> Setup:
     """Read the checkpoint's shape and divide the memory.  Raises ConfigError; whether the plan fits is in `plan.fits`."""
-    for name in ("max_num_seqs", "max_rows", "block_tokens"):
+    for name in ("max_num_seqs", "max_rows", "block_tokens", "max_loras"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
     if config.threads is not None and not 1 <= config.threads <= 1024:
@@ -189,6 +198,7 @@ def prepare(config: EngineConfig) -> Setup:
         layered=layered,
         draft_bytes=0 if draft is None else _draft_bytes(draft, dtype, rows, config.max_num_seqs, stack),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
+        adapters_bytes=config.lora_memory or 0,
     )
     small = plan.weights_bytes <= SMALL_BYTES
     threads = config.threads or (1 if small else cpu_count().threads)
@@ -236,12 +246,14 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
         )  # fmt: skip
     pool = make_pool(setup)
-    stacks = Stacks(setup.stack)
+    adapters = _adapters(setup, decoder)
+    stacks = Stacks(setup.stack, {"adapt": adapters})
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=f"{setup.dtype}".encode(), reach=reach(setup),
     )  # fmt: skip
-    runtime = Runtime(setup, engine, None, decoder, pool, second)  # type: ignore[arg-type]
+    adapters.serve(engine)
+    runtime = Runtime(setup, engine, None, decoder, pool, second, adapters)  # type: ignore[arg-type]
     runtime.executor = TorchExecutor(runtime.decoders, pool, stacks)
     return runtime
 
@@ -280,6 +292,24 @@ def make_pool(setup: Setup) -> KVPool:
         setup.groups, setup.specs, blocks=setup.plan.kv_blocks, block_bytes=setup.block_bytes,
         dtype=getattr(torch, setup.dtype), device=setup.device, store=setup.stack.get("kv.store"),
     )  # fmt: skip
+
+
+def _adapters(setup: Setup, decoder: Decoder) -> AdapterBook:
+    """The book of adapters, with those that the user named."""
+    from weft.exec.adapters import AdapterBook
+
+    config, plan = setup.config, setup.plan
+    most = config.lora_memory
+    if most is None:
+        limit = plan.available_bytes if config.memory_bytes is None else min(config.memory_bytes, plan.available_bytes)
+        most = max(0, limit - plan.total_bytes)
+    book = AdapterBook(decoder, most=config.max_loras, most_bytes=most)
+    for text in config.lora:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"an adapter is given as NAME=FOLDER, got {text[:200]!r}")
+        book.enter(book.read(name, path))
+    return book
 
 
 def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from weft.exec.batch import Batch, GroupBatch
+from weft.exec.deltas import Deltas
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror
 from weft.types import GroupKind, Work
@@ -59,6 +60,7 @@ class Gather:
             bounds.append(at)
         tokens = np.fromiter((t for i in mine for t in works[i].tokens), np.int64, at)
         members = self._members[name]
+        sequences = [self.mirror.sequences[works[i].request] for i in mine]
         batch = Batch(
             tokens_T=self._tensor(tokens),
             positions_T=self._tensor(np.concatenate(positions)),
@@ -67,9 +69,8 @@ class Gather:
             logit_rows_N=self._tensor(np.concatenate(logit_rows) if logit_rows else np.empty(0, np.int64)),
             trees=trees,
             vectors=self._vector_rows(vectors),
-            sequences=[
-                self.mirror.sequences[works[i].request] if name == "target" else self.mirror.plain for i in mine
-            ],
+            sequences=sequences if name == "target" else [self.mirror.plain for _ in mine],
+            deltas=Deltas.of(sequences, bounds, self.device) if name == "target" else None,
         )
         return batch, wanted
 

@@ -68,9 +68,9 @@ class Decoder:
         self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
         self._tiling = self._attention_tiling()
         self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
-        self._operations = operations(Material(spec, ops, tensors, self._buffers, self._group_of, self._cut_for))
+        self._operations = operations(Material(spec, ops, tensors, self._buffers, self._group_of, self.cut))
         self._hooks: dict[tuple[Seam, int], list[Hook]] = {}
-        self._segments: dict[tuple[int, int], list[Segment]] = {}
+        self._segments: dict[tuple[int, int, bool], list[Segment]] = {}
 
     @property
     def weights_bytes(self) -> int:
@@ -98,7 +98,7 @@ class Decoder:
             return FAST
         return invariant_tiling(self.spec.heads // self.spec.kv_heads, self.spec.head_dim, self.device)
 
-    def _cut_for(self, *weights: Tensor) -> Cut:
+    def cut(self, *weights: Tensor) -> Cut:
         """How rows are cut into products with these weights ([N, K], or a stack of such); tried once for each shape."""
         if not self.invariant:
             return whole
@@ -135,7 +135,7 @@ class Decoder:
             if hidden is not None:
                 self._buffers["hidden"][:rows].copy_(hidden)
             step = self._begin(batch, pool, rows, first, stop)
-            for segment in self._pieces(first, stop):
+            for segment in self._pieces(first, stop, batch.deltas is not None):
                 for run in segment.runs:
                     run(step)
                 if segment.hook is not None:
@@ -176,22 +176,22 @@ class Decoder:
 
         return remove
 
-    def _pieces(self, first: int, stop: int) -> list[Segment]:
+    def _pieces(self, first: int, stop: int, adapted: bool = False) -> list[Segment]:
         """The operations of a range of layers as segments, cut at hooked seams and nowhere else."""
-        if (first, stop) in self._segments:
-            return self._segments[first, stop]
+        if (first, stop, adapted) in self._segments:
+            return self._segments[first, stop, adapted]
         chosen = [op for op in self._operations if first <= op.layer < stop and not (op.seam is Seam.INPUTS and first)]
         segments: list[Segment] = []
         runs: list[Run] = []
         for op in chosen:
-            runs.append(op.run)
+            runs.append(op.adapted if adapted and op.adapted is not None else op.run)
             hooks = self._hooks.get((op.seam, op.layer), []) if op.seam is not None else []
             for hook in hooks:
                 segments.append(Segment(tuple(runs), op, hook))
                 runs = []
         if runs:
             segments.append(Segment(tuple(runs), chosen[-1], None))
-        self._segments[first, stop] = segments
+        self._segments[first, stop, adapted] = segments
         return segments
 
     @property

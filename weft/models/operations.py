@@ -6,7 +6,8 @@ I: inner size of the MLP.  k: experts per row.
     embed | for each layer: norm qkv rope | write attend | out add norm gate | down add | norm head softcap
           inputs                         qkv            attention          gate        output            logits
 
-The words below the line are the seams, a closed list.
+The words below the line are the seams, a closed list.  After the products qkv, out, gate_up and down an adapter may add what it
+has for some of the rows; batches without adapters run a list in which nothing asks for one.
 """
 
 from __future__ import annotations
@@ -72,12 +73,16 @@ Cut = Callable[[int], Slabs]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One entry of the flat list.  `seam` stands after it; `views` gives the tensors that a hook there gets."""
+    """One entry of the flat list.  `seam` stands after it; `views` gives the tensors that a hook there gets.
+
+    adapted: what runs in its place where the batch has adapters.
+    """
 
     layer: int
     run: Run
     seam: Seam | None = None
     views: Callable[[Step], tuple[Tensor, ...]] | None = None
+    adapted: Run | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +152,19 @@ def _linear(m: Material, x: Tensor, layer: LayerSpec, name: str, out: Tensor) ->
     return lambda step: linear(x, weight, bias, out, cut(step.rows))
 
 
+def _product(m: Material, index: int, x: Tensor, layer: LayerSpec, name: str, out: Tensor) -> Operation:
+    """A product that adapters may change."""
+    multiply = _linear(m, x, layer, name, out)
+
+    def adapted(step: Step) -> None:
+        multiply(step)
+        deltas = step.batch.deltas
+        assert deltas is not None
+        deltas.add(layer.weights, name, x, out)
+
+    return Operation(index, multiply, adapted=adapted)
+
+
 def _add(m: Material, layer: LayerSpec, norm: str) -> Run:
     """Add what attention or MLP projected to the stream, normalized first where the layer has a norm there."""
     hidden, projected = m.buffers["hidden"], m.buffers["projected"]
@@ -195,11 +213,11 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
     views = (q, k, v)
     return [
         Operation(index, _norm(m, "hidden", m.weight(layer, "norm_attention"), "normed")),
-        Operation(index, _linear(m, m.buffers["normed"], layer, "qkv", qkv)),
+        _product(m, index, m.buffers["normed"], layer, "qkv", qkv),
         Operation(index, turn, Seam.QKV, lambda step: tuple(view[: step.rows] for view in views)),
         Operation(index, store),
         Operation(index, attend, Seam.ATTENTION, lambda step: (attended[: step.rows],)),
-        Operation(index, _linear(m, m.buffers["attended"], layer, "out", m.buffers["projected"])),
+        _product(m, index, m.buffers["attended"], layer, "out", m.buffers["projected"]),
         Operation(index, _add(m, layer, "norm_attention_out")),
         Operation(index, _norm(m, "hidden", m.weight(layer, "norm_mlp"), "normed")),
     ]
@@ -216,9 +234,9 @@ def _mlp(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
         m.ops.gated(gate_up[: step.rows], activation, gated[: step.rows])
 
     return [
-        Operation(index, _linear(m, m.buffers["normed"], layer, "gate_up", gate_up)),
+        _product(m, index, m.buffers["normed"], layer, "gate_up", gate_up),
         Operation(index, gate, Seam.GATE, lambda step: (gated[: step.rows],)),
-        Operation(index, _linear(m, gated, layer, "down", m.buffers["projected"])),
+        _product(m, index, gated, layer, "down", m.buffers["projected"]),
     ]
 
 

@@ -14,14 +14,17 @@ block: `GroupSpec.block_tokens` entries of one group.  Half-open ranges everywhe
 from __future__ import annotations
 
 from weft.types.events import (
+    Adapted,
     Add,
     Cancel,
     Command,
+    Drop,
     EngineFrame,
     EngineStats,
     Event,
     Finished,
     FinishReason,
+    Load,
     Preempted,
     Rejected,
     Tokens,
@@ -32,9 +35,11 @@ from weft.types.plan import Enter, Keep, Mask, Plan, Work
 from weft.types.result import StepResult, TokenLogprob, WorkResult
 
 __all__ = [
+    "Adapted",
     "Add",
     "Cancel",
     "Command",
+    "Drop",
     "EngineFrame",
     "EngineStats",
     "Enter",
@@ -48,6 +53,7 @@ __all__ = [
     "KVOp",
     "KVOpKind",
     "Keep",
+    "Load",
     "Mask",
     "MediaItem",
     "Plan",

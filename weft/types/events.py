@@ -25,7 +25,26 @@ class Cancel(Struct, frozen=True, tag="cancel"):
     index: int | None = None
 
 
-Command = Add | Cancel
+class Load(Struct, frozen=True, tag="load"):
+    """Front to engine: take in the adapter in the folder `path` under this name.  id: of this command, told back.
+
+    technique: which of the slot `adapt` reads it.  The path stays below the folder that the engine was given for this.
+    """
+
+    id: int
+    name: str
+    path: str
+    technique: str = "lora"
+
+
+class Drop(Struct, frozen=True, tag="drop"):
+    """Front to engine: let go of the adapter of this name."""
+
+    id: int
+    name: str
+
+
+Command = Add | Cancel | Load | Drop
 
 
 class Tokens(Struct, frozen=True, tag="tokens"):
@@ -70,7 +89,23 @@ class Rejected(Struct, frozen=True, tag="rejected"):
     code: str | None = None
 
 
-Event = Tokens | Finished | Preempted | Rejected
+class Adapted(Struct, frozen=True, tag="adapted"):
+    """What became of a Load or a Drop.
+
+    part: how a request asks for the adapter, as slot=name(args); None where it is gone.  error: why nothing has changed, with its
+    kind ("request" or "capacity") and code as in `Rejected`.
+    """
+
+    id: int
+    name: str
+    part: str | None = None
+    error: str | None = None
+    kind: Literal["request", "capacity"] = "request"
+    param: str | None = None
+    code: str | None = None
+
+
+Event = Tokens | Finished | Preempted | Rejected | Adapted
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):

@@ -1,0 +1,1 @@
+"""Techniques of the slot `adapt`: per-request deltas on weights."""

@@ -1,0 +1,1 @@
+"""Techniques of the slot `skip`: which layers a row takes."""
