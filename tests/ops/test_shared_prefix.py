@@ -145,7 +145,7 @@ def test_numbers_that_cannot_be_used_are_struck_out(invariant: Tiling) -> None:
 def test_scratch_is_bounded(invariant: Tiling) -> None:
     """Little scratch means many slabs and short stacks, and the same bits."""
     world = family(1, 20, 330, rows=2)
-    tight = Tiling(invariant.decode, invariant.prefill, invariant.keys, scratch_bytes=1, between=invariant.between)
+    tight = Tiling(invariant.decode, invariant.prefill, invariant.keys, scratch_bytes=1, stacked=invariant.stacked)
     mine, wide = together(world, tight, numbers(world, 64)), together(world, invariant, numbers(world, 64))
     assert len(mine[3].slabs) > len(wide[3].slabs)
     assert torch.equal(mine[0], wide[0])

@@ -22,7 +22,7 @@ from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, St
 from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.ops import Ops, choose
-from weft.ops.ref.attention_plan import AttentionPlan
+from weft.ops.attention_call import AttentionCall, by_technique
 from weft.ops.ref.rope import frequencies
 from weft.ops.ref.tiles import CANDIDATES, FAST, Tiling, agreeing_rows, invariant_tiling, slabs_for, whole
 from weft.types import GroupKind, GroupSpec
@@ -150,11 +150,15 @@ class Decoder:
             for rope, inverse in self._inverse.items()
         }
         step = Step(batch, pool, rows, ropes)
+        techniques = by_technique(batch)
         for group in sorted({self._group_of[layer] for layer in range(first, stop)}):
             where, at = batch.groups[group], pool.index_of(self.groups[group])
             pool.write_positions(at, where.slots_T, batch.positions_T)
             step.stored[group] = pool.row_of(at, *pool.split(at, where.slots_T))
-            step.plans[group] = AttentionPlan(batch, where, pool, at, self.spec.heads, self._tiling)
+            step.attending[group] = []
+            for technique, sequences in techniques:
+                call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling)
+                step.attending[group].append((technique, call, technique.plan(call)))
         return step
 
     # ------------------------------------------------------------------------------------------ seams

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from weft.exec.batch import Batch
 from weft.exec.kvpool import KVPool
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops import Ops
-from weft.ops.ref.attention_plan import AttentionPlan
+from weft.ops.attention_call import AttentionCall
 from weft.ops.ref.basic import Slabs
+from weft.slots import Attention
 
 
 class Seam(enum.StrEnum):
@@ -54,7 +56,8 @@ Hook = Callable[[Batch, tuple[Tensor, ...]], None]
 class Step:
     """What the operations of one forward pass share.
 
-    plans, stored: by the model's group, its attention tiles and the rows of memory that take the batch's keys.
+    attending, stored: by the model's group, who computes attention with which plan, and the rows of memory that take the batch's
+    keys.
     routed: weights and ids of the experts that the present layer chose.
     """
 
@@ -62,7 +65,7 @@ class Step:
     pool: KVPool
     rows: int
     ropes: dict[RopeSpec, tuple[Tensor, Tensor]]
-    plans: dict[int, AttentionPlan] = field(default_factory=dict)
+    attending: dict[int, list[tuple[Attention, AttentionCall, Any]]] = field(default_factory=dict)
     stored: dict[int, Tensor] = field(default_factory=dict)
     routed: tuple[Tensor, Tensor] | None = None
 
@@ -197,18 +200,15 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
             ops.apply_rope(rotary[rows], *step.ropes[layer.rope])
 
     def store(step: Step) -> None:
-        step.pool.write_rows(step.plans[group].group, index, step.stored[group], k[: step.rows], v[: step.rows])
+        step.pool.write_rows(
+            step.attending[group][0][1].group, index, step.stored[group], k[: step.rows], v[: step.rows]
+        )
 
     def attend(step: Step) -> None:
-        ops.attention(
-            q[: step.rows],
-            step.pool,
-            index,
-            step.plans[group],
-            scale=layer.query_scale,
-            softcap=layer.attention_softcap,
-            out_THD=attended,
-        )
+        for technique, call, plan in step.attending[group]:
+            call.layer, call.q_THD, call.out_THD = index, q[: step.rows], attended
+            call.scale, call.softcap = layer.query_scale, layer.attention_softcap
+            technique.run(call, plan)
 
     views = (q, k, v)
     return [

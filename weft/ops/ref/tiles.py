@@ -105,7 +105,7 @@ class Tiling:
     keys                entries in a key tile, which begins at a multiple of it
     group               key tiles that are merged as one, a power of two
     scratch_bytes       bound of the temporaries
-    between             other sizes of query tiles whose products agree with those of the two
+    stacked             sizes of query tiles whose products agree with those of the two
     """
 
     decode: int
@@ -113,15 +113,15 @@ class Tiling:
     keys: int
     group: int = 16
     scratch_bytes: int = 24 << 20
-    between: tuple[int, ...] = ()
+    stacked: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """All sizes of query tiles, ascending."""
-        return tuple(sorted({self.decode, *self.between, self.prefill}))
+        return tuple(sorted({self.decode, *self.stacked, self.prefill}))
 
 
-FAST = Tiling(decode=1, prefill=64, keys=128, between=(2, 4, 8, 16, 32))
+FAST = Tiling(decode=1, prefill=64, keys=128, stacked=(2, 4, 8, 16, 32))
 """For the mode whose bits may depend on the batch."""
 
 
@@ -145,12 +145,13 @@ def invariant_tiling(group_heads: int, head_dim: int, device: torch.device) -> T
     entries = torch.randn(keys, head_dim, generator=generator).to(device)
     reference = _attention_trial(query, entries, large * group_heads, 12)
     agreeing = []
-    for small in (1, 2, 4, 8):
-        trials = [_attention_trial(query, entries, small * group_heads, tiles) for tiles in (1, 3, 12)]
-        shift = small * group_heads // 2 + 1
-        rolled = _attention_trial(query.roll(shift, 0), entries, small * group_heads, 12)
+    for size in (1, 2, 4, 8, 32, 64):
+        rows, counts = size * group_heads, [tiles for tiles in (1, 3, 12) if tiles * size <= 12 * large]
+        trials = [_attention_trial(query, entries, rows, tiles) for tiles in counts]
+        shift = rows // 2 + 1
+        rolled = _attention_trial(query.roll(shift, 0), entries, rows, counts[-1])
         trials.append((rolled[0].roll(-shift, 0), rolled[1].roll(-shift, 0)))
         if all(torch.equal(a, b) for trial in trials for a, b in zip(trial, reference, strict=True)):
-            agreeing.append(small)
-    first, *others = [*agreeing, large]
-    return Tiling(decode=first, prefill=large, keys=keys, between=tuple(x for x in others if x < large))
+            agreeing.append(size)
+    small = min([*agreeing, large])
+    return Tiling(decode=small, prefill=large, keys=keys, stacked=tuple(agreeing))

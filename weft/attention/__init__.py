@@ -1,0 +1,1 @@
+"""Slot `attention`: how attention is computed."""
