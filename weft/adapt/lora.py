@@ -130,7 +130,7 @@ def _settings(config: Mapping[str, Any], sites: Mapping[str, Site]) -> tuple[int
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise ConfigError(f"r must be a whole number from 1 to {MAX_RANK}, not {str(rank)[:40]}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ConfigError(f"lora_alpha must be a finite number, not {str(alpha)[:40]}")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     modules = config.get("target_modules")
@@ -138,7 +138,9 @@ def _settings(config: Mapping[str, Any], sites: Mapping[str, Site]) -> tuple[int
         raise ConfigError(f"target_modules must be a list of names: {WHY['target_modules']}")
     unknown = sorted(set(modules) - set(TARGETS))
     if unknown:
-        raise ConfigError(f"target_modules has {unknown[0][:100]!r}, which is not adapted here: {WHY['target_modules']}")
+        raise ConfigError(
+            f"target_modules has {unknown[0][:100]!r}, which is not adapted here: {WHY['target_modules']}"
+        )
     layers = _layers(config.get("layers_to_transform"))
     there = [(name, name.removesuffix(".weight").rpartition(".")[2], site) for name, site in sites.items()]
     absent = sorted(set(modules) - {module for _, module, _ in there})
@@ -170,7 +172,9 @@ def _pairs(tensors: Mapping[str, Tensor], wanted: Mapping[str, Site], rank: int)
         site = wanted[weight]
         shape = (rank, site.inputs) if match[2] == "A" else (site.outputs, rank)
         if tensor.shape != shape:
-            raise ConfigError(f"{name} has the shape {list(tensor.shape)}; this model and r = {rank} ask for {list(shape)}")
+            raise ConfigError(
+                f"{name} has the shape {list(tensor.shape)}; this model and r = {rank} ask for {list(shape)}"
+            )
         found[weight, match[2]] = tensor
     for weight in wanted:
         for letter in "AB":
@@ -180,9 +184,7 @@ def _pairs(tensors: Mapping[str, Tensor], wanted: Mapping[str, Site], rank: int)
     return {weight: (found[weight, "A"], found[weight, "B"]) for weight in wanted}
 
 
-def _fuse(
-    parts: list[tuple[Site, Tensor, Tensor]], scale: float, sites: Mapping[str, Site]
-) -> tuple[Tensor, Tensor]:
+def _fuse(parts: list[tuple[Site, Tensor, Tensor]], scale: float, sites: Mapping[str, Site]) -> tuple[Tensor, Tensor]:
     """One pair for a product: A below each other, s B as blocks at the columns of each part."""
     import torch
 

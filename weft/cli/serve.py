@@ -56,6 +56,16 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    lora_root: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora-root",
+            help="Folder below which clients may load adapters; without it they may not.",
+            metavar="FOLDER",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -76,10 +86,20 @@ def serve(
         if served_model_name and len(names) < len(served_model_name):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
         flags.check()
-        _serve(model, flags, host, port, names, key)
+        if lora_root is not None and not lora_root.is_dir():
+            raise ConfigError(f"--lora-root {lora_root} is no folder")
+        _serve(model, flags, host, port, names, key, lora_root)
 
 
-def _serve(model: str | None, flags: EngineFlags, host: str, port: int, names: list[str], key: str | None) -> None:
+def _serve(
+    model: str | None,
+    flags: EngineFlags,
+    host: str,
+    port: int,
+    names: list[str],
+    key: str | None,
+    lora_root: Path | None,
+) -> None:
     from weft.front.server import bind
     from weft.hub import model_id, resolve
 
@@ -88,7 +108,7 @@ def _serve(model: str | None, flags: EngineFlags, host: str, port: int, names: l
     # Clients that come while the model loads wait in the socket's queue and are answered then.
     with contextlib.closing(bind(host, port)) as held:
         folder = resolve(model, progress=sys.stderr.isatty())
-        engine, text = start(folder, model_id(model), flags)
+        engine, text = start(folder, model_id(model), flags, lora_root)
         _run(engine, text, held, host, names, key)
 
 
@@ -110,7 +130,7 @@ def _run(
         engine.close()
 
 
-def start(folder: Path, name: str, flags: EngineFlags) -> tuple[EngineThread, ModelText]:
+def start(folder: Path, name: str, flags: EngineFlags, lora_root: Path | None = None) -> tuple[EngineThread, ModelText]:
     """Plan, show the plan, and only then load: the engine in its thread, and the text side of its model."""
     from weft.cli.plan import table
     from weft.exec.build import build, prepare
@@ -127,7 +147,9 @@ def start(folder: Path, name: str, flags: EngineFlags) -> tuple[EngineThread, Mo
     text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
         runtime = build(setup, progress)
-    return EngineThread(runtime.engine, runtime.executor, engine_info(setup, name)), text
+    info = engine_info(setup, name, runtime.adapters, loads_adapters=lora_root is not None)
+    root = None if lora_root is None else str(lora_root.resolve())
+    return EngineThread(runtime.engine, runtime.executor, info, adapters=runtime.adapters, adapter_root=root), text
 
 
 def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:

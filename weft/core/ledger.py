@@ -187,7 +187,7 @@ def _mib(n: int) -> str:
 def _why(weights: int, workspace: int, reserve: int, adapters: int, kv: int, length: int, bound: str) -> str:
     aside = f" + adapters {_mib(adapters)}" if adapters else ""
     return (
-        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)}{aside} + KV of one "
-        f"sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + adapters + kv)}, but {bound}; "
+        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)}{aside} + KV of "
+        f"one sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + adapters + kv)}, but {bound}; "
         "try a smaller --max-model-len, a smaller model or dtype, or more memory"
     )

@@ -1,8 +1,8 @@
 """The adapters that are loaded: read from folders, bounded in number and bytes, and held while requests use them.
 
-    adapter = book.read("x", folder)     # any thread: files to tensors, nothing else changes
-    book.enter(adapter)                  # between two steps
-    book.drop("x")                       # refused while somebody uses it
+adapter = book.read("x", folder)     # any thread: files to tensors, nothing else changes
+book.enter(adapter)                  # between two steps
+book.drop("x")                       # refused while somebody uses it
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor
 from weft.errors import CapacityError, ConfigError, RequestError
 from weft.models.families import families
 from weft.models.weights import SAFETENSORS_DTYPES
-from weft.registry import lookup
+from weft.registry import Part, lookup
 from weft.slots import PRODUCTS, Site
+from weft.types import Adapted
 
 if TYPE_CHECKING:
     from weft.config import Stack, Stacks
@@ -60,6 +61,10 @@ class Adapter:
         """How a request asks for it."""
         return f"{SLOT}={self.technique}(name={self.name!r})"
 
+    def told(self, id: int = 0) -> Adapted:
+        """What the front is told of it, in answer to the command `id`."""
+        return Adapted(id, self.name, self.part, self.digest.hex())
+
 
 class AdapterBook:
     """decoder: of the target model, which the adapters change.  most, most_bytes: bounds on what is loaded at once."""
@@ -89,7 +94,9 @@ class AdapterBook:
         adapter = self._loaded.get(name)
         if path is not None and (adapter is None or adapter.path != path):
             if self._engine is not None:
-                raise ConfigError("only the server's own stack gives the path of an adapter; a request names what is loaded")
+                raise ConfigError(
+                    "only the server's own stack gives the path of an adapter; a request names what is loaded"
+                )
             adapter = self.enter(self.read(name, path))
         if adapter is None:
             there = ", ".join(map(repr, self._loaded)) or "none"
@@ -111,8 +118,8 @@ class AdapterBook:
 
         root: the folder outside of which nothing is opened, symbolic links included.  Raises ConfigError, CapacityError.
         """
+        Part(SLOT, technique, (("name", name),)).build()  # says what is wrong with the name
         part = lookup(SLOT, technique)
-        part(name=name)  # says what is wrong with the name
         # A file in float32 becomes half of its size in bfloat16; what is larger could not be held in any case.
         most = self.most_bytes * 4 // self._decoder.dtype.itemsize
         config, tensors = _files(path, root, most + MAX_HEADER_BYTES)
@@ -140,7 +147,9 @@ class AdapterBook:
             return old
         self._unused(adapter.name, "loaded anew")
         if old is None and len(self._loaded) >= self.most:
-            raise CapacityError(f"{self.most} adapters are loaded, as many as there may be; drop one, or raise --max-loras")
+            raise CapacityError(
+                f"{self.most} adapters are loaded, as many as there may be; drop one, or raise --max-loras"
+            )
         taken = self.bytes - (old.bytes if old is not None else 0)
         if taken + adapter.bytes > self.most_bytes:
             raise CapacityError(
@@ -239,7 +248,9 @@ def _tensor(path: str, name: str, entry: Mapping[str, Any]) -> Tensor:
     dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
     if dtype is None:
         known = ", ".join(SAFETENSORS_DTYPES)
-        raise ConfigError(f"{path}: {name[:200]} is stored as {entry['dtype']}, which weft can't read; it reads {known}")
+        raise ConfigError(
+            f"{path}: {name[:200]} is stored as {entry['dtype']}, which weft can't read; it reads {known}"
+        )
     if not entry["data"]:
         return torch.empty(entry["shape"])
     tensor = torch.frombuffer(entry["data"], dtype=dtype).view(entry["shape"]).float()
@@ -257,12 +268,13 @@ def _content(folder: Path, name: str, root: str | None, most_bytes: int, *, look
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{name} of the adapter cannot be opened: {reason}") from None
-    with open(handle, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{name} of the adapter is no regular file")
+    found = os.fstat(handle)
+    if look or not stat.S_ISREG(found.st_mode):
+        os.close(handle)
         if look:
             return b""
+        raise ConfigError(f"{name} of the adapter is no regular file")
+    with open(handle, "rb") as file:
         if found.st_size > most_bytes:
             raise CapacityError(
                 f"{name} of the adapter has {found.st_size} bytes, more than the {most_bytes} that are read; raise --lora-memory"
@@ -275,9 +287,8 @@ def _open(path: Path, root: str | None) -> int:
     who changes the folder meanwhile leads out of it."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     if root is None:
-        return os.open(path.resolve(), flags)
-    base = Path(root).resolve()
-    real = path.resolve()
+        return os.open(os.path.realpath(path), flags)
+    base, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     if not real.is_relative_to(base):
         # Whether anything is there is nobody's business.
         raise RequestError(

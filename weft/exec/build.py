@@ -93,8 +93,8 @@ def chosen(techniques: Sequence[str | Part], recipe: str | Path | None, plugins:
 def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -> EngineConfig:
     """An `EngineConfig` from options as users name them; what is None is left to weft.
 
-    memory and lora_memory may be numbers of bytes or text such as "4GiB"; recipe a TOML file; plugins Python files with techniques.  Raises
-    ConfigError for a size that cannot be read, and for parts that are unknown.
+    memory and lora_memory may be numbers of bytes or text such as "4GiB"; recipe a TOML file; plugins Python files with
+    techniques.  Raises ConfigError for a size that cannot be read, and for parts that are unknown.
     """
     given = {USERS_NAMES.get(name, name): value for name, value in options.items() if value is not None}
     given["techniques"] = chosen(given.get("techniques", ()), given.pop("recipe", None), given.pop("plugins", ()))

@@ -10,13 +10,30 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from weft.core.engine import Engine
 from weft.errors import EngineError
-from weft.types import Add, Command, EngineFrame, EngineStats, Event, Finished, Plan, StepResult
+from weft.types import (
+    Adapted,
+    Add,
+    Cancel,
+    Command,
+    Drop,
+    EngineFrame,
+    EngineStats,
+    Event,
+    Finished,
+    Load,
+    Plan,
+    StepResult,
+)
+
+if TYPE_CHECKING:
+    from weft.exec.adapters import AdapterBook
+    from weft.exec.desk import AdapterDesk, Read
 
 EMPTY_STEPS = 1000
 """Steps without any work, while requests live, after which the engine says that it is stuck."""
@@ -56,13 +73,30 @@ def step(
     return events, StepTimes(clock() - began, result.forward_s, result.sample_s)
 
 
-class EngineThread:
-    """info: `front.port.EngineInfo` for those who ask.  close: called on the thread once it has ended."""
+def _desk(adapters: AdapterBook, root: str | None, done: Callable[[Read], None]) -> AdapterDesk:
+    from weft.exec.desk import AdapterDesk  # brings torch along, which an engine without a model does without
 
-    def __init__(self, engine: Engine, executor: Executor, info: Any, *, idle_check: bool = True) -> None:
+    return AdapterDesk(adapters, root, done)
+
+
+class EngineThread:
+    """info: `front.port.EngineInfo` for those who ask.  adapters: the engine's book; adapter_root: the folder below which it
+    reads on command, None for none."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        executor: Executor,
+        info: Any,
+        *,
+        idle_check: bool = True,
+        adapters: AdapterBook | None = None,
+        adapter_root: str | None = None,
+    ) -> None:
         self.engine, self.executor, self._info = engine, executor, info
         self.idle_check = idle_check
-        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | Read | None] = queue.SimpleQueue()
+        self._desk = None if adapters is None else _desk(adapters, adapter_root, self._inbox.put)
         self._sink: Callable[[EngineFrame], None] | None = None
         self._stats = engine.stats
         self._error: str | None = None
@@ -98,6 +132,8 @@ class EngineThread:
     def close(self) -> None:
         """End the thread after the step in hand; what is live is dropped."""
         self._closing = True
+        if self._desk is not None:
+            self._desk.close()
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
@@ -148,8 +184,14 @@ class EngineThread:
                 return events
             if isinstance(command, Add):
                 events.extend(self.engine.add(command.spec, time.monotonic()))
-            else:
+            elif isinstance(command, Cancel):
                 self.engine.cancel(command.id, command.index)
+            elif self._desk is not None:
+                events.extend(self._desk.take(command))
+            elif isinstance(command, (Load, Drop)):
+                events.append(
+                    Adapted(command.id, command.name, error="this engine holds no adapters", code="forbidden")
+                )
 
     def _emit(self, events: list[Event], host_s: float) -> None:
         stats = msgspec.structs.replace(self.engine.stats, last_step_s=self._last_step, host_s=host_s)

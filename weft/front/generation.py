@@ -37,12 +37,14 @@ class Prompt:
     """One prompt as token ids, and how to go on from it.
 
     salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.
+    techniques: parts laid over the server's stack, as slot=name(args).
     """
 
     ids: Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
     salt: bytes = b""
+    techniques: tuple[str, ...] = ()
 
 
 class Delta(msgspec.Struct, kw_only=True):

@@ -121,7 +121,14 @@ class ModelText:
             raise self._too_long(f"{len(ids)} tokens", param)
 
     def request(
-        self, id: int, ids: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        id: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        techniques: Sequence[str] = (),
     ) -> RequestSpec:
         """What the engine is asked for one prompt; its seed is drawn where `params` names none.
 
@@ -137,6 +144,7 @@ class ModelText:
             n=params.n,
             priority=priority,
             salt=salt,
+            techniques=tuple(techniques),
         )
 
     def sequence(self, params: SamplingParams) -> SequenceText:

@@ -40,7 +40,7 @@ async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     )
     priority, salt = routing(request)
     ids = await chat_ids(service, request)
-    prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt)
+    prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt, techniques=service.techniques(model))
     generation = await service.client.start(prompt)
     writer = ChatWriter(service, model, generation, request, params.n)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
@@ -110,7 +110,7 @@ class ChatWriter:
             "object": "chat.completion.chunk" if request.stream else "chat.completion",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": service.fingerprint,
+            "system_fingerprint": service.fingerprint(model),
         }
         start = b"data: " + encode(self._common)[:-1]
         self._head = start + b',"choices":[{"index":'

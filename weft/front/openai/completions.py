@@ -38,8 +38,9 @@ async def complete(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     priority, salt = routing(request)
     check_sequences(len(prompts), params.n)
     ids = await tokenize(service, prompts, add_special=request.add_special_tokens is not False)
+    techniques = service.techniques(model)
     generation = await service.client.start(
-        [Prompt(ids=one, params=params, priority=priority, salt=salt) for one in ids]
+        [Prompt(ids=one, params=params, priority=priority, salt=salt, techniques=techniques) for one in ids]
     )
     writer = CompletionWriter(service, model, generation, request, prompts, hide=hide)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
@@ -103,7 +104,7 @@ class CompletionWriter:
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": service.fingerprint,
+            "system_fingerprint": service.fingerprint(model),
         }
         start = b"data: " + encode(self._common)[:-1]
         self._head = start + b',"choices":[{"index":'
