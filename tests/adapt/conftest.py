@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,13 +33,13 @@ def made(reference: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="package")
-def adapted(made: dict[str, Made]) -> Iterator[Runtime]:
+def adapted(made: dict[str, Made]) -> Runtime:
     """The bundled model with all three loaded."""
     config = EngineConfig(
         model=resolve(None), dtype="float32", device="cpu", threads=1, max_model_len=1024, max_num_seqs=32,
         lora=[f"{name}={one.folder}" for name, one in made.items()],
     )  # fmt: skip
-    yield build(prepare(config))
+    return build(prepare(config))
 
 
 @pytest.fixture

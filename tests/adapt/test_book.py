@@ -182,6 +182,7 @@ def test_a_folder_that_changes_between_the_look_and_the_opening(
         link = copy if swapped == CONFIG else copy / TENSORS
         link.unlink()
         (root / "moved").rename(link)
+    monkeypatch.undo()
     assert book.read("x", "mine", root=str(root)).bytes
 
 
@@ -257,7 +258,7 @@ def test_the_servers_own_adapter_stays(made: dict[str, Made]) -> None:
     book = build(prepare(config)).adapters
     assert book is not None
     assert [a.name for a in book.adapters()] == ["own"]
-    with pytest.raises(RequestError, match="adapter_in_use|is used by"):
+    with pytest.raises(RequestError, match="is used by"):
         book.drop("own")
 
 

@@ -202,9 +202,8 @@ def test_asyncio_loads_and_drops(root: Path) -> None:
             assert llm.adapters == ["x"]
             found = []
             for adapter in (None, "x"):
-                async for out in llm.generate(PROMPT, law, adapter=adapter):
-                    pass
-                found.append(out.outputs[0].text)
+                grown = [out.outputs[0].text async for out in llm.generate(PROMPT, law, adapter=adapter)]
+                found.append(grown[-1])
             await llm.drop_adapter("x")
             with pytest.raises(RequestError, match="no adapter 'x'"):
                 async for _ in llm.generate(PROMPT, law, adapter="x"):
