@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from weft.errors import RequestError
 from weft.exec.thread import EngineThread
 from weft.front.client import Client
 from weft.front.client import Prompt as FrontPrompt
@@ -24,14 +25,24 @@ class AsyncLLM:
 
     def __init__(self, model: str | Path | None = None, **options: Any) -> None:
         runtime, self.text, self.name = load(model, **options)
-        self.port = EngineThread(runtime.engine, runtime.executor, engine_info(runtime.setup, self.name))
+        info = engine_info(runtime.setup, self.name, runtime.adapters, loads_adapters=True)
+        # Who holds this object may read any folder that the process may.
+        self.port = EngineThread(runtime.engine, runtime.executor, info, adapters=runtime.adapters, adapter_root="/")
         self._client = Client(self.port, self.text)
         self._calls = 0
 
     async def generate(
-        self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        adapter: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """The outputs of one prompt or conversation as they grow; leaving the iteration cancels the request."""
+        """The outputs of one prompt or conversation as they grow; leaving the iteration cancels the request.
+
+        adapter: name of a loaded adapter.
+        """
         params = sampling_params or self.text.default_params(max_tokens=16)
         if not isinstance(prompt, (str, Mapping)) and prompt and isinstance(prompt[0], Mapping):
             prompt = {"prompt": self.text.chat_text(prompt), "chat": True}
@@ -39,7 +50,9 @@ class AsyncLLM:
         self._calls += 1
         result = blank(str(self._calls), text, ids, params)
         outputs = result.outputs
-        async with await self._client.start(FrontPrompt(ids=ids, params=params, priority=priority)) as generation:
+        techniques = () if adapter is None else (self._part(adapter),)
+        asked = FrontPrompt(ids=ids, params=params, priority=priority, techniques=techniques)
+        async with await self._client.start(asked) as generation:
             async for delta in generation:
                 out = outputs[delta.index]
                 out.text += delta.text
@@ -55,6 +68,26 @@ class AsyncLLM:
                     result.prompt_logprobs.extend(with_texts(e, self.text) for e in told)
                 result.finished = all(o.finish_reason is not None for o in outputs)
                 yield result
+
+    async def load_adapter(self, name: str, path: str | Path) -> None:
+        """As `LLM.load_adapter`; requests go on meanwhile.  Raises RequestError for files that are no adapter of this model."""
+        await self._client.load_adapter(name, str(Path(path).absolute()))
+
+    async def drop_adapter(self, name: str) -> None:
+        """As `LLM.drop_adapter`."""
+        await self._client.drop_adapter(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return list(self._client.adapters)
+
+    def _part(self, adapter: str) -> str:
+        found = self._client.adapters.get(adapter)
+        if found is None or found.part is None:
+            there = ", ".join(map(repr, self.adapters)) or "none"
+            raise RequestError(f"no adapter {adapter!r} is loaded; there is {there}", param="adapter")
+        return found.part
 
     def close(self) -> None:
         self._client.close()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 from weft.exec.build import EngineConfig, Runtime, Setup, build, engine_config, prepare
@@ -26,6 +26,9 @@ from weft.outputs import RequestOutput
 from weft.sampling import SamplingParams
 from weft.types import Event, Finished, Rejected, Tokens
 
+if TYPE_CHECKING:
+    from weft.exec.adapters import AdapterBook
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -33,7 +36,8 @@ def configure(model: str | Path | None = None, **options: Any) -> tuple[EngineCo
     """(engine configuration, served name) from the keywords of `LLM`.  Raises ConfigError for an unknown keyword."""
     known = {
         "dtype", "device", "max_model_len", "memory", "threads", "max_num_seqs", "max_num_batched_tokens", "block_tokens",
-        "load", "seed", "invariant", "enable_prefix_caching", "techniques", "recipe", "plugins", "progress",
+        "load", "seed", "invariant", "enable_prefix_caching", "techniques", "recipe", "plugins", "lora",
+        "max_loras", "lora_memory", "progress",
     }  # fmt: skip
     for key in options:
         if key not in known:
@@ -51,12 +55,15 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Runtime, Mode
     return build(setup), text, name
 
 
-def engine_info(setup: Setup, name: str) -> EngineInfo:
-    """What the front is told of a built engine."""
+def engine_info(
+    setup: Setup, name: str, adapters: AdapterBook | None = None, *, loads_adapters: bool = False
+) -> EngineInfo:
+    """What the front is told of a built engine.  loads_adapters: whether it takes commands to load and drop."""
     return EngineInfo(
         model_id=name, vocab_size=setup.spec.vocab, max_model_len=setup.limits.max_model_len, kv_blocks=setup.plan.kv_blocks,
         block_tokens=setup.plan.block_tokens, max_num_seqs=setup.limits.max_num_seqs, dtype=setup.dtype, device=setup.device,
         plan=setup.plan.as_dict(), stack=tuple(str(p) for p in setup.stack.parts),
+        adapters=tuple(a.told() for a in adapters.adapters()) if adapters is not None else (), loads_adapters=loads_adapters,
     )  # fmt: skip
 
 
@@ -71,6 +78,8 @@ class LLM:
     max_model_len, max_num_seqs, max_num_batched_tokens, threads, device, seed, enable_prefix_caching, invariant
     load        "random" gives random weights of the config's shape
     techniques  a list such as ["schedule=prefill_first"]; recipe: a TOML file with a stack; plugins: Python files with techniques
+
+    lora        adapters to load, as ["NAME=FOLDER"]; max_loras: how many may be loaded; lora_memory: bytes set aside for them
 
     Raises ConfigError for a bad flag or checkpoint, CapacityError when the model does not fit.
     """
@@ -90,8 +99,11 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: int | Sequence[int] = 0,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; results come in the prompts' order.
+
+        adapter: name of a loaded adapter, one for all or one for each; None computes with the model as it is.
 
         sampling_params: one for all, or one for each; None takes the model's own defaults.  use_tqdm: show progress when the
         work is long and stderr is a terminal.
@@ -101,7 +113,10 @@ class LLM:
         urgency = [priority] * len(batch) if isinstance(priority, int) else list(priority)
         if len(urgency) != len(batch):
             raise RequestError(f"{len(urgency)} priorities for {len(batch)} prompts", param="priority")
-        jobs = [self._job(p, s, u) for p, s, u in zip(batch, params, urgency, strict=True)]
+        adapters = [adapter] * len(batch) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(batch):
+            raise RequestError(f"{len(adapters)} adapters for {len(batch)} prompts", param="adapter")
+        jobs = [self._job(p, s, u, a) for p, s, u, a in zip(batch, params, urgency, adapters, strict=True)]
         with Progress(use_tqdm, jobs) as bar:
             for job in self._run(jobs):
                 bar(job)
@@ -113,22 +128,44 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        adapter: str | Sequence[str | None] | None = None,
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several.  template: options of the chat template (add_generation_prompt, ...)."""
         many = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         prompts = [{"prompt": self._text.chat_text(m, **template), "chat": True} for m in many]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, adapter=adapter)
 
     def stream(
-        self, prompt: Prompt | Messages, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt | Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Iterator[RequestOutput]:
         """One prompt or conversation as it grows: the same RequestOutput, updated, after each step; leaving it cancels."""
         if not isinstance(prompt, (str, Mapping)) and prompt and isinstance(prompt[0], Mapping):
             prompt = {"prompt": self._text.chat_text(prompt), "chat": True}
-        job = self._job(prompt, self._spread(sampling_params, 1)[0], 0)  # type: ignore[arg-type]
+        job = self._job(prompt, self._spread(sampling_params, 1)[0], 0, adapter)  # type: ignore[arg-type]
         for changed in self._run([job], every=True):
             yield changed.output
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Take in the adapter in a folder (in the form of the package peft) under a name, for `adapter=` of later calls.
+
+        A name that nobody uses may be loaded anew.  Raises ConfigError for files that are no adapter of this model, CapacityError
+        where there is no room, RequestError while requests use the name.
+        """
+        self._book.enter(self._book.read(name, str(path)))
+
+    def drop_adapter(self, name: str) -> None:
+        """Let go of an adapter.  Raises RequestError where there is none, or while requests use it."""
+        self._book.drop(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return [a.name for a in self._book.adapters()]
 
     @property
     def text(self) -> ModelText:
@@ -156,6 +193,12 @@ class LLM:
 
     # ------------------------------------------------------------------ inside
 
+    @property
+    def _book(self) -> AdapterBook:
+        book = self.runtime.adapters
+        assert book is not None
+        return book
+
     def _spread(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
             return [self._text.default_params(max_tokens=16)] * count
@@ -165,10 +208,11 @@ class LLM:
             raise RequestError(f"{len(given)} sampling params for {count} prompts; give one, or one for each")
         return list(given)
 
-    def _job(self, prompt: Prompt, params: SamplingParams, priority: int) -> Job:
+    def _job(self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None) -> Job:
         text, given = read_prompt(prompt, self._text)
         self._ids += 1
-        spec = self._text.request(self._ids, given, params, priority=priority)
+        techniques = () if adapter is None else (self._book.find(adapter).part,)
+        spec = self._text.request(self._ids, given, params, priority=priority, techniques=techniques)
         return Job(spec, params, text, given, self._text)
 
     def _run(self, jobs: Sequence[Job], *, every: bool = False) -> Iterator[Job]:

@@ -130,7 +130,7 @@ def _settings(config: Mapping[str, Any], sites: Mapping[str, Site]) -> tuple[int
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
         raise ConfigError(f"r must be a whole number from 1 to {MAX_RANK}, not {str(rank)[:40]}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ConfigError(f"lora_alpha must be a finite number, not {str(alpha)[:40]}")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     modules = config.get("target_modules")

@@ -110,6 +110,20 @@ class EngineFlags:
         _option("--plugin", help="A Python file of yours with techniques; may be repeated.", metavar="FILE.py"),
     ] = None
 
+    lora: Annotated[
+        list[str] | None,
+        _option("--lora", help="Load an adapter (a folder as peft writes it); may be repeated.", metavar="NAME=FOLDER"),
+    ] = None
+    max_loras: Annotated[
+        int | None, _option("--max-loras", help="Adapters that may be loaded at once. (8)", metavar="N")
+    ] = None
+    lora_memory: Annotated[
+        str | None,
+        _option(
+            "--lora-memory", help="Set this aside for adapters; else they take what the plan leaves.", metavar="SIZE"
+        ),
+    ] = None
+
     def options(self) -> dict[str, Any]:
         """As keywords of `weft.LLM`; what the user left open is left out."""
         renamed = {"weights_seed": "seed", "prefix_cache": "enable_prefix_caching"}
@@ -132,8 +146,9 @@ class EngineFlags:
         from weft.exec.build import chosen
         from weft.exec.host import parse_size
 
-        if self.memory is not None:
-            parse_size(self.memory)
+        for size in (self.memory, self.lora_memory):
+            if size is not None:
+                parse_size(size)
         if self.load not in ("auto", "random"):
             raise ConfigError(f"--load is auto or random, got {self.load!r}")
         build_stack(chosen(self.techniques or (), self.recipe, self.plugins or ()))

@@ -58,6 +58,16 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    lora_root: Annotated[
+        Path | None,
+        typer.Option(
+            "--lora-root",
+            help="Folder below which clients may load adapters; without it they may not.",
+            metavar="FOLDER",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
     log_level: Annotated[
         str | None,
         typer.Option(
@@ -100,11 +110,21 @@ def serve(
         flags.check()
         if shadow_alarm is not None and not shadow:
             raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
-        _serve(model, flags, host, port, names, key, (shadow, shadow_alarm) if shadow is not None else None)
+        if lora_root is not None and not lora_root.is_dir():
+            raise ConfigError(f"--lora-root {lora_root} is no folder")
+        checks = (shadow, shadow_alarm) if shadow is not None else None
+        _serve(model, flags, host, port, names, key, checks, lora_root)
 
 
 def _serve(
-    model: str | None, flags: EngineFlags, host: str, port: int, names: list[str], key: str | None, checks: Checks
+    model: str | None,
+    flags: EngineFlags,
+    host: str,
+    port: int,
+    names: list[str],
+    key: str | None,
+    checks: Checks,
+    lora_root: Path | None,
 ) -> None:
     from weft.front.server import bind
     from weft.hub import model_id, resolve
@@ -114,7 +134,7 @@ def _serve(
     # Clients that come while the model loads wait in the socket's queue and are answered then.
     with contextlib.closing(bind(host, port)) as held:
         folder = resolve(model, progress=sys.stderr.isatty())
-        engine, text = start(folder, model_id(model), flags, checks)
+        engine, text = start(folder, model_id(model), flags, checks, lora_root)
         _run(engine, text, held, host, names, key)
 
 
@@ -136,7 +156,9 @@ def _run(
         engine.close()
 
 
-def start(folder: Path, name: str, flags: EngineFlags, checks: Checks = None) -> tuple[EngineThread, ModelText]:
+def start(
+    folder: Path, name: str, flags: EngineFlags, checks: Checks = None, lora_root: Path | None = None
+) -> tuple[EngineThread, ModelText]:
     """Plan, show the plan, and only then load: the engine in its thread, and the text side of its model."""
     from weft.cli.plan import table
     from weft.exec.build import build, prepare
@@ -158,7 +180,12 @@ def start(folder: Path, name: str, flags: EngineFlags, checks: Checks = None) ->
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
         runtime = build(setup, progress)
     shadow = None if checks is None else Shadow(runtime, *checks)
-    return EngineThread(runtime.engine, runtime.executor, engine_info(setup, name), shadow=shadow), text
+    info = engine_info(setup, name, runtime.adapters, loads_adapters=lora_root is not None)
+    root = None if lora_root is None else str(lora_root.resolve())
+    engine = EngineThread(
+        runtime.engine, runtime.executor, info, adapters=runtime.adapters, adapter_root=root, shadow=shadow
+    )
+    return engine, text
 
 
 def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:

@@ -24,8 +24,9 @@ from torch import Tensor
 from weft.errors import CapacityError, ConfigError, RequestError
 from weft.models.families import families
 from weft.models.weights import SAFETENSORS_DTYPES
-from weft.registry import lookup
+from weft.registry import Part, lookup
 from weft.slots import PRODUCTS, Site
+from weft.types import Adapted
 
 if TYPE_CHECKING:
     from weft.config import Stack, Stacks
@@ -59,6 +60,10 @@ class Adapter:
     def part(self) -> str:
         """How a request asks for it."""
         return f"{SLOT}={self.technique}(name={self.name!r})"
+
+    def told(self, id: int = 0) -> Adapted:
+        """What the front is told of it, in answer to the command `id`."""
+        return Adapted(id, self.name, self.part, self.digest.hex())
 
 
 class AdapterBook:
@@ -113,8 +118,8 @@ class AdapterBook:
 
         root: the folder outside of which nothing is opened, symbolic links included.  Raises ConfigError, CapacityError.
         """
+        Part(SLOT, technique, (("name", name),)).build()  # says what is wrong with the name
         part = lookup(SLOT, technique)
-        part(name=name)  # says what is wrong with the name
         # A file in float32 becomes half of its size in bfloat16; what is larger could not be held in any case.
         most = self.most_bytes * 4 // self._decoder.dtype.itemsize
         config, tensors = _files(path, root, most + MAX_HEADER_BYTES)
@@ -263,12 +268,13 @@ def _content(folder: Path, name: str, root: str | None, most_bytes: int, *, look
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{name} of the adapter cannot be opened: {reason}") from None
-    with open(handle, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(f"{name} of the adapter is no regular file")
+    found = os.fstat(handle)
+    if look or not stat.S_ISREG(found.st_mode):
+        os.close(handle)
         if look:
             return b""
+        raise ConfigError(f"{name} of the adapter is no regular file")
+    with open(handle, "rb") as file:
         if found.st_size > most_bytes:
             raise CapacityError(
                 f"{name} of the adapter has {found.st_size} bytes, more than the {most_bytes} that are read; raise --lora-memory"
@@ -281,9 +287,8 @@ def _open(path: Path, root: str | None) -> int:
     who changes the folder meanwhile leads out of it."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     if root is None:
-        return os.open(path.resolve(), flags)
-    base = Path(root).resolve()
-    real = path.resolve()
+        return os.open(os.path.realpath(path), flags)
+    base, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     if not real.is_relative_to(base):
         # Whether anything is there is nobody's business.
         raise RequestError(

@@ -5,6 +5,7 @@ Legend.  T: rows of the batch.  K: input width.  N: output width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Deltas:
         return cls(tuple((part, _rows(spans, device)) for part, spans in found.values()))
 
     def add(self, layer: int, product: str, x_TK: Tensor, out_TN: Tensor, first: int = 0) -> None:
-        """Change what a product gave.  out_TN: its output columns from `first` on.  x and out may hold more rows than the batch."""
+        """Change what a product gave.  out_TN: its output columns from `first` on.  Rows beyond the batch's stay as they are."""
         stop = first + out_TN.shape[1]
         for part, rows in self.groups:
             whole = isinstance(rows, slice)
@@ -55,6 +56,6 @@ class Deltas:
 
 
 def _rows(spans: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
-    if all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if all(a[1] == b[0] for a, b in itertools.pairwise(spans)):
         return slice(spans[0][0], spans[-1][1])
     return torch.cat([torch.arange(start, stop) for start, stop in spans]).to(device)

@@ -16,9 +16,24 @@ import msgspec
 
 from weft.core.engine import Engine
 from weft.errors import EngineError
-from weft.types import Add, Command, EngineFrame, EngineStats, Event, Finished, Plan, StepResult
+from weft.types import (
+    Adapted,
+    Add,
+    Cancel,
+    Command,
+    Drop,
+    EngineFrame,
+    EngineStats,
+    Event,
+    Finished,
+    Load,
+    Plan,
+    StepResult,
+)
 
 if TYPE_CHECKING:
+    from weft.exec.adapters import AdapterBook
+    from weft.exec.desk import AdapterDesk, Read
     from weft.exec.shadow import Shadow
 
 EMPTY_STEPS = 1000
@@ -59,15 +74,31 @@ def step(
     return events, StepTimes(clock() - began, result.forward_s, result.sample_s)
 
 
+def _desk(adapters: AdapterBook, root: str | None, done: Callable[[Read], None]) -> AdapterDesk:
+    from weft.exec.desk import AdapterDesk  # brings torch along, which an engine without a model does without
+
+    return AdapterDesk(adapters, root, done)
+
+
 class EngineThread:
-    """info: `front.port.EngineInfo` for those who ask.  shadow: checks of a sample of the requests, or None."""
+    """info: `front.port.EngineInfo` for those who ask.  adapters: the engine's book; adapter_root: the folder below which it
+    reads on command, None for none.  shadow: checks of a sample of the requests, or None."""
 
     def __init__(
-        self, engine: Engine, executor: Executor, info: Any, *, idle_check: bool = True, shadow: Shadow | None = None
+        self,
+        engine: Engine,
+        executor: Executor,
+        info: Any,
+        *,
+        idle_check: bool = True,
+        adapters: AdapterBook | None = None,
+        adapter_root: str | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         self.engine, self.executor, self._info, self.shadow = engine, executor, info, shadow
         self.idle_check = idle_check
-        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | Read | None] = queue.SimpleQueue()
+        self._desk = None if adapters is None else _desk(adapters, adapter_root, self._inbox.put)
         self._sink: Callable[[EngineFrame], None] | None = None
         self._stats = engine.stats
         self._error: str | None = None
@@ -103,6 +134,8 @@ class EngineThread:
     def close(self) -> None:
         """End the thread after the step in hand; what is live is dropped."""
         self._closing = True
+        if self._desk is not None:
+            self._desk.close()
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
@@ -162,10 +195,16 @@ class EngineThread:
                 events.extend(refused)
                 if self.shadow is not None and not refused:
                     self.shadow.admit(command.spec)
-            else:
+            elif isinstance(command, Cancel):
                 self.engine.cancel(command.id, command.index)
                 if self.shadow is not None:
                     self.shadow.cancelled(command.id)
+            elif self._desk is not None:
+                events.extend(self._desk.take(command))
+            elif isinstance(command, (Load, Drop)):
+                events.append(
+                    Adapted(command.id, command.name, error="this engine holds no adapters", code="forbidden")
+                )
 
     def _emit(self, events: list[Event], host_s: float) -> None:
         stats = msgspec.structs.replace(self.engine.stats, last_step_s=self._last_step, host_s=host_s)

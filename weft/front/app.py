@@ -1,7 +1,7 @@
 """The HTTP application: routes, keys, limits on bodies, errors in OpenAI's form.
 
 /v1/models  /v1/models/{id}  /v1/completions  /v1/chat/completions     OpenAI's
-/tokenize  /detokenize                                                 vLLM's
+/tokenize  /detokenize  /v1/load_lora_adapter  /v1/unload_lora_adapter  vLLM's
 /health  /metrics  /version                                            for machines; open without a key
 """
 
@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from weft import __version__
 from weft.errors import EngineError, RequestError
 from weft.front.metrics import CONTENT_TYPE
+from weft.front.openai.adapters import load_adapter, unload_adapter
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
 from weft.front.openai.chat import chat
 from weft.front.openai.completions import complete
@@ -101,6 +102,8 @@ class Routes:
             self.post("/v1/chat/completions", chat),
             self.post("/tokenize", tokenize),
             self.post("/detokenize", detokenize),
+            self.post("/v1/load_lora_adapter", load_adapter),
+            self.post("/v1/unload_lora_adapter", unload_adapter),
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
@@ -118,7 +121,7 @@ class Routes:
                 text = f"the body did not arrive within {self.body_timeout_s:g} s; send it faster"
                 raise RequestError(text, code="timeout") from None
             made = await make(self.service, body)
-            return made if isinstance(made, JSONAnswer | StreamAnswer) else _json(made)
+            return made if isinstance(made, JSONAnswer | StreamAnswer | Response) else _json(made)
 
         return Route(path, endpoint, methods=["POST"])
 

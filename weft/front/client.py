@@ -27,7 +27,7 @@ from weft.front.generation import (
 from weft.front.metrics import Metrics
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
-from weft.types import Add, Cancel, EngineFrame, Finished, FinishReason, Rejected, Tokens
+from weft.types import Adapted, Add, Cancel, Drop, EngineFrame, Finished, FinishReason, Load, Rejected, Tokens
 
 __all__ = ["Client", "Delta", "EngineStopped", "Generation", "GenerationFailed", "Prompt", "Refused"]
 
@@ -54,6 +54,9 @@ class Client:
         self._clock = clock
         self._ids = itertools.count(1)
         self._live: dict[int, LiveRequest] = {}
+        self._asked: dict[int, asyncio.Future[None]] = {}
+        self.adapters: dict[str, Adapted] = {a.name: a for a in port.info.adapters}
+        """What is loaded, by name."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.TimerHandle | None = None
 
@@ -102,6 +105,43 @@ class Client:
             self._look()
         return generation
 
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Make the engine take in the adapter of a folder.  Raises RequestError, CapacityError, EngineStopped."""
+        await self._ask(Load(next(self._ids), name, path))
+
+    async def drop_adapter(self, name: str) -> None:
+        """Make the engine let go of an adapter.  Raises RequestError where there is none, or where it is in use."""
+        await self._ask(Drop(next(self._ids), name))
+
+    async def _ask(self, command: Load | Drop) -> None:
+        self._attach()
+        reason = self.port.error()
+        if reason is not None:
+            raise EngineStopped(f"the engine has stopped: {reason}")
+        asked = self._asked[command.id] = asyncio.get_running_loop().create_future()
+        self.port.send(command)
+        if self._watch is None:
+            self._look()
+        try:
+            await asked
+        finally:
+            self._asked.pop(command.id, None)
+
+    def _on_adapted(self, event: Adapted) -> None:
+        asked = self._asked.get(event.id)
+        if event.error is None:
+            if event.part is None:
+                self.adapters.pop(event.name, None)
+            else:
+                self.adapters[event.name] = event
+        if asked is None or asked.done():  # who asked has gone
+            return
+        if event.error is None:
+            asked.set_result(None)
+        else:
+            kind = RequestError if event.kind == "request" else Refused
+            asked.set_exception(kind(event.error, param=event.param, code=event.code))
+
     def close(self) -> None:
         """Fail every open generation; the engine stays as it is."""
         self._fail_all(EngineStopped("the server is shutting down; ask again"))
@@ -136,6 +176,9 @@ class Client:
     def _on_frame(self, frame: EngineFrame) -> None:
         now = self._clock()
         for event in frame.events:
+            if type(event) is Adapted:
+                self._on_adapted(event)
+                continue
             request = self._live.get(event.id)
             if request is None:  # cancelled while the frame was on its way
                 continue
@@ -239,9 +282,12 @@ class Client:
         reason = self.port.error()
         if reason is not None:
             self._fail_all(EngineStopped(f"the engine has stopped: {reason}"))
-        elif self._live and self._loop is not None:
+        elif (self._live or self._asked) and self._loop is not None:
             self._watch = self._loop.call_later(WATCH_S, self._look)
 
     def _fail_all(self, error: Exception) -> None:
         for request in list(self._live.values()):
             request.generation.fail(error)
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(error)

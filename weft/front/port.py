@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from weft.types import Command, EngineFrame, EngineStats
+from weft.types import Adapted, Command, EngineFrame, EngineStats
 
 FrameSink = Callable[[EngineFrame], None]
 
@@ -31,6 +31,10 @@ class EngineInfo:
     """The memory plan as `weft plan --json` prints it."""
     stack: tuple[str, ...] = ()
     """The techniques in use, as slot=name(args)."""
+    adapters: tuple[Adapted, ...] = ()
+    """Adapters that were loaded before the first request."""
+    loads_adapters: bool = False
+    """Whether adapters may be loaded and dropped while it runs."""
 
 
 class EnginePort(Protocol):

@@ -92,13 +92,14 @@ class Rejected(Struct, frozen=True, tag="rejected"):
 class Adapted(Struct, frozen=True, tag="adapted"):
     """What became of a Load or a Drop.
 
-    part: how a request asks for the adapter, as slot=name(args); None where it is gone.  error: why nothing has changed, with its
-    kind ("request" or "capacity") and code as in `Rejected`.
+    part: how a request asks for the adapter, as slot=name(args); None where it is gone.  digest: of its contents, hexadecimal.
+    error: why nothing has changed, with its kind ("request" or "capacity") and code as in `Rejected`.
     """
 
     id: int
     name: str
     part: str | None = None
+    digest: str = ""
     error: str | None = None
     kind: Literal["request", "capacity"] = "request"
     param: str | None = None

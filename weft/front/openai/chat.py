@@ -40,7 +40,7 @@ async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     priority, salt = routing(request)
-    parts = techniques(request, service.port.info.stack)
+    parts = techniques(request, service.port.info.stack, service.techniques(model))
     ids = await chat_ids(service, request)
     beside = await contrast(service, request)
     prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside)
@@ -122,7 +122,7 @@ class ChatWriter:
             "object": "chat.completion.chunk" if request.stream else "chat.completion",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": service.fingerprint,
+            "system_fingerprint": service.fingerprint(model),
         }
         start = b"data: " + encode(self._common)[:-1]
         self._head = start + b',"choices":[{"index":'

@@ -38,7 +38,7 @@ async def complete(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     )
     priority, salt = routing(request)
     check_sequences(len(prompts), params.n)
-    parts = techniques(request, service.port.info.stack)
+    parts = techniques(request, service.port.info.stack, service.techniques(model))
     special = request.add_special_tokens is not False
     ids = await tokenize(service, prompts, add_special=special)
     beside = await contrast(service, request, add_special=special)
@@ -117,7 +117,7 @@ class CompletionWriter:
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": service.fingerprint,
+            "system_fingerprint": service.fingerprint(model),
         }
         start = b"data: " + encode(self._common)[:-1]
         self._head = start + b',"choices":[{"index":'

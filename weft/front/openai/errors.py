@@ -1,6 +1,6 @@
 """OpenAI's error form, `{"error": {message, type, param, code}}`, and which of weft's errors becomes which status.
 
-RequestError      400, or what its code says: 401, 404, 405, 408, 413, 415
+RequestError      400, or what its code says: 401, 403, 404, 405, 408, 409, 413, 415
 CapacityError     503, as it may be taken later; 400 with the code "never_fits"
 EngineStopped     503, the engine is gone
 anything else     500, and no detail: the text of an unexpected error is for the log, never for a client
@@ -18,12 +18,16 @@ from weft.front.generation import EngineStopped
 
 STATUS_OF_CODE = {
     "invalid_api_key": 401,
+    "forbidden": 403,
     "model_not_found": 404,
+    "adapter_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
     "timeout": 408,
+    "adapter_in_use": 409,
     "body_too_large": 413,
     "unsupported_media_type": 415,
+    "invalid_adapter": 400,
 }
 INTERNAL = "weft failed on this request; the server's log says why"
 

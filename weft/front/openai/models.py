@@ -8,19 +8,22 @@ from weft.front.openai.service import Service
 
 
 def model_object(service: Service, name: str) -> dict[str, Any]:
-    """One model in OpenAI's shape; `root` and `max_model_len` are vLLM's additions."""
+    """One model in OpenAI's shape.  vLLM's additions: `root`, `parent` (the model that an adapter changes), `max_model_len`."""
+    adapter = name not in service.model_ids
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "weft",
-        "root": service.port.info.model_id,
+        "root": name if adapter else service.port.info.model_id,
+        "parent": service.model_ids[0] if adapter else None,
         "max_model_len": service.port.info.max_model_len,
     }
 
 
 def list_models(service: Service) -> dict[str, Any]:
-    return {"object": "list", "data": [model_object(service, name) for name in service.model_ids]}
+    names = (*service.model_ids, *(name for name in service.client.adapters if name not in service.model_ids))
+    return {"object": "list", "data": [model_object(service, name) for name in names]}
 
 
 def get_model(service: Service, name: str) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from weft.front.openai.structs import MAX_TECHNIQUES, Fields
 from weft.registry import Part, lookup, parse
 
 
-def techniques(fields: Fields, server: Sequence[str]) -> tuple[str, ...]:
+def techniques(fields: Fields, server: Sequence[str], model: Sequence[str] = ()) -> tuple[str, ...]:
     """The parts that a request lays over the server's stack, checked.  Raises RequestError saying what is wrong with them.
 
+    model: parts that the name of its model stands for (an adapter's), in slots that the request itself leaves open.
     Only what composes is let through, so that a refusal comes with its reasons before the prompt is even read.
     """
     given = (fields.weft and fields.weft.techniques) or []
@@ -21,6 +22,8 @@ def techniques(fields: Fields, server: Sequence[str]) -> tuple[str, ...]:
         raise RequestError(f"weft.with names {len(given)} techniques; at most {MAX_TECHNIQUES}", param="weft.with")
     try:
         own = [parse(text) for text in given]
+        named = {part.slot for part in own}
+        own = [*(part for part in map(parse, model) if part.slot not in named), *own]
         for part in own:
             if not getattr(lookup(part.slot, part.name), "per_request", False):
                 raise ConfigError(f"{part} belongs to the whole server: it is started with it, or without")

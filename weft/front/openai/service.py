@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from weft.errors import RequestError
+from weft.errors import ConfigError, RequestError
 from weft.front.client import Client
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
@@ -30,24 +30,43 @@ class Service:
         self.text = self.client.text
         self.model_ids = model_ids
         self.version = version
+        taken = sorted(set(model_ids) & self.client.adapters.keys())
+        if taken:
+            raise ConfigError(f"{taken[0]!r} names the model and an adapter; give the adapter another name")
         self.created = int(time.time())
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="weft-text")
         info = port.info
-        setting = "\n".join((version, info.model_id, info.dtype, info.device, *info.stack))
-        self.fingerprint = "fp_" + hashlib.blake2b(setting.encode(), digest_size=6).hexdigest()
-        """Changes with everything that may change answers under one seed."""
+        self._setting = "\n".join((version, info.model_id, info.dtype, info.device, *info.stack))
 
     def resolve(self, model: str | None) -> str:
-        """The name that an answer carries for the model that a request names.  RequestError (404) if unknown."""
+        """The name that an answer carries for the model or adapter that a request names.  RequestError (404) if unknown."""
         if model is None:
             return self.model_ids[0]
-        if model not in self.model_ids:
+        if model not in self.model_ids and model not in self.client.adapters:
+            there = (*self.model_ids, *self.client.adapters)
             raise RequestError(
-                f"the model {model[:200]!r} does not exist here; there is {', '.join(map(repr, self.model_ids))}",
+                f"the model {model[:200]!r} does not exist here; there is {', '.join(map(repr, there))}",
                 param="model",
                 code="model_not_found",
             )
         return model
+
+    def techniques(self, model: str) -> tuple[str, ...]:
+        """What a request for this model lays over the server's stack: the adapter, if it is one.
+
+        Raises RequestError (404) for an adapter that has gone meanwhile, rather than answer without it.
+        """
+        if model in self.model_ids:
+            return ()
+        part = self.client.adapters[self.resolve(model)].part
+        assert part is not None
+        return (part,)
+
+    def fingerprint(self, model: str) -> str:
+        """Changes with everything that may change answers under one seed."""
+        adapter = self.client.adapters.get(model)
+        own = adapter.digest if adapter is not None and model not in self.model_ids else ""
+        return "fp_" + hashlib.blake2b((self._setting + own).encode(), digest_size=6).hexdigest()
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do slow work on text in a thread, so that no stream has to wait for it."""

@@ -113,6 +113,19 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     tokens: list[int] | None = None
 
 
+class LoadRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/load_lora_adapter."""
+
+    lora_name: str | None = None
+    lora_path: str | None = None
+
+
+class UnloadRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/unload_lora_adapter."""
+
+    lora_name: str | None = None
+
+
 # Unsupported fields that change the answer, each with the values that ask for nothing special (null always does).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
