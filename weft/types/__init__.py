@@ -13,6 +13,7 @@ block: `GroupSpec.block_tokens` entries of one group.  Half-open ranges everywhe
 
 from __future__ import annotations
 
+from weft.types.actions import Action, Append, Fork, Park, Put, Resume, Stop, Tell, Truncate
 from weft.types.events import (
     Add,
     Cancel,
@@ -32,7 +33,9 @@ from weft.types.plan import Enter, Keep, Mask, Plan, Work
 from weft.types.result import StepResult, TokenLogprob, WorkResult
 
 __all__ = [
+    "Action",
     "Add",
+    "Append",
     "Cancel",
     "Command",
     "EngineFrame",
@@ -41,6 +44,7 @@ __all__ = [
     "Event",
     "FinishReason",
     "Finished",
+    "Fork",
     "Grant",
     "GroupKind",
     "GroupSpec",
@@ -50,16 +54,22 @@ __all__ = [
     "Keep",
     "Mask",
     "MediaItem",
+    "Park",
     "Plan",
     "Preempted",
+    "Put",
     "Rejected",
     "RequestSpec",
+    "Resume",
     "SamplingSpec",
     "Span",
     "StepResult",
+    "Stop",
+    "Tell",
     "TokenItem",
     "TokenLogprob",
     "Tokens",
+    "Truncate",
     "VectorItem",
     "Work",
     "WorkResult",
