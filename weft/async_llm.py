@@ -9,7 +9,7 @@ from typing import Any, Literal
 from weft.exec.thread import EngineThread
 from weft.front.client import Client
 from weft.front.client import Prompt as FrontPrompt
-from weft.jobs import Prompt, blank, read_prompt, with_texts
+from weft.jobs import Prompt, blank, read_asides, read_prompt, with_texts
 from weft.llm import Messages, engine_info, load
 from weft.outputs import RequestOutput
 from weft.sampling import SamplingParams
@@ -39,7 +39,9 @@ class AsyncLLM:
         self._calls += 1
         result = blank(str(self._calls), text, ids, params)
         outputs = result.outputs
-        async with await self._client.start(FrontPrompt(ids=ids, params=params, priority=priority)) as generation:
+        techniques, contrast = read_asides(prompt, self.text)
+        asked = FrontPrompt(ids=ids, params=params, priority=priority, techniques=techniques, contrast=contrast)
+        async with await self._client.start(asked) as generation:
             async for delta in generation:
                 out = outputs[delta.index]
                 out.text += delta.text

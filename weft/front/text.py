@@ -121,9 +121,9 @@ class ModelText:
             raise self._too_long(f"{len(ids)} tokens", param)
 
     def contrast_ids(self, given: Any, *, add_special: bool = True) -> list[int]:
-        """Ids of the context that a prompt is contrasted with: text, ids, or the messages of a conversation.  Raises RequestError.
+        """Ids of the context that a prompt is contrasted with: text, ids, or the messages of a conversation.
 
-        add_special: as for the prompt itself, where it is text.
+        add_special: as for the prompt itself, where it is text.  Raises RequestError.
         """
         param = "weft.contrast"
         if isinstance(given, str):
