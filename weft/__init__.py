@@ -26,13 +26,14 @@ if TYPE_CHECKING:
         TransferError,
     )
     from weft.llm import LLM
-    from weft.sampling import SamplingParams
+    from weft.sampling import BeamSearchParams, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CapacityError",
     "ComposeError",
     "ConfigError",
@@ -57,6 +58,7 @@ _HOME = {
     "LLM": "weft.llm",
     "AsyncLLM": "weft.async_llm",
     "SamplingParams": "weft.sampling",
+    "BeamSearchParams": "weft.sampling",
     **dict.fromkeys(_ERRORS, "weft.errors"),
 }
 

@@ -10,7 +10,7 @@ from weft.errors import RequestError
 from weft.exec.thread import EngineThread
 from weft.front.client import Client
 from weft.front.client import Prompt as FrontPrompt
-from weft.jobs import Prompt, blank, read_prompt, with_texts
+from weft.jobs import Prompt, blank, read_asides, read_prompt, with_texts
 from weft.llm import Messages, engine_info, load
 from weft.outputs import RequestOutput
 from weft.sampling import SamplingParams
@@ -50,8 +50,10 @@ class AsyncLLM:
         self._calls += 1
         result = blank(str(self._calls), text, ids, params)
         outputs = result.outputs
-        techniques = () if adapter is None else (self._part(adapter),)
-        asked = FrontPrompt(ids=ids, params=params, priority=priority, techniques=techniques)
+        techniques, contrast = read_asides(prompt, self.text)
+        if adapter is not None:
+            techniques = (*techniques, self._part(adapter))
+        asked = FrontPrompt(ids=ids, params=params, priority=priority, techniques=techniques, contrast=contrast)
         async with await self._client.start(asked) as generation:
             async for delta in generation:
                 out = outputs[delta.index]

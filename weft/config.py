@@ -103,6 +103,16 @@ class Stack:
         return Effect.PER_REQUEST_STATE in self.verdict.effects
 
     @property
+    def single(self) -> bool:
+        """Whether each token is needed before the next one: nothing is guessed ahead."""
+        return Effect.ONE_AT_A_TIME in self.verdict.effects
+
+    @property
+    def companions(self) -> int:
+        """Contexts beside its own that a request brings, to be sampled together."""
+        return int(getattr(self.instances.get("sample"), "companions", 0))
+
+    @property
     def settings(self) -> bytes:
         """What changes the values of stored KV, in canonical form: part of the name of every cached prefix.
 

@@ -13,7 +13,7 @@ from weft.sampling import SamplingParams
 from weft.types import Finished, RequestSpec, TokenLogprob, Tokens
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; a mapping may hold more, see `read_asides`."""
 
 
 def read_prompt(prompt: Prompt, text: ModelText) -> tuple[str | None, list[int]]:
@@ -29,6 +29,22 @@ def read_prompt(prompt: Prompt, text: ModelText) -> tuple[str | None, list[int]]
     if (given is None) == (ids is None):
         raise RequestError("a prompt has either 'prompt' or 'prompt_token_ids'", param="prompt")
     return given, text.prompt_ids(given if given is not None else list(ids or ()), add_special=not prompt.get("chat"))
+
+
+def read_asides(prompt: Any, text: ModelText) -> tuple[tuple[str, ...], list[int]]:
+    """What a mapping says beside its prompt: the techniques laid over the server's stack, and the ids to contrast with.
+
+    {"techniques": ["slot=name(args)", ...], "contrast": text, ids or messages}.  Raises RequestError.
+    """
+    if not isinstance(prompt, Mapping):
+        return (), []
+    for key in prompt:
+        if key not in ("prompt", "prompt_token_ids", "chat", "techniques", "contrast"):
+            raise RequestError(f"a prompt has no key {key!r}", param="prompt")
+    parts, other = prompt.get("techniques") or (), prompt.get("contrast")
+    if isinstance(parts, str) or not all(isinstance(p, str) for p in parts):
+        raise RequestError("techniques is a list such as ['search=beam(width=4)']", param="prompt")
+    return tuple(parts), [] if other is None else text.contrast_ids(other, add_special=not prompt.get("chat"))
 
 
 def blank(id: str, prompt: str | None, ids: list[int], params: SamplingParams) -> RequestOutput:

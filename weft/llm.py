@@ -21,9 +21,9 @@ from weft.exec.thread import step
 from weft.front.port import EngineInfo
 from weft.front.text import ModelText
 from weft.hub import model_id, resolve
-from weft.jobs import Job, Progress, Prompt, listed, read_prompt
+from weft.jobs import Job, Progress, Prompt, listed, read_asides, read_prompt
 from weft.outputs import RequestOutput
-from weft.sampling import SamplingParams
+from weft.sampling import BeamSearchParams, SamplingParams
 from weft.types import Event, Finished, Rejected, Tokens
 
 if TYPE_CHECKING:
@@ -136,6 +136,24 @@ class LLM:
         prompts = [{"prompt": self._text.chat_text(m, **template), "chat": True} for m in many]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, adapter=adapter)
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """The likeliest continuations of every prompt by beam search, best first: `params.n` outputs for each prompt."""
+        part = (
+            f"search=beam(width={params.beam_width}, length_penalty={params.length_penalty!r}, "
+            f"early_stopping={params.early_stopping})"
+        )
+        asked = []
+        for prompt in listed(prompts):
+            given = dict(prompt) if isinstance(prompt, Mapping) else {_kind(prompt): prompt}
+            asked.append({**given, "techniques": [*given.get("techniques", ()), part]})
+        sampling = SamplingParams(
+            n=params.n or params.beam_width, temperature=0.0, max_tokens=params.max_tokens, ignore_eos=params.ignore_eos,
+            logprobs=0,
+        )  # fmt: skip
+        return self.generate(asked, sampling, use_tqdm=use_tqdm)
+
     def stream(
         self,
         prompt: Prompt | Messages,
@@ -210,9 +228,11 @@ class LLM:
 
     def _job(self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None) -> Job:
         text, given = read_prompt(prompt, self._text)
+        techniques, contrast = read_asides(prompt, self._text)
         self._ids += 1
-        techniques = () if adapter is None else (self._book.find(adapter).part,)
-        spec = self._text.request(self._ids, given, params, priority=priority, techniques=techniques)
+        if adapter is not None:
+            techniques = (*techniques, self._book.find(adapter).part)
+        spec = self._text.request(self._ids, given, params, priority=priority, techniques=techniques, contrast=contrast)
         return Job(spec, params, text, given, self._text)
 
     def _run(self, jobs: Sequence[Job], *, every: bool = False) -> Iterator[Job]:
@@ -251,6 +271,10 @@ class LLM:
             job = self._open.get(event.id)
             if job is not None and isinstance(event, (Tokens, Finished)) and job.take(event):
                 engine.cancel(event.id, event.index)
+
+
+def _kind(prompt: Prompt) -> str:
+    return "prompt" if isinstance(prompt, str) else "prompt_token_ids"
 
 
 def _refuse(events: Sequence[Event]) -> None:

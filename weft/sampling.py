@@ -144,6 +144,36 @@ class SamplingParams:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """Beam search as `LLM.beam_search` takes it.
+
+    beam_width      beams kept at each position, 1 to 64
+    max_tokens      tokens of a continuation
+    length_penalty  a continuation's score is the sum of its log-probabilities / length ** length_penalty
+    early_stopping  end once beam_width continuations have ended, rather than when no live beam is expected to beat them
+    ignore_eos      go on after the model's own end tokens
+    n               continuations to return, best first; None for beam_width
+    """
+
+    beam_width: int = 4
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    ignore_eos: bool = False
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("beam_width", self.beam_width, 1, 64)
+        _whole("max_tokens", self.max_tokens, 1, 1 << 31)
+        _number("length_penalty", self.length_penalty, -1000.0, 1000.0)
+        if self.n is not None:
+            _whole("n", self.n, 1, self.beam_width)
+        for name in ("early_stopping", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {_shown(getattr(self, name))}", param=name)
+
+
 def _shown(value: Any) -> str:
     """A value as an error text may show it: short, whatever it is (Python refuses to write numbers of 5,000 digits)."""
     try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from weft.types import SamplingSpec
+from weft.types import Action, Finished, SamplingSpec, Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,9 +290,14 @@ class Accept(Protocol):
 class Sample(Protocol):
     """Slot `sample`: one law out of the logits of linked rows.
 
-    warp    [rows, vocab] float32, the request's own row first, to [vocab] float32
+    warp    [1 + companions, vocab] float32, the request's own row first, to [vocab] float32.  What follows (bias, penalties,
+            temperature, truncation, the race) works on the result, and log-probabilities are reported of it
+
+    companions: contexts beside its own that a request needs; with none, `warp` has one row.
     """
 
+    @property
+    def companions(self) -> int: ...
     def warp(self, logits: Any) -> Any: ...
 
 
@@ -376,3 +381,39 @@ class Skip(Protocol):
 
     def exits(self, layers: int) -> Sequence[int]: ...
     def rows(self, view: Leaving) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SearchView:
+    """A request as a search sees it.  n: outputs that the client gets.  prompt: its tokens.  room: output tokens that one
+    sequence can have.  sampling: the client's law."""
+
+    n: int
+    prompt: int
+    room: int
+    sampling: SamplingSpec
+
+
+class Program(Protocol):
+    """One request's search.  Its state is a function of the events alone, so a journal of them, or of the request, restores it.
+
+    step    what became of its sequences in one step of the engine (their own indices), to what is to be done now, in this order
+
+    sequences: how many start from the prompt, each under a seed of its own.  sampling: their law.
+    """
+
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def sampling(self) -> SamplingSpec: ...
+    def step(self, events: Sequence[Tokens | Finished]) -> Sequence[Action]: ...
+
+
+class Search(Protocol):
+    """Slot `search`: a program over many generations of one prompt.  Its sequences are not told to the client; what the program
+    tells is.
+
+    begin   the program of a request.  Raises RequestError for a request that it can't serve
+    """
+
+    def begin(self, request: SearchView) -> Program: ...

@@ -93,7 +93,7 @@ class Engine(Sequences):
         self.pool.submitted(self._step)
         self.kv.submitted()
         self._rows = plan.rows
-        return plan, [Preempted(r.id, r.index) for r in preempted]
+        return plan, [Preempted(r.id, r.index) for r in preempted if r.leader is None and r.id not in self.programs]
 
     def commit(self, now: float, plan: Plan, result: StepResult) -> list[Event]:
         """Take in what a plan became.  Plans commit in the order in which they were made."""
@@ -103,17 +103,19 @@ class Engine(Sequences):
             raise InvariantError(
                 f"step {plan.step} does not match its result (step {result.step}, {len(result.works)} works)"
             )
-        flight = self._flights.pop(plan.step)
+        flight = zip(self._flights.pop(plan.step), plan.works, result.works, strict=True)
         self.pool.now = now
         events: list[Event] = []
         # Told before anything is taken in: what falls short of one model's rows does not undo another model's.
-        live = [request.generation == generation for request, generation in flight]
-        for (request, _), counts, work, fact in zip(flight, live, plan.works, result.works, strict=True):
-            request.in_flight -= 1
-            if counts and request.state is not State.DONE:
-                self._take(request, work, fact, now, events)
+        taken = [(r, r.generation == generation, work, fact) for (r, generation), work, fact in flight]
+        for r, _, _, _ in taken:
+            r.in_flight -= 1
+        # Companions first: their leader tells them the token, and whether they go on.
+        for r, counts, work, fact in sorted(taken, key=_leads):
+            if counts and r.state is not State.DONE:
+                self._take(r, work, fact, now, events)
         self.pool.committed(plan.step)
-        return events
+        return self.programs.settle(events, now)
 
     def abandon(self, plan: Plan, now: float) -> None:
         """An executor broke off inside a plan, and nobody knows how far it came: all who run are computed anew."""
@@ -130,7 +132,7 @@ class Engine(Sequences):
 
     def _take(self, r: Request, work: Work, fact: WorkResult, now: float, events: list[Event]) -> None:
         if fact.failed is not None:
-            self._end(r, "error", events, error=fact.failed)
+            self._end(r.leader or r, "error", events, error=fact.failed)
             return
         m = 0 if work.model == self.models[0] else self.models.index(work.model)
         planned = len(work.tokens) - work.guesses
@@ -161,7 +163,8 @@ class Engine(Sequences):
         if m == 0:
             if before < r.prompt:
                 self._prompted += min(r.computed[0], r.prompt) - before
-            self._tokens(r, work, fact, now, events)
+            if r.leader is None:
+                self._tokens(r, work, fact, now, events)
         if r.state is not State.DONE:
             self.kv.publish(r, m)
 
@@ -171,6 +174,9 @@ class Engine(Sequences):
         if not fact.tokens:
             if told:
                 events.append(Tokens(r.id, r.index, (), (), told))
+            for c in r.companions if work.samples else ():
+                if c.computed[0] == len(c.context):  # the leader fell short, and needs their last row once more
+                    self._recompute_from(c, len(c.context))
             return
         if not r.fanned:
             self._fan_out(r, now)
@@ -181,9 +187,15 @@ class Engine(Sequences):
             r.output.append(token)
             r.context.append(token)
             stand.append(token)
-            if token in r.sampling.stop_ids and len(r.output) > r.sampling.min_tokens:
+            longest = len(r.context)
+            for c in r.companions:
+                c.output.append(token)
+                c.context.append(token)
+                longest = max(longest, len(c.context))
+            s = r.sampling
+            if token in s.stop_ids and len(r.output) > s.min_tokens and not s.steered:
                 reason, stop_id = "stop", token
-            elif len(r.output) >= r.sampling.max_tokens or len(r.context) >= self.limits.max_model_len:
+            elif len(r.output) >= s.max_tokens or longest >= self.limits.max_model_len:
                 reason = "length"
             if reason is not None:
                 break
@@ -191,7 +203,7 @@ class Engine(Sequences):
         events.append(Tokens(r.id, r.index, tuple(stand), fact.logprobs[: len(stand)], told))
         if reason is not None:
             self._end(r, reason, events, stop_id=stop_id)
-        else:
+        elif not r.single:
             r.draft = fact.draft
 
     def _end(
@@ -207,6 +219,8 @@ class Engine(Sequences):
             self.kv.publish(r, m)
         for index in (r.index,) if r.fanned else range(r.spec.n):
             events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error))
+        for c in r.companions:
+            self.kv.publish(c, 0)
         self._leave(r)
         self._finished += 1
 
@@ -240,3 +254,7 @@ class Engine(Sequences):
                 raise InvariantError(f"request {r.id}.{r.index} is in {places} of running, waiting, parked")
         if len(self._live) != len(s.running) + len(s.waiting) + len(s.parked):
             raise InvariantError("a request that is not live is still scheduled")
+
+
+def _leads(taken: tuple[Request, bool, Work, WorkResult]) -> bool:
+    return taken[0].leader is None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from weft.config import Limits, Stack
 from weft.errors import RequestError
-from weft.types import RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
+from weft.types import Item, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 
 CutRule = Callable[[int, int], int | None]
 """(prompt length, position) -> the smallest cut above position, or None."""
@@ -56,10 +56,10 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "computed", "context", "cut", "draft", "fanned", "generation", "given", "history", "id",
-        "in_flight", "index", "key", "link", "names", "output", "partial", "planned", "preemptions", "priority", "prompt",
-        "publishes", "reported", "rid", "sampling", "seed", "settings", "source", "spans", "spec", "stack", "started", "state",
-        "tables", "tile", "vectors",
+        "arrival", "cached_tokens", "companions", "computed", "context", "cut", "draft", "fanned", "generation", "given",
+        "history", "id", "in_flight", "index", "key", "leader", "link", "names", "output", "partial", "planned", "preemptions",
+        "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed", "settings", "single", "source", "spans",
+        "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -82,7 +82,7 @@ class Request:
         self.seed = seed
         self.arrival = arrival
         self.priority = spec.priority
-        self.context, self.spans, self.vectors = lay_out(spec)
+        self.context, self.spans, self.vectors = lay_out(spec.items)
         self.prompt = len(self.context)
         self.output: list[int] = list(spec.resumed)
         self.context.extend(spec.resumed)
@@ -104,7 +104,12 @@ class Request:
         self.tile = stack.tile
         """Rows of the prompt that are computed together, from an absolute multiple of it on."""
         self.cut: CutRule | None = None
+        self.single = stack.single
+        """Whether it takes no guesses."""
         self.link: int | None = None
+        self.leader: Request | None = None
+        """Whose companion this is: it sees the leader's output after a prompt of its own, and nobody is told of it."""
+        self.companions: list[Request] = []
         self.fanned = index > 0 or spec.n == 1
         """Whether the other sequences of the request have come to life."""
         self.cached_tokens = 0
@@ -187,12 +192,12 @@ class Request:
         return blocks
 
 
-def lay_out(spec: RequestSpec) -> tuple[list[int], tuple[Span, ...], dict[int, VectorItem]]:
+def lay_out(items: Sequence[Item]) -> tuple[list[int], tuple[Span, ...], dict[int, VectorItem]]:
     """Items to (ids with -1 where no token stands, spans, vector items by start).  Raises RequestError for an empty prompt."""
     ids: list[int] = []
     spans: list[Span] = []
     vectors: dict[int, VectorItem] = {}
-    for item in spec.items:
+    for item in items:
         if isinstance(item, TokenItem):
             ids.extend(item.ids)
             continue
@@ -211,22 +216,21 @@ def lay_out(spec: RequestSpec) -> tuple[list[int], tuple[Span, ...], dict[int, V
     return ids, tuple(spans), vectors
 
 
-def check_spec(spec: RequestSpec, limits: Limits, vocab: int | None) -> None:
-    """Raise RequestError for a request that could never run, before anything is laid out for it."""
-    rows = len(spec.resumed)
+def check_spec(spec: RequestSpec, limits: Limits, vocab: int | None, companions: int = 0) -> None:
+    """Raise RequestError for a request that could never run, before anything is laid out for it.
+
+    companions: how many of them its stack compares.
+    """
     check_ids(spec.resumed, vocab)
-    for item in spec.items:
-        if isinstance(item, TokenItem):
-            check_ids(item.ids, vocab)
-        elif item.rows < 1:
-            raise RequestError(f"an input item must have at least one row, got {item.rows}", param="prompt")
-        rows += item.rows
-    if rows >= limits.max_model_len:
+    check_items(spec.items, len(spec.resumed), limits, vocab, "prompt")
+    for items in spec.companions:
+        check_items(items, len(spec.resumed), limits, vocab, "weft.contrast")
+    if len(spec.companions) != companions:
         raise RequestError(
-            f"the prompt has {rows} tokens, and this engine's context holds {limits.max_model_len} with at least one "
-            "for the answer; shorten the prompt",
-            param="prompt",
-            code="context_length_exceeded",
+            f"the request brings {len(spec.companions)} contexts to be compared with its own, and its stack compares "
+            f"{companions}: {'leave them out' if not companions else 'give so many'}, or take another technique in the "
+            "slot sample",
+            param="weft.contrast",
         )
     if not 1 <= spec.n <= MAX_SEQUENCES:
         raise RequestError(f"n must be from 1 to {MAX_SEQUENCES}, got {spec.n}", param="n")
@@ -238,6 +242,24 @@ def check_spec(spec: RequestSpec, limits: Limits, vocab: int | None) -> None:
         )
     if spec.resumed and spec.n > 1:
         raise RequestError("a request with n > 1 is resumed one sequence at a time", param="n")
+
+
+def check_items(items: Sequence[Item], after: int, limits: Limits, vocab: int | None, param: str) -> None:
+    """Raise RequestError for a context that is malformed, or leaves no room behind it and `after` tokens of output."""
+    rows = after
+    for item in items:
+        if isinstance(item, TokenItem):
+            check_ids(item.ids, vocab)
+        elif item.rows < 1:
+            raise RequestError(f"an input item must have at least one row, got {item.rows}", param=param)
+        rows += item.rows
+    if rows >= limits.max_model_len:
+        raise RequestError(
+            f"the prompt has {rows} tokens, and this engine's context holds {limits.max_model_len} with at least one "
+            "for the answer; shorten the prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def check_ids(ids: Sequence[int], vocab: int | None) -> None:

@@ -24,9 +24,6 @@ from weft.errors import InvariantError
 from weft.slots import Quota, Schedule, StepView
 from weft.types import Plan, Work
 
-FINAL = Quota(1)
-"""What a linked request's last row has: the policy was asked for the whole family before."""
-
 
 class Scheduler(Membership):
     """Fills steps.  models: names; layers: layer count of the target model; base: the server's stack.
@@ -139,20 +136,20 @@ class Scheduler(Membership):
             self._target(r, d)
 
     def _target(self, r: Request, d: Planning, *, final: bool = False) -> None:
-        """Plan rows of the target model.  final: only the last row of a linked request."""
+        """Plan rows of the target model.  final: the last ones of a linked request, for which the policy was asked already."""
         if r.in_flight and (r.partial or r.draft or r.cut or not r.publishes):
             return  # its advance depends on what the plan in flight finds
         if r.partial is not None:
             self._layers_on(r, d)
             return
         start, end = r.planned[0], len(r.context)
-        quota = FINAL if final else self.policy.quota(r, d.view)
+        quota = Quota(end - start) if final else self.policy.quota(r, d.view)
         stop = min(end, start + quota.rows, start + d.view.rows_left)
         cut = None if r.cut is None else self._cut(r, start)
         if cut is not None and cut <= stop:
             stop = self._before(r, start, cut)
         if r.link is not None and stop == end and not final:
-            stop -= 1
+            stop = r.whole(end - 1)
         if stop <= start:
             return
         stop, prompt_rows, samples = d.chunk(r, start, stop)
@@ -202,7 +199,7 @@ class Scheduler(Membership):
             behind = [
                 (len(r.context) - r.planned[m], r.rid, r)
                 for r in self.running.values()
-                if not r.in_flight and self.follows(r)
+                if not (r.in_flight or r.single) and self.follows(r)
             ]
             for lag, _, r in sorted(behind):
                 if lag or r.rid in d.sampled:
@@ -241,9 +238,11 @@ class Scheduler(Membership):
     def _together(self, r: Request, d: Planning) -> bool:
         """Linked requests sample together: their last rows are planned in one step or not at all.  True when dealt with."""
         family = self.linked(r)
-        if any(x.planned[0] != len(x.context) - 1 for x in family):
+        if any(x.planned[0] != x.whole(len(x.context) - 1) for x in family):
             return False
-        if any(x.in_flight or x.rid in d.advanced for x in family) or not d.fits(len(family), len(family)):
+        rows = {x.rid: len(x.context) - x.planned[0] for x in family}
+        samples = len(family) + sum(x.prompt_rows(x.planned[0], len(x.context)) for x in family)
+        if any(x.in_flight or x.rid in d.advanced for x in family) or not d.fits(sum(rows.values()), samples):
             return True
         if any(self.policy.quota(x, d.view).rows < 1 for x in family):
             return True
@@ -251,7 +250,7 @@ class Scheduler(Membership):
             self.kv.slide(x, 0, x.planned[0])
 
         def need(x: Request) -> int:
-            return self.kv.need(x, 0, 1, rewrite=self._cut(x, x.planned[0]) == len(x.context))
+            return self.kv.need(x, 0, rows[x.rid], rewrite=self._cut(x, x.planned[0]) == len(x.context))
 
         if self._obtain(r, lambda: sum(need(x) for x in family), d):
             for x in family:
@@ -271,7 +270,7 @@ class Scheduler(Membership):
         if not (self.kv.share and r.publishes):
             return cut
         size = min(self.kv.groups[g].block_tokens for g in self.kv.by_model[0])
-        full = (cut - 1) // size * size
+        full = r.whole((cut - 1) // size * size)
         return full if full > start and full > r.computed[0] else cut
 
     def _tiles(self, r: Request, start: int, stop: int, d: Planning) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from weft.types import (
     SamplingSpec,
     Span,
     StepResult,
+    TokenLogprob,
     Work,
     WorkResult,
 )
@@ -52,6 +53,14 @@ def draw(state: int, sampling: SamplingSpec, seed: int, output: int, vocab: int)
     """The token that follows: of the state alone when greedy, of the state and the request's noise otherwise."""
     key = noise.row_key(seed, output) if sampling.temperature else 0
     return noise.mix(state ^ key) % vocab
+
+
+def logprob(state: int, token: int, top: int, vocab: int) -> TokenLogprob:
+    """Log-probabilities that mean nothing and are the state's own: no two of them are equal, and they fall with the rank."""
+    order = sorted(range(vocab), key=lambda t: noise.mix(state ^ (t + 1)))
+    told = [(t, -0.1 * (rank + 1) - noise.mix(state ^ (t + 1)) / noise.MASK / 100) for rank, t in enumerate(order)]
+    rank = order.index(token)
+    return TokenLogprob(token, told[rank][1], rank + 1, tuple(told[:top]))
 
 
 def reference(
@@ -208,4 +217,8 @@ class NullExecutor:
             if i == work.guesses or token != work.tokens[count + i]:
                 break
         state = step(states[count - 2 + len(out)], out[-1])
-        return WorkResult(rows=count, tokens=tuple(out), draft=self.propose(work, state, work.output + len(out)))
+        told: tuple[TokenLogprob, ...] = ()
+        if s.sampling.logprobs >= 0:
+            told = tuple(logprob(states[count - 1 + i], t, s.sampling.logprobs, self.vocab) for i, t in enumerate(out))
+        draft = self.propose(work, state, work.output + len(out))
+        return WorkResult(rows=count, tokens=tuple(out), draft=draft, logprobs=told)

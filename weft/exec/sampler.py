@@ -160,7 +160,16 @@ def _threshold(x: Floats, s: SamplingSpec, total: float) -> float:
 
 def logprobs(logits_V: Tensor, token: int, top: int) -> TokenLogprob:
     """Of the model's own law (before bias, penalties and temperature): the token's log-probability, rank and `top` best."""
-    x = torch.log_softmax(logits_V.float(), -1)
+    return _ranked(torch.log_softmax(logits_V.float(), -1), token, top)
+
+
+def told(logits_V: Tensor, row: Row, token: int) -> TokenLogprob:
+    """As `logprobs`, for a row's own token; what a search ranks by has bias, penalties and bans on top, as in beam search."""
+    s, x = row.sampling, torch.log_softmax(logits_V.float(), -1)
+    return _ranked(adjust(x, row) if s.steered and _adjusts(s, row.output) else x, token, s.logprobs)
+
+
+def _ranked(x: Tensor, token: int, top: int) -> TokenLogprob:
     own = x[token]
     rank = int((x > own).sum()) + 1
     best: tuple[tuple[int, float], ...] = ()

@@ -147,7 +147,7 @@ class EngineThread:
             self._loop()
         except BaseException as error:  # whatever it is, the front must hear of it
             self._error = f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error)
-            events: list[Event] = [Finished(r.id, r.index, "error", error=self._error) for r in self.engine.requests()]
+            events: list[Event] = [Finished(id, at, "error", error=self._error) for id, at in self.engine.told()]
             self._emit(events, 0.0)
             if not isinstance(error, Exception):
                 raise

@@ -70,21 +70,51 @@ class Sampling:
             if len(index) == len(logits_NV)
             else logits_NV[torch.tensor(index, dtype=torch.int64, device=logits_NV.device)]
         )
+        leads = self._leads(works, wanted)
+        self._warp(works, wanted, leads, sampled_NV)
         finite = torch.isfinite(sampled_NV.amax(-1)).tolist() if index else []
-        winners = sampler.draw(sampled_NV, rows) if index else []
-        linked: dict[int, int] = {}
+        winners = self._draw(sampled_NV, rows, leads)
         at = 0
         for w in wanted:
-            work, mine = works[w.work], slice(at, at + w.sampled)
+            mine = slice(at, at + w.sampled)
             at += w.sampled
-            if not all(finite[mine]):
+            if not all(finite[i] and finite[leads[i]] for i in range(at - w.sampled, at)):
                 results[w.work] = WorkResult(rows=results[w.work].rows, failed=NOT_FINITE)
                 continue
-            drawn = winners[mine]
-            if work.link is not None and drawn:
-                # Linked rows share one draw: the first one's (the null of the slot `sample`).
-                drawn = [linked.setdefault(work.link, drawn[0])]
-            results[w.work] = self._result(work, w, rows[mine], drawn, sampled_NV[mine], logits_NV)
+            follows = bool(w.sampled) and leads[mine.start] != mine.start
+            results[w.work] = self._result(
+                works[w.work], w, rows[mine], winners[mine], sampled_NV[mine], logits_NV, follows=follows
+            )
+
+    def _leads(self, works: Sequence[Work], wanted: list[Wanted]) -> list[int]:
+        """For each sampled row the row whose draw it gets: its own, but linked rows share one, that of the first of them."""
+        leads: list[int] = []
+        first: dict[int, int] = {}
+        for w in wanted:
+            link = works[w.work].link
+            for _ in range(w.sampled):
+                leads.append(len(leads) if link is None else first.setdefault(link, len(leads)))
+        return leads
+
+    def _warp(self, works: Sequence[Work], wanted: list[Wanted], leads: list[int], sampled_NV: Tensor) -> None:
+        """Put the law of the slot `sample`, where a stack has one, in place of the rows that are drawn from."""
+        members: dict[int, list[int]] = {}
+        for i, lead in enumerate(leads):
+            members.setdefault(lead, []).append(i)
+        at = 0
+        for w in wanted:
+            technique = self.mirror.sequences[works[w.work].request].stack.get("sample")
+            for i in range(at, at + w.sampled):
+                if technique is not None and leads[i] == i and len(members[i]) == 1 + technique.companions:
+                    sampled_NV[i] = technique.warp(sampled_NV[members[i]].float())
+            at += w.sampled
+
+    def _draw(self, sampled_NV: Tensor, rows: Sequence[sampler.Row], leads: list[int]) -> list[int]:
+        own = [i for i, lead in enumerate(leads) if lead == i]
+        if len(own) == len(leads):
+            return sampler.draw(sampled_NV, rows) if rows else []
+        drawn = dict(zip(own, sampler.draw(sampled_NV[own], [rows[i] for i in own]), strict=True))
+        return [drawn[lead] for lead in leads]
 
     def propose(self, works: Sequence[Work], results: list[WorkResult], ahead: Ahead | None = None) -> None:
         """Guesses for the next plan, for every sequence that got a token; each technique is asked once.
@@ -95,7 +125,8 @@ class Sampling:
         for i, (work, fact) in enumerate(zip(works, results, strict=True)):
             s = self.mirror.sequences[work.request]
             draft: Draft = s.stack["draft"]
-            if not draft.guesses or not fact.tokens or work.model != "target" or work.link is not None:
+            alone = work.link is not None or s.stack.single
+            if not draft.guesses or not fact.tokens or work.model != "target" or alone:
                 continue
             ask = self._ask(s, work, fact, draft, ahead)
             if ask.most > 0:
@@ -158,7 +189,10 @@ class Sampling:
         winners: list[int],
         sampled_NV: Tensor,
         logits_NV: Tensor,
+        *,
+        follows: bool = False,
     ) -> WorkResult:
+        """follows: the draw was another row's."""
         s = self.mirror.sequences[work.request]
         context = len(work.tokens) - work.guesses
         told: list[TokenLogprob] = []
@@ -174,7 +208,7 @@ class Sampling:
             parents = work.parents or range(-1, len(guesses) - 1)
             tokens, path = s.stack["accept"].accept(Verified(guesses, parents, laws, rows, sampled_NV, winners))
             s.stack["draft"].observe(work.guesses, len(path))
-        if self.probe is not None:
+        if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[i])
         if path != list(range(len(path))):
@@ -182,7 +216,7 @@ class Sampling:
         chosen: list[TokenLogprob] = []
         if s.sampling.logprobs >= 0:
             at = [0, *(1 + j for j in path)]
-            chosen = [sampler.logprobs(sampled_NV[i], t, s.sampling.logprobs) for i, t in zip(at, tokens, strict=True)]
+            chosen = [sampler.told(sampled_NV[i], rows[i], t) for i, t in zip(at, tokens, strict=True)]
         return WorkResult(rows=context, tokens=tuple(tokens), logprobs=tuple(chosen), prompt_logprobs=tuple(told))
 
     def _compact(self, work: Work, context: int, path: list[int]) -> None:

@@ -222,6 +222,7 @@ class Client:
 
     def _on_finished(self, request: LiveRequest, event: Finished, now: float) -> None:
         request.cached = max(request.cached, event.cached_tokens)
+        request.discarded += event.discarded
         sequence = request.sequences[event.index]
         if sequence.done:
             return

@@ -96,6 +96,7 @@ class LiveRequest:
     __slots__ = (
         "arrived_s",
         "cached",
+        "discarded",
         "generation",
         "id",
         "open",
@@ -112,6 +113,7 @@ class LiveRequest:
         self.sequences: list[LiveSequence] = []
         self.open = prompt.params.n
         self.cached = 0
+        self.discarded = 0
         self.prompt_logprobs: list[TokenLogprob] = []
 
 
@@ -139,8 +141,9 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens generated so far, over all sequences, those that end them included."""
-        return sum(sequence.text.tokens for request in self.requests for sequence in request.sequences)
+        """Tokens generated so far, over all sequences, those that end them included, and what a search did not return."""
+        told = sum(sequence.text.tokens for request in self.requests for sequence in request.sequences)
+        return told + sum(request.discarded for request in self.requests)
 
     @property
     def cached_tokens(self) -> int:

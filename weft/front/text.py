@@ -120,6 +120,20 @@ class ModelText:
         if self.max_model_len is not None and len(ids) >= self.max_model_len:
             raise self._too_long(f"{len(ids)} tokens", param)
 
+    def contrast_ids(self, given: Any, *, add_special: bool = True) -> list[int]:
+        """Ids of the context that a prompt is contrasted with: text, ids, or the messages of a conversation.
+
+        add_special: as for the prompt itself, where it is text.  Raises RequestError.
+        """
+        param = "weft.contrast"
+        if isinstance(given, str):
+            return self.prompt_ids(given, add_special=add_special, param=param)
+        if not isinstance(given, Sequence):
+            raise RequestError("contrast must be text, token ids, or messages", param=param)
+        if given and isinstance(given[0], Mapping):
+            return self.prompt_ids(self.chat_text(given), add_special=False, param=param)
+        return self.prompt_ids(given, param=param)
+
     def request(
         self,
         id: int,
@@ -140,10 +154,11 @@ class ModelText:
         self.check_prompt_ids(ids)
         if contrast:
             self.check_prompt_ids(contrast, param="weft.contrast")
+        room = self.max_model_len - max(len(ids), len(contrast))
         return RequestSpec(
             id=id,
             items=(TokenItem(tuple(ids)),),
-            sampling=params.spec(eos=self.eos_ids, vocab=self.vocab_size, room=self.max_model_len - len(ids)),
+            sampling=params.spec(eos=self.eos_ids, vocab=self.vocab_size, room=room),
             seed=secrets.randbits(64) if params.seed is None else params.seed & ((1 << 64) - 1),
             n=params.n,
             priority=priority,

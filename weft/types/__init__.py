@@ -13,6 +13,7 @@ block: `GroupSpec.block_tokens` entries of one group.  Half-open ranges everywhe
 
 from __future__ import annotations
 
+from weft.types.actions import Action, Append, Fork, Park, Put, Resume, Stop, Tell, Truncate
 from weft.types.events import (
     Adapted,
     Add,
@@ -35,8 +36,10 @@ from weft.types.plan import Enter, Keep, Mask, Plan, Work
 from weft.types.result import StepResult, TokenLogprob, WorkResult
 
 __all__ = [
+    "Action",
     "Adapted",
     "Add",
+    "Append",
     "Cancel",
     "Command",
     "Drop",
@@ -46,6 +49,7 @@ __all__ = [
     "Event",
     "FinishReason",
     "Finished",
+    "Fork",
     "Grant",
     "GroupKind",
     "GroupSpec",
@@ -56,16 +60,22 @@ __all__ = [
     "Load",
     "Mask",
     "MediaItem",
+    "Park",
     "Plan",
     "Preempted",
+    "Put",
     "Rejected",
     "RequestSpec",
+    "Resume",
     "SamplingSpec",
     "Span",
     "StepResult",
+    "Stop",
+    "Tell",
     "TokenItem",
     "TokenLogprob",
     "Tokens",
+    "Truncate",
     "VectorItem",
     "Work",
     "WorkResult",

@@ -67,6 +67,8 @@ class Finished(Struct, frozen=True, tag="finished"):
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix index."""
     error: str | None = None
+    discarded: int = 0
+    """Tokens that a search drew for the request and did not return; told with the last of its sequences that ends."""
 
 
 class Preempted(Struct, frozen=True, tag="preempted"):

@@ -70,6 +70,9 @@ class SamplingSpec(Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     """Ids that end the sequence with reason "stop" (every eos id of the model unless ignore_eos, and the client's own)."""
+    steered: bool = False
+    """A search ranks what may come next: no stop id ends the sequence, and log-probabilities are what it ranks by: the model's,
+    then bias, penalties and the ban of end ids before min_tokens."""
 
 
 class RequestSpec(Struct, frozen=True, kw_only=True):
@@ -91,7 +94,8 @@ class RequestSpec(Struct, frozen=True, kw_only=True):
     techniques: tuple[str, ...] = ()
     """Parts, as slot=name(args), laid over the server's stack for this request alone."""
     companions: tuple[tuple[Item, ...], ...] = ()
-    """Contexts whose rows are sampled together with the request's (contrast): each sees the same output, none is told of."""
+    """Contexts whose rows are sampled together with the request's (contrast): each sees the same output, none is told of.
+    As many as the stack's technique in the slot `sample` compares."""
     forced: tuple[int, ...] = ()
     """Output tokens that are set beforehand: the engine computes as if it had drawn them (a stack measured along given text)."""
     resumed: tuple[int, ...] = ()

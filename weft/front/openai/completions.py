@@ -37,7 +37,7 @@ async def complete(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
         prompt_logprobs=request.logprobs if request.echo else None,
     )
     priority, salt = routing(request)
-    check_sequences(len(prompts), params.n)
+    check_sequences(len(prompts), max(params.n, request.drawn))
     parts = techniques(request, service.port.info.stack, service.techniques(model))
     special = request.add_special_tokens is not False
     ids = await tokenize(service, prompts, add_special=special)

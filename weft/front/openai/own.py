@@ -17,7 +17,7 @@ def techniques(fields: Fields, server: Sequence[str], model: Sequence[str] = ())
     model: parts that the name of its model stands for (an adapter's), in slots that the request itself leaves open.
     Only what composes is let through, so that a refusal comes with its reasons before the prompt is even read.
     """
-    given = (fields.weft and fields.weft.techniques) or []
+    given = fields.parts
     if len(given) > MAX_TECHNIQUES:
         raise RequestError(f"weft.with names {len(given)} techniques; at most {MAX_TECHNIQUES}", param="weft.with")
     try:
@@ -47,5 +47,5 @@ def label(fields: Fields, server: Sequence[str]) -> dict[str, Any] | None:
     """What an answer says of itself, where the request asks for it: its stack, and how faithful that is."""
     if fields.weft is None or not fields.weft.label:
         return None
-    parts = _laid_over([parse(text) for text in fields.weft.techniques or []], server)
+    parts = _laid_over([parse(text) for text in fields.parts], server)
     return {"stack": [str(part) for part in parts], "fidelity": compose(parts).fidelity.value}

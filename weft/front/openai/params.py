@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weft.errors import RequestError
-from weft.front.openai.structs import MAX_SALT_CHARS, MAX_SEQUENCES, Fields
+from weft.front.openai.structs import MAX_BEST_OF, MAX_SALT_CHARS, MAX_SEQUENCES, Fields
 from weft.front.text import ModelText
 from weft.sampling import SamplingParams
 
@@ -40,11 +40,11 @@ def sampling_params(
 
     max_tokens: None for the rest of the context.  Raises RequestError naming the field.
     """
-    if fields.best_of is not None and fields.best_of != (fields.n or 1):
+    if fields.best_of is not None and not (fields.n or 1) <= fields.best_of <= max(MAX_BEST_OF, fields.n or 1):
         raise RequestError(
-            "best_of other than n is not supported: ask for n and choose among the answers by their logprobs",
+            f"best_of must be from n ({fields.n or 1}) to {MAX_BEST_OF}, got {fields.best_of}: so many answers are drawn, "
+            "and the n likeliest of them returned",
             param="best_of",
-            code="unsupported_parameter",
         )
     if fields.stream_options is not None and not fields.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")

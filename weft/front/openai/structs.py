@@ -16,6 +16,8 @@ from weft.errors import RequestError
 MAX_SEQUENCES = 2048
 """Prompts times n in one call."""
 MAX_SALT_CHARS = 256
+MAX_BEST_OF = 20
+"""OpenAI's bound."""
 MAX_TECHNIQUES = 16
 """Parts that one request may lay over the server's stack."""
 
@@ -65,6 +67,19 @@ class Fields(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     # weft's own
     weft: Own | None = None
+
+    @property
+    def drawn(self) -> int:
+        """Answers that are drawn to each prompt."""
+        return max(self.n or 1, self.best_of or 1)
+
+    @property
+    def parts(self) -> list[str]:
+        """What the request lays over the server's stack: the techniques that it names, and those that its fields stand for."""
+        named = list((self.weft and self.weft.techniques) or [])
+        if self.drawn > (self.n or 1):
+            named.append(f"search=best_of_n(n={self.drawn}, keep={self.n or 1})")
+        return named
 
     @property
     def include_usage(self) -> bool:

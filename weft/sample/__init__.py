@@ -1,0 +1,1 @@
+"""Slot `sample`: logits of linked rows to one law."""

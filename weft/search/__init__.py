@@ -1,0 +1,1 @@
+"""Slot `search`: programs over many generations."""
