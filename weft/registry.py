@@ -15,7 +15,6 @@ import ast
 import difflib
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import pkgutil
 import sys
@@ -91,6 +90,8 @@ def names(slot: str) -> list[str]:
 @lru_cache(maxsize=1)
 def _installed() -> dict[tuple[str, str], str]:
     """{(slot, name): module} of the techniques that installed packages name."""
+    import importlib.metadata  # brings half of the standard library along
+
     found = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         slot, _, name = point.name.partition(":")

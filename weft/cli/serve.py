@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -11,12 +12,13 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli._flags import EngineFlags, Model, engine_flags
+from weft.cli._flags import EngineFlags, Model, spread
 from weft.cli._terminal import loading, say, stderr
 from weft.errors import ConfigError, EngineError
 
@@ -30,112 +32,97 @@ Checks = tuple[float, float | None] | None
 LEVELS = ("debug", "info", "warning", "error")
 
 
-@engine_flags
-def serve(
-    model: Model = None,
-    *,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=SERVER)] = "127.0.0.1",
+def _option(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=SERVER, show_default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFlags:
+    """What a user may say about the server."""
+
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=SERVER)] = "127.0.0.1"
     port: Annotated[
         int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535, rich_help_panel=SERVER)
-    ] = 8000,
+    ] = 8000
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(
+        _option(
             "--served-model-name",
             help="Name of the model in requests, instead of its own; more by repeating it.",
             metavar="NAME",
-            rich_help_panel=SERVER,
-            show_default=False,
         ),
-    ] = None,
+    ] = None
     api_key: Annotated[
         str | None,
-        typer.Option(
+        _option(
             "--api-key",
             help="Key that clients must send; better given in the environment variable WEFT_API_KEY.",
             metavar="KEY",
-            rich_help_panel=SERVER,
-            show_default=False,
         ),
-    ] = None,
+    ] = None
     lora_root: Annotated[
         Path | None,
-        typer.Option(
+        _option(
             "--lora-root",
             help="Folder below which clients may load adapters; without it they may not.",
             metavar="FOLDER",
-            rich_help_panel=SERVER,
-            show_default=False,
         ),
-    ] = None,
-    log_level: Annotated[
-        str | None,
-        typer.Option(
-            "--log-level",
-            help="debug, info, warning or error; else WEFT_LOG, else warning.",
-            metavar="LEVEL",
-            rich_help_panel=SERVER,
-            show_default=False,
-        ),
-    ] = None,
+    ] = None
     shadow: Annotated[
         float | None,
-        typer.Option(
+        _option(
             "--shadow",
             help="Share of the requests that is computed once more on the reference path; the drift is a metric.",
             metavar="SHARE",
-            rich_help_panel=SERVER,
-            show_default=False,
         ),
-    ] = None,
+    ] = None
     shadow_alarm: Annotated[
         float | None,
-        typer.Option(
+        _option(
             "--shadow-alarm",
             help="Divergence in nats per token from which on the drift is told as an alarm.",
             metavar="NATS",
-            rich_help_panel=SERVER,
-            show_default=False,
         ),
-    ] = None,
-    flags: EngineFlags,
-) -> None:
-    """Serve a model over HTTP, in OpenAI's form."""
-    with _ended_by_signals():
-        _log(log_level)
-        key = api_key or os.environ.get("WEFT_API_KEY") or None
-        names = [name for name in served_model_name or () if name.strip()]
-        if served_model_name and len(names) < len(served_model_name):
+    ] = None
+    log_level: Annotated[
+        str | None,
+        _option("--log-level", help="debug, info, warning or error; else WEFT_LOG, else warning.", metavar="LEVEL"),
+    ] = None
+
+    @property
+    def checks(self) -> Checks:
+        """Share and alarm of the shadow checks."""
+        return None if self.shadow is None else (self.shadow, self.shadow_alarm)
+
+    def check(self) -> None:
+        """Look at what can be wrong without a model.  Raises ConfigError."""
+        names = self.served_model_name or ()
+        if not all(name.strip() for name in names):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
-        flags.check()
-        if shadow_alarm is not None and not shadow:
+        if self.shadow_alarm is not None and self.shadow is None:
             raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
-        if lora_root is not None and not lora_root.is_dir():
-            raise ConfigError(f"--lora-root {lora_root} is no folder")
-        checks = (shadow, shadow_alarm) if shadow is not None else None
-        _serve(model, flags, host, port, names, key, checks, lora_root)
+        if self.lora_root is not None and not self.lora_root.is_dir():
+            raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
 
-def _serve(
-    model: str | None,
-    flags: EngineFlags,
-    host: str,
-    port: int,
-    names: list[str],
-    key: str | None,
-    checks: Checks,
-    lora_root: Path | None,
-) -> None:
+@functools.partial(spread, server=ServerFlags, flags=EngineFlags)
+def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> None:
+    """Serve a model over HTTP, in OpenAI's form."""
     from weft.front.server import bind
     from weft.hub import model_id, resolve
 
-    names = names or [model_id(model)]
-    # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
-    # Clients that come while the model loads wait in the socket's queue and are answered then.
-    with contextlib.closing(bind(host, port)) as held:
-        folder = resolve(model, progress=sys.stderr.isatty())
-        engine, text = start(folder, model_id(model), flags, checks, lora_root)
-        _run(engine, text, held, host, names, key)
+    with _ended_by_signals():
+        _log(server.log_level)
+        server.check()
+        flags.check()
+        names = list(server.served_model_name or ()) or [model_id(model)]
+        key = server.api_key or os.environ.get("WEFT_API_KEY") or None
+        # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
+        # Clients that come while the model loads wait in the socket's queue and are answered then.
+        with contextlib.closing(bind(server.host, server.port)) as held:
+            folder = resolve(model, progress=sys.stderr.isatty())
+            engine, text = start(folder, model_id(model), flags, server.checks, server.lora_root)
+            _run(engine, text, held, server.host, names, key)
 
 
 def _run(
