@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -48,7 +48,8 @@ class Case:
     batch       sequences at once; the prompts are run in as many waves as that takes
     engine      further fields of `EngineConfig`.  memory_bytes makes the pool as small as that; else the batch fits it at once
     apart       whether a wave's prompts are all computed, and parked, before any of its sequences decodes.  Then prefill and
-                decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the pool
+                decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the
+                pool, since parked sequences then lose their blocks, and their prompts are computed again as part of decoding
 
     Raises ConfigError for a load without prompts, with an empty one, or with less than two tokens to decode.
     """
@@ -78,6 +79,7 @@ class Case:
 class Run:
     """One pass over a case's prompts.
 
+    decode_cpu_s: what the process's threads took of the processor, which neighbours on the machine disturb less than the clock.
     steps: of each decode step its seconds, its tokens, and the sequences that got some.  kv_blocks: most that were referenced
     at once.  tokens: by prompt.
     """
@@ -85,6 +87,7 @@ class Run:
     prefill_s: float = 0.0
     prefill_tok: int = 0
     decode_s: float = 0.0
+    decode_cpu_s: float = 0.0
     decode_tok: int = 0
     steps: list[tuple[float, int, int]] = field(default_factory=list)
     kv_blocks: int = 0
@@ -95,6 +98,7 @@ class Run:
         """What a result tells of a run; prefill_tok_s only where the phases were apart."""
         told = {
             "decode_tok_s": self.decode_tok / self.decode_s,
+            "decode_tok_cpu_s": self.decode_tok / self.decode_cpu_s,
             "step_s": median(seconds for seconds, _, _ in self.steps),
             "tok_per_step": sum(tok for _, tok, _ in self.steps) / sum(count for _, _, count in self.steps),
             "kv_peak_bytes": float(self.kv_blocks * block_bytes),
@@ -119,10 +123,16 @@ class Contender:
     def run(self, turn: int) -> Run:
         """Every prompt once.  turn: a prefix that one turn left in the cache is not found by another."""
         found = Run()
+        for _ in self.waves(turn, found):
+            pass
+        return found
+
+    def waves(self, turn: int, found: Run) -> Iterator[None]:
+        """`run` wave by wave, so that others may run between."""
         count = len(self.case.prompts)
         for start in range(0, count, self.case.batch):
             self._wave(range(start, min(start + self.case.batch, count)), turn, found)
-        return found
+            yield
 
     def _wave(self, which: range, turn: int, found: Run) -> None:
         case, engine = self.case, self.runtime.engine
@@ -144,6 +154,7 @@ class Contender:
             for request in engine.requests():
                 engine.resume(request.id, request.index, now=time.monotonic())
             began = time.perf_counter()
+        cpu_began = time.process_time()
         while engine.has_work:
             before = time.perf_counter()
             events = self._step(places, found)
@@ -152,6 +163,7 @@ class Contender:
                 found.steps.append((time.perf_counter() - before, sum(got), len(got)))
             found.decode_tok += sum(got)
         found.decode_s += time.perf_counter() - began
+        found.decode_cpu_s += time.process_time() - cpu_began
 
     def _prompts(self, places: Mapping[int, int], found: Run) -> None:
         """Every sequence up to its first token, where it is parked."""
@@ -178,9 +190,7 @@ class Contender:
                 found.preemptions += isinstance(event, Preempted)
             if events or engine.stats.rows or not engine.has_work:
                 return events
-        raise CapacityError(
-            f"case {self.case.name}: nothing moves; where the batch does not fit the KV pool, it needs apart=False"
-        )
+        raise EngineError(f"case {self.case.name}: nothing moves although requests live; please report this")
 
 
 def setup(model: Model, case: Case, threads: int) -> Setup:

@@ -4,9 +4,9 @@
     ngram = replace(null, name="ngram", techniques=("draft=ngram",))
     found = compare(bundled(), null, [ngram], title="answers that quote", rounds=5)
 
-A round runs every case once, in the order given: A B A B ...  A ratio is taken within a round, between two runs that stand
-beside each other in time, and its median over the rounds is told: what the machine's neighbours do meets both alike.  One
-pass of each case comes first and is not counted.
+A round runs every case once, and they take turns wave by wave (as many prompts as run at once): A B A B ...  A ratio is taken
+within a round, and its median over the rounds is told: what the machine's neighbours do meets both alike.  The null's own ratio,
+of each round to the one before, shows how much the machine wavers.  One pass of each case comes first and is not counted.
 
 Each case has an engine of its own, built as `weft serve` would build it, so whatever a technique changes (weights, cache,
 kernels) is changed for its own case alone.  All of them are in memory at once; how much one takes is measured in a process of
@@ -25,11 +25,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.contender import ROOT, Case, Contender, Model, rss_bytes
+from bench.contender import ROOT, Case, Contender, Model, Run, rss_bytes
 from weft.bench.limit import bytes_per_step, read_gb_s
 from weft.errors import ConfigError, EngineError
 from weft.exec.build import Setup
@@ -40,6 +41,7 @@ from weft.models.layout import parameters
 RESULTS = ROOT / "bench" / "results"
 GROWN = ROOT / ".cache" / "grown"
 ROUNDS = 5
+DONE = object()
 
 Tick = Callable[[str], None]
 """Called with what is being done."""
@@ -111,9 +113,8 @@ def compare(
         contender.run(0)
     before = [contender.acts() for contender in contenders]
     for turn in range(1, rounds + 1):
-        for contender in contenders:
-            tell(f"round {turn} of {rounds}, {contender.case.name}")
-            contender.runs.append(contender.run(turn))
+        tell(f"round {turn} of {rounds}")
+        one_round(contenders, turn)
     tell("the machine's bandwidth")
     first = contenders[0].runtime.setup
     gb_s = read_gb_s(first.threads, first.device)
@@ -133,6 +134,16 @@ def compare(
             for c, then, peak in zip(contenders, before, peaks, strict=True)
         ],
     }
+
+
+def one_round(contenders: Sequence[Contender], turn: int) -> None:
+    """Each contender's prompts once, in turns, wave by wave."""
+    going = []
+    for contender in contenders:
+        contender.runs.append(Run())
+        going.append(contender.waves(turn, contender.runs[-1]))
+    while going:
+        going = [waves for waves in going if next(waves, DONE) is not DONE]
 
 
 def _shape(setup: Setup) -> dict[str, int]:
@@ -161,11 +172,8 @@ def _told(
     ours = [run.figures(mine.runtime.setup.block_bytes) for run in mine.runs]
     theirs = [run.figures(null.runtime.setup.block_bytes) for run in null.runs]
     values = {key: [f[key] for f in ours] for key in ours[0]}
-    ratios = {
-        key: [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]
-        for key in ours[0]
-        if all(b.get(key) for b in theirs)
-    }
+    ratios = {key: _ratios(v, [f.get(key, 0.0) for f in theirs], mine is null) for key, v in values.items()}
+    ratios = {key: v for key, v in ratios.items() if v}
     return {
         "name": mine.case.name,
         "stack": [str(part) for part in mine.runtime.setup.stack.parts],
@@ -177,6 +185,15 @@ def _told(
         "same_tokens": _same(mine.runs[-1].tokens, null.runs[-1].tokens),
         "acts": {act: (count - acts.get(act, 0)) / len(ours) for act, count in mine.acts().items()},
     }
+
+
+def _ratios(mine: Sequence[float], null: Sequence[float], itself: bool) -> list[float]:
+    """Each round's ratio to the null's; of the null itself, each round's to the one before."""
+    if not all(null):
+        return []
+    if itself:
+        return [after / before for before, after in pairwise(null)] or [1.0]
+    return [a / b for a, b in zip(mine, null, strict=True)]
 
 
 def _bytes_per_step(setup: Setup, case: Case) -> int:
