@@ -46,7 +46,9 @@ def null(model: Model) -> Case:
 @pytest.fixture(scope="module")
 def found(model: Model, null: Case) -> dict[str, Any]:
     ngram = replace(null, name="ngram", techniques=("draft=ngram(shortest=1)",))
-    return compare(model, null, [ngram], title="short", rounds=2, memory=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "read_gb_s", lambda threads, device: 12.5)
+        return compare(model, null, [ngram], title="short", rounds=2, memory=False)
 
 
 # ---------------------------------------------------------------------------------------------- what a comparison tells
@@ -152,14 +154,14 @@ def test_phases_are_apart(model: Model, null: Case) -> None:
 
 def test_a_pool_that_is_too_small_for_the_batch(model: Model, null: Case) -> None:
     """Sequences lose their blocks and get them back, with the same tokens."""
-    ample = replace(null, prompts=[p[:24] for p in encode(model, PARAGRAPHS)] * 2, max_new=60, batch=8)
+    ample = replace(null, prompts=[p[:24] for p in encode(model, PARAGRAPHS)] * 2, max_new=36, batch=8)
     wanted = Contender(model, replace(ample, apart=False), 1).run(0)
     setup = Contender(model, ample, 1).runtime.setup
     fixed = setup.plan.total_bytes - setup.plan.kv_bytes
-    tight = replace(ample, apart=False, engine={"memory_bytes": fixed + 12 * setup.block_bytes})
+    tight = replace(ample, apart=False, engine={"memory_bytes": fixed + 10 * setup.block_bytes})
     small = Contender(model, tight, 1)
     blocks = small.runtime.setup.plan.kv_blocks
-    assert 6 <= blocks <= 12, "for one sequence, and not for eight"
+    assert 4 <= blocks <= 10, "for one sequence, and not for eight"
     found = small.run(0)
     assert found.preemptions > 0
     assert found.kv_blocks <= blocks
