@@ -36,12 +36,17 @@ from weft.types import EngineStats
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "bench" / "README.md", *ROOT.glob("weft/bundled/*/*.md")]
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "bench" / "README.md",
+        *ROOT.glob("weft/bundled/*/*.md"),
+    ]
 )
 TREE: Any = typer.main.get_command(app.app)
 WORDS = frozenset({"ready", "needs", "COMMAND"})
 """What may follow `weft` and is no command: lines that it prints, and the stand-in for any command."""
-EXAMPLES = frozenset({"weft/kv/evict/lfu.py", "bench/results/test-long.json"})
+EXAMPLES = frozenset({"weft/kv/evict/lfu.py", "bench/SLOT/NAME.py", "bench/results/test-long.json"})
 """Files that a page tells the reader to write, or that a command makes."""
 UNSEEN = {"--max-num-seqs": "64", "--max-num-batched-tokens": "512", "--weights-seed": "0"}
 """Defaults of flags that the command line leaves to the engine; held to `EngineConfig` below."""

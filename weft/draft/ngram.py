@@ -5,6 +5,7 @@ Rule     for n = longest down to shortest: where the last n tokens stood before,
 Shapes   context [T] int64, guesses at most `guesses`
 Units    longest, shortest, guesses: tokens
 Cost     O(T) comparisons for each proposal, no state, no second model; guessed rows are computed and may be thrown away
+Pays     where answers repeat their prompts: summaries, code edits, retrieval, agents' transcripts
 Differs  the most recent occurrence is taken, where the first was proposed; guesses end where the occurrence meets the newest
          tokens
 Raises   ValueError unless 1 <= shortest <= longest and guesses >= 1
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @register("draft", "ngram")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NGram:
-    """Pays where answers repeat their prompts: summaries, code edits, retrieval, agents' transcripts."""
+    """A draft that needs no model."""
 
     longest: int = 3
     shortest: int = 2

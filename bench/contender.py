@@ -1,0 +1,236 @@
+"""A stack under a load, and the engine that runs it: what a benchmark compares.
+
+Legend.  tok: tokens.  A wave is as many prompts as run at once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import msgspec
+
+from weft.bench.decode import DecodeBench, make_room
+from weft.errors import CapacityError, ConfigError, EngineError
+from weft.exec.build import EngineConfig, Setup, build, prepare, with_limits
+from weft.exec.host import peak_rss_bytes
+from weft.exec.thread import step
+from weft.types import Event, Finished, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+EMPTY_STEPS = 1000
+"""Steps in which nothing ran, after which a case is taken to be stuck."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint to measure on.  name: as the results call it."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One stack under one load.
+
+    name        what the results call it
+    prompts     token ids of each sequence
+    techniques  as 'slot=name(args)'; the nulls of all other slots come by themselves
+    sampling    fields of `SamplingSpec` beside max_tokens; greedy where it is empty
+    max_new     tokens of each answer; nothing ends earlier unless `sampling` has stop_ids
+    batch       sequences at once; the prompts are run in as many waves as that takes
+    engine      further fields of `EngineConfig`.  memory_bytes makes the pool as small as that; else the batch fits it at once
+    apart       whether a wave's prompts are all computed, and parked, before any of its sequences decodes.  Then prefill and
+                decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the
+                pool, since parked sequences then lose their blocks, and their prompts are computed again as part of decoding
+
+    Raises ConfigError for a load without prompts, with an empty one, or with less than two tokens to decode.
+    """
+
+    name: str
+    prompts: Sequence[Sequence[int]]
+    techniques: Sequence[str] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    max_new: int = 64
+    batch: int = 1
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(self.prompts):
+            raise ConfigError(f"case {self.name}: give at least one prompt, and no empty ones")
+        if self.max_new < 2 or self.batch < 1:
+            raise ConfigError(f"case {self.name}: max_new must be at least 2 and batch at least 1")
+
+    @property
+    def together(self) -> int:
+        """Sequences of a full wave."""
+        return min(self.batch, len(self.prompts))
+
+
+@dataclass(slots=True)
+class Run:
+    """One pass over a case's prompts.
+
+    decode_cpu_s: what the process's threads took of the processor, which neighbours on the machine disturb less than the clock.
+    steps: of each decode step its seconds, its tokens, and the sequences that got some.  kv_blocks: most that were referenced
+    at once.  tokens: by prompt.
+    """
+
+    prefill_s: float = 0.0
+    prefill_tok: int = 0
+    decode_s: float = 0.0
+    decode_cpu_s: float = 0.0
+    decode_tok: int = 0
+    steps: list[tuple[float, int, int]] = field(default_factory=list)
+    kv_blocks: int = 0
+    preemptions: int = 0
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+
+    def figures(self, block_bytes: int) -> dict[str, float]:
+        """What a result tells of a run; prefill_tok_s only where the phases were apart."""
+        told = {
+            "decode_tok_s": self.decode_tok / self.decode_s,
+            "decode_tok_cpu_s": self.decode_tok / self.decode_cpu_s,
+            "step_s": median(seconds for seconds, _, _ in self.steps),
+            "tok_per_step": sum(tok for _, tok, _ in self.steps) / sum(count for _, _, count in self.steps),
+            "kv_peak_bytes": float(self.kv_blocks * block_bytes),
+            "preemptions": float(self.preemptions),
+        }
+        return told | ({"prefill_tok_s": self.prefill_tok / self.prefill_s} if self.prefill_s else {})
+
+
+class Contender:
+    """A case with its own engine, built as `weft serve` builds one."""
+
+    def __init__(self, model: Model, case: Case, threads: int) -> None:
+        self.case = case
+        self.runtime = build(setup(model, case, threads))
+        self.runs: list[Run] = []
+        self._ids = 0
+
+    def acts(self) -> dict[str, int]:
+        """What the stack's techniques did so far, by 'slot=name.act'."""
+        return self.runtime.engine.stacks.acts()
+
+    def run(self, turn: int) -> Run:
+        """Every prompt once.  turn: a prefix that one turn left in the cache is not found by another."""
+        found = Run()
+        for _ in self.waves(turn, found):
+            pass
+        return found
+
+    def waves(self, turn: int, found: Run) -> Iterator[None]:
+        """`run` wave by wave, so that others may run between."""
+        count = len(self.case.prompts)
+        for start in range(0, count, self.case.batch):
+            self._wave(range(start, min(start + self.case.batch, count)), turn, found)
+            yield
+
+    def _wave(self, which: range, turn: int, found: Run) -> None:
+        case, engine = self.case, self.runtime.engine
+        began = time.perf_counter()
+        places: dict[int, int] = {}
+        for index in which:
+            self._ids += 1
+            places[self._ids] = index
+            sampling = SamplingSpec(**{"temperature": 0.0, **case.sampling, "max_tokens": case.max_new})
+            items = (TokenItem(tuple(case.prompts[index])),)
+            spec = RequestSpec(
+                id=self._ids, items=items, sampling=sampling, seed=index, salt=turn.to_bytes(8, "little")
+            )
+            _refuse(engine.add(spec, time.monotonic()))
+        if case.apart:
+            self._prompts(places, found)
+            found.prefill_s += time.perf_counter() - began
+            found.prefill_tok += sum(len(case.prompts[i]) for i in which)
+            for request in engine.requests():
+                engine.resume(request.id, request.index, now=time.monotonic())
+            began = time.perf_counter()
+        cpu_began = time.process_time()
+        while engine.has_work:
+            before = time.perf_counter()
+            events = self._step(places, found)
+            got = [len(e.tokens) for e in events if isinstance(e, Tokens) and e.tokens]
+            if got:
+                found.steps.append((time.perf_counter() - before, sum(got), len(got)))
+            found.decode_tok += sum(got)
+        found.decode_s += time.perf_counter() - began
+        found.decode_cpu_s += time.process_time() - cpu_began
+
+    def _prompts(self, places: Mapping[int, int], found: Run) -> None:
+        """Every sequence up to its first token, where it is parked."""
+        waiting = set(places)
+        while waiting:
+            events = self._step(places, found)
+            ended = {e.id for e in events if isinstance(e, Finished)}
+            for event in events:
+                if isinstance(event, Tokens) and event.id in waiting:
+                    waiting.discard(event.id)
+                    if event.id not in ended:
+                        self.runtime.engine.park(event.id)
+
+    def _step(self, places: Mapping[int, int], found: Run) -> list[Event]:
+        """One step in which something happens.  places: the prompt of each request."""
+        engine = self.runtime.engine
+        for _ in range(EMPTY_STEPS):
+            events, _ = step(engine, self.runtime.executor)
+            found.kv_blocks = max(found.kv_blocks, engine.pool.referenced)
+            _refuse(events)
+            for event in events:
+                if isinstance(event, Tokens):
+                    found.tokens.setdefault(places[event.id], []).extend(event.tokens)
+                found.preemptions += isinstance(event, Preempted)
+            if events or engine.stats.rows or not engine.has_work:
+                return events
+        raise EngineError(f"case {self.case.name}: nothing moves although requests live; please report this")
+
+
+def setup(model: Model, case: Case, threads: int) -> Setup:
+    """What the case's engine is built from.  The pool holds the batch at once, unless the case says how much memory there is."""
+    longest, batch = max(len(p) for p in case.prompts), case.together
+    given = {"threads": threads, "share": False, **case.engine}
+    config = EngineConfig(model=model.folder, techniques=tuple(case.techniques), **given)
+    if config.memory_bytes is None:
+        found = make_room(config, DecodeBench(batches=[batch], prompt=longest, new=case.max_new))
+        return replace(found, config=replace(found.config, share=config.share))
+    # Twice the sequences, as a plan never gives the pool more blocks than its sequences could fill.
+    found = prepare(replace(config, max_model_len=longest + case.max_new, max_num_seqs=2 * batch))
+    found.require_fit()
+    return with_limits(found, max_num_seqs=batch)
+
+
+def rss_bytes(model: Model, case: Case, threads: int) -> int:
+    """The most that is resident in a process of its own that builds the case's engine and runs it once."""
+    load = msgspec.json.encode({"name": model.name, "folder": str(model.folder), "case": case, "threads": threads})
+    done = subprocess.run([sys.executable, "-m", __name__], input=load, capture_output=True, cwd=ROOT)
+    if done.returncode:
+        raise EngineError(f"case {case.name} failed in a process of its own: {done.stderr.decode(errors='replace')}")
+    return int(done.stdout)
+
+
+def _refuse(events: Sequence[Event]) -> None:
+    for event in events:
+        if isinstance(event, Rejected):
+            raise CapacityError(event.message)
+        if isinstance(event, Finished) and event.error is not None:
+            raise EngineError(event.error)
+
+
+def _child() -> None:
+    """A process of its own: a load on stdin, the peak on stdout."""
+    load = msgspec.json.decode(sys.stdin.buffer.read())
+    case = msgspec.convert(load["case"], Case)
+    Contender(Model(load["name"], Path(load["folder"])), case, load["threads"]).run(0)
+    print(peak_rss_bytes())
+
+
+if __name__ == "__main__":
+    _child()

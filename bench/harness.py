@@ -1,0 +1,342 @@
+"""What every technique's benchmark uses: stacks compared with the slot's null in one process, in turns, medians told.
+
+    null = Case(name="no draft", prompts=prompts, max_new=64)
+    ngram = replace(null, name="ngram", techniques=("draft=ngram",))
+    found = compare(bundled(), null, [ngram], title="answers that quote", rounds=5)
+
+A round runs every case once, and they take turns wave by wave (as many prompts as run at once): A B A B ...  A ratio is taken
+within a round, and its median over the rounds is told: what the machine's neighbours do meets both alike.  The null's own ratio,
+of each round to the one before, shows how much the machine wavers.  One pass of each case comes first and is not counted.
+
+Each case has an engine of its own, built as `weft serve` would build it, so whatever a technique changes (weights, cache,
+kernels) is changed for its own case alone.  All of them are in memory at once; how much one takes is measured in a process of
+its own.
+
+`main` makes a program of it: flags, a table, and a JSON file in bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.contender import ROOT, Case, Contender, Model, Run, rss_bytes
+from weft.bench.limit import bytes_per_step, read_gb_s
+from weft.errors import ConfigError, EngineError
+from weft.exec.build import Setup
+from weft.exec.host import cpu_count, format_size
+from weft.hub import resolve
+from weft.models.layout import parameters
+
+RESULTS = ROOT / "bench" / "results"
+GROWN = ROOT / ".cache" / "grown"
+ROUNDS = 5
+DONE = object()
+
+Tick = Callable[[str], None]
+"""Called with what is being done."""
+
+__all__ = ["Case", "Model", "Options", "bundled", "compare", "encode", "grown", "main", "write"]
+
+
+def bundled() -> Model:
+    """The model that comes with weft."""
+    return Model("weft-tiny", resolve(None))
+
+
+def grown(shape: str, folder: Path = GROWN, tick: Tick = lambda text: None) -> Model:
+    """The bundled model in the body of a larger one (`tools.grow`), made in `folder` where it is not there yet."""
+    from tools.grow import SHAPES, grow
+
+    if shape not in SHAPES:
+        raise ConfigError(f"there is no shape {shape!r} to grow into; there are {', '.join(SHAPES)}")
+    out = folder / shape
+    if not (out / "config.json").is_file():
+        grow(resolve(None), out, SHAPES[shape], tick=lambda name, done, total: tick(f"{shape}: {done / total:.0%}"))
+    return Model(f"{shape} (grown)", out)
+
+
+def encode(model: Model, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of texts; special tokens in them are read as such."""
+    from weft.front.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(model.folder)
+    return [tuple(tokenizer.encode(text, add_special=False)) for text in texts]
+
+
+# ---------------------------------------------------------------------------------------------- comparing
+
+
+def compare(
+    model: Model,
+    null: Case,
+    cases: Sequence[Case],
+    *,
+    title: str = "",
+    rounds: int = ROUNDS,
+    threads: int = 1,
+    memory: bool = True,
+    tick: Tick = lambda text: None,
+) -> dict[str, Any]:
+    """Run null and cases in turns: their figures, medians over the rounds, and ratios to the null (keys: bench/README.md).
+
+    memory: whether each case's resident memory is measured too, which costs a process for each.
+    Raises ConfigError for two cases of one name or a case that cannot be built, CapacityError where memory does not hold them.
+    """
+    everyone = [null, *cases]
+    if rounds < 1 or len({c.name for c in everyone}) < len(everyone):
+        raise ConfigError("a comparison has at least one round, and a name of its own for each case")
+
+    def tell(text: str) -> None:
+        tick(f"{model.name}, {title}: {text}")
+
+    peaks: list[int | None] = [None] * len(everyone)
+    for at, case in enumerate(everyone if memory else ()):
+        tell(f"memory of {case.name}")
+        peaks[at] = rss_bytes(model, case, threads)
+    contenders = []
+    for case in everyone:
+        tell(f"building {case.name}")
+        contenders.append(Contender(model, case, threads))
+    for contender in contenders:
+        tell(f"warming up {contender.case.name}")
+        contender.run(0)
+    before = [contender.acts() for contender in contenders]
+    for turn in range(1, rounds + 1):
+        tell(f"round {turn} of {rounds}")
+        one_round(contenders, turn)
+    tell("the machine's bandwidth")
+    first = contenders[0].runtime.setup
+    gb_s = read_gb_s(first.threads, first.device)
+    read = _bytes_per_step(first, null)
+    return {
+        "title": title,
+        "model": model.name,
+        "shape": _shape(first),
+        "dtype": first.dtype,
+        "device": first.device,
+        "threads": first.threads,
+        "rounds": rounds,
+        "load": _load(null),
+        "limit": {"bytes_per_step": read, "read_gb_s": gb_s, "decode_tok_s": null.together * gb_s * 1e9 / read},
+        "cases": [
+            _told(c, contenders[0], then, peak, gb_s * 1e9 / read)
+            for c, then, peak in zip(contenders, before, peaks, strict=True)
+        ],
+    }
+
+
+def one_round(contenders: Sequence[Contender], turn: int) -> None:
+    """Each contender's prompts once, in turns, wave by wave."""
+    going = []
+    for contender in contenders:
+        contender.runs.append(Run())
+        going.append(contender.waves(turn, contender.runs[-1]))
+    while going:
+        going = [waves for waves in going if next(waves, DONE) is not DONE]
+
+
+def _shape(setup: Setup) -> dict[str, int]:
+    spec = setup.spec
+    return {
+        "layers": len(spec.layers), "width": spec.width, "heads": spec.heads, "kv_heads": spec.kv_heads,
+        "intermediate": spec.layers[0].intermediate, "vocab": spec.vocab, "parameters": parameters(spec),
+    }  # fmt: skip
+
+
+def _load(case: Case) -> dict[str, Any]:
+    return {
+        "prompts": len(case.prompts),
+        "prompt_tok": round(sum(len(p) for p in case.prompts) / len(case.prompts)),
+        "new_tok": case.max_new,
+        "batch": case.together,
+        "sampling": {"temperature": 0.0, **case.sampling},
+        "apart": case.apart,
+    }
+
+
+def _told(
+    mine: Contender, null: Contender, acts: Mapping[str, int], peak: int | None, limit_steps_s: float
+) -> dict[str, Any]:
+    """A case's record.  acts: before the first round.  limit_steps_s: steps a second of a null that does nothing but read."""
+    ours = [run.figures(mine.runtime.setup.block_bytes) for run in mine.runs]
+    theirs = [run.figures(null.runtime.setup.block_bytes) for run in null.runs]
+    values = {key: [f[key] for f in ours] for key in ours[0]}
+    ratios = {key: _ratios(v, [f.get(key, 0.0) for f in theirs], mine is null) for key, v in values.items()}
+    ratios = {key: v for key, v in ratios.items() if v}
+    return {
+        "name": mine.case.name,
+        "stack": [str(part) for part in mine.runtime.setup.stack.parts],
+        "median": {**{key: median(v) for key, v in values.items()}, "rss_peak_bytes": peak},
+        "spread": {key: [min(v), max(v)] for key, v in values.items()},
+        "ratio": {key: median(v) for key, v in ratios.items()},
+        "ratio_spread": {key: [min(v), max(v)] for key, v in ratios.items()},
+        "of_limit": median(values["decode_tok_s"]) / (null.case.together * limit_steps_s),
+        "same_tokens": _same(mine.runs[-1].tokens, null.runs[-1].tokens),
+        "acts": {act: (count - acts.get(act, 0)) / len(ours) for act, count in mine.acts().items()},
+    }
+
+
+def _ratios(mine: Sequence[float], null: Sequence[float], itself: bool) -> list[float]:
+    """Each round's ratio to the null's; of the null itself, each round's to the one before."""
+    if not all(null):
+        return []
+    if itself:
+        return [after / before for before, after in pairwise(null)] or [1.0]
+    return [a / b for a, b in zip(mine, null, strict=True)]
+
+
+def _bytes_per_step(setup: Setup, case: Case) -> int:
+    context = sum(len(p) for p in case.prompts) // len(case.prompts) + case.max_new // 2
+    return bytes_per_step(setup.spec, setup.groups, setup.dtype, case.together, context)
+
+
+def _same(mine: Mapping[int, Sequence[int]], theirs: Mapping[int, Sequence[int]]) -> float:
+    """Share of the null's tokens that stand before the first one that differs, over all sequences."""
+    equal = total = 0
+    for index, wanted in theirs.items():
+        got = mine.get(index, ())
+        pairs = zip(got, wanted, strict=False)
+        equal += next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(got), len(wanted)))
+        total += len(wanted)
+    return equal / total
+
+
+# ---------------------------------------------------------------------------------------------- a benchmark as a program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Flags of a benchmark.  quick: the bundled model and a few tokens, to see that it runs.  tick: tells what is being done."""
+
+    quick: bool
+    rounds: int
+    threads: int
+    model_dir: Path
+    tick: Tick
+
+    def compare(self, model: Model, null: Case, cases: Sequence[Case], title: str) -> dict[str, Any]:
+        """`compare` under these flags."""
+        return compare(
+            model, null, cases, title=title, rounds=self.rounds, threads=self.threads, memory=not self.quick,
+            tick=self.tick,
+        )  # fmt: skip
+
+    def models(self, *shapes: str) -> list[Model]:
+        """The bundled model, and where it is not to be quick that model grown into these shapes."""
+        return [bundled(), *(grown(s, self.model_dir, self.tick) for s in (() if self.quick else shapes))]
+
+
+def main(
+    technique: str,
+    module: str,
+    measure: Callable[[Options], Iterable[dict[str, Any]]],
+    notes: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a benchmark from the command line.
+
+    technique: 'slot=name'.  module: its name, for the command that is told.  measure: gives comparisons.  notes: sentences that
+    a reader of the figures needs.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=f"Measure {technique}.")
+    parser.add_argument("--quick", action="store_true", help="bundled model, few tokens, one round; writes no file")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--rounds", type=int, help=f"turns that medians are over; {ROUNDS}, or 1 with --quick")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--model-dir", type=Path, default=GROWN, help="where grown models are kept (.cache/grown)")
+    parser.add_argument("--out", type=Path, help="file to write instead of the one in bench/results")
+    flags = parser.parse_args(given)
+    options = Options(
+        quick=flags.quick, rounds=flags.rounds or (1 if flags.quick else ROUNDS), threads=flags.threads,
+        model_dir=flags.model_dir, tick=_on_terminal if sys.stderr.isatty() else lambda text: None,
+    )  # fmt: skip
+    before = _busy()
+    try:
+        comparisons = list(measure(options))
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = {
+        "technique": technique,
+        "command": " ".join(["python", "-m", module, *given]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": {**machine(), "busy": [before, _busy()]},
+        "comparisons": comparisons,
+        "notes": list(notes),
+    }
+    out = flags.out or (None if flags.quick else RESULTS / f"{technique.replace('=', '-')}.json")
+    if out is not None:
+        write(out, result)
+    print(json.dumps(result, indent=2) if flags.json else table(result))
+    return 0
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """The result as JSON, figures to six digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf8")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, and the versions that matter."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf8", errors="replace").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return {"cpu": model, "cores": cpu_count().cores, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result for a terminal: a line for each case."""
+    lines = []
+    for c in result["comparisons"]:
+        load = c["load"]
+        lines.append(
+            f"{c['model']}, {c['title']}: batch {load['batch']}, {load['prompt_tok']} + {load['new_tok']} tokens, "
+            f"{c['dtype']}, {c['threads']} threads, {c['rounds']} rounds, limit {c['limit']['decode_tok_s']:.0f} tok/s"
+        )
+        for case in c["cases"]:
+            mid, ratio, spread = case["median"], case["ratio"], case["ratio_spread"]["decode_tok_s"]
+            parts = [
+                f"  {case['name']:<24} decode {mid['decode_tok_s']:8.1f} tok/s",
+                f"x {ratio['decode_tok_s']:.2f} ({spread[0]:.2f} to {spread[1]:.2f})",
+                f"{mid['tok_per_step']:.2f} tok a step of {1000 * mid['step_s']:.1f} ms",
+                *([f"prefill x {ratio['prefill_tok_s']:.2f}"] if "prefill_tok_s" in ratio else []),
+                f"KV {format_size(int(mid['kv_peak_bytes']))}",
+                f"same tokens {case['same_tokens']:.0%}",
+                ", ".join(f"{act.rpartition('.')[2]} {count:g}" for act, count in case["acts"].items()),
+            ]
+            lines.append("  ".join(p for p in parts if p))
+    return "\n".join(lines)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _busy() -> float | None:
+    """Load average of the last minute, this program's own share included."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _on_terminal(text: str) -> None:
+    print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)

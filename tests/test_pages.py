@@ -1,0 +1,238 @@
+"""The pages of techniques are what their generator writes, and what it writes is what files and figures say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.pages import (
+    PAGES,
+    RESULTS,
+    TRAITS,
+    cell,
+    differing,
+    index,
+    page,
+    plain,
+    read_results,
+    row,
+    traits,
+    verdict,
+    verdicts,
+    written,
+)
+from weft.errors import ConfigError
+from weft.features import FIELDS, REQUIRED, Feature, feature
+from weft.traits import Effect, Fidelity, Trait, Traits
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_pages_are_those_that_would_be_written() -> None:
+    """In a process of its own: other tests of this one may have registered techniques."""
+    done = subprocess.run([sys.executable, "-m", "tools.pages", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout + done.stderr == "", "write them anew with: python -m tools.pages"
+    assert done.returncode == 0
+
+
+def test_an_edit_by_hand_a_page_too_many_and_a_missing_one_are_found(tmp_path: Path) -> None:
+    shutil.copytree(PAGES, tmp_path / "pages")
+    there = {path.name: path.read_text(encoding="utf8") for path in PAGES.glob("*.md")}
+    assert differing(there, tmp_path / "pages") == []
+    (tmp_path / "pages" / "draft-ngram.md").write_text(there["draft-ngram.md"] + "It is the best.\n")
+    (tmp_path / "pages" / "schedule-fcfs.md").unlink()
+    (tmp_path / "pages" / "draft-none.md").write_text("# draft=none\n")
+    assert differing(there, tmp_path / "pages") == ["draft-ngram.md", "draft-none.md", "schedule-fcfs.md"]
+
+
+def test_every_technique_has_a_page_and_a_line_in_the_index() -> None:
+    heads = (re.search(r'^@register\("([\w.]+)", "(\w+)"\)', p.read_text(encoding="utf8"), re.MULTILINE)
+             for p in (ROOT / "weft").rglob("*.py"))  # fmt: skip
+    pages = {path.name for path in PAGES.glob("*-*.md")}
+    assert pages == {f"{head[1]}-{head[2]}.md" for head in heads if head}
+    listed = set(re.findall(r"\]\(([\w.-]+\.md)\)", (PAGES / "index.md").read_text(encoding="utf8")))
+    assert listed == pages
+
+
+def test_links_lead_somewhere() -> None:
+    for path in PAGES.glob("*.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+# ---------------------------------------------------------------------------------------------- a page
+
+
+def test_a_page_says_what_the_file_says() -> None:
+    f = feature("draft", "ngram")
+    text = page(f, None)
+    for field in ("Rule", "Cost", "Differs", "Units"):
+        assert plain(f.fields[field]) in text
+    assert f"| paper | {f.paper} |" in text
+    assert "EXACT: the same tokens" in text
+    assert "| `guesses` | `5` | int |" in text
+    assert "acts" not in text.split("## Arguments")[1].split("##")[0], "what is no argument is not told as one"
+    assert "It pays where answers repeat their prompts" in text
+    assert "Nothing was measured yet." in text
+    assert "`weft serve --with 'draft=ngram'`" in text
+    assert "yes, laid over the server's stack" in text
+    assert "what a stack has that names none" in page(feature("schedule", "fcfs"), None)
+
+
+def test_pays_is_a_field_that_may_be_left_out() -> None:
+    assert "Pays" in FIELDS
+    assert "Pays" not in REQUIRED
+    f = feature("kv.evict", "lru")
+    assert "Pays" not in f.fields
+    assert "Not known: nothing was measured yet." in page(f, None)
+
+
+def test_traits_in_words() -> None:
+    f = feature("draft", "ngram")
+
+    def said(**declared: Any) -> list[str]:
+        shown = Feature(
+            slot=f.slot, name=f.name, summary="", catalogue=(), paper="", traits=Traits(**declared), fields=f.fields
+        )
+        return traits(shown).splitlines()
+
+    assert said() == ["Nothing that another part would have to know."]
+    assert said(needs=frozenset({Trait.READS_HISTORY}), history=32, gives=frozenset({Trait.STARVATION_FREE})) == [
+        "- It needs to see the last 32 tokens of a prompt computed (`READS_HISTORY`).",
+        "- It gives that every request is served in the end (`STARVATION_FREE`).",
+    ]
+    assert said(effects=frozenset({Effect.EXTRA_PASS})) == ["- It takes an extra pass over the prompt (`EXTRA_PASS`)."]
+    assert TRAITS.keys() <= {*Trait, *Effect}
+
+
+def test_a_bound_is_told() -> None:
+    f = feature("draft", "ngram")
+    loose = Feature(
+        slot=f.slot, name=f.name, summary=f.summary, catalogue=("001-2",), paper=f.paper, fields=f.fields,
+        traits=Traits(fidelity=Fidelity.APPROX, bound=0.02),
+    )  # fmt: skip
+    text = page(loose, None)
+    assert "APPROX: other tokens than without it, within a bound: a mean KL divergence below 0.02 nats a token" in text
+    assert "(catalogue 001-2)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a * b", r"a \* b"),
+        ("j < sinks or j >= n", "j < sinks or j >= n"),
+        ("a <script> here", r"a \<script> here"),
+        ("`a * b` and [T](x)", r"`a * b` and [T\](x)"),
+    ],
+)
+def test_text_is_shown_as_it_is(text: str, shown: str) -> None:
+    assert plain(text) == shown
+    assert cell("a | b") == r"a \| b"
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def measured() -> dict[str, Any]:
+    """A result of two loads: faster with less KV on one, slower on the other."""
+
+    def case(name: str, decode: tuple[float, float, float], kv: float) -> dict[str, Any]:
+        middle, low, high = decode
+        return {
+            "name": name, "stack": [f"draft={name}"], "same_tokens": 0.5, "of_limit": 0.1,
+            "acts": {f"draft={name}.proposed": 3.0},
+            "median": {"decode_tok_s": 50 * middle, "step_s": 0.02, "tok_per_step": 1.5, "kv_peak_bytes": kv * (1 << 20),
+                       "preemptions": 0.0, "rss_peak_bytes": 1 << 30},
+            "ratio": {"decode_tok_s": middle, "kv_peak_bytes": kv, "decode_tok_cpu_s": middle},
+            "ratio_spread": {"decode_tok_s": [low, high], "kv_peak_bytes": [kv, kv], "decode_tok_cpu_s": [low, high]},
+        }  # fmt: skip
+
+    def load(title: str, mine: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "title": title, "model": "small", "dtype": "float32", "device": "cpu", "threads": 1, "rounds": 5,
+            "shape": {"parameters": 7_000_000},
+            "load": {"prompts": 2, "prompt_tok": 9, "new_tok": 8, "batch": 4, "sampling": {"temperature": 0.0}, "apart": True},
+            "limit": {"bytes_per_step": 1, "read_gb_s": 20.0, "decode_tok_s": 900.0},
+            "cases": [case("none", (1.0, 0.9, 1.1), 1.0), mine],
+        }  # fmt: skip
+
+    return {
+        "technique": "draft=ngram", "command": "python -m bench.draft.ngram", "date": "2026-01-02",
+        "machine": {"cpu": "A processor", "cores": 2.0}, "notes": ["A note."],
+        "comparisons": [load("quoting", case("ngram", (2.0, 1.5, 2.5), 0.5)),
+                        load("prose", case("ngram", (0.9, 0.8, 0.95), 1.0))],
+    }  # fmt: skip
+
+
+def test_sentences_follow_from_the_figures() -> None:
+    result = measured()
+    assert list(verdicts(result)) == [
+        "Against none, tokens per second of decoding were higher: 2.00 times for ngram on small, quoting, batch 4.",
+        "They were lower: 0.90 times for ngram on small, prose, batch 4.",
+        "The KV held was lower: 0.50 times for ngram on small, quoting, batch 4.",
+    ]
+    wavering = copy.deepcopy(result)
+    for comparison in wavering["comparisons"]:
+        comparison["cases"][1]["ratio_spread"]["decode_tok_s"] = [0.7, 3.0]
+    assert "not clearly different: 2.00 times for ngram" in next(verdicts(wavering))
+    text = page(feature("draft", "ngram"), result)
+    assert "    python -m bench.draft.ngram\n" in text
+    assert "2026-01-02, A processor, 2 cores." in text
+    assert "### small, prose, batch 4" in text
+    assert "- A note." in text
+    assert "0.90 to 2.00 times" in index([feature("draft", "ngram")], {"draft=ngram": result})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "rounds", "wanted"),
+    [
+        (1.5, 1.1, 2.0, 5, "more"),
+        (1.5, 0.9, 2.0, 5, "same"),
+        (1.01, 1.005, 1.02, 5, "same"),
+        (0.5, 0.4, 0.9, 3, "less"),
+        (0.5, 0.4, 1.1, 3, "same"),
+        (0.5, 0.4, 0.9, 2, "same"),
+    ],
+)
+def test_a_difference_is_one_that_several_rounds_show(
+    ratio: float, low: float, high: float, rounds: int, wanted: str
+) -> None:
+    assert verdict(ratio, low, high, rounds) == wanted
+
+
+def test_a_row_of_figures() -> None:
+    cells = [c.strip() for c in row(measured()["comparisons"][0]["cases"][1]).strip("|").split("|")]
+    assert cells == [
+        "ngram", "100.0", "2.00 (1.50 to 2.50)", "2.00 (1.50 to 2.50)", "", "1.50", "20.0 ms", "512.0 KiB", "1.00 GiB", "50%",
+        "proposed 3",
+    ]  # fmt: skip
+
+
+def test_results_are_named_after_their_techniques(tmp_path: Path) -> None:
+    result = measured()
+    (tmp_path / "draft-ngram.json").write_text(json.dumps(result))
+    (tmp_path / "test-long.json").write_text("{}")
+    assert read_results(tmp_path) == {"draft=ngram": result}
+    (tmp_path / "draft-other.json").write_text(json.dumps(result))
+    with pytest.raises(ConfigError, match="holds the result of draft=ngram"):
+        read_results(tmp_path)
+    (tmp_path / "draft-other.json").write_text(json.dumps({**result, "technique": "draft=other"}))
+    with pytest.raises(ConfigError, match="results of draft=other, which do not exist"):
+        written(tmp_path)
+
+
+def test_what_was_measured_is_on_the_pages() -> None:
+    for technique, result in read_results(RESULTS).items():
+        text = (PAGES / f"{technique.replace('=', '-')}.md").read_text(encoding="utf8")
+        assert result["command"] in text
+        for comparison in result["comparisons"]:
+            for case in comparison["cases"]:
+                assert row(case) in text
