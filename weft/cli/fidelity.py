@@ -125,7 +125,7 @@ def _paths(model: str | None, flags: EngineFlags, tokens: int) -> tuple[Asked, A
     text = ModelText.load(source, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
         first = build(plain, progress)
-    second = build(setup, like=first.decoder)
+    second = build(setup, like=first)
     asks = max((int(getattr(x, "companions", 0)) for x in setup.stack.instances.values()), default=0)
     beside = [text.prompt_ids(words) for words in ("And then?", "Why?", "What was it?", "Who was there?")[:asks]]
     config_json = load_config(source)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from weft.slots import PRODUCTS, Site
 from weft.types import Adapted
 
 if TYPE_CHECKING:
-    from weft.config import Stack, Stacks
+    from weft.config import Stack
     from weft.core.engine import Engine
     from weft.models.decoder import Decoder
     from weft.models.spec import DecoderSpec
@@ -74,11 +75,21 @@ class AdapterBook:
         self._decoder = decoder
         self._sites = sites(decoder.spec)
         self._loaded: dict[str, Adapter] = {}
-        self._engine: Engine | None = None
+        self._engines: list[Engine] = []
+        self._opens = False
 
     def serve(self, engine: Engine) -> None:
-        """From now on adapters are those of this engine's requests, and no stack brings a folder along any more."""
-        self._engine = engine
+        """From now on requests of this engine use the adapters."""
+        self._engines.append(engine)
+
+    @contextmanager
+    def folders(self) -> Iterator[None]:
+        """While a server's own stack is attached: it may bring the folder of its adapter along."""
+        self._opens = True
+        try:
+            yield
+        finally:
+            self._opens = False
 
     # ------------------------------------------------------------------ what is there
 
@@ -93,7 +104,7 @@ class AdapterBook:
         """The adapter of that name; from `path` where a stack of the server's own brings one along.  Raises ConfigError."""
         adapter = self._loaded.get(name)
         if path is not None and (adapter is None or adapter.path != path):
-            if self._engine is not None:
+            if not self._opens:
                 raise ConfigError(
                     "only the server's own stack gives the path of an adapter; a request names what is loaded"
                 )
@@ -106,9 +117,9 @@ class AdapterBook:
     def users(self, name: str) -> int:
         """Live requests that compute with the adapter, and the server itself where its stack does."""
         adapter = self._loaded.get(name)
-        if adapter is None or self._engine is None:
+        if adapter is None:
             return 0
-        stacks = [self._engine.stacks.base, *(r.stack for r in self._engine.requests())]
+        stacks = [s for e in self._engines for s in (e.stacks.base, *(r.stack for r in e.requests()))]
         return sum(_adapter_of(stack) is adapter for stack in stacks)
 
     # ------------------------------------------------------------------ changes
@@ -182,9 +193,8 @@ class AdapterBook:
 
     def _forget(self, old: Adapter | None) -> None:
         """Stacks that are kept at hand must not go on with an adapter that has gone."""
-        if old is not None and self._engine is not None:
-            stacks: Stacks = self._engine.stacks
-            stacks.forget(lambda stack: _adapter_of(stack) is old)
+        for engine in self._engines if old is not None else ():
+            engine.stacks.forget(lambda stack: _adapter_of(stack) is old)
 
 
 def _adapter_of(stack: Stack) -> Any:

@@ -213,10 +213,10 @@ def prepare(config: EngineConfig) -> Setup:
     )  # fmt: skip
 
 
-def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | None = None) -> Runtime:
+def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | None = None) -> Runtime:
     """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint.
 
-    like: a decoder of the same model and number format, whose weights are read by this engine too.
+    like: a runtime of the same model and number format, whose weights and adapters are read by this engine too.
     """
     setup.require_fit()
     import torch
@@ -229,7 +229,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
     dtype = getattr(torch, setup.dtype)
     source: Path | Literal["random"] | Decoder = "random"
     if like is not None:
-        source = like
+        source = like.decoder
     elif config.load == "auto" and isinstance(config.model, Path):
         source = config.model
     total = weights_bytes(setup.spec, setup.dtype)
@@ -246,8 +246,9 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Decoder | Non
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
         )  # fmt: skip
     pool = make_pool(setup)
-    adapters = _adapters(setup, decoder)
-    stacks = Stacks(setup.stack, {"adapt": adapters})
+    adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
+    with adapters.folders():
+        stacks = Stacks(setup.stack, {"adapt": adapters})
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=f"{setup.dtype}".encode(), reach=reach(setup),

@@ -214,7 +214,7 @@ def planned(setup: Setup) -> Setup:
 
 def reference(runtime: Runtime) -> Runtime:
     """An engine over the same weights that has no technique and room for one request."""
-    return build(_plain(runtime.setup), like=runtime.decoder)
+    return build(_plain(runtime.setup), like=runtime)
 
 
 def _plain(setup: Setup) -> Setup:
