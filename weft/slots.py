@@ -183,9 +183,12 @@ class Attention(Protocol):
     """Slot `attention`: how attention is computed for the sequences of a batch whose stack has this technique.
 
     tile    rows of a prompt that are computed together, at absolute multiples of it (1: any).  Such a tile is never split between
-            steps, and a prefix hit ends at a multiple, so what is computed depends on the prompt alone
+            steps, a prefix hit ends at a multiple, and other prompts are given whole tiles only, so what is computed depends on
+            the prompt alone.  A prompt's last row is a tile of its own, which may stand in a step with the tile that it ends
     plan    once a step for each KV group: what all its layers share
-    run     one layer: attention of the batch's rows, written into the output
+    run     one layer: attention of the call's rows, written into the output
+
+    call is a `weft.ops.attention_call.AttentionCall`: what there is to compute, and the operations that compute it.
     """
 
     @property

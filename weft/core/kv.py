@@ -80,7 +80,7 @@ class KV:
         """
         if not (self.share and request.publishes):
             return 0
-        cap = len(request.context) - 1
+        cap = min(len(request.context) - 1, request.common)
         if request.history:
             cap = min(cap, request.prompt - request.history)
         if request.cut is not None and (first := request.cut(request.prompt, 0)) is not None:
@@ -227,7 +227,7 @@ class KV:
         """Offer the blocks that are full of committed entries to the index."""
         if not (self.share and request.publishes):
             return
-        done = min(request.computed[m], len(request.context))
+        done = min(request.computed[m], request.common)
         for g in self.by_model[m]:
             spec, table = self.groups[g], request.tables[g]
             full, skipped = done // spec.block_tokens, table.first // spec.block_tokens
@@ -280,7 +280,7 @@ class KV:
         """
         if parent.partial is not None or (parent.stack.stateful and not parent.started):
             return False  # its tables change between the layers, or the executor has nothing that could be inherited
-        lengths = [min(computed, child.whole(len(child.context) - 1)) for computed in parent.computed]
+        lengths = [min(computed, child.ends(len(child.context) - 1)) for computed in parent.computed]
         for m, groups in enumerate(self.by_model):
             for g in groups:
                 spec, source = self.groups[g], parent.tables[g]

@@ -160,6 +160,15 @@ class Request:
         """The most positions, at most `length`, whose rows were computed together with all that belong to them."""
         return length if length >= self.prompt else length // self.tile * self.tile
 
+    def ends(self, length: int) -> int:
+        """As `whole`, of rows computed for this very prompt: its last row is a tile of its own."""
+        return length if length >= self.prompt - 1 else self.whole(length)
+
+    @property
+    def common(self) -> int:
+        """Positions whose rows would be the same in any longer prompt that begins alike: whole tiles before the last row's."""
+        return len(self.context) if self.tile == 1 else (self.prompt - 1) // self.tile * self.tile
+
     def prompt_rows(self, start: int, stop: int) -> int:
         """Rows of [start, stop), from the first, that give a wanted prompt logprob; 0 if all are known.
 

@@ -144,12 +144,15 @@ class Scheduler(Membership):
             return
         start, end = r.planned[0], len(r.context)
         quota = Quota(end - start) if final else self.policy.quota(r, d.view)
-        stop = min(end, start + quota.rows, start + d.view.rows_left)
+        rows = quota.rows
+        if r.tile > 1 and rows > 0 and start < r.prompt:
+            rows = max(rows, min((start // r.tile + 1) * r.tile, r.prompt) - start)
+        stop = min(end, start + rows, start + d.view.rows_left)
         cut = None if r.cut is None else self._cut(r, start)
         if cut is not None and cut <= stop:
             stop = self._before(r, start, cut)
         if r.link is not None and stop == end and not final:
-            stop = r.whole(end - 1)
+            stop = r.ends(end - 1)
         if stop <= start:
             return
         stop, prompt_rows, samples = d.chunk(r, start, stop)
@@ -238,7 +241,7 @@ class Scheduler(Membership):
     def _together(self, r: Request, d: Planning) -> bool:
         """Linked requests sample together: their last rows are planned in one step or not at all.  True when dealt with."""
         family = self.linked(r)
-        if any(x.planned[0] != x.whole(len(x.context) - 1) for x in family):
+        if any(x.planned[0] != x.ends(len(x.context) - 1) for x in family):
             return False
         rows = {x.rid: len(x.context) - x.planned[0] for x in family}
         samples = len(family) + sum(x.prompt_rows(x.planned[0], len(x.context)) for x in family)
@@ -275,7 +278,7 @@ class Scheduler(Membership):
 
     def _tiles(self, r: Request, start: int, stop: int, d: Planning) -> tuple[int, int, int]:
         """As `Planning.chunk`, ending where a tile of the prompt ends: rows that belong together are never parted."""
-        return d.chunk(r, start, max(start, r.whole(min(stop, r.prompt))))
+        return d.chunk(r, start, max(start, r.ends(min(stop, r.prompt))))
 
     def _cut(self, r: Request, start: int) -> int | None:
         """The next cut after position `start`."""

@@ -286,11 +286,7 @@ class Sequences:
             arrival = self._arrivals = max(now, math.nextafter(self._arrivals, math.inf))
         own = noise.child_seed(spec.seed, index) if seed is None else seed
         stack = self.stacks.of(spec.techniques)
-        if stack.tile > self.limits.max_rows:
-            raise ConfigError(
-                f"the stack computes {stack.tile} rows of a prompt together, and a step has room for {self.limits.max_rows}; "
-                "give weft more --max-num-batched-tokens, or the technique smaller tiles"
-            )
+        self._check_tile(stack.tile, spec)
         r = Request(
             self._rids,
             spec,
@@ -306,6 +302,27 @@ class Sequences:
         self._live[r.rid] = r
         self._by_id.setdefault(spec.id, {})[index] = r.rid
         return r
+
+    def _check_tile(self, tile: int, spec: RequestSpec) -> None:
+        """Raise where no step has room for rows that are never parted."""
+        limits = self.limits
+        samples = tile if tile > 1 and spec.sampling.prompt_logprobs >= 0 else 1
+        if tile > limits.max_rows:
+            raise ConfigError(
+                f"the stack computes {tile} rows of a prompt together, and a step has room for {limits.max_rows}; "
+                "give weft more --max-num-batched-tokens, or the technique smaller tiles"
+            )
+        if samples > limits.max_samples:
+            raise RequestError(
+                f"prompt_logprobs of {tile} rows that the stack computes together are more than a step's {limits.max_samples} "
+                "rows of logits; leave prompt_logprobs out, or give the technique smaller tiles",
+                param="prompt_logprobs",
+            )
+        if 0 < limits.work_bytes < tile * limits.row_bytes + samples * limits.sample_bytes:
+            raise ConfigError(
+                f"{tile} rows that the stack computes together do not fit a step's workspace of {limits.work_bytes} bytes; "
+                "give the technique smaller tiles"
+            )
 
     def _leave(self, r: Request) -> None:
         for c in r.companions:

@@ -181,7 +181,7 @@ def prepare(config: EngineConfig) -> Setup:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
     model_max = spec.max_positions
     rows = min(config.max_rows, model_max)
-    samples = max(config.max_num_seqs, min(rows, 64))
+    samples = max(config.max_num_seqs, min(rows, max(64, stack.tile)))
     available = _available(device)
     plan = plan_memory(
         weights_bytes=weights_bytes(spec, dtype),
