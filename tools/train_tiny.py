@@ -3,6 +3,8 @@
     python -m tools.train_tiny tokenizer DATA OUT
     python -m tools.train_tiny model     DATA OUT --minutes 90
     python -m tools.train_tiny evaluate  DATA OUT
+    python -m tools.train_tiny draft     DATA OUT --teacher MODEL --minutes 35     a draft of MODEL, see `tools/tiny/distil.py`
+    python -m tools.train_tiny accept    DATA OUT --teacher MODEL                  what it is worth, see `tools/tiny/accept.py`
 
 DATA is laid out as `tools/tiny/corpus.py` says.  The model in the package came from two runs on two cores, one of about 18
 minutes and, with `--init` at its checkpoint, one of 84.  Windows grow with time (a quarter, half, then the whole of
@@ -75,8 +77,15 @@ class Score:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["draft"], ["accept"]):  # they have options of their own
+        from tools.tiny import accept, distil
+
+        return {"draft": distil, "accept": accept}[words[0]].main(words[1:])
     defaults = Recipe()
-    parser = argparse.ArgumentParser(description="Train the bundled model.")
+    parser = argparse.ArgumentParser(
+        description="Train the bundled model.", epilog="draft and accept: see --help behind them."
+    )
     parser.add_argument("what", choices=("tokenizer", "model", "evaluate"))
     parser.add_argument("data", type=Path, help="folder of texts")
     parser.add_argument(
@@ -90,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=defaults.threads)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="do without torch.compile")
     parser.add_argument("--init", help="checkpoint folder to start from")
-    options = vars(parser.parse_args(argv))
+    options = vars(parser.parse_args(words))
     what, data, out = options.pop("what"), options.pop("data"), options.pop("out")
     recipe = Recipe(**options)
     out.mkdir(parents=True, exist_ok=True)
