@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from tools.tiny.corpus import Corpus
-from tools.tiny.mixture import OWNERS, THINGS, Mixture
+from tools.tiny.mixture import Mixture
 from tools.tiny.sampled import write
+from weft.fidelity.recall import OWNERS, THINGS
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
