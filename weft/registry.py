@@ -128,6 +128,7 @@ def load_plugin(path: str | Path) -> list[tuple[str, str]]:
             raise ConfigError(f"--plugin {path}: {type(error).__name__}: {error}") from error
     mine = [key for key, cls in _REGISTERED.items() if cls.__module__ == module]
     if not mine:
+        del sys.modules[module]
         raise ConfigError(
             f'--plugin {path}: the file registers no technique; it needs a class under @register("SLOT", "NAME")'
         )
