@@ -49,8 +49,8 @@ def test_an_edit_by_hand_a_page_too_many_and_a_missing_one_are_found(tmp_path: P
     assert differing(there, tmp_path / "pages") == []
     (tmp_path / "pages" / "draft-ngram.md").write_text(there["draft-ngram.md"] + "It is the best.\n")
     (tmp_path / "pages" / "schedule-fcfs.md").unlink()
-    (tmp_path / "pages" / "draft-none.md").write_text("# draft=none\n")
-    assert differing(there, tmp_path / "pages") == ["draft-ngram.md", "draft-none.md", "schedule-fcfs.md"]
+    (tmp_path / "pages" / "draft-made_up.md").write_text("# draft=made_up\n")
+    assert differing(there, tmp_path / "pages") == ["draft-made_up.md", "draft-ngram.md", "schedule-fcfs.md"]
 
 
 def test_every_technique_has_a_page_and_a_line_in_the_index() -> None:
