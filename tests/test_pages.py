@@ -90,9 +90,10 @@ def test_a_page_says_what_the_file_says() -> None:
 def test_pays_is_a_field_that_may_be_left_out() -> None:
     assert "Pays" in FIELDS
     assert "Pays" not in REQUIRED
-    f = feature("kv.evict", "lru")
+    f = feature("schedule", "layered")
     assert "Pays" not in f.fields
     assert "Not known: nothing was measured yet." in page(f, None)
+    assert "It is the null of its slot" in page(feature("kv.evict", "lru"), None)
 
 
 def test_traits_in_words() -> None:
@@ -120,7 +121,7 @@ def test_a_bound_is_told() -> None:
         traits=Traits(fidelity=Fidelity.APPROX, bound=0.02),
     )  # fmt: skip
     text = page(loose, None)
-    assert "APPROX: other tokens than without it, within a bound: a mean KL divergence below 0.02 nats a token" in text
+    assert "APPROX: near those without it, by a mean KL divergence below 0.02 nats a token" in text
     assert "(catalogue 001-2)" in text
 
 
