@@ -49,8 +49,8 @@ def test_an_edit_by_hand_a_page_too_many_and_a_missing_one_are_found(tmp_path: P
     assert differing(there, tmp_path / "pages") == []
     (tmp_path / "pages" / "draft-ngram.md").write_text(there["draft-ngram.md"] + "It is the best.\n")
     (tmp_path / "pages" / "schedule-fcfs.md").unlink()
-    (tmp_path / "pages" / "draft-none.md").write_text("# draft=none\n")
-    assert differing(there, tmp_path / "pages") == ["draft-ngram.md", "draft-none.md", "schedule-fcfs.md"]
+    (tmp_path / "pages" / "draft-made_up.md").write_text("# draft=made_up\n")
+    assert differing(there, tmp_path / "pages") == ["draft-made_up.md", "draft-ngram.md", "schedule-fcfs.md"]
 
 
 def test_every_technique_has_a_page_and_a_line_in_the_index() -> None:
@@ -90,9 +90,10 @@ def test_a_page_says_what_the_file_says() -> None:
 def test_pays_is_a_field_that_may_be_left_out() -> None:
     assert "Pays" in FIELDS
     assert "Pays" not in REQUIRED
-    f = feature("kv.evict", "lru")
+    f = feature("schedule", "layered")
     assert "Pays" not in f.fields
     assert "Not known: nothing was measured yet." in page(f, None)
+    assert "It is the null of its slot" in page(feature("kv.evict", "lru"), None)
 
 
 def test_traits_in_words() -> None:
@@ -120,7 +121,7 @@ def test_a_bound_is_told() -> None:
         traits=Traits(fidelity=Fidelity.APPROX, bound=0.02),
     )  # fmt: skip
     text = page(loose, None)
-    assert "APPROX: other tokens than without it, within a bound: a mean KL divergence below 0.02 nats a token" in text
+    assert "APPROX: near those without it, by a mean KL divergence below 0.02 nats a token" in text
     assert "(catalogue 001-2)" in text
 
 

@@ -39,7 +39,7 @@ FEW = 3
 FIDELITY = {
     Fidelity.EXACT: "the same tokens as without it, greedy and seeded",
     Fidelity.SAME_LAW: "tokens drawn from the same distribution",
-    Fidelity.APPROX: "other tokens than without it, within a bound",
+    Fidelity.APPROX: "near those without it",
 }
 TRAITS: Mapping[str, str] = {
     Trait.WINDOW_QUERIES: "the queries of a prompt's last positions",
@@ -163,7 +163,7 @@ def facts(f: Feature, module: str) -> str:
     bound = f.traits.bound
     answers = FIDELITY[f.traits.fidelity]
     if bound is not None:
-        answers += f": a mean KL divergence below {bound:g} nats a token"
+        answers += f", by a mean KL divergence below {bound:g} nats a token"
     alone = bool(getattr(lookup(f.slot, f.name), "per_request", False))
     rows = [
         ("slot", f"`{f.slot}`: {SLOTS[f.slot].question}"),
@@ -216,6 +216,8 @@ def words(trait: str) -> str:
 
 def pays(f: Feature, result: Mapping[str, Any] | None) -> str:
     """What its file says, and what the figures say, in sentences."""
+    if SLOTS[f.slot].null == f.name and not result:
+        return "It is the null of its slot: what the others are compared with."
     said = [f"It pays {plain(f.fields['Pays'])}."] if "Pays" in f.fields else []
     return " ".join([*said, *(verdicts(result) if result else [])]) or "Not known: nothing was measured yet."
 

@@ -59,7 +59,7 @@ def feature(slot: str, name: str) -> Feature:
     if missing:
         raise ConfigError(f"{slot}={name}: the head of its file lacks {', '.join(missing)}")
     ids = tuple(i.strip() for group in _ID.findall(fields["Paper"]) for i in group.split(","))
-    paper = _ID.sub("", fields["Paper"]).strip()
+    paper = re.sub(r" +(?=[;,]|$)", "", _ID.sub("", fields["Paper"]))
     traits = cls.traits  # type: ignore[attr-defined]
     return Feature(slot=slot, name=name, summary=summary, catalogue=ids, paper=paper, traits=traits, fields=fields)
 

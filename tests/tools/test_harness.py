@@ -146,6 +146,10 @@ def test_phases_are_apart(model: Model, null: Case) -> None:
     assert [(tok, count) for _, tok, count in run.steps] == [(2, 2)] * 11 + [(1, 1)] * 11
     assert sum(seconds for seconds, _, _ in run.steps) < run.decode_s
     assert {i: len(t) for i, t in run.tokens.items()} == {0: 12, 1: 12, 2: 12}
+    guessing = Contender(model, replace(null, techniques=("draft=ngram(shortest=1)",)), 1).run(0)
+    assert guessing.tokens == run.tokens
+    assert guessing.decode_tok == sum(tok for _, tok, _ in guessing.steps) == 3 * 11
+    assert len(guessing.steps) < len(run.steps)
     together = Contender(model, replace(null, apart=False), 1).run(0)
     assert together.tokens == run.tokens
     assert together.decode_tok == 3 * 12
