@@ -18,7 +18,7 @@ class Limits:
 
     max_model_len  positions that a context may reach
     max_num_seqs   sequences that hold KV at once
-    max_rows       rows of one step over all sequences (the token budget)
+    max_rows       rows of one step over all sequences (the token budget); of each model, where there is more than one
     max_samples    rows of one step whose logits are computed
     max_guesses    draft tokens verified for one sequence in a step
     row_bytes, sample_bytes, work_bytes   workspace for one row, one row of logits, and in all (0: unbounded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from tests.core.world import (
     MAX_LEN,
     VOCAB,
     Executor,
+    Going,
     Wanted,
     cut_rule,
     groups,
@@ -28,7 +29,7 @@ from tests.core.world import (
     sequences_of,
     tokens_of,
 )
-from weft.config import Limits, build_stack
+from weft.config import Limits, Stack, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
 from weft.core.noise import child_seed
@@ -101,11 +102,11 @@ class Machine(RuleBasedStateMachine):
         seed=st.integers(0, 2**32), models=st.sampled_from([1, 1, 2]), flights=st.sampled_from([1, 1, 2]), share=st.booleans(),
         cut=st.sampled_from([False, False, True]), blocks=st.integers(14, 60), rows=st.sampled_from([1, 4, 8, 8, 20, 20]),
         samples=st.sampled_from([1, 3, 9]), seqs=st.sampled_from([1, 3, 6]), guesses=st.sampled_from([None, 0.0, 0.6, 1.0]),
-        spare=st.sampled_from([None, 0, 40]), start=st.integers(0, 5),
+        spare=st.sampled_from([None, 0, 40]), start=st.integers(0, 5), ahead=st.booleans(),
     )  # fmt: skip
     def begin(
         self, seed: int, models: int, flights: int, share: bool, cut: bool, blocks: int, rows: int, samples: int, seqs: int,
-        guesses: float | None, spare: int | None, start: int,
+        guesses: float | None, spare: int | None, start: int, ahead: bool,
     ) -> None:  # fmt: skip
         self.rnd = random.Random(seed)
         layered = self.policy.startswith("layered")
@@ -116,8 +117,9 @@ class Machine(RuleBasedStateMachine):
         )
         self.names = ("target", "draft")[:models]
         self.cut = cut_rule if cut else None
+        self.drafts = ahead and models == 2
         self.make = lambda share: Engine(
-            self.groups, blocks, self.limits, build_stack([f"schedule={self.policy}"]), models=self.names, layers=LAYERS,
+            self.groups, blocks, self.limits, self.stack(), models=self.names, layers=LAYERS,
             vocab=VOCAB, share=share, cuts=[cut_rule] if cut else [], in_flight=flights,
         )  # fmt: skip
         self.engine, self.share = self.make(share), share
@@ -135,6 +137,11 @@ class Machine(RuleBasedStateMachine):
         self.capacity = blocks
         self.sound = True
         self.burst(seed, start)
+
+    def stack(self) -> Stack:
+        """The policy's; with a draft model that goes ahead, or a second model that only follows."""
+        stack = build_stack([f"schedule={self.policy}"])
+        return replace(stack, instances={**stack.instances, "draft": Going()}) if self.drafts else stack
 
     # ------------------------------------------------------------------ arrivals and departures
 
@@ -172,7 +179,10 @@ class Machine(RuleBasedStateMachine):
         length = len(tokens_of(items))
         layered = self.engine.scheduler.policy.layered
         most = min(length + sampling.max_tokens, MAX_LEN)
-        fits = blocks_for(self.groups, most, self.limits.max_rows, layered=layered) <= self.capacity
+        plain = all(isinstance(item, TokenItem) for item in items)
+        groups = [g for g in self.groups if g.model == "target" or plain or not self.drafts]
+        ahead = 2 * self.limits.max_guesses if self.drafts else 0
+        fits = blocks_for(groups, most, self.limits.max_rows, layered=layered, ahead=ahead) <= self.capacity
         events = self.engine.add(spec, self.now)
         if length >= MAX_LEN or not fits:
             (event,) = events
@@ -367,6 +377,9 @@ class Machine(RuleBasedStateMachine):
         result = self.executor.execute(flight.plan)
         self.now += 1.0
         self.seen["accepted"] += sum(max(0, len(f.tokens) - 1) for f in result.works)
+        self.seen["went ahead"] += sum(
+            f.rows > len(w.tokens) for f, w in zip(result.works, flight.plan.works, strict=True) if w.ahead
+        )
         self.seen["kept"] += sum(bool(f.kept) for f in result.works)
         self.seen["short"] += sum(
             f.rows < w.count - w.guesses for f, w in zip(result.works, flight.plan.works, strict=True)
@@ -411,15 +424,16 @@ class Machine(RuleBasedStateMachine):
         """Budgets, cuts, contexts and the quarantine of blocks, seen from outside."""
         limits, running = self.limits, self.engine.scheduler.running
         samples = sum((1 + w.guesses if w.samples else 0) + w.prompt_rows for w in plan.works)
-        rows = sum(len(w.tokens) for w in plan.works)
+        rows, others = (sum(len(w.tokens) for w in plan.works if w.model == m) for m in ("target", "draft"))
         assert (rows, samples) == (plan.rows, plan.samples)
-        assert rows <= limits.max_rows
+        assert max(rows, others) <= limits.max_rows
         assert samples <= limits.max_samples
         assert plan.work_bytes == rows * limits.row_bytes + samples * limits.sample_bytes
         assert not limits.work_bytes or plan.work_bytes <= limits.work_bytes
         assert len({w.request for w in plan.works}) <= len(running) <= limits.max_num_seqs
         assert plan.blocks <= self.capacity
         by_rid = {r.rid: r for r in self.engine.requests()}
+        sampled = {w.request for w in plan.works if w.samples}
         for w in plan.works:
             r = by_rid[w.request]
             context = [*r.context, *r.draft]
@@ -427,14 +441,17 @@ class Machine(RuleBasedStateMachine):
             assert w.guesses <= min(limits.max_guesses, len(r.draft))
             assert w.stop <= min(MAX_LEN, r.limit)
             assert w.samples == (w.model == "target" and w.stop - w.guesses == len(r.context) and self.last(w.layers))
-            assert self.cut is None or w.stop <= cut_rule(r.prompt, w.start)
+            assert self.cut is None or w.model != "target" or w.stop <= cut_rule(r.prompt, w.start)
+            assert w.stop + w.ahead <= min(MAX_LEN, r.limit)
+            assert not w.ahead or (self.drafts and w.stop == len(r.context) and w.request in sampled)
         for link in {w.link for w in plan.works if w.link is not None and w.samples}:
             together = [w.request for w in plan.works if w.link == link and w.samples]
             assert together == list(self.engine.scheduler.links[link]), "linked sequences are sampled apart"
         self.seen.update(
             plans=1, splits=sum(w.layers is not None for w in plan.works), guesses=sum(w.guesses for w in plan.works),
             linked=sum(w.link is not None and w.samples for w in plan.works), copies=sum(len(op.source) for op in plan.kv),
-            following=sum(w.model == "draft" for w in plan.works), overlapping=len(self.flights) > 0,
+            following=sum(w.model == "draft" for w in plan.works), ahead=sum(w.ahead > 0 for w in plan.works),
+            overlapping=len(self.flights) > 0,
         )  # fmt: skip
         return Flight(plan, {w.request: self.live[self.keys[w.request]] for w in plan.works}, self.quarantine(plan))
 

@@ -18,6 +18,7 @@ def storm(machine: type[Machine], seed: int, events: int, **fixed: Any) -> Count
         "seed": seed, "models": 1 + (seed % 3 == 1), "flights": 1 + seed % 2, "share": seed % 5 != 0, "cut": seed % 3 == 2,
         "blocks": rnd.randrange(20, 45), "rows": rnd.choice([4, 8, 16]), "samples": rnd.choice([3, 9]),
         "seqs": rnd.choice([3, 6]), "guesses": rnd.choice([None, 0.5, 0.9]), "spare": rnd.choice([None, 60]), "start": 5,
+        "ahead": seed % 2 == 0,
     }  # fmt: skip
     m.begin(**{**chosen, **fixed})
     calm = 0.8 if m.most_flights == 1 else 0.3

@@ -18,6 +18,7 @@ from tests.core.storms import storm
 from weft.core import prefix
 from weft.core.engine import Engine
 from weft.core.kv import KV
+from weft.core.membership import Membership
 from weft.core.planning import Planning
 from weft.core.pool import BlockPool
 from weft.core.request import Request
@@ -27,6 +28,7 @@ from weft.core.sequences import Sequences
 SEEDS = 40
 TWO = {"flights": 2, "models": 1, "blocks": 24, "seqs": 6}
 HITS = {"share": True, "cut": False, "models": 1, "blocks": 60}
+AHEAD = {"models": 2, "ahead": True, "cut": False, "flights": 1, "guesses": 0.9, "blocks": 60}
 CUTS = {"share": True, "cut": True, "models": 1, "blocks": 60, "guesses": 0.9}
 
 
@@ -70,7 +72,7 @@ FAULTS = [
     Fault("guesses beyond the end", Scheduler, "_guesses", "r.limit - end - 1", "99"),
     Fault("a guess too many accepted", Engine, "_take", "len(fact.tokens) - 1 if", "len(fact.tokens) if"),
     Fault("short result advances", Engine, "_take", "rows = min(fact.rows, planned + work.ahead)", "rows = planned"),
-    Fault("a late result of an earlier life counts", Engine, "commit", "and request.generation == generation", "", fixed=TWO),
+    Fault("a result of an earlier life counts", Engine, "commit", "request.generation == generation for", "True for", fixed=TWO),
     Fault("in two plans although data decides", Scheduler, "_target", "if r.in_flight and (", "if False and (", fixed=TWO),
     Fault("linked rows planned twice", Scheduler, "_together", "or x.rid in d.advanced", "", Layered),
     Fault("linked requests yield one by one", Scheduler, "_strip", "self.linked(request)", "[request]"),
@@ -85,6 +87,18 @@ FAULTS = [
     Fault("executor not told of a truncation", Sequences, "_recompute_from", "if r.started:", "if False:"),
     Fault("given tokens taken for output", Request, "outputs_before", "- given", ""),
     Fault("a stop id is overlooked", Engine, "_tokens", "in r.sampling.stop_ids", "in ()"),
+    Fault("a draft gets no room to go ahead", Scheduler, "_follow_one", "grow(r, m, rows,", "grow(r, m, max(0, stop - start),",
+          fixed=AHEAD),
+    Fault("a draft goes ahead beyond the end", Scheduler, "_ahead", "max(0, min(most,", "max(most, 0 * min(most,", fixed=AHEAD),
+    Fault("a draft goes ahead of what is not sampled", Scheduler, "_ahead", "r.rid not in d.sampled",
+          "d.sampled.setdefault(r.rid, 0) < 0", fixed=AHEAD),
+    Fault("a draft's own guesses stand", Engine, "_take", "min(fact.rows, planned + work.ahead)", "planned + work.ahead",
+          fixed=AHEAD),
+    Fault("a draft's rows in two plans", Scheduler, "_follow", "if not r.in_flight and", "if", fixed=AHEAD | {"flights": 2}),
+    Fault("a short result undoes the draft's", Engine, "commit", "if counts and",
+          "if (request, request.generation) in flight and", fixed=AHEAD),
+    Fault("a draft is not reckoned with", Membership, "_blocks", "2 * self.limits.max_guesses if", "0 if",
+          fixed=AHEAD | {"blocks": 22, "rows": 4}),
     Fault("forks of other seeds share one", Sequences, "_new", "if seed is None else seed", ""),
 ]  # fmt: skip
 

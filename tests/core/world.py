@@ -107,7 +107,16 @@ class Executor(NullExecutor):
 
     def rows(self, work: Work) -> int:
         planned = work.count - work.guesses
-        return self.rnd.randrange(planned) if self.rnd.random() < self.short else planned
+        return self.rnd.randrange(planned) if planned and self.rnd.random() < self.short else planned
+
+    def further(self, work: Work, tokens: Sequence[int]) -> Sequence[int]:
+        """Some of the tokens, and after them guesses of its own, which nobody may take for what stands."""
+        stand = tokens[: self.rnd.randrange(len(tokens) + 1)]
+        for g in self.members(work):
+            size = self.groups[g].block_tokens
+            for slot in self.mirror.slots(work, g, work.ahead)[len(work.tokens) + len(stand) :]:
+                self.memory[divmod(int(slot), size)] = self.rnd.getrandbits(60)
+        return stand
 
     def propose(self, work: Work, state: int, output: int) -> tuple[int, ...]:
         if self.right is None:
@@ -195,6 +204,13 @@ class Executor(NullExecutor):
             s.count[g], s.state[f"kept{g}"] = len(keep), [positions[i] for i in keep]
             out[g] = len(keep)
         return out
+
+
+class Going:
+    """Stands for a draft by a second model: the executor of these tests guesses by itself."""
+
+    model = "second"
+    guesses = 3
 
 
 @dataclass

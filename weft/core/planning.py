@@ -46,13 +46,6 @@ class Planning:
             and (not limits.work_bytes or rows * limits.row_bytes + samples * limits.sample_bytes <= self.bytes_left)
         )
 
-    def most(self) -> int:
-        """Rows that still fit when none of them is sampled."""
-        row_bytes = self.limits.row_bytes
-        if not (self.limits.work_bytes and row_bytes):
-            return self.view.rows_left
-        return min(self.view.rows_left, int(self.bytes_left // row_bytes))
-
     def chunk(self, r: Request, start: int, stop: int) -> tuple[int, int, int]:
         """(stop, prompt rows, samples) of the longest chunk of [start, stop) that fits; its stop is `start` where none does."""
         end = len(r.context)
@@ -98,11 +91,15 @@ class Planning:
         else:
             self.view.prompt_rows += len(tokens)
 
-    def add(self, r: Request, work: Work, samples: int) -> None:
-        rows, limits = len(work.tokens), self.limits
+    def beside(self, r: Request, work: Work) -> None:
+        """Add rows of another model, which has a budget and a workspace of its own."""
         self.works.append(work)
         self.requests.append(r)
         self.planned.add(r.rid)
+
+    def add(self, r: Request, work: Work, samples: int) -> None:
+        rows, limits = len(work.tokens), self.limits
+        self.beside(r, work)
         self.view.rows_left -= rows
         self.samples_left -= samples
         self.samples += samples

@@ -193,12 +193,13 @@ class Scheduler(Membership):
                 r.planned[0] = stop
 
     def _follow(self, d: Planning) -> None:
-        """Other models catch up with what stands, with the rows that the target left over; nobody is preempted for them.
+        """Other models catch up with what stands; nobody is preempted for them.
 
-        Whoever is least behind goes first: a draft that has caught up can go ahead of its sequence, and one with a long prompt
-        before it cannot yet.
+        Each has as many rows in a step as the target, of its own.  Whoever is least behind goes first: a draft that has caught up
+        can go ahead of its sequence, and one with a long prompt before it cannot yet.
         """
         for m in self._followers:
+            left = self.limits.max_rows
             behind = [
                 (len(r.context) - r.planned[m], r.rid, r)
                 for r in self.running.values()
@@ -206,12 +207,15 @@ class Scheduler(Membership):
             ]
             for lag, _, r in sorted(behind):
                 if lag or r.rid in d.sampled:
-                    self._follow_one(r, m, d)
+                    left -= self._follow_one(r, m, left, d)
 
-    def _follow_one(self, r: Request, m: int, d: Planning) -> None:
-        """Rows of model m up to the context's end, and room to go ahead once it is known what of the target's guesses stood."""
+    def _follow_one(self, r: Request, m: int, left: int, d: Planning) -> int:
+        """Rows of model m up to the context's end, at most `left`, and room to go ahead once it is known what was accepted.
+
+        Returns the rows.
+        """
         start, end = r.planned[m], len(r.context)
-        stop = min(end, start + d.most(), self.reach[m])
+        stop = min(end, start + left, self.reach[m])
         if self.kv.sliding[m]:
             self.kv.slide(r, m, start)
         for ahead in (self._ahead(r, m, d), 0) if stop == end else (0,):
@@ -219,10 +223,12 @@ class Scheduler(Membership):
             if rows and self._spare(r, m, rows):
                 d.blocks += self.kv.grow(r, m, rows, d.ops)
                 tokens = tuple(r.context[start:stop])
-                work = Work(request=r.rid, model=self.models[m], rows=((start, stop),), tokens=tokens, ahead=ahead)
-                d.add(r, work, 0)
+                d.beside(
+                    r, Work(request=r.rid, model=self.models[m], rows=((start, stop),), tokens=tokens, ahead=ahead)
+                )
                 r.planned[m] = stop
-                return
+                return stop - start
+        return 0
 
     def _ahead(self, r: Request, m: int, d: Planning) -> int:
         """Entries for what may be accepted in this step, the token after it, and the draft's own guesses but the last."""

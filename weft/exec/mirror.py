@@ -139,12 +139,12 @@ class Mirror:
         s = self.sequences[work.request]
         return work.start - s.first[g] if s.count[g] < 0 else s.count[g]
 
-    def slots(self, work: Work, g: int) -> Ints:
-        """Where the work's rows are written in group g: block * block_tokens + offset, one for each row."""
+    def slots(self, work: Work, g: int, ahead: int = 0) -> Ints:
+        """Where the work's rows are written in group g: block * block_tokens + offset, one for each row, and `ahead` more."""
         s, bt = self.sequences[work.request], self.groups[g].block_tokens
         at = self.entry(work, g)
-        entries = np.arange(at, at + len(work.tokens))
-        if at < 0 or entries[-1] >= s.used[g] * bt:
+        entries = np.arange(at, at + len(work.tokens) + ahead)
+        if at < 0 or (len(entries) and entries[-1] >= s.used[g] * bt):
             raise InvariantError(
                 f"sequence {work.request}: entries {at} to {entries[-1]} are outside its {s.used[g]} blocks"
             )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import msgspec
+
 from weft.core import noise
 from weft.errors import InvariantError
 from weft.exec.mirror import Mirror
@@ -88,7 +90,7 @@ def reference(
 
 
 class NullExecutor:
-    """groups as the engine's.  layers: of the target.  `origin`, `rows` and `propose` are there to be overridden."""
+    """groups as the engine's.  layers: of the target.  `origin`, `rows`, `further` and `propose` are there to be overridden."""
 
     def __init__(self, groups: Sequence[GroupSpec], *, vocab: int = 256, layers: int = 1) -> None:
         self.mirror = Mirror(groups)
@@ -104,7 +106,13 @@ class NullExecutor:
             self._carry_out(op)
         self._exclusive(plan)
         shared: dict[int, int] = {}
-        return StepResult(step=plan.step, works=tuple(self._work(work, shared) for work in plan.works))
+        facts = [None if work.ahead else self._work(work, shared) for work in plan.works]
+        told = {w.request: f.tokens for w, f in zip(plan.works, facts, strict=True) if f is not None and w.samples}
+        works = [
+            self._go_ahead(work, told.get(work.request, ())) if fact is None else fact
+            for work, fact in zip(plan.works, facts, strict=True)
+        ]
+        return StepResult(step=plan.step, works=tuple(works))
 
     # ------------------------------------------------------------------ to be overridden
 
@@ -115,6 +123,10 @@ class NullExecutor:
     def rows(self, work: Work) -> int:
         """Rows to compute of a work, at most its context rows."""
         return work.count - work.guesses
+
+    def further(self, work: Work, tokens: Sequence[int]) -> Sequence[int]:
+        """How many of the tokens that stand after a work's rows are computed with them, where it may go ahead."""
+        return tokens[: work.ahead]
 
     def propose(self, work: Work, state: int, output: int) -> tuple[int, ...]:
         """Guesses for the next plan.  state: after the newest token.  output: its index plus one."""
@@ -145,7 +157,7 @@ class NullExecutor:
         for work in plan.works:
             for g in self.members(work):
                 size = self.groups[g].block_tokens
-                for block in {int(slot) // size for slot in self.mirror.slots(work, g)}:
+                for block in {int(slot) // size for slot in self.mirror.slots(work, g, work.ahead)}:
                     if writer.setdefault(block, work.request) != work.request:
                         raise InvariantError(f"block {block} is written by two sequences in step {plan.step}")
         for work in plan.works:
@@ -178,6 +190,16 @@ class NullExecutor:
         if last < self.layers or not work.samples or count < planned:
             return WorkResult(rows=count)
         return self._sample(work, states, count, shared)
+
+    def _go_ahead(self, work: Work, tokens: Sequence[int]) -> WorkResult:
+        """The rows of a work that may go ahead, and then of the tokens that came after them."""
+        fact = self._work(work, {})
+        more = tuple(self.further(work, tokens)) if fact.failed is None and fact.rows == len(work.tokens) else ()
+        if not more:
+            return fact
+        beyond = msgspec.structs.replace(work, rows=((work.stop, work.stop + len(more)),), tokens=more, ahead=0)
+        rest = self._work(beyond, {})
+        return rest if rest.failed is not None else WorkResult(rows=fact.rows + rest.rows)
 
     def _states(self, work: Work, tokens: Sequence[int]) -> list[int]:
         """KV of the work's rows, from what its tables hold; all groups of a model must tell the same."""

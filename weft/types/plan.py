@@ -100,7 +100,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     grants: tuple[Grant, ...] = ()
     kv: tuple[KVOp, ...] = ()
     rows: int = 0
-    """Rows over all works."""
+    """Rows over all works of the target; other models have rows and workspace of their own."""
     samples: int = 0
     """Rows whose logits are needed."""
     blocks: int = 0
