@@ -1,0 +1,244 @@
+"""FlexPrefill: the choice against the formulas by hand and against numpy; live, a function of the prompt alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from tests.exec.conftest import STORY, Bench, spec
+from weft.attention.flexprefill import FlexPrefill, block_means, divergence
+from weft.errors import ConfigError
+from weft.exec.build import Runtime
+from weft.exec.mirror import Mirrored
+from weft.front.tokenizer import Tokenizer
+from weft.hub import resolve
+from weft.registry import parse
+from weft.types import RequestSpec
+
+TECHNIQUE = "attention=flexprefill(block=32, minimum=32, representatives=8)"
+Text = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(resolve(None))
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode(STORY, add_special=False) * 6
+
+
+# ---------------------------------------------------------------------------------------------- the choice
+
+
+def test_divergence_by_hand() -> None:
+    """JS((1, 0), (1/2, 1/2)) = ln(4/3) / 2 + ln(2/3) / 4 + ln(2) / 4; equal ones are 0 apart, disjoint ones sqrt(ln 2)."""
+    p, q = torch.tensor([[1.0, 0.0], [0.3, 0.7], [1.0, 0.0]]), torch.tensor([[0.5, 0.5], [0.3, 0.7], [0.0, 1.0]])
+    first = math.log(4 / 3) / 2 + math.log(2 / 3) / 4 + math.log(2) / 4
+    torch.testing.assert_close(divergence(p, q), torch.tensor([first, 0.0, math.log(2)]).sqrt())
+
+
+def test_cover_by_hand() -> None:
+    """0.5 + 0.3 do not reach 0.85, with the first 0.1 they do; equal shares go by place; a least number may ask for more."""
+    flex = FlexPrefill(gamma=0.85, block=4, minimum=0, representatives=4)
+    shares = torch.tensor([0.1, 0.5, 0.1, 0.3])
+    assert flex._cover(shares, 0).tolist() == [True, True, False, True]
+    assert flex._cover(shares, 4).tolist() == [True] * 4
+    assert flex._cover(torch.tensor([0.9, 0.1, 0.0]), 0).tolist() == [True, False, False]
+    assert flex._cover(torch.tensor([0.9, 0.1, 0.0]), 2).tolist() == [True, True, False]
+
+
+def test_a_head_that_looks_at_one_place_by_hand() -> None:
+    """One head, blocks of 2, rows 6 and 7.  All attention falls on key 2, so the vertical of block 1 is taken, and its distances
+    (4 and 5, slash 2: two and three blocks back of rows 6 and 7) are those of blocks 0 and 1.  Means hide key 2 from the pooled
+    estimate, so it is not trusted."""
+    flex = FlexPrefill(gamma=0.9, tau=0.1, block=2, minimum=0, representatives=2)
+    keys = torch.zeros(8, 1, 2)
+    keys[2, 0], keys[3, 0] = torch.tensor([50.0, 0.0]), torch.tensor([-50.0, 0.0])
+    query = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
+    chosen = flex.choose(query, keys, block_means(keys, 2), 6)
+    assert chosen.tolist() == [[True, True, False, True]]
+    # Where the whole block stands out, the estimate is right, and block 1 is all it names.
+    keys[3, 0] = torch.tensor([50.0, 0.0])
+    assert flex.choose(query, keys, block_means(keys, 2), 6).tolist() == [[True, True, False, True]]
+
+
+def by_numpy(flex: FlexPrefill, query: np.ndarray, keys: np.ndarray, first: int) -> tuple[np.ndarray, int]:
+    """The rule, one head and one row at a time; and how many heads trusted the pooled estimate."""
+    rows, heads, _ = query.shape
+    entries, kv_heads, _ = keys.shape
+    size, count = flex.block, -(-entries // flex.block)
+    least = -(-flex.minimum // size)
+    out, trusting = np.zeros((kv_heads, count), bool), 0
+
+    def softmax(x: np.ndarray) -> np.ndarray:
+        e = np.exp(x - x.max())
+        return e / e.sum()
+
+    def cover(share: np.ndarray) -> list[int]:
+        taken: list[int] = []
+        for i in sorted(range(len(share)), key=lambda i: (-share[i], i)):
+            if sum(share[t] for t in taken) >= flex.gamma * share.sum() and len(taken) >= least:
+                break
+            taken.append(i)
+        return taken
+
+    for head in range(heads):
+        kv = head // (heads // kv_heads)
+        exact, slash = np.zeros(count), np.zeros(count)
+        few = min(flex.representatives, rows)
+        for row in range(rows - few, rows):
+            me = entries - rows + row
+            share = softmax(keys[: me + 1, kv] @ query[row, head])
+            for e, x in enumerate(share):
+                exact[e // size] += x / few
+                slash[(me - e) // size] += x / few
+        means = np.stack([keys[j * size : (j + 1) * size, kv].mean(0) for j in range(count)])
+        guess = softmax(means @ query[rows - few :, head].mean(0))
+        middle = (exact + guess) / 2
+        js = sum(0.5 * p * math.log(p / m) for x in (exact, guess) for p, m in zip(x, middle, strict=True) if p > 0)
+        out[kv, [0, *range(first // size, count)]] = True
+        if math.sqrt(max(js, 0)) < flex.tau:
+            trusting += 1
+            out[kv, cover(softmax(means @ query[:, head].mean(0)))] = True
+            continue
+        out[kv, cover(exact)] = True
+        for s in cover(slash):
+            for row in range(rows):
+                me = entries - rows + row
+                for distance in range(s * size, (s + 1) * size):
+                    if distance <= me:
+                        out[kv, (me - distance) // size] = True
+    return out, trusting
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("entries", "rows"), [(64, 8), (61, 5), (40, 8), (9, 1), (70, 8)])
+def test_choice_against_numpy(seed: int, entries: int, rows: int) -> None:
+    rng = np.random.default_rng(seed)
+    flex = FlexPrefill(gamma=0.7, tau=0.25, block=8, minimum=8 * (seed % 2), representatives=3)
+    keys, query = rng.normal(size=(entries, 2, 6)), rng.normal(size=(rows, 6, 6)) * (0.3 if seed % 3 else 1.5)
+    tensor = torch.from_numpy(keys)
+    found = flex.choose(torch.from_numpy(query), tensor, block_means(tensor, 8), entries - rows)
+    wanted, _ = by_numpy(flex, query, keys, entries - rows)
+    assert found.tolist() == wanted.tolist()
+
+
+def test_both_patterns_were_compared() -> None:
+    rng = np.random.default_rng(0)
+    flex, total = FlexPrefill(gamma=0.7, tau=0.25, block=8, minimum=0, representatives=3), 0
+    for factor in (0.3, 1.5):
+        keys, query = rng.normal(size=(64, 2, 6)), rng.normal(size=(8, 6, 6)) * factor
+        total += by_numpy(flex, query, keys, 56)[1]
+    assert 0 < total < 12
+
+
+@pytest.mark.parametrize("text", ["gamma=0", "gamma=1.5", "tau=-1", "block=0", "minimum=-1", "representatives=200"])
+def test_arguments_out_of_range(text: str) -> None:
+    with pytest.raises(ConfigError, match="needed|representatives"):
+        parse(f"attention=flexprefill({text})").build()
+
+
+# ---------------------------------------------------------------------------------------------- live
+
+
+def laws(bench: Bench, specs: list[RequestSpec]) -> dict[tuple[int, int], torch.Tensor]:
+    """Logits of every token that is drawn, by (seed, output index)."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def probe(sequence: Mirrored, output: int, logits_V: torch.Tensor) -> None:
+        found[sequence.seed, output] = logits_V.clone()
+
+    bench.executor.watch(probe)
+    bench.run(specs)
+    return found
+
+
+def same(a: dict[tuple[int, int], torch.Tensor], b: dict[tuple[int, int], torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def specs(ids: list[int]) -> list[RequestSpec]:
+    """Prompts that begin alike and end inside and at the ends of blocks."""
+    lengths = (300, 256, 257, 33, 32, 5, 411)
+    return [spec(i, ids[:n], seed=100 + i, temperature=0.8, max_tokens=6) for i, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def alone(runtime: Runtime, specs: list[RequestSpec]) -> dict[tuple[int, int], torch.Tensor]:
+    found = {}
+    for one in specs:
+        found.update(laws(Bench(runtime, techniques=[TECHNIQUE], share=False), [one]))
+    return found
+
+
+def test_it_skips_and_is_not_dense(runtime: Runtime, specs: list[RequestSpec], alone: object) -> None:
+    bench = Bench(runtime, techniques=[TECHNIQUE])
+    sparse, dense = laws(bench, specs[:1]), laws(Bench(runtime), specs[:1])
+    acts = bench.engine.stats.acts
+    skipped, computed = (acts[f"attention=flexprefill.blocks_{x}"] for x in ("skipped", "computed"))
+    assert 0.1 < skipped / (skipped + computed) < 0.9
+    assert not same(sparse, dense)
+
+
+@pytest.mark.parametrize("rows", [32, 70, 200])
+def test_whatever_the_chunks_and_the_company(runtime: Runtime, specs: list[RequestSpec], alone, rows: int) -> None:
+    assert same(laws(Bench(runtime, techniques=[TECHNIQUE], max_rows=rows), specs), alone)
+
+
+def test_from_a_cached_prefix(runtime: Runtime, specs: list[RequestSpec], alone) -> None:
+    bench = Bench(runtime, techniques=[TECHNIQUE])
+    first = laws(bench, specs)
+    again = [msgspec.structs.replace(s, id=s.id + 50) for s in reversed(specs)]
+    hits = bench.engine.stats.prefix_hit_tokens
+    assert same(laws(bench, again), alone)
+    assert same(first, alone)
+    assert bench.engine.stats.prefix_hit_tokens - hits > 600
+
+
+def test_after_preemption_at_every_step(runtime: Runtime, specs: list[RequestSpec], alone) -> None:
+    rng, found = random.Random(1), {}
+
+    def disturb(b: Bench) -> None:
+        if b.steps < 30 and b.engine.scheduler.running:
+            victim = rng.choice(list(b.engine.scheduler.running.values()))
+            b.engine.scheduler.preempt(victim)
+            b.engine.scheduler.enqueue(victim, 0.0)
+
+    bench = Bench(runtime, techniques=[TECHNIQUE], max_rows=150)
+    bench.executor.watch(lambda s, output, logits: found.__setitem__((s.seed, output), logits.clone()))
+    bench.run(specs, disturb)
+    assert bench.engine.stats.preemptions > 10
+    assert same(found, alone)
+
+
+def test_layer_by_layer(layered_runtime: Runtime, specs: list[RequestSpec], alone) -> None:
+    bench = Bench(layered_runtime, techniques=[TECHNIQUE, "schedule=layered(groups=3, least=8)"])
+    assert same(laws(bench, specs), alone)
+
+
+def test_forks_and_guesses_and_neighbours_without_it(runtime: Runtime, specs: list[RequestSpec]) -> None:
+    """n = 3 over drafts, with dense requests in the same steps: each as it is alone."""
+    forks = [msgspec.structs.replace(s, n=3, techniques=(TECHNIQUE,)) for s in specs[:2]]
+    dense = [msgspec.structs.replace(s, id=s.id + 20, seed=s.seed + 500) for s in specs[:3]]
+    wanted = {}
+    for one in (*forks, *dense):
+        wanted.update(Bench(runtime, share=False).run([one]))
+    bench = Bench(runtime, techniques=["draft=ngram"], max_rows=300)
+    assert bench.run([*forks, *dense]) == wanted
+
+
+def test_everything_at_gamma_one_is_dense(runtime: Runtime, specs: list[RequestSpec]) -> None:
+    bench = Bench(runtime, techniques=["attention=flexprefill(gamma=1.0, block=32, minimum=0, representatives=8)"])
+    assert same(laws(bench, specs), laws(Bench(runtime), specs))
+    assert bench.engine.stats.acts["attention=flexprefill.blocks_skipped"] == 0
+    assert bench.engine.stats.acts["attention=flexprefill.blocks_computed"] > 0
