@@ -85,6 +85,8 @@ class KV:
             cap = min(cap, request.prompt - request.history)
         if request.cut is not None and (first := request.cut(request.prompt, 0)) is not None:
             cap = min(cap, first - 1)
+        if not request.stack.shares_output:
+            cap = min(cap, request.prompt)
         if request.sampling.prompt_logprobs >= 0 and request.reported < request.prompt - 1:
             cap = min(cap, request.reported)
         return max(0, cap)
@@ -227,7 +229,7 @@ class KV:
         """Offer the blocks that are full of committed entries to the index."""
         if not (self.share and request.publishes):
             return
-        done = min(request.computed[m], len(request.context))
+        done = min(request.computed[m], len(request.context) if request.stack.shares_output else request.prompt)
         for g in self.by_model[m]:
             spec, table = self.groups[g], request.tables[g]
             full, skipped = done // spec.block_tokens, table.first // spec.block_tokens
