@@ -113,6 +113,11 @@ class Stack:
         return int(getattr(self.instances.get("sample"), "companions", 0))
 
     @property
+    def shares_output(self) -> bool:
+        """Whether the KV of output is what the same tokens have as a prompt: not where rows after the prompt skip layers."""
+        return Effect.SKIPS_LAYERS not in self.verdict.effects
+
+    @property
     def settings(self) -> bytes:
         """What changes the values of stored KV, in canonical form: part of the name of every cached prefix.
 

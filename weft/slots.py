@@ -368,16 +368,17 @@ class Leaving(Protocol):
     the model's head gives for `after`; costs a product with the head.
     """
 
-    before: Any
-    after: Any
-
+    @property
+    def before(self) -> Any: ...
+    @property
+    def after(self) -> Any: ...
     def logits(self) -> Any: ...
 
 
 class Skip(Protocol):
     """Slot `skip`: which layers a row takes.
 
-    exits   after how many layers rows may leave, ascending, each at least 1 and below `layers` (pure)
+    exits   after how many layers rows may leave, ascending, each at least 2 and below `layers` (pure)
     rows    which rows leave there, bool [T].  A row's answer may depend on that row alone.  Keys and values of the layers that
             a row does not take are made from the hidden state with which it left, and so are its logits
     """

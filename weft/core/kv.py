@@ -85,6 +85,8 @@ class KV:
             cap = min(cap, request.prompt - request.history)
         if request.cut is not None and (first := request.cut(request.prompt, 0)) is not None:
             cap = min(cap, first - 1)
+        if not request.stack.shares_output:
+            cap = min(cap, request.prompt)
         if request.sampling.prompt_logprobs >= 0 and request.reported < request.prompt - 1:
             cap = min(cap, request.reported)
         return max(0, cap)

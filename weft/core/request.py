@@ -166,8 +166,13 @@ class Request:
 
     @property
     def common(self) -> int:
-        """Positions whose rows would be the same in any longer prompt that begins alike: whole tiles before the last row's."""
-        return len(self.context) if self.tile == 1 else (self.prompt - 1) // self.tile * self.tile
+        """Positions whose rows would be the same in any longer prompt that begins alike.
+
+        Whole tiles before the last row's; and no output, where rows after the prompt are computed otherwise than a prompt's.
+        """
+        if self.tile > 1:
+            return (self.prompt - 1) // self.tile * self.tile
+        return len(self.context) if self.stack.shares_output else self.prompt
 
     def prompt_rows(self, start: int, stop: int) -> int:
         """Rows of [start, stop), from the first, that give a wanted prompt logprob; 0 if all are known.

@@ -21,6 +21,7 @@ from weft.exec.ahead import Ahead
 from weft.exec.batch import Batch
 from weft.exec.gather import Gather, Wanted
 from weft.exec.kvpool import KVPool
+from weft.exec.leaving import EarlyExits, leaves_early
 from weft.exec.mirror import Mirror
 from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
@@ -89,7 +90,10 @@ class TorchExecutor:
     ) -> Tensor:
         """The decoder's pass, whose seconds are the step's `forward_s`; what builds batches is host time."""
         began = time.perf_counter()
-        result = decoder.forward(batch, self.pool, layers=layers, hidden=hidden)
+        if leaves_early(batch):
+            result = EarlyExits(decoder, self.pool).forward(batch, layers, hidden)
+        else:
+            result = decoder.forward(batch, self.pool, layers=layers, hidden=hidden)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._forward_s += time.perf_counter() - began

@@ -18,13 +18,22 @@ from weft.errors import ConfigError
 from weft.exec.batch import Batch
 from weft.exec.kvpool import KVPool
 from weft.models.layout import arena, buffer_shapes, workspace_bytes
-from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, operations
-from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, dtype_bytes
+from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, filling, head, operations
+from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.ops import Ops, choose
 from weft.ops.attention_call import AttentionCall, by_technique
 from weft.ops.ref.rope import frequencies
-from weft.ops.ref.tiles import CANDIDATES, FAST, Tiling, agreeing_rows, invariant_tiling, slabs_for, whole
+from weft.ops.ref.tiles import (
+    CANDIDATES,
+    FAST,
+    SMALL_ROWS,
+    Tiling,
+    agreeing_rows,
+    invariant_tiling,
+    slabs_for,
+    whole,
+)
 from weft.types import GroupKind, GroupSpec
 
 __all__ = ["Decoder", "Hook", "Seam", "build", "workspace_bytes"]
@@ -68,9 +77,11 @@ class Decoder:
         self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
         self._tiling = self._attention_tiling()
         self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
-        self._operations = operations(Material(spec, ops, tensors, self._buffers, self._group_of, self.cut))
+        self._material = Material(spec, ops, tensors, self._buffers, self._group_of, self.cut)
+        self._operations = operations(self._material)
+        self._fillings: list[Callable[[Step, int], None]] = []
         self._hooks: dict[tuple[Seam, int], list[Hook]] = {}
-        self._segments: dict[tuple[int, int, bool], list[Segment]] = {}
+        self._segments: dict[tuple[int, int, bool, bool], list[Segment]] = {}
 
     @property
     def weights_bytes(self) -> int:
@@ -123,43 +134,100 @@ class Decoder:
         """
         first, stop = layers or (0, len(self.spec.layers))
         rows = batch.tokens_T.shape[0]
-        assert rows <= self.max_rows, f"{rows} rows in a decoder built for {self.max_rows}"
-        assert 0 <= first < stop <= len(self.spec.layers)
         assert (first == 0) == (hidden is None)
         at_end = stop == len(self.spec.layers)
         wanted = batch.logit_rows_N.shape[0] if at_end else 0
-        assert wanted <= self.max_samples, f"{wanted} rows of logits in a decoder built for {self.max_samples}"
         if rows:
-            if self.device.type == "cpu":
-                assert int(batch.positions_T.max()) < self.spec.max_positions, "a position beyond the model's context"
+            step = self.begin(batch, pool, first, stop)
             if hidden is not None:
                 self._buffers["hidden"][:rows].copy_(hidden)
-            step = self._begin(batch, pool, rows, first, stop)
-            for segment in self._pieces(first, stop, batch.deltas is not None):
-                for run in segment.runs:
-                    run(step)
-                if segment.hook is not None:
-                    assert segment.last.views is not None
-                    segment.hook(batch, segment.last.views(step))
+            self._run(step, first, stop, at_end)
         return self._buffers["logits"][:wanted] if at_end else self._buffers["hidden"][:rows]
 
-    def _begin(self, batch: Batch, pool: KVPool, rows: int, first: int, stop: int) -> Step:
+    # ------------------------------------------------------------------------------------------ in stretches
+
+    def advance(self, step: Step, first: int, stop: int, hidden: Tensor | None = None) -> Tensor:
+        """Take the rows of a step (`begin`) through layers, without logits; hidden where not what the last call gave.
+
+        Returns hidden [T, width], a view of a buffer that the next call overwrites.
+        """
+        if hidden is not None:
+            self._buffers["hidden"][: step.rows].copy_(hidden)
+        if first < stop:
+            self._run(step, first, stop, False)
+        return self._buffers["hidden"][: step.rows]
+
+    def logits(self, batch: Batch, pool: KVPool, hidden: Tensor) -> Tensor:
+        """Logits [N, vocab] of a batch, from the hidden states [T, width] with which its rows left the layers."""
+        step = Step(batch, pool, batch.tokens_T.shape[0], {})
+        self._buffers["hidden"][: step.rows].copy_(hidden)
+        self._run(step, len(self.spec.layers), len(self.spec.layers), True)
+        return self._buffers["logits"][: batch.logit_rows_N.shape[0]]
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocab], float32, that the model's head gives for any hidden states [n, width]."""
+        finish, out = head(self._material), []
+        for part in hidden.split(self.max_samples):
+            self._buffers["picked"][: len(part)].copy_(part)
+            finish(len(part))
+            out.append(self._buffers["logits"][: len(part)].clone())
+        return torch.cat(out)
+
+    def fill(self, batch: Batch, pool: KVPool, hidden: Tensor, first: int) -> None:
+        """Store keys and values of layers from `first` on for rows that leave with `hidden` [T, width], and nothing else.
+
+        They are what those layers would make of that state; the products have one row count, whatever the number of rows.
+        """
+        if not self._fillings:
+            cut = slabs_for((SMALL_ROWS,)) if self.invariant else whole
+            self._fillings = [filling(self._material, layer, cut) for layer in range(len(self.spec.layers))]
+        step = Step(batch, pool, batch.tokens_T.shape[0], self._ropes(batch))
+        self._buffers["hidden"][: step.rows].copy_(hidden)
+        for layer in range(first, len(self.spec.layers)):
+            group = self._group_of[layer]
+            if group not in step.stored:
+                self._place(step, group)
+            self._fillings[layer](step, pool.index_of(self.groups[group]))
+
+    def begin(self, batch: Batch, pool: KVPool, first: int, stop: int) -> Step:
         """Store positions and work out what every layer needs: slots as rows of memory, rope tables, attention tiles."""
-        ropes = {
-            rope: self.ops.rope_tables(batch.positions_T, inverse, rope.attention_factor)
-            for rope, inverse in self._inverse.items()
-        }
-        step = Step(batch, pool, rows, ropes)
+        rows, wanted = batch.tokens_T.shape[0], batch.logit_rows_N.shape[0]
+        assert rows <= self.max_rows, f"{rows} rows in a decoder built for {self.max_rows}"
+        assert 0 <= first < stop <= len(self.spec.layers)
+        if stop == len(self.spec.layers):
+            assert wanted <= self.max_samples, f"{wanted} rows of logits in a decoder built for {self.max_samples}"
+        if self.device.type == "cpu":
+            assert int(batch.positions_T.max()) < self.spec.max_positions, "a position beyond the model's context"
+        step = Step(batch, pool, rows, self._ropes(batch))
         techniques = by_technique(batch)
         for group in sorted({self._group_of[layer] for layer in range(first, stop)}):
-            where, at = batch.groups[group], pool.index_of(self.groups[group])
-            pool.write_positions(at, where.slots_T, batch.positions_T)
-            step.stored[group] = pool.row_of(at, *pool.split(at, where.slots_T))
+            where, at = batch.groups[group], self._place(step, group)
             step.attending[group] = []
             for technique, sequences in techniques:
                 call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling)
                 step.attending[group].append((technique, call, technique.plan(call)))
         return step
+
+    def _place(self, step: Step, group: int) -> int:
+        """Store positions in a group, and remember where its keys go; returns the group's index in the pool."""
+        where, at = step.batch.groups[group], step.pool.index_of(self.groups[group])
+        step.pool.write_positions(at, where.slots_T, step.batch.positions_T)
+        step.stored[group] = step.pool.row_of(at, *step.pool.split(at, where.slots_T))
+        return at
+
+    def _ropes(self, batch: Batch) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
+        return {
+            rope: self.ops.rope_tables(batch.positions_T, inverse, rope.attention_factor)
+            for rope, inverse in self._inverse.items()
+        }
+
+    def _run(self, step: Step, first: int, stop: int, at_end: bool) -> None:
+        for segment in self._pieces(first, stop, at_end, step.batch.deltas is not None):
+            for run in segment.runs:
+                run(step)
+            if segment.hook is not None:
+                assert segment.last.views is not None
+                segment.hook(step.batch, segment.last.views(step))
 
     # ------------------------------------------------------------------------------------------ seams
 
@@ -180,11 +248,14 @@ class Decoder:
 
         return remove
 
-    def _pieces(self, first: int, stop: int, adapted: bool = False) -> list[Segment]:
-        """The operations of a range of layers as segments, cut at hooked seams and nowhere else."""
-        if (first, stop, adapted) in self._segments:
-            return self._segments[first, stop, adapted]
-        chosen = [op for op in self._operations if first <= op.layer < stop and not (op.seam is Seam.INPUTS and first)]
+    def _pieces(self, first: int, stop: int, at_end: bool = True, adapted: bool = False) -> list[Segment]:
+        """The operations of a range of layers as segments, cut at hooked seams and nowhere else.  at_end: and the logits."""
+        key = (first, stop, at_end, adapted)
+        if key in self._segments:
+            return self._segments[key]
+        left_out = {Seam.LOGITS, *([Seam.INPUTS] if first else [])}
+        chosen = [op for op in self._operations if first <= op.layer < stop and op.seam not in left_out]
+        chosen += [op for op in self._operations if at_end and op.seam is Seam.LOGITS]
         segments: list[Segment] = []
         runs: list[Run] = []
         for op in chosen:
@@ -195,7 +266,7 @@ class Decoder:
                 runs = []
         if runs:
             segments.append(Segment(tuple(runs), chosen[-1], None))
-        self._segments[first, stop, adapted] = segments
+        self._segments[key] = segments
         return segments
 
     @property

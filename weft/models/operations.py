@@ -59,6 +59,7 @@ class Step:
     attending, stored: by the model's group, who computes attention with which plan, and the rows of memory that take the batch's
     keys.
     routed: weights and ids of the experts that the present layer chose.
+    keep: rows whose keys and values are stored, where not all are.
     """
 
     batch: Batch
@@ -68,6 +69,7 @@ class Step:
     attending: dict[int, list[tuple[Attention, AttentionCall, Any]]] = field(default_factory=dict)
     stored: dict[int, Tensor] = field(default_factory=dict)
     routed: tuple[Tensor, Tensor] | None = None
+    keep: Tensor | None = None
 
 
 Run = Callable[[Step], None]
@@ -200,9 +202,10 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
             ops.apply_rope(rotary[rows], *step.ropes[layer.rope])
 
     def store(step: Step) -> None:
-        step.pool.write_rows(
-            step.attending[group][0][1].group, index, step.stored[group], k[: step.rows], v[: step.rows]
-        )
+        at, rows, keys, values = step.attending[group][0][1].group, step.stored[group], k[: step.rows], v[: step.rows]
+        if step.keep is not None:
+            rows, keys, values = rows[step.keep], keys[step.keep], values[step.keep]
+        step.pool.write_rows(at, index, rows, keys, values)
 
     def attend(step: Step) -> None:
         for technique, call, plan in step.attending[group]:
@@ -240,6 +243,37 @@ def _mlp(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
     ]
 
 
+def filling(m: Material, index: int, cut: Cut) -> Callable[[Step, int], None]:
+    """Keys and values of one layer out of the rows in the buffer `hidden`, stored in the given group of the pool; nothing else.
+
+    cut: of the product, which is that part of the layer's `qkv` alone, a fraction of the layer.
+    """
+    spec, ops, layer, group = m.spec, m.ops, m.spec.layers[index], m.group_of[index]
+    first, wide = spec.heads * spec.head_dim, 2 * spec.kv_heads * spec.head_dim
+    fused, fused_bias = m.weight(layer, "qkv"), m.weight(layer, "qkv_bias")
+    assert fused is not None
+    weight, bias = fused[first:], None if fused_bias is None else fused_bias[first:]
+    normed, rows = m.buffers["normed"], m.buffers["qkv"].shape[0]
+    out = m.buffers["qkv"].flatten()[: rows * wide].view(rows, wide)
+    split = out.view(rows, 2 * spec.kv_heads, spec.head_dim)
+    k, v = split[:, : spec.kv_heads], split[:, spec.kv_heads :]
+    k_norm, norm = m.weight(layer, "k_norm"), _norm(m, "hidden", m.weight(layer, "norm_attention"), "normed")
+
+    def run(step: Step, at: int) -> None:
+        norm(step)
+        ops.linear(normed, weight, bias, out, cut(step.rows))
+        if step.batch.deltas is not None:
+            step.batch.deltas.add(layer.weights, "qkv", normed, out, first)
+        keys = k[: step.rows]
+        if k_norm is not None:
+            ops.rms_norm(keys, k_norm, spec.norm_eps, spec.norm_offset, keys)
+        if layer.rope is not None:
+            ops.apply_rope(keys, *step.ropes[layer.rope])
+        step.pool.write_rows(at, index, step.stored[group], keys, v[: step.rows])
+
+    return run
+
+
 def _experts(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
     experts = layer.experts
     assert experts is not None
@@ -268,16 +302,25 @@ def _experts(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
 
 
 def _logits(m: Material) -> Run:
+    picked, finish = m.buffers["picked"], head(m)
+
+    def run(step: Step) -> None:
+        count = step.batch.logit_rows_N.shape[0]
+        if count:
+            torch.index_select(m.buffers["hidden"], 0, step.batch.logit_rows_N, out=picked[:count])
+            finish(count)
+
+    return run
+
+
+def head(m: Material) -> Callable[[int], None]:
+    """From the first rows of the buffer `picked`, which are hidden states, to as many rows of logits."""
     picked, logits, narrow = m.buffers["picked"], m.buffers["logits"], m.buffers.get("narrow_logits")
     head = m.tensors["embed" if m.spec.tied else "head"]
     spec, norm, cut = m.spec, m.tensors["norm"], m.cut(head)
 
-    def run(step: Step) -> None:
-        count = step.batch.logit_rows_N.shape[0]
-        if not count:
-            return
+    def run(count: int) -> None:
         mine = picked[:count]
-        torch.index_select(m.buffers["hidden"], 0, step.batch.logit_rows_N, out=mine)
         m.ops.rms_norm(mine, norm, spec.norm_eps, spec.norm_offset, mine)
         m.ops.linear(picked, head, None, logits if narrow is None else narrow, cut(count))
         if narrow is not None:
