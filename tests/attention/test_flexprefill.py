@@ -143,7 +143,7 @@ def test_both_patterns_were_compared() -> None:
 
 @pytest.mark.parametrize("text", ["gamma=0", "gamma=1.5", "tau=-1", "block=0", "minimum=-1", "representatives=200"])
 def test_arguments_out_of_range(text: str) -> None:
-    with pytest.raises(ConfigError, match="needed|representatives"):
+    with pytest.raises(ConfigError, match=r"needed|representatives"):
         parse(f"attention=flexprefill({text})").build()
 
 

@@ -51,7 +51,7 @@ def test_the_server_counts_what_a_requests_technique_did(url: str) -> None:
     ask(url, weft={"with": ["draft=ngram(shortest=1, guesses=3)"]}, max_tokens=24, temperature=0)
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     name = 'weft:technique_acts_total{technique="draft=ngram",act="proposed"}'
-    assert [int(line.split()[-1]) for line in lines if line.startswith(name)][0] > 0
+    assert next(int(line.split()[-1]) for line in lines if line.startswith(name)) > 0
 
 
 @pytest.mark.parametrize(
