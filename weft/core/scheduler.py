@@ -271,7 +271,7 @@ class Scheduler(Membership):
         if not (self.kv.share and r.publishes):
             return cut
         size = min(self.kv.groups[g].block_tokens for g in self.kv.by_model[0])
-        full = (cut - 1) // size * size
+        full = r.whole((cut - 1) // size * size)
         return full if full > start and full > r.computed[0] else cut
 
     def _tiles(self, r: Request, start: int, stop: int, d: Planning) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.ops import Ops, choose
 from weft.ops.attention_call import AttentionCall, by_technique
+from weft.ops.ref.attention_mass import weighing_plan
 from weft.ops.ref.rope import frequencies
 from weft.ops.ref.tiles import CANDIDATES, FAST, Tiling, agreeing_rows, invariant_tiling, slabs_for, whole
 from weft.types import GroupKind, GroupSpec
@@ -159,6 +160,8 @@ class Decoder:
             for technique, sequences in techniques:
                 call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling)
                 step.attending[group].append((technique, call, technique.plan(call)))
+            if batch.mass is not None and pool.groups[at].window is None:
+                step.weighing[group] = weighing_plan(batch, where, pool, at, self.spec.heads, self._tiling)
         return step
 
     # ------------------------------------------------------------------------------------------ seams
