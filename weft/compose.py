@@ -14,9 +14,11 @@ from weft.registry import Part, lookup
 from weft.slots import SLOTS
 from weft.traits import Effect, Fidelity, Trait, Traits
 
-CORE_GIVES: frozenset[Trait] = frozenset({Trait.BOUNDED_KV, Trait.READS_HISTORY, Trait.ROLLBACK, Trait.SECOND_MODEL})
-"""What every stack has from the core itself: bounded KV, capped prefix hits, truncation, a second model beside the target (it is
-loaded where a part names one).  Starvation is the schedule's matter."""
+CORE_GIVES: frozenset[Trait] = frozenset(
+    {Trait.ATTENTION_MASS, Trait.BOUNDED_KV, Trait.READS_HISTORY, Trait.ROLLBACK, Trait.SECOND_MODEL}
+)
+"""What every stack has from the core itself: attention summed by entry, bounded KV, capped prefix hits, truncation, a second
+model beside the target (it is loaded where a part names one).  Starvation is the schedule's matter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 from weft.compose import Verdict, complete, require, traits_of
 from weft.errors import ConfigError
 from weft.registry import Part, lookup, parse
+from weft.slots import Compress
 from weft.traits import Effect, Trait
 
 
@@ -67,14 +68,25 @@ class Stack:
         return self.instances.get(slot)
 
     def cut(self, prompt: int, position: int) -> int | None:
-        """The next position at which compression drops entries."""
-        compress = self.instances.get("kv.compress")
-        return None if compress is None else compress.cuts(prompt, position)
+        """The next position at which compression drops entries.
+
+        A cut never parts rows of a prompt that belong together: one inside a tile moves to the tile's end.
+        """
+        compress: Compress | None = self.instances.get("kv.compress")
+        if compress is None:
+            return None
+        tile = self.tile
+        if tile == 1 or position >= prompt:
+            return compress.cuts(prompt, position)
+        found = compress.cuts(prompt, position // tile * tile)
+        if found is None or found >= prompt:
+            return found
+        return min(-(-found // tile) * tile, prompt)
 
     def budget(self, prompt: int, limit: int) -> int:
         """Entries that a full group holds at most for a context that reaches `limit`."""
         compress = self.instances.get("kv.compress")
-        return limit if compress is None else min(limit, compress.budget(prompt, limit))
+        return limit if compress is None else min(limit, compress.budget(prompt, limit) + self.tile - 1)
 
     @property
     def tile(self) -> int:

@@ -144,10 +144,14 @@ class Compress(Protocol):
             with it): what stays after a cut, and what comes before the next
     cuts    the smallest position above `position` at which entries are dropped, None if there is none (pure).  A step never
             crosses a cut, recomputation replays the same ones, and nothing before the first one is changed
-    keep    which entries of one group stay, at a cut (tensors)
+    keep    which entries of one group stay, at a cut (tensors).  The view has prompt and length (tokens), entries, layers (ids),
+            kv_heads, head_dim; positions, int64 [entries]; keys(layer) and values(layer), float32 [entries, kv heads, head_dim];
+            mass, float64 [layers, kv heads, entries], the attention that each entry got, where the technique needs
+            ATTENTION_MASS, otherwise None
 
-    observe_rows: where the technique needs ATTENTION_MASS, the last rows of the prompt whose attention counts (None: all rows);
-    rows after the prompt always count.
+    observe_rows: where the technique needs ATTENTION_MASS, how many rows before the first cut (or before the prompt's end, where
+    that comes first) have their attention counted, None for all; rows after them always count.  `history` of such an instance
+    is the same number, so that a prefix hit hides none of them.
     """
 
     def budget(self, prompt: int, limit: int) -> int: ...

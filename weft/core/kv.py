@@ -84,9 +84,8 @@ class KV:
         if request.history:
             cap = min(cap, request.prompt - request.history)
         if request.cut is not None and (first := request.cut(request.prompt, 0)) is not None:
-            cap = min(cap, first - 1)
-        if not request.stack.shares_output:
-            cap = min(cap, request.prompt)
+            # What a technique reads of the rows before a cut that comes within the prompt has to be computed, too.
+            cap = min(cap, first - 1, first - request.history)
         if request.sampling.prompt_logprobs >= 0 and request.reported < request.prompt - 1:
             cap = min(cap, request.reported)
         return max(0, cap)

@@ -33,6 +33,20 @@ class GroupBatch:
 
 
 @dataclass(slots=True)
+class MassRows:
+    """Rows whose attention is summed by the entries that it falls on.
+
+    sums_T int64, which sum each row of the batch adds to, -1 for none.  count: how many sums there are.
+    found: by layer, float64 [count, kv heads, entries of the longest table]; the forward pass puts them there, for layers that
+    see everything.
+    """
+
+    sums_T: Tensor
+    count: int
+    found: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Batch:
     """Rows of several sequences that pass the same layers together.
 
@@ -58,3 +72,5 @@ class Batch:
     beside the target, where techniques have no say, all are one `exec.mirror.Plain`."""
     deltas: Deltas | None = None
     """What adapters add to products, where a sequence has one."""
+    mass: MassRows | None = None
+    """Where somebody asks which entries get the attention."""

@@ -254,6 +254,22 @@ class KVPool:
         for view in self._entry_views(op.group):
             view[into] = view[keep]
 
+    def compact_heads(self, group: int, table: Sequence[int], indices: Tensor, stop: int) -> None:
+        """COMPACT a table where each head keeps entries of its own: indices int64 [layers, kv heads, N], ascending.
+
+        An entry has one position for all heads, and theirs now differ: the N entries get the last N positions before `stop`, the
+        next one to come, so that every later row sees all of them.  Keys stay turned by the positions that they had.
+        """
+        count = indices.shape[2]
+        blocks, offsets = self._entries(group, table, range(count))
+        self.positions(group)[blocks, offsets] = torch.arange(stop - count, stop, dtype=torch.int32, device=self.device)
+        ids, size = self._ids(table), self.groups[group].block_tokens
+        parts = len(self._entry_views(group)) // len(indices)
+        for at, view in enumerate(self._entry_views(group)):
+            for head, chosen in enumerate(indices[at // parts].to(self.device)):
+                own = view[:, :, head]
+                own[blocks, offsets] = own[ids[torch.div(chosen, size, rounding_mode="floor")], chosen % size]
+
     def _rotate(self, op: KVOp, payload: bytes | None) -> None:
         group = self.groups[op.group]
         spec = self.specs[group.model]

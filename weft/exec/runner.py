@@ -19,6 +19,7 @@ from weft.config import Stacks, build_stack
 from weft.errors import InvariantError
 from weft.exec.ahead import Ahead
 from weft.exec.batch import Batch
+from weft.exec.compress import Compression
 from weft.exec.gather import Gather, Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.leaving import EarlyExits, leaves_early
@@ -47,6 +48,7 @@ class TorchExecutor:
         }
         self._gather = Gather(self.mirror, pool, self._members)
         self._sampling = Sampling(self.mirror, pool, self._members)
+        self._compression = Compression(self.mirror, pool, self._members)
 
     def watch(self, probe: Probe | None) -> None:
         """Give every row that a token is taken from to `probe`, or to nobody."""
@@ -65,6 +67,7 @@ class TorchExecutor:
         results = [WorkResult(rows=w.count - w.guesses) for w in plan.works]
         for logits, wanted in found:
             self._sampling.sample(plan.works, logits, wanted, results)
+        self._compression.settle(plan.works, results)
         ahead = {name: self._ahead(name, plan.works, results) for name in self.decoders if name != TARGET}
         self._sampling.propose(plan.works, results, ahead.get(DRAFT))
         for other in ahead.values():
@@ -81,7 +84,9 @@ class TorchExecutor:
         decoder = self.decoders[name]
         if all(works[i].layers is None for i in mine):
             batch, wanted = self._gather.batch(name, works, mine)
+            self._compression.ask(batch, works, mine)
             logits = self._timed(decoder, batch)
+            self._compression.take(batch)
             return [(logits, wanted)] if wanted else []
         return self._forward_split(name, decoder, works, mine)
 
@@ -113,8 +118,10 @@ class TorchExecutor:
             if not active:
                 continue
             batch, wanted = self._gather.batch(name, works, active)
+            self._compression.ask(batch, works, active)
             entering = torch.cat([hidden[i] for i in active]) if low > 0 else None
             result = self._timed(decoder, batch, (low, high), entering)
+            self._compression.take(batch)
             if high == depth:
                 if wanted:
                     out.append((result, wanted))

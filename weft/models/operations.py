@@ -26,6 +26,7 @@ from weft.exec.kvpool import KVPool
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops import Ops
 from weft.ops.attention_call import AttentionCall
+from weft.ops.ref.attention_plan import AttentionPlan
 from weft.ops.ref.basic import Slabs
 from weft.slots import Attention
 
@@ -58,6 +59,7 @@ class Step:
 
     attending, stored: by the model's group, who computes attention with which plan, and the rows of memory that take the batch's
     keys.
+    weighing: by the model's group, a plan over the sequences whose attention is summed by entry.
     routed: weights and ids of the experts that the present layer chose.
     keep: rows whose keys and values are stored, where not all are.
     """
@@ -68,6 +70,7 @@ class Step:
     ropes: dict[RopeSpec, tuple[Tensor, Tensor]]
     attending: dict[int, list[tuple[Attention, AttentionCall, Any]]] = field(default_factory=dict)
     stored: dict[int, Tensor] = field(default_factory=dict)
+    weighing: dict[int, AttentionPlan] = field(default_factory=dict)
     routed: tuple[Tensor, Tensor] | None = None
     keep: Tensor | None = None
 
@@ -212,6 +215,12 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
             call.layer, call.q_THD, call.out_THD = index, q[: step.rows], attended
             call.scale, call.softcap = layer.query_scale, layer.attention_softcap
             technique.run(call, plan)
+        mass = step.batch.mass
+        if mass is not None and group in step.weighing:
+            given = {"scale": layer.query_scale, "softcap": layer.attention_softcap}
+            mass.found[index] = ops.attention_mass(
+                q[: step.rows], step.pool, index, step.weighing[group], mass, **given
+            )
 
     views = (q, k, v)
     return [

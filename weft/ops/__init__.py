@@ -25,6 +25,7 @@ class Ops:
     rope_tables: Callable[..., Any]
     apply_rope: Callable[..., Any]
     attention: Callable[..., Any]
+    attention_mass: Callable[..., Any]
     block_sparse_attention: Callable[..., Any]
     shared_attention: Callable[..., Any]
     gated: Callable[..., Any]
@@ -37,7 +38,7 @@ def choose(name: str = "ref") -> Ops:
     """The implementation called `name`.  Raises ConfigError if there is none."""
     if name not in IMPLEMENTATIONS:
         raise ConfigError(f"ops {name!r} is unknown; there is {', '.join(IMPLEMENTATIONS)}")
-    from weft.ops.ref import attention, basic, block_sparse, moe, rope, shared_prefix
+    from weft.ops.ref import attention, attention_mass, basic, block_sparse, moe, rope, shared_prefix
 
     return Ops(
         name=name,
@@ -47,6 +48,7 @@ def choose(name: str = "ref") -> Ops:
         rope_tables=rope.tables,
         apply_rope=rope.apply_rope,
         attention=attention.attention,
+        attention_mass=attention_mass.attention_mass,
         block_sparse_attention=block_sparse.block_sparse_attention,
         shared_attention=shared_prefix.shared_attention,
         gated=basic.gated,

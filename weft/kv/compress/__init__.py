@@ -1,0 +1,1 @@
+"""Slot `kv.compress`: how many entries a sequence keeps, and which."""
