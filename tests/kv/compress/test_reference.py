@@ -91,7 +91,7 @@ class Reference:
 
     def _weigh(self, layer: int, shares: Tensor, start: int) -> None:
         """Add probabilities [H, T, E] of rows from position `first` on to the masses of the layer."""
-        heads, rows, entries = shares.shape
+        entries = shares.shape[-1]
         counted = shares[:, max(0, self.first - start) :].double()
         sums = counted.view(self.config.num_key_value_heads, -1, counted.shape[1], entries).sum((1, 2))
         old = self.mass.get(layer, torch.zeros(sums.shape[0], 0, dtype=torch.float64))
