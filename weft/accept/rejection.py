@@ -34,6 +34,7 @@ class Rejection:
     acts: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "rejected": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
     laws: ClassVar[bool] = True
+    beside: ClassVar[tuple[str, ...]] = ("draft=ngram",)
     traits: ClassVar[Traits] = Traits(fidelity=Fidelity.SAME_LAW)
 
     def accept(self, view: Verify) -> tuple[list[int], list[int]]:
