@@ -239,13 +239,25 @@ def same_law(lab: Lab, part: Part) -> str:
 def fits(lab: Lab, parts: Sequence[Part], reference: Sequence[Part], draws: int) -> str:
     spec, guess = quoting(lab, parts, reference)
     wanted = joint(lab, reference, spec)
-    found = law.fit(sample(lab, parts, spec, draws), wanted)
-    strength = law.power(wanted, shifted(wanted, guess, BIAS), draws)
-    assert found.ok, (
-        f"{draws} draws do not fit the law: chi-square {found.chi2:.1f} over {found.freedom}, p {found.p:.2g}"
-    )
-    seen = f"a bias of {BIAS:.0%} in acceptance would be seen with chance {strength:.2f}"
-    return f"chi-square {found.chi2:.1f} over {found.freedom}, p {found.p:.2g}, {draws} draws; {seen}"
+    drawn = sample(lab, parts, spec, draws)
+    first = firsts(wanted)
+    said = ""
+    for found, what in (
+        (law.fit(drawn, wanted), "pairs of tokens"),
+        (law.fit([cell[0] for cell in drawn], first), "first tokens"),
+    ):
+        said = f"chi-square {found.chi2:.1f} over {found.freedom}, p {found.p:.2g}"
+        assert found.ok, f"{draws} draws of {what} do not fit the law: {said}"
+    strength = law.power(first, firsts(shifted(wanted, guess, BIAS)), draws)
+    return f"{said}, {draws} draws; a bias of {BIAS:.0%} in acceptance would be seen with chance {strength:.2f}"
+
+
+def firsts(wanted: dict[tuple[int, ...], float]) -> dict[int, float]:
+    """The law of the first token."""
+    found: dict[int, float] = {}
+    for cell, p in wanted.items():
+        found[cell[0]] = found.get(cell[0], 0.0) + p
+    return found
 
 
 def shifted(wanted: dict[tuple[int, ...], float], guess: int, bias: float) -> dict[tuple[int, ...], float]:
@@ -269,8 +281,11 @@ def quoting(lab: Lab, parts: Sequence[Part], reference: Sequence[Part]) -> tuple
     found = lab.laws(reference, [asked], {1: text[60:84]})
     likely = {i: _law(asked, found[5, i]).get(text[60 + i], 0.0) for i in range(2, 24)}
     at = min((i for i in likely if likely[i] > 0.03), key=lambda i: abs(likely[i] - 0.1))
-    sampling = msgspec.structs.replace(asked.sampling, max_tokens=at + 3)
-    return msgspec.structs.replace(asked, forced=text[60 : 60 + at], sampling=sampling), text[60 + at]
+    prompt = TokenItem((*text, *text[: 60 + at - 1]))
+    sampling = msgspec.structs.replace(asked.sampling, max_tokens=4)
+    return msgspec.structs.replace(asked, items=(prompt,), forced=(text[60 + at - 1],), sampling=sampling), text[
+        60 + at
+    ]
 
 
 def joint(lab: Lab, parts: Sequence[Part], spec: RequestSpec) -> dict[tuple[int, ...], float]:
@@ -292,7 +307,7 @@ def _law(spec: RequestSpec, logits_V: object) -> dict[int, float]:
 
 def sample(lab: Lab, parts: Sequence[Part], spec: RequestSpec, draws: int) -> list[tuple[int, ...]]:
     """The two tokens after the set ones, drawn so many times under different seeds."""
-    runtime = lab.runtime(parts, roomy=True, max_num_seqs=64)
+    runtime = lab.runtime(parts, roomy=True, max_num_seqs=128, max_rows=512)
     each = 128
     specs = [
         msgspec.structs.replace(spec, id=i + 1, seed=7919 * i + 3, n=min(each, draws - each * i))

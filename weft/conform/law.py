@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
-ALPHA = 1e-4
-"""One exact sampler in ten thousand fails."""
+ALPHA = 1e-3
+"""One exact sampler in a thousand fails; seeds are fixed, so that one which holds holds again."""
 LEAST_EXPECTED = 5.0
 """Cells that are expected less often are put together (Cochran's rule)."""
 C = TypeVar("C", bound=Hashable)
