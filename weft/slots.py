@@ -232,12 +232,11 @@ class Forward(Protocol):
     """The second model, for the asks of one call of `propose`.
 
     ()      for each (index of the ask, ids that follow what it has computed) the logits after the last of them, float32
-            [N, vocab], good until the next call.  Ids stand in the model's KV from then on, until the step's result says what
-            stands; an ask takes most - 1 of them after its newest token
-    draw    for each (index of the ask, its guesses so far) a token of its row of logits under the ask's own law (temperature,
-            truncation, bias, penalties), -1 where the logits are not finite; and the law, float32 [vocab].  By the noise of the
-            very token that is guessed, so that draft and target mostly agree, and without a law; or, where the ask is
-            independent, by noise that nothing else uses
+            [N, vocab], good until the next call.  Ids stand in its KV until the step's result says what stands; an ask has room
+            for most - 1 of them after its newest token
+    draw    for each (index of the ask, its guesses so far) a token of its row of logits under the ask's own law, -1 where they
+            are not finite, and None: by the noise of the very token that is guessed, so that draft and target mostly agree.
+            Where the ask is independent, by noise that nothing else uses, and the law, float32 [vocab]
     """
 
     def __call__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> Any: ...
@@ -285,8 +284,7 @@ class Accept(Protocol):
     """Slot `accept`: which guesses stand.
 
     accept  (tokens that stand, accepted guesses in order); there is one token more than guesses
-
-    laws: guesses are weighed by the laws that they were drawn from, so they must be drawn, by noise that nothing else uses.
+    laws    whether guesses are weighed by the laws that they were drawn from: then they are drawn by noise of their own
     """
 
     @property

@@ -166,11 +166,11 @@ def test_an_unknown_technique_is_no_matter_of_composition() -> None:
 def test_complete_adds_the_nulls_of_open_slots_alone(technique: Make) -> None:
     nulls = {s.name: s.null for s in SLOTS.values() if s.null is not None}
     assert {p.slot: p.name for p in complete([])} == nulls
-    assert {p.slot for p in complete([])} == {"schedule", "kv.evict"}
+    assert {p.slot for p in complete([])} == {"schedule", "kv.evict", "draft", "accept"}
     mine = technique("schedule", "mine")
-    assert [str(p) for p in complete([mine])] == ["schedule=mine", "kv.evict=lru"]
+    assert [str(p) for p in complete([mine])] == ["schedule=mine", "kv.evict=lru", "draft=none", "accept=race"]
     draft = technique("draft", "guess")
-    assert [str(p) for p in complete([draft])] == ["draft=guess", "schedule=fcfs", "kv.evict=lru"]
+    assert [str(p) for p in complete([draft])] == ["draft=guess", "schedule=fcfs", "kv.evict=lru", "accept=race"]
     twice = complete(complete([draft]))
     assert twice == complete([draft])
     assert compose(complete([])).verdict == "ok"
@@ -178,10 +178,10 @@ def test_complete_adds_the_nulls_of_open_slots_alone(technique: Make) -> None:
 
 def test_a_stack_has_one_instance_for_each_filled_slot() -> None:
     stack = build_stack()
-    assert set(stack.instances) == {"schedule", "kv.evict"}
-    assert stack.get("draft") is None
+    assert set(stack.instances) == {"schedule", "kv.evict", "draft", "accept"}
+    assert stack.get("search") is None
     with pytest.raises(KeyError):
-        stack["draft"]
+        stack["search"]
     assert build_stack()["kv.evict"] is not stack["kv.evict"]  # two engines never share state
 
 

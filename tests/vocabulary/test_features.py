@@ -167,15 +167,18 @@ def test_features_as_a_table() -> None:
 # ------------------------------------------------------------------------------------------ weft compose
 
 
+NULLS = ["schedule=fcfs", "kv.evict=lru", "draft=none", "accept=race"]
+
+
 def test_compose_of_nothing_is_the_default_stack() -> None:
     said = answer("compose")
-    assert said == {"verdict": "ok", "fidelity": "EXACT", "reasons": [], "stack": ["schedule=fcfs", "kv.evict=lru"]}
+    assert said == {"verdict": "ok", "fidelity": "EXACT", "reasons": [], "stack": NULLS}
 
 
 def test_compose_says_ok_with_the_completed_stack() -> None:
     said = answer("compose", "schedule=layered(groups=2)", "draft=ngram")
     assert (said["verdict"], said["reasons"]) == ("ok", [])
-    assert said["stack"] == ["schedule=layered(groups=2)", "draft=ngram", "kv.evict=lru"]
+    assert said["stack"] == ["schedule=layered(groups=2)", "draft=ngram", "kv.evict=lru", "accept=race"]
 
 
 def test_a_refused_stack_ends_in_1_with_its_reasons() -> None:

@@ -130,10 +130,7 @@ def plan_memory(
         shorter = longest(groups, fit_blocks, rows, length, layered=layered, ahead=ahead)
         if shorter >= min(length, 256):
             length, need = shorter, blocks_for(groups, shorter, rows, layered=layered, ahead=ahead)
-            reason = (
-                f"the model allows {model_max_len} tokens, memory holds the KV of {length}; "
-                "give more --memory for longer ones"
-            )
+            reason = _shorter(model_max_len, length)
     most = max_num_seqs * need
     blocks = min(fit_blocks, most)
     if memory_bytes is None:
@@ -148,24 +145,12 @@ def plan_memory(
             weights_bytes + draft_bytes, workspace_bytes, reserve_bytes, adapters_bytes, need * per_block, length, bound
         )
     return MemoryPlan(
-        weights_bytes=weights_bytes,
-        kv_bytes=blocks * per_block,
-        kv_blocks=blocks,
-        kv_bytes_per_token=bytes_per_token(groups),
-        workspace_bytes=workspace_bytes,
-        reserve_bytes=reserve_bytes,
-        total_bytes=total,
-        available_bytes=available_bytes,
-        max_model_len=length,
-        block_tokens=groups[0].block_tokens,
-        block_bytes=block_bytes,
-        fits=fits,
-        reason=reason,
-        available_source=available_source,
-        model_max_len=model_max_len,
-        draft_bytes=draft_bytes,
-        adapters_bytes=adapters_bytes,
-    )
+        weights_bytes=weights_bytes, kv_bytes=blocks * per_block, kv_blocks=blocks,
+        kv_bytes_per_token=bytes_per_token(groups), workspace_bytes=workspace_bytes, reserve_bytes=reserve_bytes,
+        total_bytes=total, available_bytes=available_bytes, max_model_len=length, block_tokens=groups[0].block_tokens,
+        block_bytes=block_bytes, fits=fits, reason=reason, available_source=available_source, model_max_len=model_max_len,
+        draft_bytes=draft_bytes, adapters_bytes=adapters_bytes,
+    )  # fmt: skip
 
 
 def _check_length(wanted: int | None, most: int) -> None:
@@ -173,6 +158,10 @@ def _check_length(wanted: int | None, most: int) -> None:
         raise ConfigError(f"--max-model-len must be at least 1, got {wanted}")
     if wanted is not None and wanted > most:
         raise ConfigError(f"--max-model-len {wanted} exceeds the {most} positions that the model was made for")
+
+
+def _shorter(most: int, length: int) -> str:
+    return f"the model allows {most} tokens, memory holds the KV of {length}; give more --memory for longer ones"
 
 
 def _bound(memory_bytes: int | None, room: int, available_bytes: int) -> str:
