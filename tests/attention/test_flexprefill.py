@@ -242,3 +242,50 @@ def test_everything_at_gamma_one_is_dense(runtime: Runtime, specs: list[RequestS
     assert same(laws(bench, specs), laws(Bench(runtime), specs))
     assert bench.engine.stats.acts["attention=flexprefill.blocks_skipped"] == 0
     assert bench.engine.stats.acts["attention=flexprefill.blocks_computed"] > 0
+
+
+def test_a_last_row_in_a_step_of_its_own(runtime: Runtime, specs: list[RequestSpec], alone) -> None:
+    """Linked requests wait for each other before the last row; the rows before it choose as if it stood with them."""
+    bench, found = Bench(runtime, techniques=[TECHNIQUE], max_rows=130), {}
+    bench.executor.watch(lambda s, output, logits: found.setdefault((s.seed, output), logits.clone()))
+    for one in specs[:2]:
+        bench.engine.add(one, 0.0)
+    bench.engine.link([(0, 0), (1, 0)])
+
+    bench.run([])
+    assert all(torch.equal(found[100, i], alone[100, i]) for i in range(6))
+
+
+def forced(tokenizer: Tokenizer, path: Path) -> list[RequestSpec]:
+    """Prompts of 700 to 1000 tokens of real prose, and the 24 tokens that follow them."""
+    out = []
+    for i, length in enumerate((700, 820, 999)):
+        at = 40_000 * (i + 1)
+        ids = tokenizer.encode(path.read_text(encoding="utf8")[at : at + 9000], add_special=False)
+        one = spec(i, ids[:length], seed=i, temperature=0.0, max_tokens=24)
+        out.append(msgspec.structs.replace(one, forced=tuple(ids[length : length + 24])))
+    return out
+
+
+def test_distance_from_dense_on_prose(runtime: Runtime, tokenizer: Tokenizer, shared: Text) -> None:
+    """Half of the blocks are skipped, the mean KL from dense stays below the bound, and a choice of the ends alone is worse."""
+    sent = forced(tokenizer, shared("data/text/novels/ABronte_Agnes.txt"))
+
+    def run(*techniques: str) -> tuple[dict[tuple[int, int], torch.Tensor], float]:
+        bench = Bench(runtime, techniques=techniques)
+        found = laws(bench, sent)
+        acts = [bench.engine.stats.acts.get(f"attention=flexprefill.blocks_{x}", 0) for x in ("computed", "skipped")]
+        return {k: x.double().log_softmax(-1) for k, x in found.items()}, acts[0] / max(1, sum(acts))
+
+    def kl(q: dict[tuple[int, int], torch.Tensor]) -> float:
+        return sum(float((dense[k].exp() * (dense[k] - q[k])).sum()) for k in dense) / len(dense)
+
+    dense, _ = run()
+    sparse, density = run(TECHNIQUE)
+    ends, least = run("attention=flexprefill(block=32, minimum=0, representatives=8, gamma=1e-9)")
+    bound = FlexPrefill.traits.bound
+    assert bound is not None
+    assert density < 0.55
+    assert kl(sparse) < bound / 5
+    assert least < density
+    assert kl(ends) > 3 * kl(sparse)
