@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from weft.bench.decode import DecodeBench, make_room
+from weft.core.request import State
 from weft.errors import CapacityError, ConfigError, EngineError
 from weft.exec.build import EngineConfig, Setup, build, prepare, with_limits
 from weft.exec.host import peak_rss_bytes
@@ -47,6 +48,9 @@ class Case:
     max_new     tokens of each answer; nothing ends earlier unless `sampling` has stop_ids
     batch       sequences at once; the prompts are run in as many waves as that takes
     engine      further fields of `EngineConfig`.  memory_bytes makes the pool as small as that; else the batch fits it at once
+    n           answers that are returned to each prompt
+    seats       sequences that one prompt takes at once, where a search or a contrast makes it more than n
+    companions  a second context for each prompt, where the stack contrasts
     apart       whether a wave's prompts are all computed, and parked, before any of its sequences decodes.  Then prefill and
                 decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the
                 pool, since parked sequences then lose their blocks, and their prompts are computed again as part of decoding
@@ -60,12 +64,17 @@ class Case:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     max_new: int = 64
     batch: int = 1
+    n: int = 1
+    seats: int = 1
+    companions: Sequence[Sequence[int]] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = True
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
             raise ConfigError(f"case {self.name}: give at least one prompt, and no empty ones")
+        if self.companions and len(self.companions) != len(self.prompts):
+            raise ConfigError(f"case {self.name}: give each prompt a companion, or none")
         if self.max_new < 2 or self.batch < 1:
             raise ConfigError(f"case {self.name}: max_new must be at least 2 and batch at least 1")
 
@@ -143,16 +152,19 @@ class Contender:
             places[self._ids] = index
             sampling = SamplingSpec(**{"temperature": 0.0, **case.sampling, "max_tokens": case.max_new})
             items = (TokenItem(tuple(case.prompts[index])),)
+            beside = tuple((TokenItem(tuple(ids)),) for ids in case.companions[index : index + 1])
             spec = RequestSpec(
-                id=self._ids, items=items, sampling=sampling, seed=index, salt=turn.to_bytes(8, "little")
-            )
+                id=self._ids, items=items, sampling=sampling, seed=index, salt=turn.to_bytes(8, "little"), n=case.n,
+                companions=beside,
+            )  # fmt: skip
             _refuse(engine.add(spec, time.monotonic()))
         if case.apart:
             self._prompts(places, found)
             found.prefill_s += time.perf_counter() - began
             found.prefill_tok += sum(len(case.prompts[i]) for i in which)
             for request in engine.requests():
-                engine.resume(request.id, request.index, now=time.monotonic())
+                if request.state is State.PARKED:  # a companion goes on with its leader
+                    engine.resume(request.id, request.index, now=time.monotonic())
             began = time.perf_counter()
         cpu_began = time.process_time()
         while engine.has_work:
@@ -161,7 +173,7 @@ class Contender:
             got = [len(e.tokens) for e in events if isinstance(e, Tokens) and e.tokens]
             if got:
                 found.steps.append((time.perf_counter() - before, sum(got), len(got)))
-            found.decode_tok += sum(got)
+            found.decode_tok += sum(got) + sum(e.discarded for e in events if isinstance(e, Finished))
         found.decode_s += time.perf_counter() - began
         found.decode_cpu_s += time.process_time() - cpu_began
 
@@ -195,7 +207,8 @@ class Contender:
 
 def setup(model: Model, case: Case, threads: int) -> Setup:
     """What the case's engine is built from.  The pool holds the batch at once, unless the case says how much memory there is."""
-    longest, batch = max(len(p) for p in case.prompts), case.together
+    longest = max(len(p) for p in (*case.prompts, *case.companions))
+    batch = case.together * max(case.n, case.seats, 1 + bool(case.companions))
     given = {"threads": threads, "share": False, **case.engine}
     config = EngineConfig(model=model.folder, techniques=tuple(case.techniques), **given)
     if config.memory_bytes is None:

@@ -1,0 +1,78 @@
+"""sample=cad beside plain decoding: what the second row of each token costs, and what it does to answers about a text.
+
+python -m bench.sample.cad [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bench.contender import Contender
+from bench.harness import Case, Model, Options, encode, main
+from bench.texts import PARAGRAPHS
+from weft.fidelity.recall import Question, questions
+from weft.front.text import ModelText
+
+BATCH = 8
+LENGTH = 1024
+"""Tokens of the context; its companion is the question alone."""
+ASKED = 40
+NOTES = (
+    "Overhead: prose of 1024 tokens is continued, eight sequences at once, and the companion is its last sentence. Tokens a "
+    "second are of decoding alone.",
+    "Faithful answers: four made-up numbers stand in prose, one is asked for, and the companion is the question without the "
+    "prose. `right` is the share of answers that say the number, at temperature 1; the cases differ in nothing else.",
+)
+
+
+def measure(options: Options) -> Iterator[dict[str, Any]]:
+    for model in options.models():
+        yield options.compare(model, *overhead(model, options.quick), title="overhead at batch 8")
+    for model in options.models():
+        yield faithful(options, model)
+
+
+def overhead(model: Model, quick: bool) -> tuple[Case, list[Case]]:
+    length, new = (128, 8) if quick else (LENGTH, 32)
+    ids = [
+        tuple(x * 20)[i : i + length]
+        for i, x in zip(range(0, 64, 64 // BATCH), encode(model, PARAGRAPHS) * 2, strict=True)
+    ]
+    null = Case(name="plain", prompts=ids, max_new=new, batch=BATCH)
+    return null, [replace(null, name="cad", techniques=("sample=cad",), companions=[x[-24:] for x in ids])]
+
+
+def faithful(options: Options, model: Model) -> dict[str, Any]:
+    """The recall task, with the share of right answers beside the usual figures."""
+    text = ModelText.load(model.folder)
+    prose = [i for x in encode(model, PARAGRAPHS) for i in x]
+
+    def ask(question: str) -> list[int]:
+        return text.chat_ids([{"role": "user", "content": question}])
+
+    def ids(said: str) -> list[int]:
+        return text.tokenizer.encode(said, add_special=False)
+
+    asked = questions(ids, ask, prose, 400, 8 if options.quick else ASKED)
+    alone = [q.ids[q.ids.index(ids("<|user|>")[0]) :] for q in asked]
+    null = Case(name="plain", prompts=[q.ids for q in asked], max_new=8, batch=BATCH, sampling={"temperature": 1.0})
+    cases = [
+        replace(null, name=f"alpha {alpha}", techniques=(f"sample=cad(alpha={alpha})",), companions=alone)
+        for alpha in (0.5, 1.0)
+    ]
+    found = options.compare(model, null, cases, "faithful answers")
+    for case, told in zip([null, *cases], found["cases"], strict=True):
+        told["median"]["right"] = right(model, case, asked, text)
+    return found
+
+
+def right(model: Model, case: Case, asked: Sequence[Question], text: ModelText) -> float:
+    tokens = Contender(model, case, 1).run(0).tokens
+    return sum(q.right(text.tokenizer.decode(tokens[i])) for i, q in enumerate(asked)) / len(asked)
+
+
+if __name__ == "__main__":
+    sys.exit(main("sample=cad", "bench.sample.cad", measure, NOTES))
