@@ -180,6 +180,22 @@ def test_compact_moves_parked_states_too() -> None:
     assert torch.equal(pool.unpark(2, base + torch.arange(2)), hidden[[1, 4]])
 
 
+def test_compact_of_each_head_by_itself() -> None:
+    """Layers 0, 2, 3 with two heads each keep 3 of 10 entries, all different; they get the last positions before the next."""
+    pool = pool_of()
+    found = fill(pool, 0, (5, 1, 3))
+    kept = torch.tensor([[[0, 1, 9], [2, 4, 6]], [[7, 8, 9], [0, 4, 8]], [[3, 5, 7], [1, 2, 9]]])
+    pool.compact_heads(0, (5, 1, 3), kept, 40)
+    after = read_table(pool, 0, (5, 1, 3))
+    assert after["positions"][:3].tolist() == [37, 38, 39]
+    assert torch.equal(after["positions"][4:], found["positions"][4:])
+    for index, layer in enumerate((0, 2, 3)):
+        for name in (f"k{layer}", f"v{layer}"):
+            for head in range(2):
+                assert torch.equal(after[name][:3, head], found[name][kept[index, head], head]), (name, head)
+            assert torch.equal(after[name][4:], found[name][4:]), "other blocks stay"
+
+
 @pytest.mark.parametrize("delta", [5, -3])
 def test_rotate_is_rope_at_other_positions(delta: int) -> None:
     """Keys roped at p and rotated by delta are the keys roped at p + delta; values and other entries stay."""

@@ -14,10 +14,10 @@ Differs  the paper evicts one token at each step, where `every` go at once; the 
          first) only the last `observe` count, so that the part before them may come from the prefix index; observe=None counts
          all and takes nothing from there.  Of equal masses the older entry stays.  Keys keep the positions that they had, as in
          the paper
+Bound    on novels that the bundled model has not read, tokens 128 to 1024, heavy=64, recent=64, every=32: at most 1.07 of the
+         full cache's perplexity (1.04 measured) and a mean KL of 0.06 nat (0.032 measured).  That small model looks at what
+         is near: a window of as many entries is even better there (1.02, 0.020)
 Raises   ValueError unless heavy >= 0, recent >= 1, every >= 1 and observe is None or >= 1
-
-APPROX: on prose, with the bundled model, heavy=64, recent=64 and every=32, the perplexity over tokens 128 to 2048 stays within
-1.25 of the full cache's, and below that of a window of as many entries.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ class H2O:
     observe: int | None = 256
     acts: dict[str, int] = field(default_factory=lambda: {"cuts": 0, "entries_dropped": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
+    trial: ClassVar[dict[str, object]] = {"heavy": 32, "recent": 32, "every": 16, "observe": 32}
     traits: ClassVar[Traits] = Traits(
         fidelity=Fidelity.APPROX,
+        bound=0.08,
         needs=frozenset({Trait.ATTENTION_MASS}),
         effects=frozenset({Effect.DROPS_TOKENS, Effect.RAGGED_HEADS, Effect.PER_REQUEST_STATE}),
     )
