@@ -168,7 +168,7 @@ def picked(batch: Batch, rows: Ints, *, loose: bool = False) -> Batch:
         for g in batch.groups
     ]
     edges = [*first.tolist(), int(rows.size)]
-    sequences = [batch.sequences[s] for s in of.tolist()]
+    sequences = [batch.sequences[s] for s in of.tolist()] if batch.sequences else []
     return replace(
         batch, tokens_T=batch.tokens_T[index], positions_T=batch.positions_T[index], bounds=edges, groups=groups,
         logit_rows_N=batch.logit_rows_N[:0], trees=trees, vectors=None, sequences=sequences,
