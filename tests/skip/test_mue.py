@@ -30,7 +30,7 @@ from weft.registry import parse
 from weft.skip.mue import MuE
 from weft.types import Enter, Grant, Keep, Mask, Plan, RequestSpec, SamplingSpec, Work
 
-THRESHOLD = 0.973
+THRESHOLD = 0.97
 PART = f"skip=mue(after=(6, 7), threshold={THRESHOLD})"
 
 
@@ -149,15 +149,14 @@ def reference() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(resolve(None), dtype=torch.float32).eval()
 
 
-def test_tokens_laws_and_filled_keys_are_those_of_a_plain_loop(
+def test_laws_and_filled_keys_are_those_of_a_plain_loop(
     runtime: Runtime, reference: PreTrainedModel, ids: list[int]
 ) -> None:
-    loop, prompt, count = Loop(reference), ids[:30], 30
+    """Along a text that is set beforehand, since greedy answers of a small model soon repeat themselves."""
+    loop, prompt, tokens = Loop(reference), ids[:30], ids[30:70]
     laws = [loop.step(token, at, False) for at, token in enumerate(prompt)][-1:]
-    tokens = [int(laws[-1].argmax())]
-    while len(tokens) < count:
-        laws.append(loop.step(tokens[-1], len(prompt) + len(tokens) - 1, True))
-        tokens.append(int(laws[-1].argmax()))
+    laws += [loop.step(token, len(prompt) + i, True) for i, token in enumerate(tokens[:-1])]
+    count = len(tokens)
     assert {6, 7} <= set(loop.left.values()), "rows leave at both exits"
     assert len(loop.left) < count - 1, "and some at none"
     assert loop.closest > 1e-5, "no decision hangs on rounding"
@@ -171,8 +170,8 @@ def test_tokens_laws_and_filled_keys_are_those_of_a_plain_loop(
         for request in bench.engine.requests():
             tables[:] = request.tables[0].blocks
 
-    out = bench.run([spec(1, prompt, temperature=0.0, max_tokens=count)], look)
-    assert out[1, 0] == tokens
+    asked = msgspec.structs.replace(spec(1, prompt, max_tokens=count), forced=tuple(tokens))
+    assert bench.run([asked], look)[1, 0] == tokens
     assert (torch.stack(seen) - torch.stack(laws)).abs().max() < 1e-4
     assert own_acts(bench)["rows_exited"] == len(loop.left)
     known = len(prompt) + count - 1
