@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,9 @@ PART = f"skip=mue(after=(6, 7), threshold={THRESHOLD})"
 
 @pytest.fixture(scope="module")
 def runtime() -> Runtime:
-    config = EngineConfig(model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=64, device="cpu", threads=1)
+    config = EngineConfig(
+        model=resolve(None), dtype="float32", max_model_len=1024, max_num_seqs=64, device="cpu", threads=1
+    )
     return build(prepare(config))
 
 
@@ -94,7 +96,7 @@ def test_where_rows_may_leave() -> None:
 
 @dataclass
 class Loop:
-    """Generation with early exits, position by position, out of transformers' modules.  keys, values: by layer, [heads, D] each."""
+    """Early exits, position by position, out of transformers' own modules.  keys, values: by layer, [heads, D] each."""
 
     model: PreTrainedModel
     after: tuple[int, ...] = (6, 7)
@@ -183,7 +185,8 @@ def test_laws_and_filled_keys_are_those_of_a_plain_loop(
 
 @pytest.mark.parametrize("family", ["llama_bias_tied", "qwen3", "gemma2", "mistral", "qwen2_window", "qwen3_moe"])
 def test_filling_stores_what_each_layer_would(
-    family: str, checkpoint: Callable[[str], Checkpoint]  # noqa: F811
+    family: str,
+    checkpoint: Callable[[str], Checkpoint],  # noqa: F811
 ) -> None:
     """Biases, norms of heads, windows, soft caps: keys and values of layer l are those that it makes of the hidden state."""
     there = checkpoint(family)
@@ -203,9 +206,11 @@ def test_filling_stores_what_each_layer_would(
         for one, other in zip(stored(bench, batch, layer), found, strict=True):
             assert torch.isfinite(one).all()
             assert (one - other).abs().max() < 1e-5
-    alone = [stored(bench, batch, layer) for layer in (1, 2)]
+    together = [stored(bench, batch, layer) for layer in (1, 2)]
     decoder.fill(picked(batch, np.array([2, 5]), loose=True), pool, hidden[[2, 5]], 1)
-    assert all(torch.equal(a, b) for x, y in zip(alone, (stored(bench, batch, i) for i in (1, 2)), strict=True) for a, b in zip(x, y, strict=True))  # fmt: skip
+    for layer, found in zip((1, 2), together, strict=True):
+        for one, other in zip(stored(bench, batch, layer), found, strict=True):
+            assert torch.equal(one, other), "a row's bits depend on who leaves beside it"
 
 
 def stored(bench: Any, batch: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,9 +274,7 @@ def test_some_requests_leave_and_others_do_not(
     plain = Bench(runtime).run(workload)
     other = "skip=mue(after=(3,), threshold=0.99)"
     third = Bench(runtime, techniques=[other], share=False).run(workload)
-    mixed = [
-        msgspec.structs.replace(one, techniques=((), (PART,), (other,))[i % 3]) for i, one in enumerate(workload)
-    ]
+    mixed = [msgspec.structs.replace(one, techniques=((), (PART,), (other,))[i % 3]) for i, one in enumerate(workload)]
     out = Bench(runtime).run(mixed)
     assert out == {key: (plain, wanted, third)[key[0] % 3][key] for key in out}
 
@@ -301,7 +304,9 @@ def test_layers_that_are_passed_in_several_steps(
         wanted |= Bench(runtime, techniques=[PART], share=False).run([one])
     remembered = []
     remember = leaving._remember
-    monkeypatch.setattr(leaving, "_remember", lambda batch, gone: (remembered.append(gone.any()), remember(batch, gone)))
+    monkeypatch.setattr(
+        leaving, "_remember", lambda batch, gone: (remembered.append(gone.any()), remember(batch, gone))
+    )
     bench = Bench(layered, techniques=[PART, "schedule=layered(groups=8)"], blocks=30)
     assert bench.run(specs) == wanted
     assert bench.engine.stats.preemptions > 0
@@ -350,7 +355,9 @@ def test_a_tree_of_guesses_leaves_in_part(runtime: Runtime, ids: list[int]) -> N
                 request=5, rows=((at, len(known) + 6),), tokens=(*known[at:], *guesses), mask=Mask.TREE, keep=Keep.ACCEPT,
                 guesses=6, parents=(-1, -1, 1, 1, 3, 3), samples=True, output=len(done),
             )  # fmt: skip
-            plan = Plan(step=step, works=(tree,), enter=(enter,) if step == 1 else (), grants=grants if step == 1 else ())
+            plan = Plan(
+                step=step, works=(tree,), enter=(enter,) if step == 1 else (), grants=grants if step == 1 else ()
+            )
             tokens = list(executor.execute(plan).works[0].tokens)
             assert tokens == truth[len(done) : len(done) + 4]
             known, done, step = known + tokens, done + tokens, step + 1
@@ -374,8 +381,16 @@ def test_parts_of_a_batch(runtime: Runtime) -> None:
     assert part.groups[0].slots_T.tolist() == batch.groups[0].slots_T[[0, 2, 3, 5]].tolist()
 
 
-@pytest.mark.parametrize("also", ["kv.store=int8", "adapt=lora(name='x')"])
-def test_other_ways_to_store_and_to_adapt(ids: list[int], also: str, tmp_path: Any) -> None:
+OTHERS = (
+    "kv.store=int8",
+    "adapt=lora(name='x')",
+    "kv.compress=h2o(heavy=12, recent=12, every=8)",
+    "kv.compress=streaming_llm(window=24, every=8)",
+)
+
+
+@pytest.mark.parametrize("also", OTHERS)
+def test_other_ways_to_store_to_keep_and_to_adapt(ids: list[int], also: str, tmp_path: Any) -> None:
     """int8 rows are filled in encoded; an adapter changes the keys and values that are filled in."""
     from weft.adapt.lora import LoRA
 
@@ -413,7 +428,7 @@ def check_adapted_filling(runtime: Runtime, hidden: torch.Tensor) -> None:
     wanted = normed @ (tensors["7.qkv"] + b @ a).T[:, 256:]
 
     class Sequence:
-        stack, state, prompt = runtime.engine.stack, {}, 0  # noqa: RUF012
+        stack, state, prompt = runtime.engine.stack, {}, 0
 
     assert Step  # the operations' own type
     sequences = [Sequence()]
@@ -421,7 +436,9 @@ def check_adapted_filling(runtime: Runtime, hidden: torch.Tensor) -> None:
     from weft.exec.batch import Batch, GroupBatch
 
     where = GroupBatch(torch.tensor([[0]]), torch.tensor([0]), torch.tensor([2]), torch.tensor([0, 1]))
-    batch = Batch(batch_ids, torch.tensor([0, 0]), [0, 2], [where], torch.empty(0, dtype=torch.int64), sequences=sequences)
+    batch = Batch(
+        batch_ids, torch.tensor([0, 0]), [0, 2], [where], torch.empty(0, dtype=torch.int64), sequences=sequences
+    )
     batch.deltas = Deltas.of(sequences, [0, 2], hidden.device)
     runtime.decoder.fill(batch, runtime.pool, hidden, 7)
     found = torch.cat([runtime.pool.keys(0, 7)[0, :2].flatten(1), runtime.pool.values(0, 7)[0, :2].flatten(1)], -1)
