@@ -308,8 +308,8 @@ class Sample(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where a checkpoint's weight lies in a decoder: output columns [first, first + outputs) of the product with the fused
-    weights `product` of `layer` (a weight id).  inputs, outputs: width of the weight's input and output."""
+    """Where a checkpoint's weight, of `inputs` values to `outputs`, lies in a decoder: output columns [first, first + outputs) of
+    the product with the fused weights `product` of `layer` (a weight id)."""
 
     layer: int
     product: str
@@ -336,38 +336,31 @@ class Adapter(Protocol):
     def multiply(self, x: Any, weight: Any) -> Any: ...
 
 
-class Adapters(Protocol):
-    """The adapters that are loaded.  find raises ConfigError with the names there are."""
-
-    def find(self, name: str, path: str | None = None) -> Adapter: ...
-
-
 class Adapt(Protocol):
     """Slot `adapt`: per-request deltas on weights.
 
     read    (of the class) the tensors of each product, by (layer, product), from an adapter's config and tensors (float32), given
             where the checkpoint's weights lie; ConfigError says what is wrong with the files
-    attach  take hold of the adapter that the arguments name; the engine calls it once, before any request has the instance
-    apply   after the product with the weights called `product` of `layer`: what is added to its output.  x [T, K] is the
-            product's input, rows of sequences with this adapter alone; returns [T, N], or None where nothing changes
+    attach  take hold of the adapter that the arguments name, by `adapters.find(name)`, which raises ConfigError with the names
+            there are; called once, before any request has the instance
+    apply   what is added to the output of the product with the weights called `product` of `layer`: x [T, K] is its input, of
+            sequences with this adapter alone; returns [T, N], or None where nothing changes
 
-    adapter: what it took hold of; sequences with one adapter are computed together.  An instance also has its `digest`, which is
-    part of every prefix's name.
+    adapter: what it took hold of, sequences with one adapter being computed together.  Its `digest` is the instance's, too.
     """
 
     @property
     def adapter(self) -> Adapter | None: ...
     @classmethod
     def read(cls, config: Mapping[str, Any], tensors: Mapping[str, Any], sites: Mapping[str, Site]) -> Any: ...
-    def attach(self, adapters: Adapters) -> None: ...
+    def attach(self, adapters: Any) -> None: ...
     def apply(self, layer: int, product: str, x: Any) -> Any: ...
 
 
 class Leaving(Protocol):
-    """Rows that may leave after a layer: rows after the prompt of sequences with one technique.
+    """Rows that may leave after a layer.  before, after: [T, width], the hidden states that went into and came out of it.
 
-    before, after: [T, width], the hidden states that went into and came out of that layer.  logits(): float32 [T, vocab] that
-    the model's head gives for `after`; costs a product with the head.
+    logits(): float32 [T, vocab] that the model's head gives for `after`; costs a product with the head.
     """
 
     @property

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from weft.errors import ConfigError, InvariantError
 from weft.registry import register
-from weft.slots import Adapter, Adapters, Site
+from weft.slots import Adapter, Site
 from weft.traits import Effect, Traits
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class LoRA:
 
     # ------------------------------------------------------------------ use
 
-    def attach(self, adapters: Adapters) -> None:
+    def attach(self, adapters: Any) -> None:
         self.adapter = adapters.find(self.name, self.path)
 
     @property

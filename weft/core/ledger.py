@@ -121,16 +121,11 @@ def plan_memory(
     share = int(available_bytes * DEFAULT_SHARE)
     room = share if memory_bytes is None else min(memory_bytes, available_bytes)
     fit_blocks = max(0, (room - fixed) // per_block)
-    reason = ""
-    if memory_bytes is not None and memory_bytes > available_bytes:
-        reason = f"--memory asks for {_mib(memory_bytes)}, {_mib(available_bytes)} are available; planned with those"
-    length = max_model_len or model_max_len
+    reason = "" if memory_bytes is None or memory_bytes <= available_bytes else _too_much(memory_bytes, available_bytes)
+    length = max_model_len or _affordable(groups, fit_blocks, rows, model_max_len, layered, ahead)
     need = blocks_for(groups, length, rows, layered=layered, ahead=ahead)
-    if need > fit_blocks and max_model_len is None:
-        shorter = longest(groups, fit_blocks, rows, length, layered=layered, ahead=ahead)
-        if shorter >= min(length, 256):
-            length, need = shorter, blocks_for(groups, shorter, rows, layered=layered, ahead=ahead)
-            reason = _shorter(model_max_len, length)
+    if max_model_len is None and length < model_max_len:
+        reason = f"the model allows {model_max_len} tokens, memory holds the KV of {length}; give more --memory for longer ones"
     most = max_num_seqs * need
     blocks = min(fit_blocks, most)
     if memory_bytes is None:
@@ -153,6 +148,14 @@ def plan_memory(
     )  # fmt: skip
 
 
+def _affordable(groups: Sequence[GroupSpec], blocks: int, rows: int, most: int, layered: bool, ahead: int) -> int:
+    """The model's own length, or a shorter one that `blocks` hold, unless that would be hardly any."""
+    if blocks_for(groups, most, rows, layered=layered, ahead=ahead) <= blocks:
+        return most
+    shorter = longest(groups, blocks, rows, most, layered=layered, ahead=ahead)
+    return shorter if shorter >= min(most, 256) else most
+
+
 def _check_length(wanted: int | None, most: int) -> None:
     if wanted is not None and wanted < 1:
         raise ConfigError(f"--max-model-len must be at least 1, got {wanted}")
@@ -160,8 +163,8 @@ def _check_length(wanted: int | None, most: int) -> None:
         raise ConfigError(f"--max-model-len {wanted} exceeds the {most} positions that the model was made for")
 
 
-def _shorter(most: int, length: int) -> str:
-    return f"the model allows {most} tokens, memory holds the KV of {length}; give more --memory for longer ones"
+def _too_much(asked: int, available: int) -> str:
+    return f"--memory asks for {_mib(asked)}, {_mib(available)} are available; planned with those"
 
 
 def _bound(memory_bytes: int | None, room: int, available_bytes: int) -> str:

@@ -99,6 +99,8 @@ class EarlyExits:
             if not rows.size or at == high:
                 break
             now = picked(batch, rows)
+            if now.mass is not None:
+                now.mass.sums_T[_index(np.flatnonzero(gone[rows]), after)] = -1
             step = decoder.begin(now, self._pool, at, high)
             if gone[rows].any():
                 step.keep = _index(np.flatnonzero(~gone[rows]), after)
@@ -168,11 +170,12 @@ def picked(batch: Batch, rows: Ints, *, loose: bool = False) -> Batch:
         for g in batch.groups
     ]
     edges = [*first.tolist(), int(rows.size)]
-    sequences = [batch.sequences[s] for s in of.tolist()]
+    sequences = [batch.sequences[s] for s in of.tolist()] if batch.sequences else []
     return replace(
         batch, tokens_T=batch.tokens_T[index], positions_T=batch.positions_T[index], bounds=edges, groups=groups,
         logit_rows_N=batch.logit_rows_N[:0], trees=trees, vectors=None, sequences=sequences,
         deltas=None if batch.deltas is None else Deltas.of(sequences, edges, index.device),
+        mass=None if batch.mass is None else replace(batch.mass, sums_T=batch.mass.sums_T[index]),
     )  # fmt: skip
 
 

@@ -37,11 +37,11 @@ class MuE:
     threshold: float = 0.98
     acts: dict[str, int] = field(default_factory=lambda: {"rows_asked": 0, "rows_exited": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
-    trial: ClassVar[dict[str, Any]] = {"after": (6, 7), "threshold": 0.97}
+    trial: ClassVar[dict[str, Any]] = {"after": (7,), "threshold": 0.965}
     traits: ClassVar[Traits] = Traits(
         fidelity=Fidelity.APPROX,
         effects=frozenset({Effect.SKIPS_LAYERS, Effect.REWRITES_KV, Effect.DYNAMIC_SHAPES}),
-        bound=0.6,
+        bound=0.3,
     )
 
     def __post_init__(self) -> None:

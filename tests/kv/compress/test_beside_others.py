@@ -21,7 +21,9 @@ def specs(ids: list[int]) -> list[RequestSpec]:
     return [spec(i, ids[7 * i : 7 * i + n], seed=i, **law) for i, n in enumerate((24, 57, 90))]
 
 
-@pytest.mark.parametrize("other", ["kv.store=int8", "attention=hydragen", "attention=flexprefill(block=12,minimum=12,representatives=4)"])
+@pytest.mark.parametrize(
+    "other", ["kv.store=int8", "attention=hydragen", "attention=flexprefill(block=12,minimum=12,representatives=4)"]
+)
 @pytest.mark.parametrize("member", MEMBERS)
 def test_steps_do_not_matter(runtime: Runtime, specs: list[RequestSpec], member: str, other: str) -> None:
     """Together, too, tokens are a function of context and seed: alone and in one go, or among others in small chunks."""

@@ -63,9 +63,7 @@ def loss(law: Tensor, ids: list[int]) -> float:
 
 
 @pytest.mark.parametrize("technique", BOUNDS)
-def test_stays_within_its_bound(
-    runtime: Runtime, texts: list[list[int]], full: list[Tensor], technique: str
-) -> None:
+def test_stays_within_its_bound(runtime: Runtime, texts: list[list[int]], full: list[Tensor], technique: str) -> None:
     kl, extra = 0.0, 0.0
     for ids, p in zip(texts, full, strict=True):
         q = laws(runtime, ids, f"kv.compress={technique}")
