@@ -14,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for a m
 
 import pytest
 
+from weft import registry
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 BUNDLED = ROOT / "weft" / "bundled" / "tiny"
@@ -71,3 +73,12 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     _judge(report)
     return report
+
+
+@pytest.fixture
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test registers is forgotten after it; weft's own techniques, loaded once, are not."""
+    for slot in registry.SLOTS:
+        for name in registry.names(slot):
+            registry.lookup(slot, name)
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))

@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 
-from weft import registry
 from weft.registry import Part, register
 from weft.traits import Traits
-
-
-@pytest.fixture
-def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the test registers is forgotten after it; weft's own techniques, loaded once, are not."""
-    for slot in registry.SLOTS:
-        for name in registry.names(slot):
-            registry.lookup(slot, name)
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
 
 
 @pytest.fixture

@@ -1,0 +1,89 @@
+"""Generated: every pair of techniques of different slots goes together as `compose` says, or is refused with its reasons.
+
+On each run the pairs of techniques that changed since the last whole run (bench/results/pairs.json), and a few others, chosen
+anew whenever the core changes; all of them in `make test-long`, which writes that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from weft.conform import pairs
+from weft.conform.lab import Lab
+
+ROOT = Path(__file__).resolve().parents[2]
+LEDGER = ROOT / "bench" / "results" / "pairs.json"
+OTHERS = 6
+"""Pairs that are tested although neither of their files changed."""
+MOST = 40
+"""Pairs of one run; where more changed, those whose turn it is by the state of the core."""
+
+
+def known() -> dict[str, str]:
+    """Digest of each pair when it was last tested with all others."""
+    if not LEDGER.is_file():
+        return {}
+    return {name: entry["digest"] for name, entry in json.loads(LEDGER.read_text())["pairs"].items()}
+
+
+def by_turn(found: list[pairs.Pair]) -> list[pairs.Pair]:
+    """An order that changes with the sources of core and execution."""
+    h = hashlib.blake2b(digest_size=8)
+    for folder in ("core", "exec", "models", "ops"):
+        for path in sorted((ROOT / "weft" / folder).rglob("*.py")):
+            h.update(path.read_bytes())
+    return sorted(found, key=lambda p: hashlib.blake2b(str(p).encode(), key=h.digest()).digest())
+
+
+def chosen() -> list[pairs.Pair]:
+    before, every = known(), by_turn(pairs.pairs())
+    changed = [p for p in every if before.get(str(p)) != pairs.digest(p)]
+    rest = [p for p in every if p not in changed]
+    return [*changed[:MOST], *rest[:OTHERS]]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("pair", chosen(), ids=str)
+def test_the_pair(lab: Lab, pair: pairs.Pair) -> None:
+    assert pairs.check(lab, pair) is not None
+
+
+def test_every_technique_is_in_a_pair() -> None:
+    met = {side for p in pairs.pairs() for side in (p.one, p.other)}
+    assert met == set(pairs.techniques())
+    assert all(p.one[0] != p.other[0] for p in pairs.pairs())
+
+
+def test_a_pair_is_tested_anew_when_either_file_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pairs.pairs()[0]
+    before = pairs.digest(pair)
+    source = pairs.inspect.getsource
+    monkeypatch.setattr(pairs.inspect, "getsource", lambda module: source(module) + "#")
+    assert pairs.digest(pair) != before
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4 * 3600)
+def test_all_pairs(lab: Lab) -> None:
+    told, wrong = {}, []
+    for pair in pairs.pairs():
+        began = time.monotonic()
+        try:
+            text, ok = pairs.check(lab, pair), True
+        except Exception as error:
+            text, ok = f"{type(error).__name__}: {error}", False
+            wrong.append(f"{pair}: {text}")
+        told[str(pair)] = {
+            "ok": ok,
+            "digest": pairs.digest(pair) if ok else "",
+            "text": text,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+    LEDGER.parent.mkdir(exist_ok=True)
+    LEDGER.write_text(json.dumps({"pairs": told}, indent=1) + "\n")
+    assert wrong == []

@@ -1,0 +1,21 @@
+"""Generated: every technique of the registry keeps what it declares."""
+
+from __future__ import annotations
+
+import pytest
+
+from weft.conform.checks import conform
+from weft.conform.lab import Lab
+from weft.registry import names
+from weft.slots import SLOTS
+
+ALL = [f"{slot}={name}" for slot in SLOTS for name in names(slot)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("text", ALL)
+def test_it_conforms(lab: Lab, text: str) -> None:
+    slot, _, name = text.partition("=")
+    results = list(conform(lab, slot, name))
+    assert len(results) >= 6
+    assert [f"{r.test}: {r.text}" for r in results if not r.ok] == []
