@@ -170,6 +170,11 @@ def test_what_caps_a_hit() -> None:
     assert make(share=False).hit_cap(request(kv, 2, range(20))) == 0
     assert kv.hit_cap(request(kv, 3, range(20), history=5)) == 15
     assert kv.hit_cap(request(kv, 4, range(20), history=30)) == 0
+    read = request(kv, 6, range(20), history=5)
+    read.cut = lambda prompt, position: 13
+    assert kv.hit_cap(read) == 8, "what is read before a cut within the prompt is computed"
+    read.cut = lambda prompt, position: 25
+    assert kv.hit_cap(read) == 15, "before a later one it is the prompt's end that counts"
     wants = request(kv, 5, range(20), prompt_logprobs=0)
     assert kv.hit_cap(wants) == 0
     wants.reported = 7

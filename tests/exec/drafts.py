@@ -1,9 +1,11 @@
-"""Draft models for tests: the bundled model without its last layers, which often agrees with it, and one that never does."""
+"""Draft models for tests: the bundled model without its last layers, which often agrees with it, one that never does, and a pair
+so small that laws can be counted out."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,3 +38,23 @@ def stranger(folder: Path, vocab: int = 4096) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **shape))
     model.save_pretrained(folder)
     return folder
+
+
+def pair(target: Path, draft: Path, vocab: int = 24) -> Any:
+    """Two random models that agree now and then; gives the target, as transformers has it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 128, "tie_word_embeddings": False, "initializer_range": 0.3,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape)).float().eval()
+    model.save_pretrained(target)
+    whole = {name: x.clone() for name, x in model.state_dict().items()}
+    with torch.no_grad():
+        for x in model.parameters():
+            x += 0.1 * torch.randn_like(x) * (x.dim() > 1)
+    model.save_pretrained(draft)
+    model.load_state_dict(whole)
+    return model
