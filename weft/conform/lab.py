@@ -166,7 +166,7 @@ class Lab:
         stack = setup.stack
         layers = len(setup.spec.layers)
         engine = Engine(setup.groups, 2 * 48, setup.limits, stack, models=_models(setup), layers=layers, vocab=256)
-        executor = NullExecutor(setup.groups, vocab=256, layers=layers)
+        executor = NullExecutor(setup.groups, vocab=256, layers=layers, stacks=engine.stacks)
         runtime = Runtime(setup, engine, executor, None, None)  # type: ignore[arg-type]
         return self.send(runtime, self.simulated_rounds(parts))
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from weft.config import Stacks
 from weft.core import noise
 from weft.errors import InvariantError
 from weft.exec.mirror import Mirror
@@ -90,10 +91,15 @@ def reference(
 
 
 class NullExecutor:
-    """groups as the engine's.  layers: of the target.  `origin`, `rows`, `further` and `propose` are there to be overridden."""
+    """groups, stacks as the engine's.  layers: of the target.  `origin`, `rows`, `further` and `propose` may be overridden.
 
-    def __init__(self, groups: Sequence[GroupSpec], *, vocab: int = 256, layers: int = 1) -> None:
-        self.mirror = Mirror(groups)
+    Of a stack that compresses it takes the pure half, cuts and budget: at a cut the newest entries stay, as many as it allows.
+    """
+
+    def __init__(
+        self, groups: Sequence[GroupSpec], *, vocab: int = 256, layers: int = 1, stacks: Stacks | None = None
+    ) -> None:
+        self.mirror = Mirror(groups, stacks)
         self.groups = list(groups)
         self.vocab = vocab
         self.layers = layers
@@ -106,7 +112,7 @@ class NullExecutor:
             self._carry_out(op)
         self._exclusive(plan)
         shared: dict[int, int] = {}
-        facts = [None if work.ahead else self._work(work, shared) for work in plan.works]
+        facts = [None if work.ahead else self._compress(work, self._work(work, shared)) for work in plan.works]
         told = {w.request: f.tokens for w, f in zip(plan.works, facts, strict=True) if f is not None and w.samples}
         works = [
             self._go_ahead(work, told.get(work.request, ())) if fact is None else fact
@@ -190,6 +196,31 @@ class NullExecutor:
         if last < self.layers or not work.samples or count < planned:
             return WorkResult(rows=count)
         return self._sample(work, states, count, shared)
+
+    def _compress(self, work: Work, fact: WorkResult) -> WorkResult:
+        """Count the entries of a compressed sequence on, and drop some where its stack cuts."""
+        s = self.mirror.sequences[work.request]
+        ends = work.layers is None or work.layers[1] == self.layers
+        if s.stack.get("kv.compress") is None or work.model != "target" or not ends or fact.failed is not None:
+            return fact
+        full = [g for g in self.members(work) if self.groups[g].window is None]
+        stand = fact.rows + max(0, len(fact.tokens) - 1)
+        stop, kept = work.start + stand, dict[int, int]()
+        for g in full:
+            if s.count[g] >= 0:
+                s.count[g] += stand
+        if s.stack.cut(s.prompt, work.start) != stop:
+            return fact
+        following = s.stack.cut(s.prompt, stop)
+        most = s.stack.budget(s.prompt, 1 << 62) - (0 if following is None else following - stop)
+        for g in full:
+            entries = s.count[g] if s.count[g] >= 0 else stop
+            kept[g] = stay = min(entries, most)
+            for i in range(stay):
+                self.memory[self.place(work, g, i)] = self.memory[self.place(work, g, entries - stay + i)]
+            if stay < entries:
+                s.count[g] = stay
+        return msgspec.structs.replace(fact, kept=kept)
 
     def _go_ahead(self, work: Work, tokens: Sequence[int]) -> WorkResult:
         """The rows of a work that may go ahead, and then of the tokens that came after them."""

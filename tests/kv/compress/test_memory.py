@@ -8,9 +8,14 @@ from itertools import islice
 import msgspec
 import pytest
 
+from tests.core.world import tokens_of
 from tests.exec.conftest import Bench, spec
+from weft.config import Limits, build_stack
+from weft.core.engine import Engine
+from weft.core.noise import child_seed
 from weft.exec.build import Runtime
-from weft.types import RequestSpec
+from weft.exec.null import NullExecutor, reference
+from weft.types import GroupKind, GroupSpec, RequestSpec, Tokens
 
 MEMBERS = {
     "streaming_llm": "kv.compress=streaming_llm(sinks=4,window=44,every=16)",
@@ -97,3 +102,24 @@ def test_a_pool_too_small_for_the_budget_is_said_at_once(runtime: Runtime, ids: 
     bench = Bench(runtime, techniques=[MEMBERS["h2o"]], blocks=3)
     (event,) = bench.engine.add(spec(1, ids[:90], max_tokens=50), 0.0)
     assert "4 KV blocks, but the pool has 3" in event.message  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_without_a_model_memory_follows_the_budget_too(member: str) -> None:
+    """The deciding half alone: the null executor keeps what cuts and budget allow, and every token is the right one."""
+    group = GroupSpec(name="full", kind=GroupKind.FULL, layers=(0,), entry_bytes=8, block_tokens=BLOCK)
+    engine = Engine([group], 9, Limits(max_model_len=1000, max_rows=64), build_stack([MEMBERS[member]]), vocab=32)
+    executor = NullExecutor([group], vocab=32, stacks=engine.stacks)
+    specs = [spec(i, [(7 * i + j) % 32 for j in range(40 + 90 * i)], seed=i, max_tokens=100) for i in range(3)]
+    for one in specs:
+        assert engine.add(one, 0.0) == []
+    out: dict[int, list[int]] = {}
+    while engine.has_work:
+        plan, _ = engine.schedule(0.0)
+        for event in engine.commit(0.0, plan, executor.execute(plan)):
+            if isinstance(event, Tokens):
+                out.setdefault(event.id, []).extend(event.tokens)
+        engine.check()
+        assert all(len(r.tables[0].blocks) <= 4 for r in engine.requests())
+    for one in specs:
+        assert out[one.id] == reference(tokens_of(one.items), one.sampling, child_seed(one.seed, 0), 32)

@@ -1,7 +1,7 @@
 """H2O: in each head keep the tokens that got most attention so far (heavy hitters), and the newest.
 
 Paper    Zhang et al., H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models,
-         arXiv:2306.14048, algorithm 1 [004-47]
+         arXiv:2306.14048, algorithm 1 (004-47)
 Rule     at each multiple of `every` above heavy + recent, in each layer and kv head: keep the newest `recent` entries, and of
          the others the `heavy` with the largest mass; mass(entry) = sum of the attention probabilities that it got from the
          rows that count, over the query heads of the kv head

@@ -1,6 +1,6 @@
 """Random: keep a window of the newest tokens and older ones by lot.  What H2O's choice is measured beside.
 
-Paper    none; the usual control of Zhang et al., H2O, arXiv:2306.14048 [004-47]
+Paper    none; the usual control of Zhang et al., H2O, arXiv:2306.14048
 Rule     at each multiple of `every` above chosen + recent: of the entries before the newest `recent` keep `chosen`, all sets of
          as many being equally likely; the lot is a function of seed and position alone
 Shapes   indices [chosen + recent] int64, the same for all layers and heads
