@@ -50,6 +50,7 @@ class Case:
     engine      further fields of `EngineConfig`.  memory_bytes makes the pool as small as that; else the batch fits it at once
     n           answers that are returned to each prompt
     seats       sequences that one prompt takes at once, where a search or a contrast makes it more than n
+    own         parts that each prompt lays over the stack, in turns: prompt i has own[i % len(own)]
     companions  a second context for each prompt, where the stack contrasts
     apart       whether a wave's prompts are all computed, and parked, before any of its sequences decodes.  Then prefill and
                 decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the
@@ -66,6 +67,7 @@ class Case:
     batch: int = 1
     n: int = 1
     seats: int = 1
+    own: Sequence[Sequence[str]] = ()
     companions: Sequence[Sequence[int]] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = True
@@ -155,7 +157,7 @@ class Contender:
             beside = tuple((TokenItem(tuple(ids)),) for ids in case.companions[index : index + 1])
             spec = RequestSpec(
                 id=self._ids, items=items, sampling=sampling, seed=index, salt=turn.to_bytes(8, "little"), n=case.n,
-                companions=beside,
+                companions=beside, techniques=tuple(case.own[index % len(case.own)]) if case.own else (),
             )  # fmt: skip
             _refuse(engine.add(spec, time.monotonic()))
         if case.apart:
