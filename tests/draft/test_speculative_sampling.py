@@ -348,6 +348,17 @@ def test_guesses_are_the_draft_model_s_own(near: Path, drafting: Runtime, ids: l
     assert [tuple(found[i, 0]) for i in range(len(asked))] == [said for _, _, said in seen.guessed]
 
 
+@pytest.mark.parametrize("accept", ["race", "rejection"])
+def test_a_draft_that_is_the_target_is_always_right(ids: list[int], accept: str) -> None:
+    """Same law and, for the race, same noise: the guess is the token, under penalties and truncation too."""
+    techniques = [part_of(resolve(None), guesses=5), f"accept={accept}"]
+    runtime = build(prepare(config(*techniques, max_num_seqs=16)))
+    bench = Bench(runtime, techniques=techniques)
+    bench.run([spec(i, ids[i : i + 30], seed=i, max_tokens=13, **LAWS[i % 8]) for i in range(16)])
+    acts = bench.engine.stack["draft"].acts
+    assert acts["accepted"] == acts["proposed"] > 120
+
+
 def test_each_model_has_prefix_hits_of_its_own(near: Path, drafting: Runtime, ids: list[int]) -> None:
     bench = Bench(drafting, techniques=[part_of(near)])
     seen = Watching(bench)
