@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.exec.conftest import STORY, Bench, spec
-from weft.attention.hydragen import Hydragen, same_tiles
+from weft.attention.hydragen import MULTIPLIER, Hydragen, same_tiles
 from weft.core.noise import child_seed
 from weft.exec.build import Runtime
 from weft.front.tokenizer import Tokenizer
@@ -68,6 +68,12 @@ def test_sequences_that_differ_in_a_middle_block_only() -> None:
     tables = np.array([[1, 2, 3, 4], [1, 9, 3, 4], [1, 2, 3, 5]])
     found = same_tiles(tables, np.zeros(3, int), np.full(3, 16), 4, 4)
     assert found.tolist() == [[0, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, -1]]
+
+
+def test_tiles_that_only_look_alike() -> None:
+    """Ids whose weighed sums are equal: a * M + b * M ** 2 = (a + M) * M + (b - 1) * M ** 2."""
+    tables = np.array([[5, 9], [5 + MULTIPLIER, 8], [5, 9]])
+    assert same_tiles(tables, np.zeros(3, int), np.full(3, 8), 4, 8).tolist() == [[0], [-1], [0]]
 
 
 def acts(bench: Bench) -> int:

@@ -115,6 +115,20 @@ def test_after_preemption_tiles_come_again() -> None:
     assert again[0][0] == (1, 24, 29)
 
 
+def test_rows_of_its_output_do_not_come_from_a_longer_prompt() -> None:
+    """Somebody's prompt holds what this request said: computed in tiles there, one by one here."""
+    b = tiled(share=True)
+    b.add(1, 29, max_tokens=24)
+    b.steps(16)
+    (first,) = b.engine.requests()
+    longer = TokenItem(tuple(first.context))
+    b.engine.add(RequestSpec(id=2, items=(longer,), sampling=SamplingSpec(max_tokens=1), seed=5), 0.0)
+    assert (2, 24, 45) in b.step()
+    b.engine.scheduler.preempt(first)
+    b.engine.scheduler.enqueue(first, 0.0)
+    assert b.finish()[0] == [(1, 24, 29)]
+
+
 @pytest.mark.parametrize(
     ("limits", "code", "text"),
     [
