@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import READY, Serving, weft
+from weft.adapt.lora import LoRA
 from weft.cli.serve import curl
 
 SMALL = ("--threads", "1", "--memory", "600M", "--max-model-len", "256")
@@ -29,6 +30,36 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield server
         assert server.end(signal.SIGTERM) == 0
         assert "Traceback" not in server.err.read_text()
+
+
+def test_adapters_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "root" / "one").mkdir(parents=True)
+    LoRA.trial(tmp_path / "root" / "one")
+    flags = ("--lora", f"poet={tmp_path / 'root' / 'one'}", "--lora-root", str(tmp_path / "root"), "--max-loras", "2")
+    with Serving(tmp_path, "--port", "0", *SMALL, "--lora-memory", "32M", *flags) as server:
+        url = server.url()
+        assert "adapters" in server.err.read_text()
+        status, _ = ask(f"{url}/v1/completions", {"model": "poet", "prompt": "The sea", "max_tokens": 3})
+        assert status == 200
+        plain = urllib.request.Request(
+            f"{url}/v1/load_lora_adapter",
+            json.dumps({"lora_name": "second", "lora_path": "one"}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(plain, timeout=60) as response:
+            assert response.status == 200
+        _, models = ask(f"{url}/v1/models")
+        assert [m["id"] for m in models["data"]] == ["weft-tiny", "poet", "second"]
+        assert server.end(signal.SIGTERM) == 0
+    for wrong in (
+        ("--lora", "poet"),
+        ("--lora", "poet=/nowhere"),
+        ("--lora-root", "/nowhere"),
+        ("--lora-memory", "much"),
+    ):
+        done = weft("serve", *SMALL, "--port", "0", *wrong)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def ask(url: str, body: dict[str, object] | None = None, key: str | None = "sesame") -> tuple[int, dict]:

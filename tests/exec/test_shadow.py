@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 
 import msgspec
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.exec.conftest import STORY, spec
+from weft.adapt.lora import LoRA
 from weft.conform.lab import kl
 from weft.errors import CapacityError, ConfigError
 from weft.exec.build import EngineConfig, Runtime, build, prepare
@@ -109,6 +111,23 @@ def test_an_exact_stack_does_not_drift() -> None:
     assert thread.stats.shadow_kl == 0.0
     assert thread.stats.shadow_top1 == 1.0
     thread.close()
+
+
+def test_adapters_are_no_drift(tmp_path: Path) -> None:
+    """The reference path computes with the adapters that the live engine has, loaded later or the server's own."""
+    LoRA.trial(tmp_path)
+    for techniques, own in (([], ("adapt=lora(name='x')",)), ([f"adapt=lora(name='x', path={str(tmp_path)!r})"], ())):
+        runtime = runtime_of([*techniques, "draft=ngram(shortest=1)"])
+        shadow = Shadow(runtime, 1.0)
+        book = runtime.adapters
+        assert book is not None
+        book.enter(book.read("x", str(tmp_path)))
+        sent = [msgspec.structs.replace(s, techniques=own) for s in requests(2, temperature=0.0)]
+        thread = serve(runtime, sent, shadow)
+        assert thread.stats.shadow_requests == 2
+        assert thread.stats.shadow_kl == 0.0
+        assert thread.stats.acts["adapt=lora.rows_adapted"] > 0
+        thread.close()
 
 
 def test_a_share_of_the_requests_is_checked() -> None:

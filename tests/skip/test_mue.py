@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -240,6 +241,36 @@ def test_who_left_takes_no_part_in_later_layers(runtime: Runtime, workload: list
     assert passed[5] == passed[6] + acts["rows_exited"]
     assert passed[6] == passed[7]
     assert acts["rows_exited"] > acts["rows_asked"] // 4
+
+
+def test_distance_from_all_layers_on_prose(runtime: Runtime, shared: Callable[[str], Path]) -> None:
+    """Of a novel that the model has not read: the stated bound holds at the trial's arguments, and rows do leave."""
+    tokenizer = Tokenizer.load(resolve(None))
+    text = shared("data/text/novels/ABronte_Agnes.txt").read_text(encoding="utf8")
+    sent = []
+    for i in range(6):
+        known = tokenizer.encode(text[30_000 * (i + 1) :][:2000], add_special=False)
+        one = spec(i, known[:80], seed=i, temperature=0.0, max_tokens=48)
+        sent.append(msgspec.structs.replace(one, forced=tuple(known[80:128])))
+
+    def laws(*techniques: str) -> tuple[torch.Tensor, Bench]:
+        bench, found = Bench(runtime, techniques=techniques), dict[tuple[int, int], torch.Tensor]()
+        bench.executor.watch(lambda s, output, x: found.__setitem__((s.seed, output), x.double().log_softmax(-1)))
+        bench.run(sent)
+        return torch.stack([found[key] for key in sorted(found)]), bench
+
+    def mean(q: torch.Tensor) -> float:
+        return float((whole.exp() * (whole - q)).sum(-1).mean())
+
+    whole, _ = laws()
+    arguments = ", ".join(f"{key}={value}" for key, value in MuE.trial.items())
+    early, bench = laws(f"skip=mue({arguments})")
+    acts, bound = own_acts(bench), MuE.traits.bound
+    assert bound is not None
+    assert bound / 10 < mean(early) < bound
+    assert acts["rows_exited"] > acts["rows_asked"] // 4
+    blind, _ = laws("skip=mue(after=(7,), threshold=0.01)")
+    assert mean(blind) > mean(early), "who leaves is chosen no better than everybody"
 
 
 # ---------------------------------------------------------------------------------------------- however the work is cut
