@@ -41,7 +41,7 @@ def features(*, plugin: Plugins = None, json_: Json = False) -> None:
 def compose(
     parts: Annotated[list[str] | None, typer.Argument(metavar="'SLOT=NAME(ARGS)'...", show_default=False)] = None,
     *,
-    recipe: Recipe = None,
+    recipe_file: Recipe = None,
     plugin: Plugins = None,
     json_: Json = False,
 ) -> None:
@@ -51,7 +51,7 @@ def compose(
     from weft.exec.build import chosen
     from weft.registry import build
 
-    stack = complete(chosen(parts or (), recipe, plugin or ()))
+    stack = complete(chosen(parts or (), recipe_file, plugin or ()))
     for part in stack:
         build(part)
     verdict = decide(stack)
