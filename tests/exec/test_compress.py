@@ -155,7 +155,8 @@ def test_masses_live_with_their_sequence() -> None:
     mass.counted = 3
     mass.pending[0] = torch.ones(1, 1, 3)
     child = mass.fork()
-    child.of(0, 2, 1, 5)[:, :, 0] = 7.0
+    child.of(0, 2, 1, 3)[:, :, 0] = 7.0
+    child.of(0, 2, 1, 5)
     assert mass.sums[0].shape == (2, 1, 3)
     assert bool((mass.sums[0] == 1).all())
     assert child.counted == 3
