@@ -205,6 +205,16 @@ def test_from_a_cached_prefix(runtime: Runtime, specs: list[RequestSpec], alone)
     assert bench.engine.stats.prefix_hit_tokens - hits > 600
 
 
+def test_prefixes_of_other_stacks_are_not_taken(runtime: Runtime, specs: list[RequestSpec], alone) -> None:
+    """The same prompts, dense, come first; what they leave in the index is not for a stack that computes other KV."""
+    bench = Bench(runtime)
+    dense = laws(bench, specs[:2])
+    sent = [msgspec.structs.replace(s, id=s.id + 50, techniques=(TECHNIQUE,)) for s in specs[:2]]
+    found = laws(bench, sent)
+    assert all(torch.equal(x, alone[k]) for k, x in found.items())
+    assert not same(found, dense)
+
+
 def test_after_preemption_at_every_step(runtime: Runtime, specs: list[RequestSpec], alone) -> None:
     rng, found = random.Random(1), {}
 
