@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from weft.types import Action, Finished, SamplingSpec, Tokens
 
@@ -181,6 +181,39 @@ class Store(Protocol):
     def row_bytes(self, head_dim: int) -> int: ...
     def encode(self, rows: Any) -> Any: ...
     def decode(self, rows: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A place for cached blocks below the pool.
+
+    kind: memory, or a file that is made in `folder` (None: where the system keeps temporary files) and has no name.  bytes: what
+    its records may take.  buffer_bytes: memory in front of a file, for what was saved last and what is fetched ahead.
+    """
+
+    kind: Literal["memory", "file"]
+    bytes: int
+    folder: str | None = None
+    buffer_bytes: int = 0
+
+
+class Offload(Protocol):
+    """Slot `kv.offload`: which tier holds a block that the pool gives up, when to fetch.  Pure; `exec.tiers` moves the bytes.
+
+    tiers      what lies below the pool
+    lookahead  requests at the head of the queue whose stored blocks `prefetch` is told of
+    place      the tier (its index) for a cached block that was hit so many times while it was in the pool; None: it is dropped
+    prefetch   which stored blocks to bring nearer.  waiting: for each request, in order, the tickets that it would load
+    count      so many more of an act, as "blocks_saved"
+    """
+
+    @property
+    def tiers(self) -> Sequence[Tier]: ...
+    @property
+    def lookahead(self) -> int: ...
+    def place(self, hits: int) -> int | None: ...
+    def prefetch(self, waiting: Sequence[Sequence[int]]) -> Sequence[int]: ...
+    def count(self, act: str, number: int) -> None: ...
 
 
 class Attention(Protocol):
