@@ -28,7 +28,7 @@ from tests.core.world import (
     run,
     sequences_of,
     tokens_of,
-)
+)  # fmt: skip
 from weft.config import Limits, Stack, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
@@ -120,8 +120,7 @@ class Machine(RuleBasedStateMachine):
             max_model_len=MAX_LEN, max_num_seqs=seqs, max_rows=rows, max_samples=samples, max_guesses=3, **work
         )
         self.names = ("target", "draft")[:models]
-        size = record_bytes(self.groups, 64)
-        offload = [] if below is None else [f"kv.offload=host(memory='{below * size}')"]
+        offload = [] if below is None else [f"kv.offload=host(memory='{below * record_bytes(self.groups, 64)}')"]
         self.cut = cut_rule if cut else None
         self.drafts = ahead and models == 2
         self.make = lambda share: Engine(
@@ -485,9 +484,8 @@ class Machine(RuleBasedStateMachine):
                     first = 0 if spec.kind is GroupKind.PARKED else table.count // spec.block_tokens
                     written.update(dict.fromkeys(table.blocks[first:], w.request))
                     written.update({b: w.request for b in table.blocks if b in targets})
-        for r in requests.values():
-            if r.loading:
-                written.update({b: r.rid for t in r.tables for b in t.blocks if b in targets})
+        loading = [r for r in requests.values() if r.loading]
+        written.update({b: r.rid for r in loading for t in r.tables for b in t.blocks if b in targets})
         assert targets <= set(written)
         for flight in self.flights:
             for block, rid in written.items():
