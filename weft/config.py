@@ -1,7 +1,8 @@
-"""Limits and stacks: what an engine is built from once the flags are read."""
+"""Limits, stacks and sizes: what an engine is built from once the flags are read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -234,3 +235,37 @@ class Stacks:
             for act, count in getattr(instance, "acts", {}).items():
                 key = f"{part.slot}={part.name}.{act}"
                 total[key] = total.get(key, 0) + count
+
+
+MOST_BYTES = 1 << 60
+"""No size is larger; an exbibyte."""
+UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+SIZE = re.compile(
+    r"\s*(?P<number>\d+(?:\.\d*)?(?:e\d{1,2})?|\.\d+)\s*(?P<unit>[kmgt]?)(?P<suffix>ib|b)?\s*", re.IGNORECASE
+)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4G", "512MiB", "1.5g", "2e9" or "1048576".  K, M, G and T are powers of 1024, with or without B or iB.
+
+    Raises ConfigError for anything else, for zero and for more than an exbibyte.
+    """
+    match = SIZE.fullmatch(text)
+    if match is None or ((match["suffix"] or "").lower() == "ib" and not match["unit"]):
+        raise ConfigError(f"{text!r} is not a size; write a number and K, M, G or T, for example 512M or 4G")
+    size = float(match["number"]) * 2.0 ** UNITS[match["unit"].lower()]
+    if not 1 <= size <= MOST_BYTES:
+        raise ConfigError(f"{text!r} is out of range; a size is at least 1 byte and at most {format_size(MOST_BYTES)}")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """A size for people, in powers of 1024: 0 B, 512 B, 14.0 MiB, 1.50 GiB."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if abs(value) < 1024:
+            break
+        value, unit = value / 1024, larger
+    if unit == "B":
+        return f"{size} B"
+    return f"{value:.2f} {unit}" if unit not in ("KiB", "MiB") else f"{value:.1f} {unit}"

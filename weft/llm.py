@@ -199,6 +199,8 @@ class LLM:
 
     def close(self) -> None:
         """Free everything; calling it twice is fine."""
+        if self._runtime is not None:
+            self._runtime.close()
         self._runtime = None
 
     def __enter__(self) -> LLM:

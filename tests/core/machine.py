@@ -28,18 +28,20 @@ from tests.core.world import (
     run,
     sequences_of,
     tokens_of,
-)
+)  # fmt: skip
 from weft.config import Limits, Stack, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
 from weft.core.noise import child_seed
 from weft.core.request import State
+from weft.core.tiers import record_bytes
 from weft.errors import CapacityError, EngineError, RequestError
 from weft.exec.null import reference
 from weft.types import (
     Event,
     Finished,
     GroupKind,
+    KVOpKind,
     MediaItem,
     Plan,
     Preempted,
@@ -52,6 +54,7 @@ from weft.types import (
 )
 
 Key = tuple[int, int]
+MOVES = {"copies": KVOpKind.COPY, "saves": KVOpKind.SAVE, "loads": KVOpKind.LOAD}
 
 picks = st.integers(0, 2**16)
 token_ids = st.integers(0, VOCAB - 1)
@@ -103,10 +106,11 @@ class Machine(RuleBasedStateMachine):
         cut=st.sampled_from([False, False, True]), blocks=st.integers(14, 60), rows=st.sampled_from([1, 4, 8, 8, 20, 20]),
         samples=st.sampled_from([1, 3, 9]), seqs=st.sampled_from([1, 3, 6]), guesses=st.sampled_from([None, 0.0, 0.6, 1.0]),
         spare=st.sampled_from([None, 0, 40]), start=st.integers(0, 5), ahead=st.booleans(),
+        below=st.sampled_from([None, None, 4, 30]),
     )  # fmt: skip
     def begin(
         self, seed: int, models: int, flights: int, share: bool, cut: bool, blocks: int, rows: int, samples: int, seqs: int,
-        guesses: float | None, spare: int | None, start: int, ahead: bool,
+        guesses: float | None, spare: int | None, start: int, ahead: bool, below: int | None,
     ) -> None:  # fmt: skip
         self.rnd = random.Random(seed)
         layered = self.policy.startswith("layered")
@@ -116,15 +120,18 @@ class Machine(RuleBasedStateMachine):
             max_model_len=MAX_LEN, max_num_seqs=seqs, max_rows=rows, max_samples=samples, max_guesses=3, **work
         )
         self.names = ("target", "draft")[:models]
+        offload = [] if below is None else [f"kv.offload=host(memory='{below * record_bytes(self.groups, 64)}')"]
         self.cut = cut_rule if cut else None
         self.drafts = ahead and models == 2
         self.make = lambda share: Engine(
-            self.groups, blocks, self.limits, self.stack(), models=self.names, layers=LAYERS,
-            vocab=VOCAB, share=share, cuts=[cut_rule] if cut else [], in_flight=flights,
+            self.groups, blocks, self.limits, self.stack(*offload), models=self.names, layers=LAYERS,
+            vocab=VOCAB, share=share, cuts=[cut_rule] if cut else [], in_flight=flights, block_bytes=64,
         )  # fmt: skip
         self.engine, self.share = self.make(share), share
         self.executor = Executor(self.groups, self.rnd, cut=self.cut)
         self.executor.right = guesses
+        self.executor.records = below or 0
+        self.executor.losing = 0.1
         self.flights: deque[Flight] = deque()
         self.most_flights = flights
         self.keys: dict[int, Key] = {}
@@ -138,9 +145,9 @@ class Machine(RuleBasedStateMachine):
         self.sound = True
         self.burst(seed, start)
 
-    def stack(self) -> Stack:
+    def stack(self, *more: str) -> Stack:
         """The policy's; with a draft model that goes ahead, or a second model that only follows."""
-        stack = build_stack([f"schedule={self.policy}"])
+        stack = build_stack([f"schedule={self.policy}", *more])
         return replace(stack, instances={**stack.instances, "draft": Going()}) if self.drafts else stack
 
     # ------------------------------------------------------------------ arrivals and departures
@@ -334,10 +341,10 @@ class Machine(RuleBasedStateMachine):
         if key is not None:
             self.engine.scheduler.restart(self.engine.find(*key), self.now)
 
-    @rule(short=st.sampled_from([0.0, 0.0, 0.3]), clear=st.booleans())
-    def weather(self, short: float, clear: bool) -> None:
-        """From now on results fall short, or not; and perhaps every cached block is evicted."""
-        self.executor.short = short
+    @rule(short=st.sampled_from([0.0, 0.0, 0.3]), clear=st.booleans(), losing=st.sampled_from([0.0, 0.0, 0.3]))
+    def weather(self, short: float, clear: bool, losing: float = 0.0) -> None:
+        """From now on results fall short, or not, and blocks are lost below the pool, or not; perhaps the cache is forgotten."""
+        self.executor.short, self.executor.losing = short, losing
         if clear:
             self.engine.pool.clear_cache()
             assert self.engine.pool.cached == 0
@@ -375,6 +382,7 @@ class Machine(RuleBasedStateMachine):
         self.sound = False
         flight = self.flights.popleft()
         result = self.executor.execute(flight.plan)
+        self.seen["lost"] += len(result.lost)
         self.now += 1.0
         self.seen["accepted"] += sum(max(0, len(f.tokens) - 1) for f in result.works)
         self.seen["went ahead"] += sum(
@@ -449,7 +457,8 @@ class Machine(RuleBasedStateMachine):
             assert together == list(self.engine.scheduler.links[link]), "linked sequences are sampled apart"
         self.seen.update(
             plans=1, splits=sum(w.layers is not None for w in plan.works), guesses=sum(w.guesses for w in plan.works),
-            linked=sum(w.link is not None and w.samples for w in plan.works), copies=sum(len(op.source) for op in plan.kv),
+            linked=sum(w.link is not None and w.samples for w in plan.works),
+            **{name: sum(len(op.source or op.target) for op in plan.kv if op.kind is kind) for name, kind in MOVES.items()},
             following=sum(w.model == "draft" for w in plan.works), ahead=sum(w.ahead > 0 for w in plan.works),
             overlapping=len(self.flights) > 0,
         )  # fmt: skip
@@ -460,9 +469,10 @@ class Machine(RuleBasedStateMachine):
 
     def quarantine(self, plan: Plan) -> dict[int, set[int]]:
         """Who holds each block that the plan names; none of them may be written by somebody who got it meanwhile."""
+        copies = [op for op in plan.kv if op.kind is KVOpKind.COPY]
+        assert not {b for op in copies for b in op.source} & {b for op in copies for b in op.target}, "a copy of a copy"
         sources = {b for op in plan.kv for b in op.source}
         targets = {b for op in plan.kv for b in op.target}
-        assert not sources & targets, "a block is source and target of copies"
         requests = {r.rid: r for r in self.engine.requests()}
         written: dict[int, int] = {}
         named = sources | targets
@@ -474,6 +484,8 @@ class Machine(RuleBasedStateMachine):
                     first = 0 if spec.kind is GroupKind.PARKED else table.count // spec.block_tokens
                     written.update(dict.fromkeys(table.blocks[first:], w.request))
                     written.update({b: w.request for b in table.blocks if b in targets})
+        loading = [r for r in requests.values() if r.loading]
+        written.update({b: r.rid for r in loading for t in r.tables for b in t.blocks if b in targets})
         assert targets <= set(written)
         for flight in self.flights:
             for block, rid in written.items():
@@ -537,7 +549,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not self.sound:
             return  # a step has failed: that is what matters
-        self.executor.short = 0.0
+        self.executor.short = self.executor.losing = 0.0
         patience, left = 0, len(self.live)
         while patience < 1500:
             patience, left = (patience + 1, left) if len(self.live) == left else (0, len(self.live))

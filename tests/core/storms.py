@@ -19,6 +19,7 @@ def storm(machine: type[Machine], seed: int, events: int, **fixed: Any) -> Count
         "blocks": rnd.randrange(20, 45), "rows": rnd.choice([4, 8, 16]), "samples": rnd.choice([3, 9]),
         "seqs": rnd.choice([3, 6]), "guesses": rnd.choice([None, 0.5, 0.9]), "spare": rnd.choice([None, 60]), "start": 5,
         "ahead": seed % 2 == 0,
+        "below": (None, 6, 40)[seed % 7 % 3],
     }  # fmt: skip
     m.begin(**{**chosen, **fixed})
     calm = 0.8 if m.most_flights == 1 else 0.3
@@ -42,7 +43,7 @@ def storm(machine: type[Machine], seed: int, events: int, **fixed: Any) -> Count
         "resume": (2, lambda: m.resume(draw())),
         "preempt": (1, lambda: m.preempt(draw())),
         "link": (2, lambda: m.link([draw() for _ in range(rnd.choice([2, 3]))])),
-        "weather": (1, lambda: m.weather(rnd.choice([0.0, 0.2]), rnd.random() < 0.2)),
+        "weather": (1, lambda: m.weather(rnd.choice([0.0, 0.2]), rnd.random() < 0.2, rnd.choice([0.0, 0.2]))),
     }
     names, weights = list(kinds), [w for w, _ in kinds.values()]
     for name in rnd.choices(names, weights, k=events):

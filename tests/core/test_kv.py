@@ -199,7 +199,8 @@ def test_adopted_blocks_are_held_once_more() -> None:
     b = request(kv, 2, range(20))
     lengths, tables, idle = kv.match(b)
     assert (lengths, idle) == ([8], 0)
-    kv.adopt(b, lengths, tables)
+    kv.hold(tables)
+    kv.adopt(b, lengths, tables, [])
     # At position 8 the window sees 5, 6, 7: blocks 2 and 3.
     assert shape(b, 0) == (a.tables[0].blocks[:2], 0, 8)
     assert shape(b, 1) == (a.tables[1].blocks[2:4], 4, 4)

@@ -39,7 +39,7 @@ def test_any_order_of_events_for_long(machine: type[Machine]) -> None:
 @MACHINES
 def test_storm(machine: type[Machine]) -> None:
     seen = sum((storm(machine, seed, 120) for seed in range(9)), Counter[str]())
-    wanted = "guesses accepted linked copies following overlapping kept short preemptions evictions hits".split()
+    wanted = "guesses accepted linked copies following overlapping kept short preemptions evictions hits saves loads lost".split()
     if machine is Layered:
         wanted.append("splits")
     assert not [name for name in wanted if not seen[name]], seen

@@ -24,11 +24,14 @@ from weft.core.pool import BlockPool
 from weft.core.request import Request
 from weft.core.scheduler import Scheduler
 from weft.core.sequences import Sequences
+from weft.core.tiers import TierIndex
 
 SEEDS = 40
 TWO = {"flights": 2, "models": 1, "blocks": 24, "seqs": 6}
 HITS = {"share": True, "cut": False, "models": 1, "blocks": 60}
 AHEAD = {"models": 2, "ahead": True, "cut": False, "flights": 1, "guesses": 0.9, "blocks": 60}
+TIERS = {"share": True, "cut": False, "models": 1, "blocks": 24, "below": 8}
+FAR = {**TIERS, **TWO, "below": 40, "rows": 4, "guesses": None}
 CUTS = {"share": True, "cut": True, "models": 1, "blocks": 60, "guesses": 0.9}
 
 
@@ -99,6 +102,15 @@ FAULTS = [
           "if (request, request.generation) in flight and", fixed=AHEAD),
     Fault("a draft is not reckoned with", Membership, "_blocks", "2 * self.limits.max_guesses if", "0 if",
           fixed=AHEAD | {"blocks": 22, "rows": 4}),
+    Fault("loaded before the block's old content is saved", TierIndex, "load", "ops.append(", "ops.insert(0, ", fixed=TIERS),
+    Fault("a record is written over before it is loaded", TierIndex, "hold", "self._pinned[ticket] += 1", "pass", fixed=TIERS),
+    Fault("an evicted record keeps its name", TierIndex, "_room", "del self._tickets[self._used[tier].pop(oldest)]",
+          "self._used[tier].pop(oldest)", fixed=TIERS),
+    Fault("an abandoned plan's blocks count as saved", Engine, "abandon", "if op.kind is KVOpKind.SAVE", "if False", fixed=TIERS),
+    Fault("who waits for a lost block goes on", Engine, "_loaded", "if bad and any(", "if False and any(", fixed=TIERS),
+    Fault("a lost block is not forgotten", Engine, "_loaded", "self.kv.lost(lost)", "pass", fixed=TIERS),
+    Fault("in two plans while its blocks are loaded", Scheduler, "_target", "or r.loading", "", fixed=FAR),
+    Fault("blocks to load into are not paid for", KV, "match", "b < 0 or", "b >= 0 and", fixed=TIERS),
     Fault("forks of other seeds share one", Sequences, "_new", "if seed is None else seed", ""),
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ The executor keeps real hash-chain KV behind block tables (see `weft.exec.null`)
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -21,6 +21,8 @@ from weft.types import (
     Finished,
     GroupKind,
     GroupSpec,
+    KVOp,
+    KVOpKind,
     Plan,
     RequestSpec,
     SamplingSpec,
@@ -72,7 +74,8 @@ def origin_of(salt: bytes) -> int:
 class Executor(NullExecutor):
     """short: chance of a short result.  right: chance that a guess is right, None for no guesses.  cut: compress there.
 
-    salts: by rid, kept up to date by whoever submits.  failing: rids whose next work fails.
+    salts: by rid, kept up to date by whoever submits.  failing: rids whose next work fails.  losing: chance that a block is not
+    saved, or not loaded.  gone: tickets that were lost.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Executor(NullExecutor):
         self.rnd, self.cut = rnd, cut
         self.short = 0.0
         self.right: float | None = None
+        self.losing = 0.0
+        self.gone: set[int] = set()
         self.salts: dict[int, bytes] = {}
         self.failing: set[int] = set()
         self.leaders: dict[int, int] = {}
@@ -100,10 +105,22 @@ class Executor(NullExecutor):
                 )
                 fact = msgspec.structs.replace(fact, prompt_logprobs=known)
             told.append(fact)
-        return StepResult(step=plan.step, works=tuple(told))
+        return msgspec.structs.replace(result, works=tuple(told))
 
     def origin(self, request: int) -> int:
         return origin_of(self.salts[request])
+
+    def loses(self, ticket: int) -> bool:
+        if self.rnd.random() >= self.losing:
+            return False
+        self.gone.add(ticket)
+        return True
+
+    def _carry_out(self, op: KVOp) -> Iterator[tuple[int, tuple[int, ...]]]:
+        known = {ticket for ticket, _ in self.stored.values()}
+        if op.kind is KVOpKind.LOAD and not self.gone.issuperset(set(op.argument) - known):
+            raise InvariantError("a block is loaded that was never saved, or was written over")
+        return super()._carry_out(op)
 
     def rows(self, work: Work) -> int:
         planned = work.count - work.guesses

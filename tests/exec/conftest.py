@@ -85,6 +85,7 @@ class Bench:
             vocab=setup.spec.vocab,
             share=share,
             reach=reach(setup),
+            block_bytes=setup.block_bytes,
         )
         self.executor = TorchExecutor(runtime.decoders, pool, stacks)
         self.events: list[Event] = []

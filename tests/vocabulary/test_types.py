@@ -75,9 +75,10 @@ GRANT = Grant(request=1, group=2, at=3, blocks=(4, 5), first=16)
 PLAN = Plan(
     step=9, works=(LINKED, Work(request=2, rows=((0, 1),), tokens=(3,))), enter=(ENTER,), leave=(4, 5), grants=(GRANT,),
     kv=tuple(KVOp(kind, 1, (1, 2), (3, 4), (5,)) for kind in KVOpKind), rows=6, samples=3, blocks=2, work_bytes=1 << 40,
+    fetch=(7, 8),
 )  # fmt: skip
 RESULT = StepResult(
-    step=9, forward_s=0.0125, sample_s=1e-6,
+    step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12),
     works=(
         WorkResult(
             rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), signals={"entropy": (0.5, 1.0 / 3.0)},

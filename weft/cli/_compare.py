@@ -118,6 +118,9 @@ class Recorder:
         last = len(runtime.setup.spec.layers) - 1
         self.remove = runtime.decoder.hook(Seam.LOGITS, last, self._keep)
 
+    def close(self) -> None:
+        self._executor.close()
+
     def execute(self, plan: Plan) -> StepResult:
         self._plan = plan
         return self._executor.execute(plan)

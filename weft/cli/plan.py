@@ -72,6 +72,8 @@ def table(setup: Setup, name: str) -> Table:
         format_size(p.kv_bytes),
         f"{p.kv_blocks:,} blocks of {p.block_tokens} tokens, {format_size(p.kv_bytes_per_token)} for each token",
     )
+    if p.tiers_bytes:
+        grid.add_row("below it", format_size(p.tiers_bytes), "memory for blocks that the pool gives up")
     grid.add_row(
         "workspace",
         format_size(p.workspace_bytes),

@@ -18,6 +18,7 @@ from weft.core.pool import BlockPool
 from weft.core.request import CutRule, Request, State
 from weft.core.scheduler import Scheduler
 from weft.core.sequences import Sequences
+from weft.core.tiers import TierIndex, record_bytes
 from weft.errors import ConfigError, InvariantError
 from weft.types import (
     EngineStats,
@@ -25,6 +26,7 @@ from weft.types import (
     Finished,
     FinishReason,
     GroupSpec,
+    KVOpKind,
     Plan,
     Preempted,
     StepResult,
@@ -40,6 +42,7 @@ class Engine(Sequences):
     vocab: ids are checked against it where it is given.  share: prefix sharing.  stack: the server's.  stacks: with those that
     requests lay over it, shared with an executor in the same process.  cuts: rules beside those of the stacks' techniques.
     in_flight: plans that may be submitted at once (1 on a CPU).  reach: positions that a model beside the target can compute.
+    block_bytes: of the pool, whose tiers are sized by it.
     """
 
     def __init__(
@@ -57,12 +60,17 @@ class Engine(Sequences):
         cuts: Sequence[CutRule] = (),
         in_flight: int = 1,
         reach: Mapping[str, int] | None = None,
+        block_bytes: int | None = None,
     ) -> None:
         stacks = stack if isinstance(stack, Stacks) else Stacks(stack or build_stack())
         self.stack = stacks.base
         self.most_in_flight = in_flight
         policy = self.stack["schedule"]
-        kv = KV(groups, BlockPool(blocks, self.stack["kv.evict"]), models, settings=settings, share=share)
+        pool, tiers, offload = BlockPool(blocks, self.stack["kv.evict"]), None, self.stack.get("kv.offload")
+        if offload is not None and share:
+            size = block_bytes or max(g.block_tokens * g.entry_bytes for g in groups)
+            tiers = TierIndex(offload, record_bytes(groups, size), pool)
+        kv = KV(groups, pool, models, settings=settings, share=share, tiers=tiers)
         if policy.layered and layers > 1 and kv.parked[0] is None:
             raise ConfigError(
                 "this schedule stops rows between layers, and the engine has no KV group for their hidden states"
@@ -73,6 +81,8 @@ class Engine(Sequences):
         self._layers = layers
         self._step = 0
         self._flights: dict[int, list[tuple[Request, int]]] = {}
+        self._loads: dict[int, list[tuple[Request, int]]] = {}
+        """By plan in flight, the requests that it loads blocks for, and their lives."""
         self._generated = self._prompted = self._finished = 0
         self._rows = 0
 
@@ -88,12 +98,13 @@ class Engine(Sequences):
         if len(self._flights) >= self.most_in_flight:
             raise InvariantError(f"{len(self._flights)} plans are in flight; commit one first")
         self._step += 1
-        plan, requests, preempted = self.scheduler.plan(now, self._step)
-        self._flights[self._step] = [(r, r.generation) for r in requests]
+        d, plan = self.scheduler.plan(now, self._step)
+        self._flights[self._step] = [(r, r.generation) for r in d.requests]
+        self._loads[self._step] = [(r, r.generation) for r in d.loading]
         self.pool.submitted(self._step)
         self.kv.submitted()
         self._rows = plan.rows
-        return plan, [Preempted(r.id, r.index) for r in preempted if r.leader is None and r.id not in self.programs]
+        return plan, [Preempted(r.id, r.index) for r in d.preempted if r.leader is None and r.id not in self.programs]
 
     def commit(self, now: float, plan: Plan, result: StepResult) -> list[Event]:
         """Take in what a plan became.  Plans commit in the order in which they were made."""
@@ -106,6 +117,7 @@ class Engine(Sequences):
         flight = zip(self._flights.pop(plan.step), plan.works, result.works, strict=True)
         self.pool.now = now
         events: list[Event] = []
+        self._loaded(now, plan, set(result.lost))
         # Told before anything is taken in: what falls short of one model's rows does not undo another model's.
         taken = [(r, r.generation == generation, work, fact) for (r, generation), work, fact in flight]
         for r, _, _, _ in taken:
@@ -117,10 +129,26 @@ class Engine(Sequences):
         self.pool.committed(plan.step)
         return self.programs.settle(events, now)
 
+    def _loaded(self, now: float, plan: Plan, lost: set[int]) -> None:
+        """Blocks that the plan loaded stand; who waited for one that is lost starts again, and finds that it is not there."""
+        self.kv.lost(lost)
+        bad = {
+            block for op in plan.kv if op.kind is KVOpKind.LOAD
+            for block, ticket in zip(op.target, op.argument, strict=True) if ticket in lost
+        }  # fmt: skip
+        for request, generation in self._loads.pop(plan.step):
+            request.in_flight -= 1
+            if request.generation != generation:
+                continue
+            request.loading = False
+            if bad and any(block in bad for table in request.tables for block in table.blocks):
+                self.scheduler.restart(request, now)
+
     def abandon(self, plan: Plan, now: float) -> None:
         """An executor broke off inside a plan, and nobody knows how far it came: all who run are computed anew."""
-        for request, _ in self._flights.pop(plan.step):
+        for request, _ in (*self._flights.pop(plan.step), *self._loads.pop(plan.step)):
             request.in_flight -= 1
+        self.kv.lost(t for op in plan.kv if op.kind is KVOpKind.SAVE for t in op.argument)
         self.pool.committed(plan.step)
         self.scheduler.leaving.extend(plan.leave)  # the executor may not have heard of it; to leave twice does no harm
         ran = list(self.scheduler.running.values())

@@ -10,12 +10,17 @@ from collections.abc import Iterable, Sequence
 from weft.core import prefix
 from weft.core.pool import BlockPool
 from weft.core.request import Request, State, Table
+from weft.core.tiers import TierIndex
 from weft.errors import InvariantError
 from weft.types import GroupKind, GroupSpec, KVOp, KVOpKind
 
 
 class KV:
-    """groups: of all models; models: their names, the target first.  share: whether prefixes are shared at all."""
+    """groups: of all models; models: their names, the target first.  share: whether prefixes are shared at all.
+
+    tiers: what lies below the pool, where cached blocks go that it gives up.  In the tables of a match, `~ticket` stands for a
+    block that would have to be loaded.
+    """
 
     def __init__(
         self,
@@ -25,10 +30,12 @@ class KV:
         *,
         settings: bytes = b"",
         share: bool = True,
+        tiers: TierIndex | None = None,
     ) -> None:
         self.groups = list(groups)
         self.models = tuple(models)
         self.pool = pool
+        self.tiers = tiers
         self.settings = settings
         self.share = share
         self.by_model: list[list[int]] = [
@@ -51,12 +58,13 @@ class KV:
 
     # ------------------------------------------------------------------ prefix hits
 
-    def match(self, request: Request) -> tuple[list[int], list[dict[int, list[int]]], int]:
-        """(tokens, tables) that the index offers for each model, and how many of the blocks nobody holds now.
+    def match(self, request: Request, *, stored: bool = True) -> tuple[list[int], list[dict[int, list[int]]], int]:
+        """(tokens, tables) that the index offers for each model, and how many blocks that nobody holds now it takes.
 
-        Changes nothing but the request's memo of names.
+        stored: blocks below the pool may stand in for those that it has lost.  Changes nothing but the request's memo of names.
         """
         lengths, tables, idle = [], [], 0
+        lookup = self.tiers.find if stored and self.tiers else self.pool.lookup
         cap = self.hit_cap(request)
         for groups in self.by_model:
             length, found = 0, dict[int, list[int]]()
@@ -64,13 +72,17 @@ class KV:
                 specs = [(g, self.groups[g]) for g in groups]
                 for _, spec in specs:
                     self._name(request, spec.block_tokens, cap)
-                length, found = prefix.longest_hit(specs, request.names, self.pool.lookup, cap)
+                length, found = prefix.longest_hit(specs, request.names, lookup, cap)
                 while length != (whole := request.whole(length)):
-                    length, found = prefix.longest_hit(specs, request.names, self.pool.lookup, whole)
+                    length, found = prefix.longest_hit(specs, request.names, lookup, whole)
             lengths.append(length)
             tables.append(found)
-            idle += sum(self.pool.refs[b] == 0 for blocks in found.values() for b in blocks)
+            idle += sum(b < 0 or self.pool.refs[b] == 0 for blocks in found.values() for b in blocks)
         return lengths, tables, idle
+
+    def stored(self, request: Request) -> list[int]:
+        """Tickets that a match of the request would load."""
+        return [~b for found in self.match(request)[1] for blocks in found.values() for b in blocks if b < 0]
 
     def hit_cap(self, request: Request) -> int:
         """Tokens that may come from the index.
@@ -90,18 +102,35 @@ class KV:
             cap = min(cap, request.reported)
         return max(0, cap)
 
-    def adopt(self, request: Request, lengths: list[int], tables: list[dict[int, list[int]]]) -> None:
-        """Make a match the request's own: one more reference to each block."""
+    def hold(self, tables: list[dict[int, list[int]]]) -> None:
+        """One more reference to each block of a match, so that nothing that comes before `adopt` evicts it."""
+        for blocks in (blocks for found in tables for blocks in found.values()):
+            for b in blocks:
+                if b >= 0:
+                    self.pool.hold(b)
+            if self.tiers is not None:
+                self.tiers.hold([~b for b in blocks if b < 0])
+
+    def adopt(self, request: Request, lengths: list[int], tables: list[dict[int, list[int]]], ops: list[KVOp]) -> None:
+        """Make a match that is held the request's own.  What is stored is loaded into blocks of its own, which are offered to the
+        index like computed ones, once the plan has committed; the caller has seen that they are there.
+        """
         for m, found in enumerate(tables):
             for g, blocks in found.items():
-                for b in blocks:
-                    self.pool.hold(b)
                 table, spec = request.tables[g], self.groups[g]
+                first = prefix.first_block(spec, lengths[m])
                 table.blocks = list(blocks)
-                table.first = prefix.first_block(spec, lengths[m]) * spec.block_tokens
+                table.first = first * spec.block_tokens
                 table.count = lengths[m] - table.first
                 table.published = lengths[m] // spec.block_tokens
                 table.dirty = 0
+                at = [i for i, b in enumerate(blocks) if b < 0]
+                if self.tiers is not None and at:
+                    fresh = self.tiers.load(request.rid, g, [~blocks[i] for i in at], ops)
+                    for i, block in zip(at, fresh, strict=True):
+                        table.blocks[i] = block
+                    table.published = first + at[0]
+                    request.loading = True
             request.computed[m] = request.planned[m] = lengths[m]
 
     # ------------------------------------------------------------------ growth
@@ -163,7 +192,7 @@ class KV:
         blocks taken.
         """
         owed = self.need(request, m, rows, park=park, rewrite=rewrite)
-        taken = 0
+        taken, spill = 0, None if self.tiers is None else self.tiers.spill(ops)
         for g in self._grown(m, park):
             size, table = self.groups[g].block_tokens, request.tables[g]
             start, stop = self._reach(request, m, g, rows, rewrite)
@@ -173,12 +202,14 @@ class KV:
                 old = table.blocks[i]
                 if self._others(old):
                     owed -= 1
-                elif self.pool.keys[old] is None:
+                elif (key := self.pool.keys[old]) is None:
                     continue
                 elif not self.pool.can_take(request.rid, owed + 1):
                     self.pool.unpublish(old)
+                    if spill is not None:
+                        spill(old, key)
                     continue
-                (table.blocks[i],) = self.pool.take(request.rid, 1)
+                (table.blocks[i],) = self.pool.take(request.rid, 1, spill)
                 taken += 1
                 table.dirty = i if table.dirty is None else min(table.dirty, i)
                 if i * size < standing:
@@ -192,7 +223,7 @@ class KV:
             if more > 0:
                 if table.dirty is None:
                     table.dirty = len(table.blocks)
-                table.blocks.extend(self.pool.take(request.rid, more))
+                table.blocks.extend(self.pool.take(request.rid, more, spill))
                 taken += more
                 owed -= more
         return taken
@@ -202,6 +233,12 @@ class KV:
         if self._sources:
             self.pool.drop(self._sources)
             self._sources = []
+
+    def lost(self, tickets: Iterable[int]) -> None:
+        """Stored blocks that could not be saved or loaded, or of which nobody knows whether they were."""
+        if self.tiers is not None:
+            for ticket in tickets:
+                self.tiers.forget(ticket)
 
     # ------------------------------------------------------------------ commit
 
@@ -309,9 +346,13 @@ class KV:
         """All tables against the pool, and every physical length against its blocks.  Raises InvariantError."""
         requests = list(requests)
         self.pool.check([t.blocks for r in requests for t in r.tables])
+        if self.tiers is not None:
+            self.tiers.check()
         for r in requests:
             if r.state in (State.WAITING, State.DONE) and any(t.blocks for t in r.tables):
                 raise InvariantError(f"request {r.id}.{r.index} is {r.state.value} but holds blocks")
+            if r.loading and not r.in_flight:
+                raise InvariantError(f"request {r.id}.{r.index} waits for blocks that no plan in flight loads")
             for m, groups in enumerate(self.by_model):
                 if not 0 <= r.computed[m] <= r.planned[m]:
                     raise InvariantError(f"request {r.id}.{r.index}: computed {r.computed[m]}, planned {r.planned[m]}")

@@ -3,6 +3,7 @@
     weights     the checkpoint in its stored form, once
     draft       weights, workspace and laws of a second model, where there is one
     kv          blocks * block_bytes (+ the position of every entry)
+    tiers       memory below the pool, for blocks that it gives up
     workspace   the decoder's named buffers
     adapters    what is set aside for adapters that come and go
     reserve     interpreter, libraries, allocator slack: measured, not planned
@@ -50,6 +51,7 @@ class MemoryPlan:
     draft_bytes: int = 0
     """Weights, workspace and laws of a model beside the target."""
     adapters_bytes: int = 0
+    tiers_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,6 +108,7 @@ def plan_memory(
     draft_bytes: int = 0,
     ahead: int = 0,
     adapters_bytes: int = 0,
+    tiers_bytes: int = 0,
 ) -> MemoryPlan:
     """Divide the memory.
 
@@ -117,7 +120,7 @@ def plan_memory(
     # The int32 position of every entry; any group may hold a block, so as many as the one with most entries has.
     entry_overhead = 4 * max(g.block_tokens for g in groups)
     per_block = block_bytes + entry_overhead
-    fixed = weights_bytes + draft_bytes + workspace_bytes + reserve_bytes + adapters_bytes
+    fixed = weights_bytes + draft_bytes + workspace_bytes + reserve_bytes + adapters_bytes + tiers_bytes
     share = int(available_bytes * DEFAULT_SHARE)
     room = share if memory_bytes is None else min(memory_bytes, available_bytes)
     fit_blocks = max(0, (room - fixed) // per_block)
@@ -136,15 +139,16 @@ def plan_memory(
         blocks = max(blocks, need)
         total = fixed + blocks * per_block
         bound = _bound(memory_bytes, room, available_bytes)
+        aside = {"adapters": adapters_bytes, "tiers below the pool": tiers_bytes}
         reason = _why(
-            weights_bytes + draft_bytes, workspace_bytes, reserve_bytes, adapters_bytes, need * per_block, length, bound
+            weights_bytes + draft_bytes, workspace_bytes, reserve_bytes, aside, need * per_block, length, bound
         )
     return MemoryPlan(
         weights_bytes=weights_bytes, kv_bytes=blocks * per_block, kv_blocks=blocks,
         kv_bytes_per_token=bytes_per_token(groups), workspace_bytes=workspace_bytes, reserve_bytes=reserve_bytes,
         total_bytes=total, available_bytes=available_bytes, max_model_len=length, block_tokens=groups[0].block_tokens,
         block_bytes=block_bytes, fits=fits, reason=reason, available_source=available_source, model_max_len=model_max_len,
-        draft_bytes=draft_bytes, adapters_bytes=adapters_bytes,
+        draft_bytes=draft_bytes, adapters_bytes=adapters_bytes, tiers_bytes=tiers_bytes,
     )  # fmt: skip
 
 
@@ -194,10 +198,11 @@ def _mib(n: int) -> str:
     return f"{n / (1 << 20):,.0f} MiB"
 
 
-def _why(weights: int, workspace: int, reserve: int, adapters: int, kv: int, length: int, bound: str) -> str:
-    aside = f" + adapters {_mib(adapters)}" if adapters else ""
+def _why(weights: int, workspace: int, reserve: int, aside: dict[str, int], kv: int, length: int, bound: str) -> str:
+    more = "".join(f" + {name} {_mib(size)}" for name, size in aside.items() if size)
+    total = weights + workspace + reserve + kv + sum(aside.values())
     return (
-        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)}{aside} + KV of "
-        f"one sequence of {length} tokens {_mib(kv)} = {_mib(weights + workspace + reserve + adapters + kv)}, but {bound}; "
+        f"the model does not fit: weights {_mib(weights)} + workspace {_mib(workspace)} + reserve {_mib(reserve)}{more} + KV of "
+        f"one sequence of {length} tokens {_mib(kv)} = {_mib(total)}, but {bound}; "
         "try a smaller --max-model-len, a smaller model or dtype, or more memory"
     )

@@ -107,6 +107,19 @@ class Membership:
             heapq.heappop(self._heap)
         return None
 
+    def _heads(self, most: int) -> list[Request]:
+        """The first `most` requests of the queue, in order: a heap is a tree whose smallest are found from its root down."""
+        found: list[Request] = []
+        edge = [(self._heap[0][:3], 0)] if self._heap else []
+        while edge and len(found) < most:
+            _, i = heapq.heappop(edge)
+            if self._waits(self._heap[i]):
+                found.append(self._heap[i][3])
+            for child in (2 * i + 1, 2 * i + 2):
+                if child < len(self._heap):
+                    heapq.heappush(edge, (self._heap[child][:3], child))
+        return found
+
     def _reorder(self, now: float) -> None:
         for r in self.waiting.values():
             r.key = self.policy.order(r, now)

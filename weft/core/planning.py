@@ -22,6 +22,9 @@ class Planning:
     requests: list[Request] = field(default_factory=list)
     """The request of each work."""
     ops: list[KVOp] = field(default_factory=list)
+    loading: list[Request] = field(default_factory=list)
+    """Requests that the plan loads blocks for."""
+    fetch: tuple[int, ...] = ()
     planned: set[int] = field(default_factory=set)
     """Requests with any work."""
     advanced: set[int] = field(default_factory=set)
@@ -113,7 +116,7 @@ class Planning:
         """
         enter: list[Enter] = []
         grants: list[Grant] = []
-        for r in self.requests:
+        for r in (*self.requests, *self.loading):
             r.in_flight += 1
         for r in [*(r for r in forked if r.source >= 0), *self.requests]:
             if not r.started:
@@ -137,4 +140,5 @@ class Planning:
             step=step, works=tuple(self.works), enter=tuple(enter), leave=tuple(leave), grants=tuple(grants),
             kv=tuple(self.ops), rows=rows, samples=self.samples, blocks=self.blocks,
             work_bytes=rows * self.limits.row_bytes + self.samples * self.limits.sample_bytes,
+            fetch=self.fetch,
         )  # fmt: skip

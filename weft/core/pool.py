@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from weft.errors import CapacityError, InvariantError
 from weft.slots import Evict
 
 Key = tuple[int, bytes]
 """(group, prefix name)"""
+Spill = Callable[[int, Key], None]
+"""Told of a cached block that is about to be reused, and of its name."""
 
 
 class BlockPool:
@@ -33,6 +35,8 @@ class BlockPool:
         self.evict = evict
         self.refs = [0] * blocks
         self.keys: list[Key | None] = [None] * blocks
+        self.hits = [0] * blocks
+        """References to each block since it was taken, the first one left out."""
         self.index: dict[Key, int] = {}
         self._free = list(range(blocks - 1, -1, -1))
         self._heap: list[tuple[float, int, int]] = []
@@ -88,8 +92,11 @@ class BlockPool:
 
     # ------------------------------------------------------------------ blocks
 
-    def take(self, owner: int, blocks: int) -> list[int]:
-        """`blocks` blocks with one reference each, out of `owner`'s reservation first.  Raises CapacityError; ask `can_take`."""
+    def take(self, owner: int, blocks: int, spill: Spill | None = None) -> list[int]:
+        """`blocks` blocks with one reference each, out of `owner`'s reservation first.  Raises CapacityError; ask `can_take`.
+
+        spill: called for each cached block that has to go, while its number of hits stands.
+        """
         if not self.can_take(owner, blocks):
             raise CapacityError(f"{blocks} KV blocks wanted, {self.available} available of {self.total}")
         own = self._reserved.get(owner, 0)
@@ -97,8 +104,9 @@ class BlockPool:
             self.reserve(owner, own - min(own, blocks))
         out = []
         for _ in range(blocks):
-            b = self._free.pop() if self._free else self._evict_one()
+            b = self._free.pop() if self._free else self._evict_one(spill)
             self.refs[b] = 1
+            self.hits[b] = 0
             out.append(b)
         return out
 
@@ -114,6 +122,7 @@ class BlockPool:
                 raise InvariantError(f"block {block} is free and cannot be held")
             self.evict.observe(block, "hit", self.now)
         self.refs[block] += 1
+        self.hits[block] += 1
 
     def drop(self, blocks: Iterable[int]) -> None:
         """One reference less to each block."""
@@ -193,7 +202,7 @@ class BlockPool:
             self._heap = [e for e in self._heap if self._stamp[e[2]] == e[1]]
             heapq.heapify(self._heap)
 
-    def _evict_one(self) -> int:
+    def _evict_one(self, spill: Spill | None = None) -> int:
         while self._heap:
             rank, stamp, block = heapq.heappop(self._heap)
             if self._stamp[block] != stamp:
@@ -205,6 +214,8 @@ class BlockPool:
             key = self.keys[block]
             if key is not None:
                 del self.index[key]
+                if spill is not None:
+                    spill(block, key)
             self.keys[block] = None
             self._stamp[block] = 0
             self._cached -= 1

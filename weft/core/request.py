@@ -57,9 +57,9 @@ class Request:
 
     __slots__ = (
         "arrival", "cached_tokens", "companions", "computed", "context", "cut", "draft", "fanned", "generation", "given",
-        "history", "id", "in_flight", "index", "key", "leader", "link", "names", "output", "partial", "planned", "preemptions",
-        "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed", "settings", "single", "source", "spans",
-        "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output", "partial", "planned",
+        "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed", "settings", "single", "source",
+        "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +96,8 @@ class Request:
         self.publishes = True
         """False from the first compression on, recomputation included: what follows is no function of the tokens alone."""
         self.in_flight = 0
+        self.loading = False
+        """Blocks of its tables are loaded by a plan that has not committed."""
         self.partial: tuple[int, int, int] | None = None
         """(start, stop, next layer) of rows that have passed only some layers."""
         self.stack = stack
@@ -200,6 +202,7 @@ class Request:
         self.planned = [0] * len(self.planned)
         self.partial = None
         self.draft = ()
+        self.loading = False
         self.generation += 1
         self.started = False
         self.source = -1

@@ -46,11 +46,13 @@ class Scheduler(Membership):
         self._followers = range(1, len(models))
         self.hit_tokens = 0
         self.queried_tokens = 0
+        self._fetched: tuple[object, ...] = ()
+        """What the last advice to fetch was given for."""
 
     # ------------------------------------------------------------------ one step
 
-    def plan(self, now: float, step: int) -> tuple[Plan, list[Request], list[Request]]:
-        """(plan, the request of each work, those preempted on the way)."""
+    def plan(self, now: float, step: int) -> tuple[Planning, Plan]:
+        """The plan, and what was noted on the way: the request of each work, those preempted, those that load."""
         self.pool.now = now
         if not self.policy.static:
             self._reorder(now)
@@ -67,9 +69,10 @@ class Scheduler(Membership):
         self._follow(d)
         for request in d.preempted:
             self.enqueue(request, now)
+        d.fetch = self._fetch()
         leaving, self.leaving = self.leaving, []
         forked, self.forked = self.forked, []
-        return d.finish(step, leaving, forked), d.requests, d.preempted
+        return d, d.finish(step, leaving, forked)
 
     def _candidates(self, now: float, d: Planning) -> Iterator[tuple[Request, bool]]:
         """(request, whether it waits) by the policy's key; whoever is admitted meanwhile is not met twice."""
@@ -96,6 +99,8 @@ class Scheduler(Membership):
         if self.running and not self.parked and self.pool.available <= len(self.running):
             return False  # as the sum below would say, but without looking anything up
         matches = [self.kv.match(x) for x in entering]
+        if self.kv.tiers is not None and sum(idle for _, _, idle in matches) > self.pool.available:
+            matches = [self.kv.match(x, stored=False) for x in entering]  # there is no room to load into
         if self.running:
             # Whoever enters must have room for its whole context beside one more block for everybody else: growth is on demand,
             # but a prompt that cannot be finished would only be preempted again.
@@ -107,9 +112,13 @@ class Scheduler(Membership):
                 self._reclaim_parked(wanted)
                 return False
         heapq.heappop(self._heap)
+        for _, tables, _ in matches:
+            self.kv.hold(tables)
         for x, (lengths, tables, _) in zip(entering, matches, strict=True):
             del self.waiting[x.rid]
-            self.kv.adopt(x, lengths, tables)
+            self.kv.adopt(x, lengths, tables, d.ops)
+            if x.loading:
+                d.loading.append(x)
             x.state = State.RUNNING
             self.running[x.rid] = x
             if self.kv.share:
@@ -120,6 +129,18 @@ class Scheduler(Membership):
         d.view.running += len(entering)
         d.view.waiting -= len(entering)
         return True
+
+    def _fetch(self) -> tuple[int, ...]:
+        """Stored blocks that those at the head of the queue will want; asked anew when they or the pool have changed."""
+        tiers = self.kv.tiers
+        if tiers is None or not (self.waiting and tiers and tiers.offload.lookahead):
+            return ()
+        heads = self._heads(tiers.offload.lookahead)
+        seen = (self.pool.evictions, *((r.rid, r.generation) for r in heads))
+        if seen == self._fetched:
+            return ()
+        self._fetched = seen
+        return tuple(tiers.offload.prefetch([self.kv.stored(r) for r in heads]))
 
     def _reclaim_parked(self, wanted: int) -> None:
         """Parked requests keep their KV only while nobody needs it."""
@@ -137,7 +158,7 @@ class Scheduler(Membership):
 
     def _target(self, r: Request, d: Planning, *, final: bool = False) -> None:
         """Plan rows of the target model.  final: the last ones of a linked request, for which the policy was asked already."""
-        if r.in_flight and (r.partial or r.draft or r.cut or not r.publishes):
+        if r.in_flight and (r.partial or r.draft or r.cut or r.loading or not r.publishes):
             return  # its advance depends on what the plan in flight finds
         if r.partial is not None:
             self._layers_on(r, d)
@@ -344,7 +365,7 @@ class Scheduler(Membership):
         oldest = min(self.running.values(), key=lambda x: (x.arrival, x.rid))
         safe = {x.rid for x in self.linked(oldest)}
         for x in self.running.values():
-            if x.in_flight or x.rid in d.planned:
+            if x.in_flight or x.loading or x.rid in d.planned:
                 safe.update(y.rid for y in self.linked(x))
         own = {x.rid for x in self.linked(r)}
         candidates = [x for x in self.running.values() if x.rid not in safe and x.rid not in own]

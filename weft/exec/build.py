@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import MemoryPlan, plan_memory
+from weft.core.tiers import memory_bytes, record_bytes, records
 from weft.errors import CapacityError, ConfigError
 from weft.exec.host import available_memory, cpu_count, parse_size
 from weft.hub import resolve_draft
@@ -141,7 +142,7 @@ class Setup:
 
 @dataclass(slots=True)
 class Runtime:
-    """A built engine.  Close it by letting it go: nothing here has a thread."""
+    """A built engine.  Letting it go frees it; `close` gives up at once what lies below the KV pool."""
 
     setup: Setup
     engine: Engine
@@ -155,6 +156,10 @@ class Runtime:
     def decoders(self) -> dict[str, Decoder]:
         """By the names of models in a plan."""
         return {"target": self.decoder} if self.draft is None else {"target": self.decoder, "draft": self.draft}
+
+    def close(self) -> None:
+        """End what has a file or a thread; twice does no harm."""
+        self.executor.close()
 
 
 def prepare(config: EngineConfig) -> Setup:
@@ -179,6 +184,7 @@ def prepare(config: EngineConfig) -> Setup:
     layered = bool(stack["schedule"].layered)
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
+    offload = stack.get("kv.offload")
     model_max = spec.max_positions
     rows = min(config.max_rows, model_max)
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile)))
@@ -199,7 +205,10 @@ def prepare(config: EngineConfig) -> Setup:
         draft_bytes=0 if draft is None else _draft_bytes(draft, dtype, rows, config.max_num_seqs, stack),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
         adapters_bytes=config.lora_memory or 0,
+        tiers_bytes=0 if offload is None else memory_bytes(offload.tiers),
     )
+    if offload is not None:
+        records(offload.tiers, record_bytes(groups, block_bytes))
     small = plan.weights_bytes <= SMALL_BYTES
     threads = config.threads or (1 if small else cpu_count().threads)
     limits = Limits(
@@ -252,6 +261,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=f"{setup.dtype}".encode(), reach=reach(setup),
+        block_bytes=setup.block_bytes,
     )  # fmt: skip
     adapters.serve(engine)
     runtime = Runtime(setup, engine, None, decoder, pool, second, adapters)  # type: ignore[arg-type]

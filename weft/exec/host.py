@@ -13,13 +13,15 @@ Sources: Linux Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst,
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft.config import MOST_BYTES
+from weft.config import format_size as format_size
+from weft.config import parse_size as parse_size
 from weft.errors import ConfigError
 
 resource: Any
@@ -30,13 +32,8 @@ except ImportError:  # Windows has no resource limits of this kind
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
-UNLIMITED_BYTES = 1 << 60
+UNLIMITED_BYTES = MOST_BYTES
 """Version 1 writes "no limit" as a number near 2**63; nothing above this is a limit."""
-
-UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-SIZE = re.compile(
-    r"\s*(?P<number>\d+(?:\.\d*)?(?:e\d{1,2})?|\.\d+)\s*(?P<unit>[kmgt]?)(?P<suffix>ib|b)?\s*", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,34 +159,6 @@ def peak_rss_bytes(proc: Path = PROC) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- sizes as people write them
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "4G", "512MiB", "1.5g", "2e9" or "1048576".  K, M, G and T are powers of 1024, with or without B or iB.
-
-    Raises ConfigError for anything else, for zero and for more than an exbibyte.
-    """
-    match = SIZE.fullmatch(text)
-    if match is None or ((match["suffix"] or "").lower() == "ib" and not match["unit"]):
-        raise ConfigError(f"{text!r} is not a size; write a number and K, M, G or T, for example 512M or 4G")
-    size = float(match["number"]) * 2.0 ** UNITS[match["unit"].lower()]
-    if not 1 <= size <= UNLIMITED_BYTES:
-        raise ConfigError(
-            f"{text!r} is out of range; a size is at least 1 byte and at most {format_size(UNLIMITED_BYTES)}"
-        )
-    return int(size)
-
-
-def format_size(size: int) -> str:
-    """A size for people, in powers of 1024: 0 B, 512 B, 14.0 MiB, 1.50 GiB."""
-    value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
-        if abs(value) < 1024:
-            break
-        value, unit = value / 1024, larger
-    if unit == "B":
-        return f"{size} B"
-    return f"{value:.2f} {unit}" if unit not in ("KiB", "MiB") else f"{value:.1f} {unit}"
 
 
 # ---------------------------------------------------------------------------------------------- control groups

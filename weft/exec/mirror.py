@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,6 +133,18 @@ class Mirror:
             entries = s.fresh.pop(g)
             if entries != work.start:
                 s.count[g] = entries
+
+    def reading(self, works: Sequence[Work], blocks: Collection[int]) -> set[int]:
+        """Works, by index, of sequences whose tables name one of these blocks, and of those sampled together with them."""
+        if not blocks:
+            return set()
+        bad = list(blocks)
+        found = {
+            i for i, work in enumerate(works)
+            if any(np.isin(self.sequences[work.request].table(g), bad).any() for g in range(len(self.groups)))
+        }  # fmt: skip
+        links = {works[i].link for i in found} - {None}
+        return found | {i for i, work in enumerate(works) if work.link in links}
 
     def entry(self, work: Work, g: int) -> int:
         """Physical index, counted from the table's head, at which the work's first row is written in group g."""

@@ -8,7 +8,7 @@ any table; tests compare the two.  Used where decisions matter and answers do no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -105,20 +105,33 @@ class NullExecutor:
         self.layers = layers
         self.memory: dict[tuple[int, int], int] = {}
         """(block, offset) -> what was written there last, by whichever group had the block."""
+        self.records = 0
+        """Records below the pool, 0 for as many as there are tickets.  A record holds what was saved in it last."""
+        self.stored: dict[int, tuple[int, dict[int, int]]] = {}
+        """By record: its ticket, and what the block held by offset."""
 
     def execute(self, plan: Plan) -> StepResult:
         self.mirror.follow(plan)
+        lost, bad = list[int](), set[int]()
         for op in plan.kv:
-            self._carry_out(op)
+            for ticket, block in self._carry_out(op):
+                lost.append(ticket)
+                bad.update(block)
         self._exclusive(plan)
         shared: dict[int, int] = {}
-        facts = [None if work.ahead else self._compress(work, self._work(work, shared)) for work in plan.works]
-        told = {w.request: f.tokens for w, f in zip(plan.works, facts, strict=True) if f is not None and w.samples}
-        works = [
+        void = self.mirror.reading(plan.works, bad)
+        works = [work for i, work in enumerate(plan.works) if i not in void]
+        facts = [None if work.ahead else self._compress(work, self._work(work, shared)) for work in works]
+        told = {w.request: f.tokens for w, f in zip(works, facts, strict=True) if f is not None and w.samples}
+        done = iter([
             self._go_ahead(work, told.get(work.request, ())) if fact is None else fact
-            for work, fact in zip(plan.works, facts, strict=True)
-        ]
-        return StepResult(step=plan.step, works=tuple(works))
+            for work, fact in zip(works, facts, strict=True)
+        ])  # fmt: skip
+        results = tuple(WorkResult(rows=0) if i in void else next(done) for i in range(len(plan.works)))
+        return StepResult(step=plan.step, works=results, lost=tuple(lost))
+
+    def close(self) -> None:
+        """Nothing to give up."""
 
     # ------------------------------------------------------------------ to be overridden
 
@@ -138,6 +151,10 @@ class NullExecutor:
         """Guesses for the next plan.  state: after the newest token.  output: its index plus one."""
         return ()
 
+    def loses(self, ticket: int) -> bool:
+        """Whether saving or loading under this ticket goes wrong."""
+        return False
+
     # ------------------------------------------------------------------ memory
 
     def place(self, work: Work, g: int, entry: int) -> tuple[int, int]:
@@ -149,13 +166,32 @@ class NullExecutor:
         """The groups of the work's model that hold its KV."""
         return [g for g, s in enumerate(self.groups) if s.model == work.model and s.kind is not GroupKind.PARKED]
 
-    def _carry_out(self, op: KVOp) -> None:
-        if op.kind is not KVOpKind.COPY:
+    def _carry_out(self, op: KVOp) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Carry out COPY, SAVE and LOAD; gives what was lost: (ticket, blocks that were not loaded)."""
+        size = range(self.groups[op.group].block_tokens)
+        if op.kind is KVOpKind.COPY:
+            for source, target in zip(op.source, op.target, strict=True):
+                self._fill(target, {i: self.memory[source, i] for i in size if (source, i) in self.memory})
+        elif op.kind is KVOpKind.SAVE:
+            for source, ticket in zip(op.source, op.argument, strict=True):
+                if self.loses(ticket):
+                    yield ticket, ()
+                else:
+                    held = {i: self.memory[source, i] for i in size if (source, i) in self.memory}
+                    self.stored[ticket % (self.records or ticket + 1)] = ticket, held
+        elif op.kind is KVOpKind.LOAD:
+            for target, ticket in zip(op.target, op.argument, strict=True):
+                known, held = self.stored.get(ticket % (self.records or ticket + 1), (-1, {}))
+                if known != ticket or self.loses(ticket):
+                    yield ticket, (target,)
+                else:
+                    self._fill(target, held)
+        else:
             raise InvariantError(f"the null executor has no {op.kind}")
-        for source, target in zip(op.source, op.target, strict=True):
-            for offset in range(self.groups[op.group].block_tokens):
-                if (source, offset) in self.memory:
-                    self.memory[target, offset] = self.memory[source, offset]
+
+    def _fill(self, block: int, entries: Mapping[int, int]) -> None:
+        for offset, state in entries.items():
+            self.memory[block, offset] = state
 
     def _exclusive(self, plan: Plan) -> None:
         """No block is written by two sequences, or written by one and read by another, in one plan."""

@@ -24,16 +24,20 @@ from weft.exec.gather import Gather, Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.leaving import EarlyExits, leaves_early
 from weft.exec.mirror import Mirror
+from weft.exec.tiers import TierStore
 from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
-from weft.types import GroupKind, Plan, StepResult, Work, WorkResult
+from weft.types import GroupKind, KVOpKind, Plan, StepResult, Work, WorkResult
 
 TARGET, DRAFT = "target", "draft"
 """Names of the model that answers and of the one that guesses for it."""
 
 
 class TorchExecutor:
-    """decoders: by model name, the target among them.  pool: the KV of all groups.  stacks: the server's, and its requests'."""
+    """decoders: by model name, the target among them.  pool: the KV of all groups.  stacks: the server's, and its requests'.
+
+    Raises ConfigError where a tier below the pool cannot be opened.
+    """
 
     def __init__(self, decoders: Mapping[str, Decoder], pool: KVPool, stacks: Stacks | None = None) -> None:
         self.decoders = dict(decoders)
@@ -46,9 +50,16 @@ class TorchExecutor:
         self._members = {
             name: [g for g, spec in enumerate(pool.groups) if spec.model == name] for name in self.decoders
         }
+        offload = self.stacks.base.get("kv.offload")
+        self.tiers = None if offload is None else TierStore(offload, pool)
         self._gather = Gather(self.mirror, pool, self._members)
         self._sampling = Sampling(self.mirror, pool, self._members)
         self._compression = Compression(self.mirror, pool, self._members)
+
+    def close(self) -> None:
+        """Give up what lies below the pool; twice does no harm."""
+        if self.tiers is not None:
+            self.tiers.close()
 
     def watch(self, probe: Probe | None) -> None:
         """Give every row that a token is taken from to `probe`, or to nobody."""
@@ -58,25 +69,47 @@ class TorchExecutor:
     def execute(self, plan: Plan) -> StepResult:
         """Carry out a plan.  Tokens, never tensors, come back."""
         self.mirror.follow(plan)
-        for op in plan.kv:
-            self.pool.carry_out(op)
+        lost, void = self._instructions(plan)
         self._forward_s = 0.0
-        mine = [i for i, w in enumerate(plan.works) if w.model == TARGET]
-        found = self._forward(TARGET, plan.works, mine) if mine else []
+        works = [w for i, w in enumerate(plan.works) if i not in void]
+        mine = [i for i, w in enumerate(works) if w.model == TARGET]
+        found = self._forward(TARGET, works, mine) if mine else []
         middle = time.perf_counter() - self._forward_s
-        results = [WorkResult(rows=w.count - w.guesses) for w in plan.works]
+        results = [WorkResult(rows=w.count - w.guesses) for w in works]
         for logits, wanted in found:
-            self._sampling.sample(plan.works, logits, wanted, results)
-        self._compression.settle(plan.works, results)
-        ahead = {name: self._ahead(name, plan.works, results) for name in self.decoders if name != TARGET}
-        self._sampling.propose(plan.works, results, ahead.get(DRAFT))
+            self._sampling.sample(works, logits, wanted, results)
+        self._compression.settle(works, results)
+        ahead = {name: self._ahead(name, works, results) for name in self.decoders if name != TARGET}
+        self._sampling.propose(works, results, ahead.get(DRAFT))
         for other in ahead.values():
             other.settle(results)
         sample_s = time.perf_counter() - self._forward_s - middle
-        return StepResult(step=plan.step, works=tuple(results), forward_s=self._forward_s, sample_s=sample_s)
+        facts = iter(results)
+        return StepResult(
+            step=plan.step, works=tuple(WorkResult(rows=0) if i in void else next(facts) for i in range(len(plan.works))),
+            lost=tuple(lost), forward_s=self._forward_s, sample_s=sample_s,
+        )  # fmt: skip
 
     def _ahead(self, name: str, works: Sequence[Work], results: Sequence[WorkResult]) -> Ahead:
         return Ahead(name, self.decoders[name], self._gather, self._timed, works, results)
+
+    def _instructions(self, plan: Plan) -> tuple[list[int], set[int]]:
+        """Carry out the plan's KV instructions: (tickets that were lost, works that would read what was not loaded)."""
+        lost: list[tuple[int, int]] = []
+        bad: set[int] = set()
+        for op in plan.kv:
+            if op.kind not in (KVOpKind.SAVE, KVOpKind.LOAD):
+                self.pool.carry_out(op)
+                continue
+            if self.tiers is None:
+                raise InvariantError(f"the plan has {op.kind}, and the stack has no kv.offload")
+            here = self.tiers.carry_out(op)
+            lost += here
+            if op.kind is KVOpKind.LOAD:
+                bad.update(block for _, block in here)
+        if self.tiers is not None:
+            self.tiers.fetch(plan.fetch)
+        return [ticket for ticket, _ in lost], self.mirror.reading(plan.works, bad)
 
     # ------------------------------------------------------------------ forward
 

@@ -44,6 +44,7 @@ class Executor(Protocol):
     """Carries out plans; see `exec.runner` and `exec.null`."""
 
     def execute(self, plan: Plan) -> StepResult: ...
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -82,7 +83,8 @@ def _desk(adapters: AdapterBook, root: str | None, done: Callable[[Read], None])
 
 class EngineThread:
     """info: `front.port.EngineInfo` for those who ask.  adapters: the engine's book; adapter_root: the folder below which it
-    reads on command, None for none.  shadow: checks of a sample of the requests, or None."""
+    reads on command, None for none.  shadow: checks of a sample of the requests, or None.  The thread closes the executor when it
+    ends."""
 
     def __init__(
         self,
@@ -151,6 +153,8 @@ class EngineThread:
             self._emit(events, 0.0)
             if not isinstance(error, Exception):
                 raise
+        finally:
+            self.executor.close()
 
     def _loop(self) -> None:
         empty = 0

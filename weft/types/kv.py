@@ -54,7 +54,10 @@ class KVOpKind(enum.StrEnum):
 
 
 class KVOp(Struct, frozen=True):
-    """One instruction of the closed KV set, over block ids of one group; carried out before the plan's works."""
+    """One instruction of the closed KV set, over block ids of one group; carried out before the plan's works, in order.
+
+    argument of SAVE and LOAD: a ticket for each block of source or target, which says where below the pool it is stored.
+    """
 
     kind: KVOpKind
     group: int

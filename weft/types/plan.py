@@ -107,6 +107,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Blocks that the plan took from the pool."""
     work_bytes: int = 0
     """Workspace that the plan needs."""
+    fetch: tuple[int, ...] = ()
+    """Tickets that a later plan will probably load: an executor may bring them nearer."""
 
     @property
     def empty(self) -> bool:

@@ -34,9 +34,14 @@ class WorkResult(Struct, frozen=True, kw_only=True):
 
 
 class StepResult(Struct, frozen=True, kw_only=True):
-    """Facts of one step, one `WorkResult` for each work of the plan, in its order.  Times in seconds."""
+    """Facts of one step, one `WorkResult` for each work of the plan, in its order.  Times in seconds.
+
+    lost: tickets of the plan's SAVE and LOAD that could not be carried out.  A work that would have read a block that was not
+    loaded was not computed: its result has no rows.
+    """
 
     step: int
     works: tuple[WorkResult, ...] = ()
+    lost: tuple[int, ...] = ()
     forward_s: float = 0.0
     sample_s: float = 0.0

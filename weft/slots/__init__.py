@@ -10,6 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from weft.slots.kv import Compress as Compress
+from weft.slots.kv import Evict as Evict
+from weft.slots.kv import Kept as Kept
+from weft.slots.kv import Offload as Offload
+from weft.slots.kv import Store as Store
+from weft.slots.kv import Tier as Tier
 from weft.types import Action, Finished, SamplingSpec, Tokens
 
 
@@ -124,63 +130,6 @@ class Schedule(Protocol):
     def admit(self, request: RequestView, step: StepView) -> bool: ...
     def quota(self, request: RequestView, step: StepView) -> Quota: ...
     def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None: ...
-
-
-class Evict(Protocol):
-    """Slot `kv.evict`: which cached block goes first.
-
-    observe   event is "publish", "hit", "release" or "evict"
-    rank      blocks go in ascending rank; a block's rank may only grow while the block stays cached
-    """
-
-    def observe(self, block: int, event: str, now: float) -> None: ...
-    def rank(self, block: int, now: float) -> float: ...
-
-
-class Compress(Protocol):
-    """Slot `kv.compress`: how many entries a sequence keeps in each full group, and which.
-
-    budget  entries that a full group holds at most, at any moment, for a context of `limit` positions (pure; memory is planned
-            with it): what stays after a cut, and what comes before the next
-    cuts    the smallest position above `position` at which entries are dropped, None if there is none (pure).  A step never
-            crosses a cut, recomputation replays the same ones, and nothing before the first one is changed
-    keep    which entries of one group stay, at a cut (tensors).  The view has prompt and length (tokens), entries, layers (ids),
-            kv_heads, head_dim; positions, int64 [entries]; keys(layer) and values(layer), float32 [entries, kv heads, head_dim];
-            mass, float64 [layers, kv heads, entries], the attention that each entry got, where the technique needs
-            ATTENTION_MASS, otherwise None
-
-    observe_rows: where the technique needs ATTENTION_MASS, how many rows before the first cut (or before the prompt's end, where
-    that comes first) have their attention counted, None for all; rows after them always count.  `history` of such an instance
-    is the same number, so that a prefix hit hides none of them.
-    """
-
-    def budget(self, prompt: int, limit: int) -> int: ...
-    def cuts(self, prompt: int, position: int) -> int | None: ...
-    def keep(self, view: Any) -> Kept: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """indices: entries that stay, int64, ascending: [N] for all heads alike, or [layers, kv heads, N].
-
-    rotate: (delta, first, stop): after packing, entries [first, stop) move by delta positions and their keys turn with them.
-    """
-
-    indices: Any
-    rotate: tuple[int, int, int] | None = None
-
-
-class Store(Protocol):
-    """Slot `kv.store`: number format of stored KV.  A row is one entry's key (or value) of one kv head.
-
-    row_bytes   of a row of `head_dim` values (pure; memory is planned with it)
-    encode      [N, head_dim] of the model's dtype to uint8 [N, row_bytes]
-    decode      uint8 [N, row_bytes] to float32 [N, head_dim]
-    """
-
-    def row_bytes(self, head_dim: int) -> int: ...
-    def encode(self, rows: Any) -> Any: ...
-    def decode(self, rows: Any) -> Any: ...
 
 
 class Attention(Protocol):
