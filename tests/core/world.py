@@ -179,7 +179,7 @@ class Executor(NullExecutor):
                 s.state[f"kept{g}"] = [*self._kept(s, g), *range(done, done + stand)]
         if self.cut is not None and work.model == "target" and self.cut(s.prompt, work.start) == done + stand:
             return WorkResult(
-                rows=fact.rows, tokens=fact.tokens, draft=fact.draft, kept=self._compress(work, s, done + stand)
+                rows=fact.rows, tokens=fact.tokens, draft=fact.draft, kept=self._forget_some(work, s, done + stand)
             )
         return fact
 
@@ -204,7 +204,7 @@ class Executor(NullExecutor):
         """Positions of a compressed table's entries; of an inherited one only those that came later are known."""
         return s.state.get(f"kept{g}", [])  # type: ignore[return-value]
 
-    def _compress(self, work: Work, s: Mirrored, stop: int) -> dict[int, int]:
+    def _forget_some(self, work: Work, s: Mirrored, stop: int) -> dict[int, int]:
         """Keep some entries, the last one among them, packed at the table's head: what a real compression would do."""
         out = {}
         for g in self.members(work):

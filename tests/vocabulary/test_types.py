@@ -10,32 +10,44 @@ import pytest
 
 from weft import types
 from weft.types import (
+    Action,
+    Adapted,
     Add,
+    Append,
     Cancel,
     Command,
+    Drop,
     EngineFrame,
     EngineStats,
     Enter,
     Event,
     Finished,
+    Fork,
     Grant,
     GroupKind,
     GroupSpec,
     Keep,
     KVOp,
     KVOpKind,
+    Load,
     Mask,
     MediaItem,
+    Park,
     Plan,
     Preempted,
+    Put,
     Rejected,
     RequestSpec,
+    Resume,
     SamplingSpec,
     Span,
     StepResult,
+    Stop,
+    Tell,
     TokenItem,
     TokenLogprob,
     Tokens,
+    Truncate,
     VectorItem,
     Work,
     WorkResult,
@@ -47,7 +59,7 @@ ITEMS = (TokenItem((1, 2, 2**31 - 1)), VECTOR, MediaItem("image", 4, DIGEST), To
 SAMPLING = SamplingSpec(
     temperature=0.1 + 0.2, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1, presence_penalty=-0.5,
     frequency_penalty=0.25, logit_bias={0: -100.0, 4095: 1e-300}, logprobs=5, prompt_logprobs=0, max_tokens=7,
-    min_tokens=2, stop_ids=(0, 7),
+    min_tokens=2, stop_ids=(0, 7), steered=True,
 )  # fmt: skip
 SPEC = RequestSpec(
     id=2**63 - 1,
@@ -95,7 +107,8 @@ STATS = EngineStats(
 )  # fmt: skip
 EVENTS: tuple[Event, ...] = (
     Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB)),
-    Finished(1, 2, "stop", stop_id=7, cached_tokens=16, error="why"),
+    Finished(1, 2, "stop", stop_id=7, cached_tokens=16, error="why", discarded=8),
+    Adapted(4, "a", "adapt=lora(name='a')", "beef", error="why", kind="capacity", param="lora_name", code="overloaded"),
     Preempted(1, 2),
     Rejected(1, "too long", "capacity", param="prompt", code="context_length_exceeded"),
 )
@@ -107,8 +120,14 @@ GROUPS = tuple(
     )
     for kind in GroupKind
 )  # fmt: skip
-COMMANDS: tuple[Command, ...] = (Add(SPEC), Cancel(3), Cancel(3, 1))
-WHOLE: list[Any] = [PLAN, RESULT, FRAME, SPEC, *GROUPS, *COMMANDS, *EVENTS, *ITEMS]
+COMMANDS: tuple[Command, ...] = (
+    Add(SPEC), Cancel(3), Cancel(3, 1), Load(4, "a", "folder/a", technique="other"), Drop(5, "a"),
+)  # fmt: skip
+ACTIONS: tuple[Action, ...] = (
+    Fork(1, 2), Put(1, (3, 4), drop=2), Append(2, (5,)), Truncate(1, 9), Park(1), Resume(1), Stop(2),
+    Tell(1, (3, 4), (LOGPROB, LOGPROB), "stop", stop_id=4, error="why"),
+)  # fmt: skip
+WHOLE: list[Any] = [PLAN, RESULT, FRAME, SPEC, *GROUPS, *COMMANDS, *ACTIONS, *EVENTS, *ITEMS]
 
 
 def structs() -> dict[str, type[msgspec.Struct]]:
@@ -179,7 +198,9 @@ def test_every_mask_and_keep_travels(mask: Mask, keep: Keep) -> None:
 
 
 @pytest.mark.parametrize(
-    ("union", "values"), [(Command, COMMANDS), (Event, EVENTS), (types.Item, ITEMS)], ids=["Command", "Event", "Item"]
+    ("union", "values"),
+    [(Command, COMMANDS), (Event, EVENTS), (types.Item, ITEMS), (Action, ACTIONS)],
+    ids=["Command", "Event", "Item", "Action"],
 )
 def test_a_union_comes_back_as_the_member_that_was_sent(union: Any, values: tuple[Any, ...]) -> None:
     back = msgspec.msgpack.decode(msgspec.msgpack.encode(values), type=tuple[union, ...])
