@@ -176,14 +176,24 @@ def measured() -> dict[str, Any]:
 def test_sentences_follow_from_the_figures() -> None:
     result = measured()
     assert list(verdicts(result)) == [
-        "Against none, tokens per second of decoding were higher: 2.00 times for ngram on small, quoting, batch 4.",
-        "They were lower: 0.90 times for ngram on small, prose, batch 4.",
-        "The KV held was lower: 0.50 times for ngram on small, quoting, batch 4.",
+        "Against none, tokens per second of decoding were higher: 2.00 times on small, quoting, batch 4.",
+        "They were lower: 0.90 times on small, prose, batch 4.",
+        "The KV held was lower: 0.50 times on small, quoting, batch 4.",
     ]
     wavering = copy.deepcopy(result)
     for comparison in wavering["comparisons"]:
         comparison["cases"][1]["ratio_spread"]["decode_tok_s"] = [0.7, 3.0]
-    assert "not clearly different: 2.00 times for ngram" in next(verdicts(wavering))
+    assert list(verdicts(wavering))[:3] == [
+        "Against none, tokens per second of decoding were not clearly different: 2.00 times on small, quoting, batch 4; and "
+        "0.90 times on small, prose, batch 4.",
+        "Where the clock shows no difference, tokens per second of processor time were higher: 2.00 times on small, quoting, "
+        "batch 4.",
+        "Where the clock shows no difference, tokens per second of processor time were lower: 0.90 times on small, prose, "
+        "batch 4.",
+    ]
+    more = copy.deepcopy(result)
+    more["comparisons"][0]["cases"].append(more["comparisons"][0]["cases"][1])
+    assert "2.00 times for ngram on small, quoting, batch 4" in next(verdicts(more))
     text = page(feature("draft", "ngram"), result)
     assert "    python -m bench.draft.ngram\n" in text
     assert "2026-01-02, A processor, 2 cores." in text

@@ -2,7 +2,7 @@
 
 A technique's file begins with a summary line and fields (Paper, Rule, Shapes, Units, Cost, Pays, Differs, Raises), each a word at
 the margin, two spaces or more, and text that may run on in indented lines.  Shapes and Pays (where it is worth having) may be
-left out.  Catalogue ids stand in brackets in the field Paper.
+left out.  Catalogue ids stand in brackets, round or square, in the field Paper.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weft.traits import Traits
 
 FIELDS = ("Paper", "Rule", "Shapes", "Units", "Cost", "Pays", "Differs", "Raises")
 REQUIRED = ("Paper", "Rule", "Units", "Cost", "Differs", "Raises")
-_ID = re.compile(r"\((\d{3}-\d+(?:,\s*\d{3}-\d+)*)\)")
+_ID = re.compile(r"[(\[](\d{3}-\d+(?:,\s*\d{3}-\d+)*)[)\]]")
 _FIELD = re.compile(rf"^({'|'.join(FIELDS)}) {{2,}}(.*)$")
 
 

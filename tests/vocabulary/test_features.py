@@ -106,14 +106,15 @@ def test_a_head_is_read() -> None:
     assert head("") == ("", {})
 
 
+@pytest.mark.parametrize("ids", ["(000-12, 003-4)", "[000-12, 003-4]"])
 def test_catalogue_ids_are_taken_out_of_the_paper(
-    technique: Callable[..., Part], monkeypatch: pytest.MonkeyPatch
+    technique: Callable[..., Part], monkeypatch: pytest.MonkeyPatch, ids: str
 ) -> None:
-    part = described(technique, monkeypatch, HEAD)
+    part = described(technique, monkeypatch, HEAD.replace("(000-12, 003-4)", ids))
     found = feature(part.slot, part.name)
     assert found.catalogue == ("000-12", "003-4")
     assert found.paper == "Someone et al., A Title, arXiv:1234.56789"
-    assert found.fields["Paper"].endswith("(000-12, 003-4)")
+    assert found.fields["Paper"].endswith(ids)
 
 
 @pytest.mark.parametrize("field", REQUIRED)
