@@ -3,7 +3,7 @@
     python -m tools.train_tiny tokenizer DATA OUT
     python -m tools.train_tiny model     DATA OUT --minutes 90
     python -m tools.train_tiny evaluate  DATA OUT
-    python -m tools.train_tiny draft     DATA OUT --teacher MODEL --minutes 35     a draft of MODEL, see `tools/tiny/distil.py`
+    python -m tools.train_tiny draft     DATA OUT --teacher MODEL --minutes 33     a draft of MODEL, see `tools/tiny/distil.py`
     python -m tools.train_tiny accept    DATA OUT --teacher MODEL                  what it is worth, see `tools/tiny/accept.py`
 
 DATA is laid out as `tools/tiny/corpus.py` says.  The model in the package came from two runs on two cores, one of about 18

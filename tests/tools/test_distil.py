@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tools.tiny.accept import GUESSES, KINDS, PROMPT_TOKENS, Prompts, greedy_step, in_a_row
+from tools.tiny.accept import GUESSES, LENGTHS, Prompts, ends_of, greedy_step, in_a_row, mean, up_to_end
 from tools.tiny.corpus import HELD_OUT, Corpus
 from tools.tiny.distil import Course, Shape, build, distances, learn, measure, optimizers_of
 from tools.tiny.mixture import Mixture
@@ -66,7 +66,7 @@ def test_held_out_novels_reach_prompts_and_nothing_else(corpus: Corpus, mixture:
     assert "ferry" in drawn
     assert "harbour" in drawn
     assert SECRET not in drawn
-    prompts = Prompts(corpus, mixture)
+    prompts = Prompts(corpus, mixture.tokenizer)
     assert any(SECRET in mixture.tokenizer.decode(row) for row in prompts.rows("novels", 8).tolist())
 
 
@@ -80,13 +80,15 @@ def test_the_real_held_out_novels_are_not_among_those_taught(shared: Callable[[s
 
 
 def test_prompts_are_of_one_length_and_the_same_each_time(corpus: Corpus, mixture: Mixture) -> None:
-    first, second = Prompts(corpus, mixture), Prompts(corpus, mixture)
+    first, second = Prompts(corpus, mixture.tokenizer), Prompts(corpus, mixture.tokenizer)
     second.rows("novels", 3)
-    for kind in KINDS:
+    for kind, length in LENGTHS.items():
         rows = first.rows(kind, 5)
-        assert rows.shape == (5, PROMPT_TOKENS)
+        assert rows.shape == (5, length)
         assert torch.equal(rows, second.rows(kind, 5))
-    assert mixture.tokenizer.decode(first.rows("chat", 1)[0]).endswith("<|end|><|assistant|>")
+    chat = mixture.tokenizer.decode(first.rows("chat", 1)[0])
+    assert chat.startswith("<|user|>")
+    assert chat.endswith("<|end|><|assistant|>")
     recall = mixture.tokenizer.decode(first.rows("recall", 1)[0])
     assert "The number of" in recall
     assert recall.endswith("?<|end|><|assistant|>")
@@ -107,14 +109,14 @@ def test_rows_at_temperature_zero_are_what_generate_gives(teacher: LlamaForCausa
 
 
 def test_rows_at_temperature_one_follow_the_law(teacher: LlamaForCausalLM, mixture: Mixture) -> None:
-    """The first written token of 4,096 equal beginnings is drawn from the teacher's law there (chi-squared, 0.1 %)."""
-    begin = torch.from_numpy(mixture.draw(4)).long()[None].repeat(4096, 1)
-    tokens, _ = write(teacher, begin, 5, torch.ones(4096), torch.Generator().manual_seed(2))
+    """The first written token of 2,048 equal beginnings is drawn from the teacher's law there (chi-squared, 0.1 %)."""
+    begin = torch.from_numpy(mixture.draw(4)).long()[None].repeat(2048, 1)
+    tokens, _ = write(teacher, begin, 5, torch.ones(2048), torch.Generator().manual_seed(2))
     law = teacher(begin[:1]).logits[0, -1].softmax(-1)
     top = law.topk(15)
-    expected = torch.cat([top.values, 1 - top.values.sum()[None]]) * 4096
+    expected = torch.cat([top.values, 1 - top.values.sum()[None]]) * 2048
     counts = torch.stack([(tokens[:, 4] == i).sum() for i in top.indices]).float()
-    counts = torch.cat([counts, 4096 - counts.sum()[None]])
+    counts = torch.cat([counts, 2048 - counts.sum()[None]])
     enough = expected > 5
     assert float(((counts - expected) ** 2 / expected)[enough].sum()) < 37.7
 
@@ -197,9 +199,21 @@ def test_the_course_warms_up_and_comes_down() -> None:
 # ---------------------------------------------------------------------------------------------- the figures
 
 
-def test_in_a_row_by_hand() -> None:
-    found = in_a_row(torch.tensor([[1.0, 0.5, 1.0, 0.0, 1.0, 1.0]]))
-    assert found == [0.75, 0.5, 0.25, 0.0, 0.0]  # of the steps 1 .5 1 0 1 and .5 1 0 1 1
+def test_figures_by_hand() -> None:
+    """Two rows, of six tokens and of two."""
+    rows = [[1.0, 0.5, 1.0, 0.0, 1.0, 1.0], [1.0, 1.0]]
+    assert mean(rows) == round(6.5 / 8, 4)
+    assert in_a_row(rows) == [round(6.5 / 8, 4), round((0.5 + 0.5 + 0 + 0 + 1 + 1) / 6, 4), 0.125, 0.0, 0.0]
+    hits = [[1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 1.0]]
+    assert greedy_step(hits, 2) == 9 / 5  # 3, 2, 1, 1 and 2
+    assert greedy_step(hits, 1) == 9 / 6  # 2, 1, 2, 1, 1 and 2
+
+
+def test_a_row_counts_as_far_as_its_first_end(teacher: LlamaForCausalLM) -> None:
+    assert ends_of(teacher) == {0, 4}
+    values = torch.tensor([[0.5, 0.25, 0.125], [0.5, 0.25, 0.125], [0.5, 0.25, 0.125]])
+    said = torch.tensor([[9, 4, 0], [0, 7, 4], [7, 8, 9]])
+    assert up_to_end(values, said, {0, 4}) == [[0.5, 0.25], [0.5], [0.5, 0.25, 0.125]]
 
 
 def test_greedy_steps_are_those_of_a_drafting_loop(teacher: LlamaForCausalLM, mixture: Mixture) -> None:
@@ -214,12 +228,12 @@ def test_greedy_steps_are_those_of_a_drafting_loop(teacher: LlamaForCausalLM, mi
     assert 0 < int(hits.sum()) < hits.numel()
     for k in GUESSES:
         at, lengths = start, []
-        while at + k < n:
+        while at < n:
             guessed = text[:, :at]
             for _ in range(k):
                 guessed = torch.cat([guessed, draft(guessed).logits[:, -1:].argmax(-1)], 1)
-            right = (guessed[0, at:] == text[0, at : at + k]).tolist()
-            stood = right.index(False) if False in right else k
-            lengths.append(stood + 1)
-            at += stood + 1
-        assert greedy_step(hits.tolist(), k) == pytest.approx(sum(lengths) / len(lengths))
+            right = [int(a) == int(b) for a, b in zip(guessed[0, at:], text[0, at:], strict=False)]
+            stood = right.index(False) if False in right else len(right)
+            lengths.append(min(stood + 1, n - at))
+            at += lengths[-1]
+        assert greedy_step(hits.float().tolist(), k) == pytest.approx(sum(lengths) / len(lengths))

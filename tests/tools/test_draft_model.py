@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from tests.models.harness import Rows, bench_for
 from tools.tiny.accept import Prompts, judge
 from tools.tiny.corpus import Corpus
-from tools.tiny.mixture import Mixture
 from weft.models import load_spec
 
 MOST_BYTES = 3_000_000
@@ -23,9 +22,10 @@ TEXT = (
     "they lay all night in the shadow of the island, waiting for the tide to turn and the wind to fall."
 )
 JUDGED = 8
-"""Prompts of each kind; the figures in the draft's README are of 32."""
-BOUNDS = {"novels": (0.0, 0.0), "chat": (0.0, 0.0), "recall": (0.0, 0.0)}
-"""Greedy acceptance and overlap at temperature 1 that each kind must reach."""
+"""Prompts of each kind; the figures in the draft's README are of 64."""
+BOUNDS = {"novels": (0.58, 0.53), "chat": (0.4, 0.38)}
+"""Greedy acceptance and overlap at temperature 1 that each kind must reach.  Recall is left out: its answers are too short to
+judge by eight."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_it_guesses_what_the_model_says(
     """On prompts from novels that neither the model nor the draft was taught."""
     corpus = Corpus(shared("data"))
     model, draft = (LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (bundled, folder))
-    prompts = Prompts(corpus, Mixture(corpus, tokenizer))
+    prompts = Prompts(corpus, tokenizer)
     for kind, (greedy, overlap) in BOUNDS.items():
         found = judge(draft, model, prompts.rows(kind, JUDGED))
         assert found["greedy"]["accepted"] > greedy, kind

@@ -9,7 +9,8 @@ and recall windows over them.  The teacher goes on by itself, and the draft read
                That the first j guesses stand has the chance E[product of min(1, q/p) over j tokens drawn from p] (both by
                Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192).
 
-Tokens of a step: the guesses that stood and the one token of the teacher that always follows.
+Tokens of a step: the guesses that stood and the one token of the teacher that always follows.  A row counts up to the token
+that ends an answer, and no further, as an engine would stop there.
 
 Legend.  B: prompts.  P: tokens of a prompt.  N: tokens of the whole rows.  V: vocabulary.  k: guesses of a step.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,63 +29,56 @@ import torch
 from torch import Tensor
 
 from tools.tiny.corpus import Corpus
-from tools.tiny.mixture import Mixture
 from tools.tiny.sampled import write
 from weft.fidelity.recall import OWNERS, THINGS
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 GUESSES = (2, 3, 4, 5)
-KINDS = ("novels", "chat", "recall")
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32, 96, 96
-CHAT_TOKENS = 24
+LENGTHS = {"novels": 96, "chat": 32, "recall": 96}
+"""Tokens of a prompt of each kind."""
+PROMPTS, NEW_TOKENS = 64, 96
 SEED = 5
-REQUESTS = (
-    "Write a story that begins: {}",
-    "Tell me about this: {}",
-    "What happens after this? {}",
-    "How many are there in this? {}",
-)
+REQUESTS = ("Write a story that begins: ", "Tell me about this: ", "What happens after this? ", "How many are there? ")
 
 
 class Prompts:
     """Prompts of each kind from the held-out novels, as rows of equal length, the same ones each time."""
 
-    def __init__(self, corpus: Corpus, mixture: Mixture) -> None:
-        self.mixture, self.place = mixture, np.random.default_rng(SEED)
-        self.novels = [mixture.encode(text) for text in corpus.held_out()]
+    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer, self.place = tokenizer, np.random.default_rng(SEED)
+        self.novels = [self.encode(text) for text in corpus.held_out()]
 
     def excerpt(self, n: int) -> list[int]:
         novel = self.novels[int(self.place.integers(len(self.novels)))]
         start = int(self.place.integers(len(novel) - n))
-        return [int(token) for token in novel[start : start + n]]
+        return novel[start : start + n]
 
     def encode(self, text: str) -> list[int]:
-        return [int(token) for token in self.mixture.encode(text)]
+        return [int(token) for token in self.tokenizer(text)["input_ids"]]
 
     def one(self, kind: str) -> list[int]:
-        """A prompt of any length; `rows` cuts it at the left to PROMPT_TOKENS."""
+        room = LENGTHS[kind]
         if kind == "novels":
-            return self.excerpt(PROMPT_TOKENS)
+            return self.excerpt(room)
         if kind == "chat":
-            text = self.mixture.tokenizer.decode(self.excerpt(CHAT_TOKENS))
-            request = REQUESTS[int(self.place.integers(len(REQUESTS)))].format(text)
-            return self.excerpt(PROMPT_TOKENS) + self.encode(f"<|end|><|user|>{request}<|end|><|assistant|>")
+            head, tail = self.encode(f"<|user|>{self.pick(REQUESTS)}"), self.encode("<|end|><|assistant|>")
+            return head + self.excerpt(room - len(head) - len(tail)) + tail
         owner, thing = self.pick(OWNERS), self.pick(THINGS)
         number = "".join(self.pick("0123456789") for _ in range(4))
         fact = self.encode(f"\n\nThe number of {owner}'s {thing} is {number}.\n\n")
         question = self.encode(f"<|user|>What is the number of {owner}'s {thing}?<|end|><|assistant|>")
-        room = PROMPT_TOKENS - len(fact) - len(question)
-        before = int(self.place.integers(room // 2))
+        room -= len(fact) + len(question)
+        before = int(self.place.integers(room))
         return self.excerpt(before) + fact + self.excerpt(room - before) + question
 
     def pick(self, choices: Sequence[str]) -> str:
         return choices[int(self.place.integers(len(choices)))]
 
     def rows(self, kind: str, count: int) -> Tensor:
-        self.place = np.random.default_rng((SEED, KINDS.index(kind)))
-        return torch.tensor([self.one(kind)[-PROMPT_TOKENS:] for _ in range(count)])
+        self.place = np.random.default_rng((SEED, list(LENGTHS).index(kind)))
+        return torch.tensor([self.one(kind) for _ in range(count)])
 
 
 @torch.no_grad()
@@ -93,41 +88,69 @@ def judge(draft: LlamaForCausalLM, teacher: LlamaForCausalLM, prompt_BP: Tensor)
     n = start + NEW_TOKENS
     noise = torch.Generator().manual_seed(SEED)
     tokens, _ = write(teacher, prompt_BP, n, torch.zeros(rows), noise)
-    hits_BN = draft(tokens).logits[:, start - 1 : -1].argmax(-1) == tokens[:, start:]
+    said = tokens[:, start:]
+    hits = up_to_end((draft(tokens).logits[:, start - 1 : -1].argmax(-1) == said).float(), said, ends_of(teacher))
     tokens, hidden = write(teacher, prompt_BP, n, torch.ones(rows), noise)
+    said = tokens[:, start:]
     p = teacher.lm_head(hidden[:, start - 1 : -1]).softmax(-1)
     q = draft(tokens).logits[:, start - 1 : -1].softmax(-1)
-    drawn = tokens[:, start:, None]
-    kept_BN = (q.gather(-1, drawn) / p.gather(-1, drawn)).clamp(max=1)[..., 0]
+    overlap = up_to_end(torch.minimum(p, q).sum(-1), said, ends_of(teacher))
+    kept_BN = (q.gather(-1, said[..., None]) / p.gather(-1, said[..., None])).clamp(max=1)[..., 0]
+    kept = in_a_row(up_to_end(kept_BN, said, ends_of(teacher)))
     return {
         "greedy": {
-            "accepted": round(float(hits_BN.float().mean()), 4),
-            "accepted_in_a_row": in_a_row(hits_BN.float()),
-            "tokens_per_step": {str(k): round(greedy_step(hits_BN.tolist(), k), 3) for k in GUESSES},
+            "tokens": sum(map(len, hits)),
+            "accepted": mean(hits),
+            "accepted_in_a_row": in_a_row(hits),
+            "tokens_per_step": {str(k): round(greedy_step(hits, k), 3) for k in GUESSES},
         },
         "sampled": {
-            "overlap": round(float(torch.minimum(p, q).sum(-1).mean()), 4),
-            "accepted_in_a_row": in_a_row(kept_BN),
-            "tokens_per_step": {str(k): round(1 + sum(in_a_row(kept_BN)[:k]), 3) for k in GUESSES},
+            "tokens": sum(map(len, overlap)),
+            "overlap": mean(overlap),
+            "accepted_in_a_row": kept,
+            "tokens_per_step": {str(k): round(1 + sum(kept[:k]), 3) for k in GUESSES},
         },
     }
 
 
-def in_a_row(chance_BN: Tensor) -> list[float]:
-    """The chance that the first j guesses all stand, for j = 1, 2, ..., over steps that begin anywhere."""
-    most = max(GUESSES)
-    windows = chance_BN.unfold(1, most, 1)
-    return [round(float(x), 4) for x in windows.cumprod(-1).mean((0, 1))]
+def ends_of(teacher: LlamaForCausalLM) -> set[int]:
+    """Tokens that end an answer of the teacher's."""
+    config: Any = teacher.generation_config
+    ends = config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends}
 
 
-def greedy_step(hits_BN: Sequence[Sequence[bool]], k: int) -> float:
-    """Mean tokens of a step with k guesses, step after step along each row."""
+def up_to_end(values_BN: Tensor, said_BN: Tensor, ends: set[int]) -> list[list[float]]:
+    """Each row's values as far as its first end, which is the last that counts."""
+    found = []
+    for values, said in zip(values_BN.tolist(), said_BN.tolist(), strict=True):
+        stop = next((i for i, token in enumerate(said) if token in ends), len(said) - 1)
+        found.append(values[: stop + 1])
+    return found
+
+
+def mean(rows: Sequence[Sequence[float]]) -> float:
+    return round(sum(map(sum, rows)) / max(1, sum(map(len, rows))), 4)
+
+
+def in_a_row(rows: Sequence[Sequence[float]]) -> list[float]:
+    """The chance that the first j guesses all stand, for j = 1, 2, ..., over steps that begin anywhere and have j to guess."""
+    found = []
+    for j in range(1, max(GUESSES) + 1):
+        runs = [math.prod(row[at : at + j]) for row in rows for at in range(len(row) - j + 1)]
+        found.append(round(sum(runs) / max(1, len(runs)), 4))
+    return found
+
+
+def greedy_step(rows: Sequence[Sequence[float]], k: int) -> float:
+    """Mean tokens of a step with k guesses, step after step along each row of hits; the last may be cut short by its end."""
     tokens = steps = 0
-    for row in hits_BN:
+    for row in rows:
         at = 0
-        while at + k < len(row):  # a step that the row's end would cut off says nothing
+        while at < len(row):
             stood = next((i for i, hit in enumerate(row[at : at + k]) if not hit), k)
-            at, tokens, steps = at + stood + 1, tokens + stood + 1, steps + 1
+            stop = min(at + stood + 1, len(row))
+            at, tokens, steps = stop, tokens + stop - at, steps + 1
     return tokens / max(1, steps)
 
 
@@ -135,7 +158,7 @@ def report(
     draft: LlamaForCausalLM, teacher: LlamaForCausalLM, prompts: Prompts, count: int = PROMPTS
 ) -> dict[str, Any]:
     draft.eval()
-    return {kind: judge(draft, teacher, prompts.rows(kind, count)) for kind in KINDS}
+    return {kind: judge(draft, teacher, prompts.rows(kind, count)) for kind in LENGTHS}
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -161,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
     teacher = LlamaForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval()
     draft = LlamaForCausalLM.from_pretrained(options.out, dtype=torch.float32)
     corpus = Corpus(options.data)
-    prompts = Prompts(corpus, Mixture(corpus, AutoTokenizer.from_pretrained(options.teacher)))
+    prompts = Prompts(corpus, AutoTokenizer.from_pretrained(options.teacher))
     found = report(draft, teacher, prompts, options.prompts)
     (options.out / "acceptance.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
     print("\n".join(lines(found)))
