@@ -8,15 +8,18 @@ from torch import Tensor
 
 from tests.ops.test_attention import BLOCK, HEADS, KV_HEADS, SMALL, TILINGS, Held, World, plain
 from weft.exec.batch import MassRows
-from weft.ops.ref.attention_mass import QUANTA, attention_mass
-from weft.ops.ref.attention_plan import AttentionPlan
+from weft.ops.ref.attention_mass import QUANTA, WeighingPlan, attention_mass
 from weft.ops.ref.tiles import Tiling
 
 
 def mass_of(world: World, tiling: Tiling, rows: MassRows, softcap: float | None = None, bias: bool = False) -> Tensor:
-    plan = AttentionPlan(world.batch, world.where, world.pool, 0, HEADS, tiling)
+    world.batch.mass = rows
+    plan = WeighingPlan(world.batch, world.where, world.pool, 0, HEADS, tiling)
     given = {"softcap": softcap, "bias": world.bias if bias else None}
-    return attention_mass(world.q, world.pool, world.layer, plan, rows, scale=0.7, **given)
+    found = attention_mass(world.q, world.pool, world.layer, plan, scale=0.7, **given)
+    again = attention_mass(world.q, world.pool, world.layer, plan, scale=0.7, **given)
+    assert torch.equal(found, again), "what is kept for the next layer is what was made for the first"
+    return found
 
 
 def each_sequence(world: World) -> MassRows:

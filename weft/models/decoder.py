@@ -23,7 +23,7 @@ from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, RopeSpec, dtype
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.ops import Ops, choose
 from weft.ops.attention_call import AttentionCall, by_technique
-from weft.ops.ref.attention_mass import weighing_plan
+from weft.ops.ref.attention_mass import WeighingPlan
 from weft.ops.ref.rope import frequencies
 from weft.ops.ref.tiles import (
     CANDIDATES,
@@ -208,7 +208,7 @@ class Decoder:
                 call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling)
                 step.attending[group].append((technique, call, technique.plan(call)))
             if batch.mass is not None and pool.groups[at].window is None:
-                step.weighing[group] = weighing_plan(batch, where, pool, at, self.spec.heads, self._tiling)
+                step.weighing[group] = WeighingPlan(batch, where, pool, at, self.spec.heads, self._tiling)
         return step
 
     def _place(self, step: Step, group: int) -> int:

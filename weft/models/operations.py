@@ -26,7 +26,7 @@ from weft.exec.kvpool import KVPool
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops import Ops
 from weft.ops.attention_call import AttentionCall
-from weft.ops.ref.attention_plan import AttentionPlan
+from weft.ops.ref.attention_mass import WeighingPlan
 from weft.ops.ref.basic import Slabs
 from weft.slots import Attention
 
@@ -70,7 +70,7 @@ class Step:
     ropes: dict[RopeSpec, tuple[Tensor, Tensor]]
     attending: dict[int, list[tuple[Attention, AttentionCall, Any]]] = field(default_factory=dict)
     stored: dict[int, Tensor] = field(default_factory=dict)
-    weighing: dict[int, AttentionPlan] = field(default_factory=dict)
+    weighing: dict[int, WeighingPlan] = field(default_factory=dict)
     routed: tuple[Tensor, Tensor] | None = None
     keep: Tensor | None = None
 
@@ -218,9 +218,7 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
         mass = step.batch.mass
         if mass is not None and group in step.weighing:
             given = {"scale": layer.query_scale, "softcap": layer.attention_softcap}
-            mass.found[index] = ops.attention_mass(
-                q[: step.rows], step.pool, index, step.weighing[group], mass, **given
-            )
+            mass.found[index] = ops.attention_mass(q[: step.rows], step.pool, index, step.weighing[group], **given)
 
     views = (q, k, v)
     return [

@@ -1,0 +1,1 @@
+"""Benchmarks of techniques in the slot kv.compress."""
