@@ -38,12 +38,11 @@ class File:
     lookahead: int = 4
     hits: int = 0
     acts: dict[str, int] = field(
-        default_factory=lambda: {"blocks_saved": 0, "blocks_loaded": 0, "bytes_moved": 0, "prefetched": 0},
-        init=False,
-        compare=False,
+        default_factory=lambda: {"blocks_saved": 0, "blocks_loaded": 0, "bytes_moved": 0}, init=False, compare=False
     )
+    """And, once they happen, prefetched, saves_failed and loads_failed."""
     per_request: ClassVar[bool] = False
-    trial: ClassVar[Mapping[str, object]] = {"disk": "64MiB", "memory": "2MiB"}
+    trial: ClassVar[Mapping[str, object]] = {"disk": "64MiB", "memory": "1MiB"}
     traits: ClassVar[Traits] = Traits(gives=frozenset({Trait.HOST_TIER}))
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class Host:
     acts: dict[str, int] = field(
         default_factory=lambda: {"blocks_saved": 0, "blocks_loaded": 0, "bytes_moved": 0}, init=False, compare=False
     )
+    """And, once they happen, saves_failed and loads_failed."""
     lookahead: ClassVar[int] = 0
     per_request: ClassVar[bool] = False
     trial: ClassVar[Mapping[str, object]] = {"memory": "64MiB"}
