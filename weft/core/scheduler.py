@@ -24,6 +24,9 @@ from weft.errors import InvariantError
 from weft.slots import Quota, Schedule, StepView
 from weft.types import Plan, Work
 
+FINAL = Quota(1)
+"""What a linked request's last row has: the policy was asked for the whole family before."""
+
 
 class Scheduler(Membership):
     """Fills steps.  models: names; layers: layer count of the target model; base: the server's stack.
@@ -157,14 +160,14 @@ class Scheduler(Membership):
             self._target(r, d)
 
     def _target(self, r: Request, d: Planning, *, final: bool = False) -> None:
-        """Plan rows of the target model.  final: the last ones of a linked request, for which the policy was asked already."""
+        """Plan rows of the target model.  final: only the last row of a linked request."""
         if r.in_flight and (r.partial or r.draft or r.cut or r.loading or not r.publishes):
             return  # its advance depends on what the plan in flight finds
         if r.partial is not None:
             self._layers_on(r, d)
             return
         start, end = r.planned[0], len(r.context)
-        quota = Quota(end - start) if final else self.policy.quota(r, d.view)
+        quota = FINAL if final else self.policy.quota(r, d.view)
         rows = quota.rows
         if r.tile > 1 and rows > 0 and start < r.prompt:
             rows = max(rows, min((start // r.tile + 1) * r.tile, r.prompt) - start)
@@ -173,7 +176,7 @@ class Scheduler(Membership):
         if cut is not None and cut <= stop:
             stop = self._before(r, start, cut)
         if r.link is not None and stop == end and not final:
-            stop = r.ends(end - 1)
+            stop -= 1
         if stop <= start:
             return
         stop, prompt_rows, samples = d.chunk(r, start, stop)
@@ -268,11 +271,9 @@ class Scheduler(Membership):
     def _together(self, r: Request, d: Planning) -> bool:
         """Linked requests sample together: their last rows are planned in one step or not at all.  True when dealt with."""
         family = self.linked(r)
-        if any(x.planned[0] != x.ends(len(x.context) - 1) for x in family):
+        if any(x.planned[0] != len(x.context) - 1 for x in family):
             return False
-        rows = {x.rid: len(x.context) - x.planned[0] for x in family}
-        samples = len(family) + sum(x.prompt_rows(x.planned[0], len(x.context)) for x in family)
-        if any(x.in_flight or x.rid in d.advanced for x in family) or not d.fits(sum(rows.values()), samples):
+        if any(x.in_flight or x.rid in d.advanced for x in family) or not d.fits(len(family), len(family)):
             return True
         if any(self.policy.quota(x, d.view).rows < 1 for x in family):
             return True
@@ -280,7 +281,7 @@ class Scheduler(Membership):
             self.kv.slide(x, 0, x.planned[0])
 
         def need(x: Request) -> int:
-            return self.kv.need(x, 0, rows[x.rid], rewrite=self._cut(x, x.planned[0]) == len(x.context))
+            return self.kv.need(x, 0, 1, rewrite=self._cut(x, x.planned[0]) == len(x.context))
 
         if self._obtain(r, lambda: sum(need(x) for x in family), d):
             for x in family:

@@ -258,10 +258,9 @@ class Sequences:
 
     def _together(self, family: Sequence[Request]) -> None:
         """Raise CapacityError where these sequences could never be sampled in one step."""
-        rows = sum(r.tile for r in family)
-        step_bytes = rows * self.limits.row_bytes + len(family) * self.limits.sample_bytes
-        most = min(self.limits.max_num_seqs, self.limits.max_samples)
-        if len(family) > most or rows > self.limits.max_rows or 0 < self.limits.work_bytes < step_bytes:
+        most = min(self.limits.max_num_seqs, self.limits.max_samples, self.limits.max_rows)
+        step_bytes = len(family) * (self.limits.row_bytes + self.limits.sample_bytes)
+        if len(family) > most or 0 < self.limits.work_bytes < step_bytes:
             raise CapacityError(f"{len(family)} linked sequences exceed what one step samples ({most} sequences)")
         self._fit(family)
 
