@@ -35,9 +35,7 @@ class Int8:
 
     acts: dict[str, int] = field(default_factory=lambda: {"rows_encoded": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = False
-    traits: ClassVar[Traits] = Traits(
-        fidelity=Fidelity.APPROX, effects=frozenset({Effect.REWRITES_KV}), bound=1e-4
-    )
+    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, effects=frozenset({Effect.REWRITES_KV}), bound=1e-4)
 
     def row_bytes(self, head_dim: int) -> int:
         return head_dim + SCALE_BYTES
