@@ -87,7 +87,7 @@ class Bench:
             reach=reach(setup),
             block_bytes=setup.block_bytes,
         )
-        self.executor = TorchExecutor(runtime.decoders, pool, stacks)
+        self.executor = TorchExecutor(runtime.decoders, pool, stacks, max_guesses=self.engine.limits.max_guesses)
         self.events: list[Event] = []
         self.steps = 0
 

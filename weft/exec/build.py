@@ -265,7 +265,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
     )  # fmt: skip
     adapters.serve(engine)
     runtime = Runtime(setup, engine, None, decoder, pool, second, adapters)  # type: ignore[arg-type]
-    runtime.executor = TorchExecutor(runtime.decoders, pool, stacks)
+    runtime.executor = TorchExecutor(runtime.decoders, pool, stacks, max_guesses=limits.max_guesses)
     return runtime
 
 

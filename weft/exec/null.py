@@ -310,4 +310,5 @@ class NullExecutor:
         if s.sampling.logprobs >= 0:
             told = tuple(logprob(states[count - 1 + i], t, s.sampling.logprobs, self.vocab) for i, t in enumerate(out))
         draft = self.propose(work, state, work.output + len(out))
+        s.write(work.start + count, out)
         return WorkResult(rows=count, tokens=tuple(out), draft=draft, logprobs=told)

@@ -36,10 +36,13 @@ TARGET, DRAFT = "target", "draft"
 class TorchExecutor:
     """decoders: by model name, the target among them.  pool: the KV of all groups.  stacks: the server's, and its requests'.
 
+    max_guesses: of one sequence that a plan would have verified (`Limits.max_guesses`); more are not asked for.
     Raises ConfigError where a tier below the pool cannot be opened.
     """
 
-    def __init__(self, decoders: Mapping[str, Decoder], pool: KVPool, stacks: Stacks | None = None) -> None:
+    def __init__(
+        self, decoders: Mapping[str, Decoder], pool: KVPool, stacks: Stacks | None = None, *, max_guesses: int = 1 << 16
+    ) -> None:
         self.decoders = dict(decoders)
         self.pool = pool
         self.groups = pool.groups
@@ -53,7 +56,7 @@ class TorchExecutor:
         offload = self.stacks.base.get("kv.offload")
         self.tiers = None if offload is None else TierStore(offload, pool)
         self._gather = Gather(self.mirror, pool, self._members)
-        self._sampling = Sampling(self.mirror, pool, self._members)
+        self._sampling = Sampling(self.mirror, pool, self._members, max_guesses)
         self._compression = Compression(self.mirror, pool, self._members)
 
     def close(self) -> None:

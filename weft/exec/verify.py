@@ -50,10 +50,14 @@ class Verified:
 
 
 class Sampling:
-    """Draws, accepts and proposes for the sequences of a mirror.  members: the pool's groups of each model."""
+    """Draws, accepts and proposes for the sequences of a mirror.  members: the pool's groups of each model.
 
-    def __init__(self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]]) -> None:
+    max_guesses: of one sequence that a plan would have verified.
+    """
+
+    def __init__(self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]], max_guesses: int) -> None:
         self.mirror, self.pool, self.groups = mirror, pool, pool.groups
+        self._max_guesses = max_guesses
         self._members = members
         self.probe: Probe | None = None
         """Called with every row that a token was taken from: who measures a stack reads laws here."""
@@ -143,7 +147,7 @@ class Sampling:
 
     def _ask(self, s: Mirrored, work: Work, fact: WorkResult, draft: Draft, ahead: Ahead | None) -> Ask:
         context, output = len(work.tokens) - work.guesses, work.output + len(fact.tokens)
-        most = s.sampling.max_tokens - output - 1
+        most = min(s.sampling.max_tokens - output - 1, self._max_guesses)
         if draft.model is not None:
             most = min(most, 0 if ahead is None else ahead.room(work.request))
         if fact.tokens[-1] in s.sampling.stop_ids and output > s.sampling.min_tokens:
@@ -217,6 +221,7 @@ class Sampling:
         if s.sampling.logprobs >= 0:
             at = [0, *(1 + j for j in path)]
             chosen = [sampler.told(sampled_NV[i], rows[i], t) for i, t in zip(at, tokens, strict=True)]
+        s.write(work.start + context, tokens)  # a plan may speak of later rows before it says these
         return WorkResult(rows=context, tokens=tuple(tokens), logprobs=tuple(chosen), prompt_logprobs=tuple(told))
 
     def _compact(self, work: Work, context: int, path: list[int]) -> None:
