@@ -155,7 +155,7 @@ class Sampling:
         known = (
             np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)]) if most > 0 else None
         )
-        return Ask(known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws, s.forced)
+        return Ask(known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws)
 
     # ------------------------------------------------------------------ rows
 

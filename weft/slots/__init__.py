@@ -156,7 +156,7 @@ class Ask:
 
     context: [T] int64 ids, the newest token last, -1 where no token stands.  prompt: how many of them are prompt.  output: index
     of the first token to guess.  most: guesses that can be verified.  sampling, seed: the law and the noise of its tokens.
-    independent: the sequence's `accept` weighs laws (see `Accept.laws`).  forced: the output that is set beforehand, if it is.
+    independent: the sequence's `accept` weighs laws (see `Accept.laws`).
     """
 
     context: Any
@@ -166,7 +166,6 @@ class Ask:
     sampling: SamplingSpec
     seed: int
     independent: bool = False
-    forced: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
