@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weft.compose import complete
 from weft.config import Stack
-from weft.conform.workload import QUESTIONS, Workload, workload
+from weft.conform.workload import QUESTIONS, Workload, prompts, workload
 from weft.core.engine import Engine
 from weft.errors import EngineError
 from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
@@ -88,10 +88,16 @@ class Lab:
 
     def runtime(self, parts: Sequence[Part], *, roomy: bool = False, **changes: Any) -> Runtime:
         setup = self.setup(parts, **changes)
-        whole = -(-setup.plan.max_model_len // 16) * max(1, len({g.model for g in setup.groups}))
-        blocks = setup.plan.kv_blocks if roomy else min(setup.plan.kv_blocks, whole + whole // 8)
+        blocks = setup.plan.kv_blocks if roomy else min(setup.plan.kv_blocks, self._tight(setup))
         stack = setup.stack if self.alter is None else self.alter(setup.stack)
         return build(replace(setup, stack=stack, plan=replace(setup.plan, kv_blocks=blocks)))
+
+    def _tight(self, setup: Setup) -> int:
+        """Blocks that two or three of the longest requests fill, as many entries as their stack keeps of them."""
+        whole = -(-setup.plan.max_model_len // 16) * max(1, len({g.model for g in setup.groups}))
+        blocks, longest = whole + whole // 8, max(len(ids) for ids in prompts(self.encode))
+        kept = setup.stack.budget(longest, longest)
+        return blocks if kept == longest else blocks * kept // longest + 8
 
     def companions(self, parts: Sequence[Part]) -> list[tuple[int, ...]]:
         """Contexts to contrast with, for a stack whose technique asks for them."""
