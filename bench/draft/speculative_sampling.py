@@ -1,0 +1,42 @@
+"""draft=speculative_sampling beside no draft: the shipped draft guesses for the bundled model, and for that model grown large.
+
+python -m bench.draft.speculative_sampling [--quick] [--json]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from bench.harness import Case, Options, encode, main
+from bench.texts import OPENINGS
+
+BATCHES = (1, 4)
+LAWS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 0.8": {"temperature": 0.8, "top_p": 0.95}}
+CASES = {"2 guesses": "guesses=2", "4 guesses": "guesses=4", "adaptive": "guesses=4, adapt=True"}
+NOTES = (
+    "The draft is the one that ships with weft: one layer, trained to agree with the bundled model. The grown model computes "
+    "what the bundled one does at the cost of its shape, so the guesses are as good, and cost next to nothing beside it.",
+    "Beside the bundled model the same draft costs a quarter of a step for each guess.",
+)
+
+
+def measure(options: Options) -> Iterator[dict[str, Any]]:
+    for model in options.models("smollm2-135m"):
+        for batch in BATCHES[:1] if options.quick else BATCHES:
+            for title, law in LAWS.items():
+                prompts = encode(model, OPENINGS)[: max(batch, 2)]
+                null = Case(
+                    name="no draft", prompts=prompts, sampling=law, max_new=12 if options.quick else 32, batch=batch
+                )
+                cases = [
+                    replace(null, name=name, techniques=(f"draft=speculative_sampling({arguments})",))
+                    for name, arguments in CASES.items()
+                ]
+                yield options.compare(model, null, cases, title)
+
+
+if __name__ == "__main__":
+    sys.exit(main("draft=speculative_sampling", "bench.draft.speculative_sampling", measure, NOTES))
