@@ -277,6 +277,29 @@ def test_every_action_does_what_it_says() -> None:
     assert sorted(seen[3:5]) == [(0, after([*prompt, a, 7, 7, b])), (1, after([*prompt, a]))]
 
 
+@pytest.mark.parametrize("flights", [1, 2])
+def test_tokens_that_were_computed_already_are_replaced(flights: int) -> None:
+    """The last three of five, by one, two or none: their KV is given up, and every draw is the one that the new text has."""
+    law = SamplingSpec(temperature=0.0, max_tokens=30)
+    prompt = [(1 + 5 * i + i * i) % VOCAB for i in range(6)]
+    for instead in ((7,), (2, 3), ()):
+        seen: list[int] = []
+
+        def body(
+            events: Sequence[Tokens | Finished], seen: list[int] = seen, instead: tuple[int, ...] = instead
+        ) -> list[Action]:
+            seen.extend(t for e in events if isinstance(e, Tokens) for t in e.tokens)
+            if len(seen) == 5:
+                return [Put(0, instead, 3)]
+            return [Tell(0, (1,), reason="length")] if len(seen) == 8 else []
+
+        World(search=Scripted(body, sampling=law), flights=flights).run(spec(1, 6))
+        text = [*prompt, *seen[:2], *instead]
+        for token in seen[5:]:
+            assert token == draw(chain(text), law, 0, 0, VOCAB)
+            text.append(token)
+
+
 def test_what_put_refuses() -> None:
     world = World()
     world.add(spec(1, 6, max_tokens=5))
@@ -377,8 +400,13 @@ def test_beams_share_the_kv_of_what_they_have_in_common() -> None:
     alone = World()
     alone.run(one)
     world = World(techniques=["search=beam(width=4)"], blocks=200)
-    world.run(one)
+    wanted = world.run(one)
     assert world.peak < 2 * alone.peak, (world.peak, alone.peak)
+    waiting = World(techniques=["search=beam(width=4)"], blocks=200, limits={"max_samples": 2})
+    assert waiting.run(one) == wanted
+    assert waiting.engine.stats.prefix_query_tokens == 40, (
+        "beams that wait for others share all the same: nobody enters anew"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- best of n

@@ -9,6 +9,7 @@ import torch
 
 from tests.exec.conftest import STORY, Bench, spec
 from weft import LLM, BeamSearchParams
+from weft.draft.ngram import NGram
 from weft.errors import ConfigError, RequestError
 from weft.exec.build import Runtime
 from weft.front.tokenizer import Tokenizer
@@ -129,6 +130,18 @@ def test_the_same_beams_however_steps_are_cut(runtime: Runtime, ids: list[int], 
     acts = bench.engine.stats.acts
     assert all(acts[f"search=beam.{act}"] > 0 for act in ("candidates", "forks", "tokens_discarded"))
     assert acts.get("draft=ngram.proposed", 0) == 0, "what is needed token by token takes no guesses"
+
+
+class Unasked(NGram):
+    """Guesses that nobody may ask for."""
+
+    def propose(self, asks: Any, run: Any) -> Any:
+        raise AssertionError("guesses are made for a search that cannot use them")
+
+
+def test_nobody_guesses_for_a_beam(runtime: Runtime, ids: list[int]) -> None:
+    bench = Bench(runtime, techniques=["search=beam(width=2)"], draft=Unasked())
+    assert len(bench.run([spec(1, (ids[:20] * 3)[:50], max_tokens=6)])[1, 0]) == 6
 
 
 def test_beams_share_blocks(runtime: Runtime, ids: list[int]) -> None:
