@@ -72,7 +72,7 @@ def test_a_contrast_for_one_request(client: openai.OpenAI) -> None:
     body["weft"]["contrast"] = PROMPT
     assert client.completions.create(**LAW, extra_body=body).choices[0].text == plain, "with itself nothing changes"
     for wrong in ({"with": ["sample=cad"]}, {"contrast": "a"}):
-        with pytest.raises(openai.BadRequestError, match="contexts to be compared") as error:
+        with pytest.raises(openai.BadRequestError, match="to be compared with its own context") as error:
             client.completions.create(**LAW, extra_body={"weft": wrong})
         assert error.value.param == "weft.contrast"
 

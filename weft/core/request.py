@@ -244,8 +244,8 @@ def check_spec(spec: RequestSpec, limits: Limits, vocab: int | None, companions:
         check_items(items, len(spec.resumed), limits, vocab, "weft.contrast")
     if len(spec.companions) != companions:
         raise RequestError(
-            f"the request brings {len(spec.companions)} contexts to be compared with its own, and its stack compares "
-            f"{companions}: {'leave them out' if not companions else 'give so many'}, or take another technique in the "
+            f"the request brings {len(spec.companions) or 'nothing'} to be compared with its own context, and its stack compares "
+            f"{companions or 'nothing'}: {'give so many' if companions else 'leave that out'}, or take another technique in the "
             "slot sample",
             param="weft.contrast",
         )

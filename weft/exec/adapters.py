@@ -25,7 +25,7 @@ from torch import Tensor
 from weft.errors import CapacityError, ConfigError, RequestError
 from weft.models.families import families
 from weft.models.weights import SAFETENSORS_DTYPES
-from weft.registry import Part, lookup
+from weft.registry import Part, lookup, names
 from weft.slots import PRODUCTS, Site
 from weft.types import Adapted
 
@@ -124,16 +124,18 @@ class AdapterBook:
 
     # ------------------------------------------------------------------ changes
 
-    def read(self, name: str, path: str, *, root: str | None = None, technique: str = "lora") -> Adapter:
+    def read(self, name: str, path: str, *, root: str | None = None, technique: str | None = None) -> Adapter:
         """Read a folder and put the tensors where the decoder wants them; the book stays as it is.
 
-        root: the folder outside of which nothing is opened, symbolic links included.  Raises ConfigError, CapacityError.
+        root: the folder outside of which nothing is opened, symbolic links included.  technique: which of the slot reads it;
+        the one that the files name (`peft_type`) where nothing is said.  Raises ConfigError, CapacityError.
         """
-        Part(SLOT, technique, (("name", name),)).build()  # says what is wrong with the name
-        part = lookup(SLOT, technique)
         # A file in float32 becomes half of its size in bfloat16; what is larger could not be held in any case.
         most = self.most_bytes * 4 // self._decoder.dtype.itemsize
         config, tensors = _files(path, root, most + MAX_HEADER_BYTES)
+        technique = technique or _technique(config)
+        Part(SLOT, technique, (("name", name),)).build()  # says what is wrong with the name
+        part = lookup(SLOT, technique)
         try:
             made = part.read(config, tensors, self._sites)  # type: ignore[attr-defined]
         except ConfigError as error:
@@ -224,6 +226,12 @@ def _multiply(decoder: Decoder, x: Tensor, weight: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+def _technique(config: Mapping[str, Any]) -> str:
+    """The technique that bears the name of an adapter's kind; any of them says what is wrong with a kind that none has."""
+    kind, known = str(config.get("peft_type", "")).lower(), names(SLOT)
+    return kind if kind in known else known[0]
 
 
 def _files(path: str, root: str | None, most_bytes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -28,13 +28,14 @@ class Cancel(Struct, frozen=True, tag="cancel"):
 class Load(Struct, frozen=True, tag="load"):
     """Front to engine: take in the adapter in the folder `path` under this name.  id: of this command, told back.
 
-    technique: which of the slot `adapt` reads it.  The path stays below the folder that the engine was given for this.
+    technique: which of the slot `adapt` reads it, None for the one that the files name.  The path stays below the folder that the
+    engine was given for this.
     """
 
     id: int
     name: str
     path: str
-    technique: str = "lora"
+    technique: str | None = None
 
 
 class Drop(Struct, frozen=True, tag="drop"):
