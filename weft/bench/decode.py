@@ -100,7 +100,8 @@ def make_room(config: EngineConfig, bench: DecodeBench) -> Setup:
     block_bytes = plan.kv_bytes // plan.kv_blocks
     fixed_bytes = plan.total_bytes - plan.kv_bytes
     layered = bool(setup.stack["schedule"].layered)
-    blocks = batch * (1 + blocks_for(setup.groups, length, setup.limits.max_rows, layered=layered))
+    ahead = 2 * setup.limits.max_guesses if setup.draft is not None else 0
+    blocks = batch * (1 + blocks_for(setup.groups, length, setup.limits.max_rows, layered=layered, ahead=ahead))
     room = plan.available_bytes if config.memory_bytes is None else min(plan.available_bytes, config.memory_bytes)
     if fixed_bytes + blocks * block_bytes > room:
         raise CapacityError(
