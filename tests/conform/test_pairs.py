@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "bench" / "results" / "pairs.json"
 OTHERS = 6
 """Pairs that are tested although neither of their files changed."""
-MOST = 40
+MOST = 12
 """Pairs of one run; where more changed, those whose turn it is by the state of the core."""
 
 
