@@ -14,7 +14,7 @@ from typing import Any
 from bench.harness import Case, Model, Options, encode, main
 from bench.texts import OPENINGS, PARAGRAPHS
 
-LOADS = ((16, 1024), (32, 1024), (32, 2048))
+LOADS = ((16, 1024), (32, 2048))
 """Sequences at once, and tokens that all of them begin with."""
 OWN = 4
 NOTES = (
