@@ -194,6 +194,11 @@ def test_a_record_of_another_life_is_not_believed(runtime: Runtime, plain: list[
     one, other = memory.read(a), memory.read(b)
     memory.write(a, other)
     memory.write(b, one)
+    plan, _ = bench.engine.schedule(0.0)
+    result = bench.executor.execute(plan)
+    assert len(result.lost) == 2
+    assert [fact.rows for fact in result.works] == [0], "nothing is computed over what was not loaded"
+    bench.engine.commit(0.0, plan, result)
     assert bench.run([])[100, 0] == plain[0]
     assert acts(bench)["loads_failed"] == 2
 
