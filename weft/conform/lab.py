@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from weft.compose import complete
 from weft.config import Stack
 from weft.conform.workload import QUESTIONS, Workload, prompts, workload
 from weft.core.engine import Engine
+from weft.core.ledger import blocks_for
 from weft.errors import EngineError
 from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.exec.mirror import Mirrored
@@ -55,7 +58,8 @@ class Lab:
         self.model = resolve(None)
         self.tokenizer = Tokenizer.load(self.model)
         self.alter = alter
-        self._folder = tempfile.TemporaryDirectory(prefix="weft-conform-")
+        self._folder = Path(tempfile.mkdtemp(prefix="weft-conform-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._trials: dict[tuple[str, str], Part] = {}
         self._outcomes: dict[tuple[str, ...], Outcome] = {}
 
@@ -72,7 +76,7 @@ class Lab:
         if (slot, name) not in self._trials:
             trial = getattr(lookup(slot, name), "trial", {})
             if callable(trial):
-                place = Path(self._folder.name) / f"{slot}-{name}"
+                place = self._folder / f"{slot}-{name}"
                 place.mkdir()
                 trial = trial(place)
             self._trials[slot, name] = Part(slot, name, tuple(dict(trial).items()))
@@ -94,7 +98,7 @@ class Lab:
 
     def _tight(self, setup: Setup) -> int:
         """Blocks that two or three of the longest requests fill, as many entries as their stack keeps of them."""
-        whole = -(-setup.plan.max_model_len // 16) * max(1, len({g.model for g in setup.groups}))
+        whole = blocks_for(setup.groups, setup.plan.max_model_len, setup.limits.max_rows)
         blocks, longest = whole + whole // 8, max(len(ids) for ids in prompts(self.encode))
         kept = setup.stack.budget(longest, longest)
         return blocks if kept == longest else blocks * kept // longest + 8

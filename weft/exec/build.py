@@ -83,7 +83,9 @@ USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "s
 """Options by the names that users know from other engines, and the fields of `EngineConfig` that they set."""
 
 
-def chosen(techniques: Sequence[str | Part], recipe: str | Path | None, plugins: Sequence[str | Path]) -> list[Part]:
+def chosen(
+    techniques: Sequence[str | Part], recipe: str | Path | None, plugins: Sequence[str | Path]
+) -> tuple[Part, ...]:
     """The parts that a user chose: a recipe's, with what was named beside it in their place.  Plugins are loaded first.
 
     Raises ConfigError.
@@ -91,7 +93,7 @@ def chosen(techniques: Sequence[str | Part], recipe: str | Path | None, plugins:
     for path in plugins:
         load_plugin(path)
     own = [parse(t) if isinstance(t, str) else t for t in techniques]
-    return own if recipe is None else merged(read_recipe(recipe), own)
+    return tuple(own if recipe is None else merged(read_recipe(recipe), own))
 
 
 def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -> EngineConfig:
