@@ -20,6 +20,7 @@ from weft.cli.generate import split
 from weft.errors import ConfigError
 from weft.exec.build import EngineConfig
 from weft.llm import configure
+from weft.registry import parse
 
 PLAN_KEYS = {
     "weights_bytes", "kv_bytes", "kv_blocks", "kv_bytes_per_token", "workspace_bytes", "total_bytes", "available_bytes",
@@ -176,7 +177,8 @@ def test_every_flag_becomes_what_the_engine_calls_it(bundled: Path) -> None:
     config = flags.config(bundled)
     assert config == EngineConfig(
         model=bundled, dtype="bfloat16", device="cpu", max_model_len=99, memory_bytes=1 << 30, threads=3, max_num_seqs=5,
-        max_rows=77, load="random", seed=11, share=False, invariant=False, techniques=["schedule=fcfs"],
+        max_rows=77, load="random", seed=11, share=False, invariant=False,
+        techniques=(parse("schedule=fcfs"),),
     )  # fmt: skip
     assert configure("bundled", **flags.options())[0] == config, "weft.LLM understands the same keywords"
     assert EngineFlags().config(bundled) == EngineConfig(model=bundled)

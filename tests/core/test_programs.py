@@ -538,7 +538,7 @@ def test_a_companion_that_is_longer_ends_the_answer_at_its_own_limit() -> None:
 def test_contrast_needs_its_companion_and_takes_no_other() -> None:
     for techniques, companions, text in (
         (["sample=cad"], [], "brings nothing to be compared"),
-        ([], [4], "compares 0: leave them out"),
+        ([], [4], "compares nothing: leave that out"),
         (["sample=cad"], [4, 5], "brings 2 to be compared"),
         (["sample=cad"], [MAX_LEN], "context holds"),
         (["sample=cad"], [0], "empty"),
