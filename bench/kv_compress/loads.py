@@ -10,7 +10,7 @@ from bench.texts import OPENINGS, PARAGRAPHS
 
 def loads(model: Model, *, quick: bool) -> Iterator[tuple[str, Case]]:
     """(title, null) for each number of sequences at once.  Each begins with an opening of its own, so nothing is shared."""
-    length, new = (300, 8) if quick else (1500, 64)
+    length, new = (300, 8) if quick else (800, 40)
     story = " ".join(PARAGRAPHS)
     prompts = [ids[:length] for ids in encode(model, [f"{o} {' '.join([story] * 6)}" for o in OPENINGS])]
     for batch in (1,) if quick else (1, 4):
