@@ -13,8 +13,8 @@ from typing import Any
 from bench.harness import Case, Options, encode, main
 from bench.texts import PARAGRAPHS
 
-WIDTHS = (2, 4, 8)
-LENGTH = 512
+WIDTHS = (2, 8)
+LENGTH = 256
 """Tokens of the prompt."""
 NOTES = (
     "The null is as many greedy requests with the same prompt as there are beams, each of which computes it. Tokens a second "
@@ -30,7 +30,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
             null = Case(
                 name=f"{width} requests",
                 prompts=ids * width,
-                max_new=12 if options.quick else 32,
+                max_new=8 if options.quick else 24,
                 batch=width,
                 apart=False,
             )

@@ -14,7 +14,7 @@ from bench.harness import Case, Model, Options, encode, main
 from bench.texts import PARAGRAPHS
 
 N = 4
-LENGTHS = (64, 512)
+LENGTHS = (32, 256)
 """Tokens of the prompt."""
 NOTES = (
     f"The null is {N} requests with the same prompt, each of which computes it; nothing is cached between requests. Tokens a "
@@ -27,7 +27,7 @@ NOTES = (
 def measure(options: Options) -> Iterator[dict[str, Any]]:
     for model in options.models():
         for length in LENGTHS[:1] if options.quick else LENGTHS:
-            null = load(model, length, 16 if options.quick else 32)
+            null = load(model, length, 8 if options.quick else 24)
             best = [
                 replace(null, name=f"best of {N} by {by}", techniques=(f"search=best_of_n(n={N}, by='{by}')",), seats=N,
                         prompts=null.prompts[::N], batch=null.batch // N)
@@ -37,7 +37,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 
 
 def load(model: Model, length: int, new: int) -> Case:
-    ids = [tuple(x * 9)[:length] for x in encode(model, PARAGRAPHS[:2])]
+    ids = [tuple(x * 9)[:length] for x in encode(model, PARAGRAPHS[:1])]
     law = {"temperature": 0.8, "top_p": 0.95}
     prompts = [x for x in ids for _ in range(N)]
     return Case(name=f"{N} requests", prompts=prompts, max_new=new, batch=len(prompts), sampling=law, apart=False)

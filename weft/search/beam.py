@@ -195,7 +195,10 @@ class BeamSearch:
 
     def _go_on(self, winners: list[Path]) -> list[Action]:
         """Each winner gets a sequence: the one that it comes from, or a fork of it where that has another winner already."""
-        actions: list[Action] = [Resume(index) for index in sorted(self._parked)]
+        won = {path.index for path in winners}
+        # Losers go first, for their seats; forks come before the token of their source is replaced.
+        actions: list[Action] = [Stop(path.index) for path in self._live if path.index not in won]
+        actions += [Resume(index) for index in sorted(self._parked & won)]
         puts: list[Action] = []
         taken: set[int] = set()
         drawn = {index: event.tokens[0] for index, event in self._next.items()}
@@ -209,10 +212,8 @@ class BeamSearch:
             taken.add(source)
             if path.tokens[-1] != drawn[source]:
                 puts.append(Put(path.index, path.tokens[-1:], 1))
-        losers = [path.index for path in self._live if path.index not in taken]
         self._live, self._parked, self._next = winners, set(), {}
-        # Forks come before their source's token is replaced, and both before the losers' blocks are given up.
-        return [*actions, *puts, *(Stop(index) for index in losers)]
+        return [*actions, *puts]
 
     def _answer(self) -> list[Action]:
         best = self._done[: self.request.n]
