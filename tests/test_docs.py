@@ -50,7 +50,6 @@ EXAMPLES = frozenset(
     "weft/kv/evict/lfu.py bench/SLOT/NAME.py bench/results/SLOT-NAME.json bench/results/test-long.json "
     "bench/results/pairs.json".split()
 )
-)
 """Files that a page tells the reader to write, or that a command makes."""
 UNSEEN = {"--max-num-seqs": "64", "--max-num-batched-tokens": "512", "--weights-seed": "0"}
 """Defaults of flags that the command line leaves to the engine; held to `EngineConfig` below."""
