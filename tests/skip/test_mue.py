@@ -266,10 +266,12 @@ def test_who_left_takes_no_part_in_later_layers(runtime: Runtime, workload: list
     assert acts["rows_exited"] > acts["rows_asked"] // 4
 
 
-def test_distance_from_all_layers_on_prose(runtime: Runtime, shared: Callable[[str], Path]) -> None:
-    """Of a novel that the model has not read: the stated bound holds at the trial's arguments, and rows do leave."""
+@pytest.mark.parametrize("novel", ["Stevenson_Treasure_1883", "Doyle_Hound_1902"])
+def test_distance_from_all_layers_on_prose(runtime: Runtime, shared: Callable[[str], Path], novel: str) -> None:
+    """Of the two novels held out of the model's training: the stated bound holds at the trial's arguments, rows do leave,
+    and those that leave lose less by it than rows do on the average."""
     tokenizer = Tokenizer.load(resolve(None))
-    text = shared("data/text/novels/ABronte_Agnes.txt").read_text(encoding="utf8")
+    text = shared(f"data/text/novels/{novel}.txt").read_text(encoding="utf8")
     sent = []
     for i in range(6):
         known = tokenizer.encode(text[30_000 * (i + 1) :][:2000], add_special=False)
@@ -290,10 +292,11 @@ def test_distance_from_all_layers_on_prose(runtime: Runtime, shared: Callable[[s
     early, bench = laws(f"skip=mue({arguments})")
     acts, bound = own_acts(bench), MuE.traits.bound
     assert bound is not None
-    assert bound / 10 < mean(early) < bound
-    assert acts["rows_exited"] > acts["rows_asked"] // 4
-    blind, _ = laws("skip=mue(after=(7,), threshold=0.01)")
-    assert mean(blind) > mean(early), "who leaves is chosen no better than everybody"
+    assert mean(early) < bound
+    share = acts["rows_exited"] / acts["rows_asked"]
+    assert 0.25 < share < 0.9
+    everybody, _ = laws("skip=mue(after=(7,), threshold=0.01)")
+    assert bound / 10 < mean(early) < share * mean(everybody)
 
 
 # ---------------------------------------------------------------------------------------------- however the work is cut

@@ -8,8 +8,9 @@ Units    after: layers that a row has passed.  threshold: cosine.  rows_asked, r
 Cost     a cosine for each row at each exit; a product with k's and v's weights alone for each later layer of a row that left,
          which takes neither attention nor MLP there.  A second, smaller batch is laid out in a step in which somebody leaves
 Differs  rows of the prompt never leave (the paper's encoder), and generated ones only after the named layers, by default three
-         quarters of them.  The paper trains every layer's output with the task's loss; nothing is trained here, so a
-         model that was not will lose more by leaving: see the bound
+         quarters of them.  The paper trains every layer's output with the task's loss; nothing is trained here, and a model
+         that was not loses by it: on novels that the bundled one has not read, two thirds of the rows leave after layer 7 of 8
+         at 0.965, at a mean KL of 0.30 nats, and two fifths after layer 6 at 0.98, at 0.40
 Raises   ValueError unless `after` ascends from 2 on and 0 < threshold <= 1
 """
 
@@ -41,7 +42,7 @@ class MuE:
     traits: ClassVar[Traits] = Traits(
         fidelity=Fidelity.APPROX,
         effects=frozenset({Effect.SKIPS_LAYERS, Effect.REWRITES_KV, Effect.DYNAMIC_SHAPES}),
-        bound=0.3,
+        bound=0.4,
     )
 
     def __post_init__(self) -> None:
