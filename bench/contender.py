@@ -5,13 +5,14 @@ Legend.  tok: tokens.  A wave is as many prompts as run at once.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import msgspec
@@ -31,10 +32,11 @@ EMPTY_STEPS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checkpoint to measure on.  name: as the results call it."""
+    """A checkpoint to measure on.  name: as the results call it.  large: a step takes so long that loads are cut short."""
 
     name: str
     folder: Path
+    large: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ class Run:
 
     decode_cpu_s: what the process's threads took of the processor, which neighbours on the machine disturb less than the clock.
     steps: of each decode step its seconds, its tokens, and the sequences that got some.  kv_blocks: most that were referenced
-    at once.  tokens: by prompt.
+    at once.  tokens: by prompt.  first_s: of each prompt the seconds from its wave's beginning to its first token.
     """
 
     prefill_s: float = 0.0
@@ -104,9 +106,10 @@ class Run:
     kv_blocks: int = 0
     preemptions: int = 0
     tokens: dict[int, list[int]] = field(default_factory=dict)
+    first_s: list[float] = field(default_factory=list)
 
     def figures(self, block_bytes: int) -> dict[str, float]:
-        """What a result tells of a run; prefill_tok_s only where the phases were apart."""
+        """What a result tells of a run: prefill_tok_s where the phases were apart, else ttft_s and step_p95_s."""
         told = {
             "decode_tok_s": self.decode_tok / self.decode_s,
             "decode_tok_cpu_s": self.decode_tok / self.decode_cpu_s,
@@ -115,7 +118,10 @@ class Run:
             "kv_peak_bytes": float(self.kv_blocks * block_bytes),
             "preemptions": float(self.preemptions),
         }
-        return told | ({"prefill_tok_s": self.prefill_tok / self.prefill_s} if self.prefill_s else {})
+        if self.prefill_s:
+            return told | {"prefill_tok_s": self.prefill_tok / self.prefill_s}
+        slow = sorted(seconds for seconds, _, _ in self.steps)
+        return told | {"ttft_s": fmean(self.first_s), "step_p95_s": slow[math.ceil(0.95 * len(slow)) - 1]}
 
 
 class Contender:
@@ -126,6 +132,7 @@ class Contender:
         self.runtime = build(setup(model, case, threads))
         self.runs: list[Run] = []
         self._ids = 0
+        self._wave_began = 0.0
 
     def acts(self) -> dict[str, int]:
         """What the stack's techniques did so far, by 'slot=name.act'."""
@@ -147,7 +154,7 @@ class Contender:
 
     def _wave(self, which: range, turn: int, found: Run) -> None:
         case, engine = self.case, self.runtime.engine
-        began = time.perf_counter()
+        began = self._wave_began = time.perf_counter()
         places: dict[int, int] = {}
         for index in which:
             self._ids += 1
@@ -200,6 +207,8 @@ class Contender:
             _refuse(events)
             for event in events:
                 if isinstance(event, Tokens):
+                    if places[event.id] not in found.tokens:
+                        found.first_s.append(time.perf_counter() - self._wave_began)
                     found.tokens.setdefault(places[event.id], []).extend(event.tokens)
                 found.preemptions += isinstance(event, Preempted)
             if events or engine.stats.rows or not engine.has_work:

@@ -36,11 +36,16 @@ from weft.errors import ConfigError, EngineError
 from weft.exec.build import Setup
 from weft.exec.host import cpu_count, format_size
 from weft.hub import resolve
+from weft.models import load_spec
 from weft.models.layout import parameters
 
 RESULTS = ROOT / "bench" / "results"
 GROWN = ROOT / ".cache" / "grown"
 ROUNDS = 5
+FEWER_ROUNDS = 3
+"""Where the model is large."""
+LARGE = 300_000_000
+"""Parameters of a model that is large."""
 DONE = object()
 
 Tick = Callable[[str], None]
@@ -63,7 +68,7 @@ def grown(shape: str, folder: Path = GROWN, tick: Tick = lambda text: None) -> M
     out = folder / shape
     if not (out / "config.json").is_file():
         grow(resolve(None), out, SHAPES[shape], tick=lambda name, done, total: tick(f"{shape}: {done / total:.0%}"))
-    return Model(f"{shape} (grown)", out)
+    return Model(f"{shape} (grown)", out, large=parameters(load_spec(out)) >= LARGE)
 
 
 def encode(model: Model, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -228,8 +233,8 @@ class Options:
     def compare(self, model: Model, null: Case, cases: Sequence[Case], title: str) -> dict[str, Any]:
         """`compare` under these flags."""
         return compare(
-            model, null, cases, title=title, rounds=self.rounds, threads=self.threads, memory=not self.quick,
-            tick=self.tick,
+            model, null, cases, title=title, rounds=min(self.rounds, FEWER_ROUNDS) if model.large else self.rounds,
+            threads=self.threads, memory=not self.quick, tick=self.tick,
         )  # fmt: skip
 
     def models(self, *shapes: str) -> list[Model]:

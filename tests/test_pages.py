@@ -13,20 +13,26 @@ from typing import Any
 
 import pytest
 
+from tools.measured import (
+    RESULTS,
+    cell,
+    divergences,
+    head,
+    judged,
+    plain,
+    read_fidelity,
+    read_results,
+    row,
+    verdict,
+    verdicts,
+)
 from tools.pages import (
     PAGES,
-    RESULTS,
     TRAITS,
-    cell,
     differing,
     index,
     page,
-    plain,
-    read_results,
-    row,
     traits,
-    verdict,
-    verdicts,
     written,
 )
 from weft.errors import ConfigError
@@ -176,24 +182,21 @@ def measured() -> dict[str, Any]:
 def test_sentences_follow_from_the_figures() -> None:
     result = measured()
     assert list(verdicts(result)) == [
-        "Against none, tokens per second of decoding were higher: 2.00 times on small, quoting, batch 4.",
-        "They were lower: 0.90 times on small, prose, batch 4.",
-        "The KV held was lower: 0.50 times on small, quoting, batch 4.",
+        "Against none, decoding was, of 2 comparisons, faster in 1 (2.00 times); and slower in 1 (0.90 times).",
+        "KV held was, of 2 comparisons, less in 1 (0.50 times); and not clearly different in 1.",
+    ]
+    assert list(judged(result))[2:] == [
+        "| small, quoting, batch 4 | ngram | 2.00 faster | 0.50 less |",
+        "| small, prose, batch 4 | ngram | 0.90 slower | 1.00 |",
     ]
     wavering = copy.deepcopy(result)
     for comparison in wavering["comparisons"]:
         comparison["cases"][1]["ratio_spread"]["decode_tok_s"] = [0.7, 3.0]
-    assert list(verdicts(wavering))[:3] == [
-        "Against none, tokens per second of decoding were not clearly different: 2.00 times on small, quoting, batch 4; and "
-        "0.90 times on small, prose, batch 4.",
-        "Where the clock shows no difference, tokens per second of processor time were higher: 2.00 times on small, quoting, "
-        "batch 4.",
-        "Where the clock shows no difference, tokens per second of processor time were lower: 0.90 times on small, prose, "
-        "batch 4.",
+    assert next(verdicts(wavering)) == "Against none, decoding was, of 2 comparisons, not clearly different in 2."
+    assert list(judged(wavering))[2:] == [
+        "| small, quoting, batch 4 | ngram | 2.00 (2.00 in processor time: faster) | 0.50 less |",
+        "| small, prose, batch 4 | ngram | 0.90 (0.90 in processor time: slower) | 1.00 |",
     ]
-    more = copy.deepcopy(result)
-    more["comparisons"][0]["cases"].append(more["comparisons"][0]["cases"][1])
-    assert "2.00 times for ngram on small, quoting, batch 4" in next(verdicts(more))
     text = page(feature("draft", "ngram"), result)
     assert "    python -m bench.draft.ngram\n" in text
     assert "2026-01-02, A processor, 2 cores." in text
@@ -216,7 +219,7 @@ def test_sentences_follow_from_the_figures() -> None:
 def test_a_difference_is_one_that_several_rounds_show(
     ratio: float, low: float, high: float, rounds: int, wanted: str
 ) -> None:
-    assert verdict(ratio, low, high, rounds) == wanted
+    assert verdict({"ratio": {"step_s": ratio}, "ratio_spread": {"step_s": [low, high]}}, "step_s", rounds) == wanted
 
 
 def test_a_row_of_figures() -> None:
@@ -246,4 +249,44 @@ def test_what_was_measured_is_on_the_pages() -> None:
         assert result["command"] in text
         for comparison in result["comparisons"]:
             for case in comparison["cases"]:
-                assert row(case) in text
+                assert row(case, comparison["load"]["apart"]) in text
+
+
+def test_first_tokens_and_slow_steps_are_told_where_prompts_and_decoding_mix() -> None:
+    mixed = copy.deepcopy(measured()["comparisons"][0]["cases"][1])
+    mixed["ratio"] |= {"ttft_s": 0.5, "step_p95_s": 1.2}
+    mixed["ratio_spread"] |= {"ttft_s": [0.4, 0.6], "step_p95_s": [1.1, 1.3]}
+    titles, cells = (line.strip("| ").split(" | ") for line in (head(False)[0], row(mixed, apart=False)))
+    told = dict(zip(titles, cells[1:], strict=True))
+    assert told["first token"] == "0.50 (0.40 to 0.60)"
+    assert told["slow steps"] == "1.20 (1.10 to 1.30)"
+    result = measured()
+    result["comparisons"] = [{**result["comparisons"][0], "cases": [mixed, mixed]}]
+    assert (
+        list(judged(result))[2]
+        == "| small, quoting, batch 4 | ngram | 2.00 faster | 0.50 sooner | 1.20 longer | 0.50 less |"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- fidelity
+
+
+def test_what_it_does_to_answers_is_told(tmp_path: Path) -> None:
+    record = {
+        "with": "draft=ngram(guesses=2)", "model": "small", "length": 512, "kl_mean": 0.0123, "kl_ci95": [0.01, 0.015],
+        "top1": 0.934, "ppl_ratio": 1.02, "recall": None, "recall_reference": 0.4, "output_len_ratio": 1.1,
+        "speed_ratio": 0.9, "kv_bytes_ratio": 0.25,
+    }  # fmt: skip
+    assert read_fidelity(tmp_path) == {}
+    (tmp_path / "fidelity.json").write_text(json.dumps({"records": [record]}))
+    near = read_fidelity(tmp_path)
+    assert near == {"draft=ngram": [record]}
+    assert read_results(tmp_path) == {}
+    line = (
+        "| small, 512 | `draft=ngram(guesses=2)` | 0.012 (0.01 to 0.015) | 93.4% | 1.020 | does not count (0.40) | 1.10 | 0.90 "
+        "| 0.25 |"
+    )
+    assert line in "\n".join(divergences(near["draft=ngram"]))
+    assert line in page(feature("draft", "ngram"), None, near["draft=ngram"])
+    assert "What it does to answers" not in page(feature("draft", "ngram"), None)
+    assert "| 0.75 (0.90) |" in "\n".join(divergences([{**record, "recall": 0.75, "recall_reference": 0.9}]))

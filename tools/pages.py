@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.measured import RESULTS, cell, divergences, figures, gained, pays, plain, read_fidelity, read_results
 from weft.errors import ConfigError
-from weft.exec.host import format_size
 from weft.features import Feature, features
 from weft.registry import lookup
 from weft.slots import SLOTS
@@ -28,20 +26,6 @@ from weft.traits import Effect, Fidelity, Trait
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "techniques"
-RESULTS = ROOT / "bench" / "results"
-NOT_RESULTS = frozenset({"test-long.json"})
-"""Files in bench/results that are no technique's."""
-CLEAR = 0.03
-"""A ratio nearer to 1 than this is no difference, whatever the rounds say."""
-FEW = 3
-"""Fewer rounds than this prove nothing."""
-
-ALSO = {
-    "decode_tok_cpu_s": "Where the clock shows no difference, tokens per second of processor time were",
-    "prefill_tok_s": "Tokens per second of prompts were",
-    "kv_peak_bytes": "The KV held was",
-}
-"""What a page says beside the speed of decoding."""
 FIDELITY = {
     Fidelity.EXACT: "the same tokens as without it, greedy and seeded",
     Fidelity.SAME_LAW: "tokens drawn from the same distribution",
@@ -77,7 +61,7 @@ TRAITS: Mapping[str, str] = {
     Effect.PREEMPTS: "may take a running request's blocks and have it computed again later",
     Effect.PER_REQUEST_STATE: "keeps state for each request beside its KV",
     Effect.SKIPS_LAYERS: "leaves out layers for some rows",
-    Effect.GUESSES: "guesses tokens and verifies several in a step",
+    Effect.GUESSES: "makes or weighs guesses at tokens, of which several are verified in a step",
     Effect.ONE_AT_A_TIME: "needs each token before the next is guessed at",
     Effect.REDEFINES: "gives another answer on purpose",
 }
@@ -117,27 +101,19 @@ def written(results: Path = RESULTS) -> dict[str, str]:
     unknown = measured.keys() - {f"{f.slot}={f.name}" for f in own}
     if unknown:
         raise ConfigError(f"{results} has results of {', '.join(sorted(unknown))}, which do not exist; remove them")
-    pages = {f"{f.slot}-{f.name}.md": page(f, measured.get(f"{f.slot}={f.name}")) for f in own}
+    near = read_fidelity(results)
+    pages = {}
+    for f in own:
+        name = f"{f.slot}={f.name}"
+        pages[f"{f.slot}-{f.name}.md"] = page(f, measured.get(name), near.get(name, ()))
     return {**pages, "index.md": index(own, measured)}
-
-
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Benchmarks' results by technique.  Raises ConfigError where a file's name is not its technique's."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        if path.name not in NOT_RESULTS:
-            result = json.loads(path.read_text(encoding="utf8"))
-            if result["technique"].replace("=", "-") != path.stem:
-                raise ConfigError(f"{path} holds the result of {result['technique']}; name it after that")
-            found[result["technique"]] = result
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- a page
 
 
-def page(f: Feature, result: Mapping[str, Any] | None) -> str:
-    """A technique's page.  result: of its benchmark, where there is one."""
+def page(f: Feature, result: Mapping[str, Any] | None, near: Sequence[Mapping[str, Any]] = ()) -> str:
+    """A technique's page.  result: of its benchmark, where there is one.  near: records of `weft fidelity`."""
     module = lookup(f.slot, f.name).__module__.replace(".", "/") + ".py"
     sources = f"the head of {module}" + (f" and bench/results/{f.slot}-{f.name}.json" if result else "")
     parts = [
@@ -157,9 +133,10 @@ def page(f: Feature, result: Mapping[str, Any] | None) -> str:
         "## Where it differs from the paper",
         plain(f.fields["Differs"]),
         "## When it pays",
-        pays(f, result),
+        *pays(f.fields.get("Pays"), SLOTS[f.slot].null == f.name, result),
         "## Measured",
         *(figures(result) if result else ["Nothing was measured yet."]),
+        *(["## What it does to answers", *divergences(near)] if near else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -217,112 +194,6 @@ def words(trait: str) -> str:
     return TRAITS.get(trait, trait.lower().replace("_", " "))
 
 
-# ---------------------------------------------------------------------------------------------- figures
-
-
-def pays(f: Feature, result: Mapping[str, Any] | None) -> str:
-    """What its file says, and what the figures say, in sentences."""
-    if SLOTS[f.slot].null == f.name and not result:
-        return "It is the null of its slot: what the others are compared with."
-    said = [f"It pays {plain(f.fields['Pays'])}."] if "Pays" in f.fields else []
-    return " ".join([*said, *(verdicts(result) if result else [])]) or "Not known: nothing was measured yet."
-
-
-def verdicts(result: Mapping[str, Any]) -> Iterator[str]:
-    """Plain sentences: where decoding got faster, slower or neither; the same of prefill and of the KV held, where it differs."""
-    found: dict[str, dict[str, list[str]]] = {}
-    several = any(len(c["cases"]) > 2 for c in result["comparisons"])
-    for where, rounds, case in loads(result):
-        kinds = {}
-        for key, ratio in case["ratio"].items():
-            low, high = case["ratio_spread"][key]
-            kinds[key] = verdict(ratio, low, high, rounds)
-            # Processor time says more than the clock of a busy machine, but it knows nothing of waiting: it comes second.
-            if key != "decode_tok_cpu_s" or kinds["decode_tok_s"] == "same":
-                text = f"{ratio:.2f} times{' for ' + case['name'] if several else ''} on {where}"
-                found.setdefault(key, {}).setdefault(kinds[key], []).append(text)
-    lead = f"Against {result['comparisons'][0]['cases'][0]['name']}, tokens per second of decoding were "
-    for kind, text in (("more", "higher"), ("less", "lower"), ("same", "not clearly different")):
-        if kind in found.get("decode_tok_s", {}):
-            yield f"{lead}{text}: {listed(found['decode_tok_s'][kind])}."
-            lead = "They were "
-    for key, name in ALSO.items():
-        for kind, text in (("more", "higher"), ("less", "lower")):
-            if kind in found.get(key, {}):
-                yield f"{name} {text}: {listed(found[key][kind])}."
-
-
-def verdict(ratio: float, low: float, high: float, rounds: int) -> str:
-    """more, less or same.  A difference counts where each of several rounds shows it and its median is larger than CLEAR."""
-    if rounds >= FEW and low > 1 and ratio >= 1 + CLEAR:
-        return "more"
-    return "less" if rounds >= FEW and high < 1 and ratio <= 1 - CLEAR else "same"
-
-
-def loads(result: Mapping[str, Any]) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """(load in words, rounds, case) of every case but the nulls."""
-    for c in result["comparisons"]:
-        for case in c["cases"][1:]:
-            yield f"{c['model']}, {c['title']}, batch {c['load']['batch']}", c["rounds"], case
-
-
-def figures(result: Mapping[str, Any]) -> Iterator[str]:
-    machine = result["machine"]
-    yield f"    {result['command']}"
-    yield (
-        f"{result['date']}, {machine['cpu']}, {machine['cores']:g} cores. Medians; in brackets the least and the most of "
-        "the rounds. What is compared ran in turns in one process, and a ratio is taken within a round. The null's own ratio, of "
-        "each round to the one before, shows how much the machine wavered."
-    )
-    for c in result["comparisons"]:
-        load, limit = c["load"], c["limit"]
-        law = ", ".join(f"{key} {value:g}" for key, value in load["sampling"].items() if isinstance(value, int | float))
-        yield f"### {c['model']}, {c['title']}, batch {load['batch']}"
-        yield (
-            f"{load['prompts']} prompts of {load['prompt_tok']} tokens on average, {load['new_tok']} new ones each, {law}; "
-            f"{c['shape']['parameters'] / 1e6:.0f} M parameters, {c['dtype']}, threads: {c['threads']}, rounds: {c['rounds']}. "
-            f"An engine that only reads, once for each token, would decode {limit['decode_tok_s']:.0f} tokens/s here "
-            f"({limit['read_gb_s']:.0f} GB/s)."
-        )
-        yield "\n".join([*HEAD, *(row(case) for case in c["cases"])])
-    if result["notes"]:
-        yield "\n".join(f"- {plain(note)}" for note in result["notes"])
-
-
-COLUMNS = (
-    "", "decode tokens/s", "against the null", "in CPU time", "prefill", "tokens a step", "step", "KV held", "memory",
-    "same tokens", "acts of a round",
-)  # fmt: skip
-HEAD = (f"| {' | '.join(COLUMNS)} |".replace("|  |", "| |"), "|---" * len(COLUMNS) + "|")
-
-
-def row(case: Mapping[str, Any]) -> str:
-    mid, ratio, spread = case["median"], case["ratio"], case["ratio_spread"]
-    peak = mid.get("rss_peak_bytes")
-    acts = ", ".join(f"{act.rpartition('.')[2]} {count:g}" for act, count in case["acts"].items() if count)
-    cells = [
-        case["name"],
-        f"{mid['decode_tok_s']:.1f}",
-        _times(ratio, spread, "decode_tok_s"),
-        _times(ratio, spread, "decode_tok_cpu_s"),
-        _times(ratio, spread, "prefill_tok_s"),
-        f"{mid['tok_per_step']:.2f}",
-        f"{1000 * mid['step_s']:.1f} ms",
-        format_size(int(mid["kv_peak_bytes"])),
-        "" if peak is None else format_size(int(peak)),
-        f"{case['same_tokens']:.0%}",
-        acts,
-    ]
-    return f"| {' | '.join(cell(c) for c in cells)} |"
-
-
-def _times(ratio: Mapping[str, float], spread: Mapping[str, Sequence[float]], key: str) -> str:
-    if key not in ratio:
-        return ""
-    low, high = spread[key]
-    return f"{ratio[key]:.2f} ({low:.2f} to {high:.2f})"
-
-
 # ---------------------------------------------------------------------------------------------- the index
 
 
@@ -343,37 +214,11 @@ def index(own: Iterable[Feature], measured: Mapping[str, Mapping[str, Any]]) -> 
             lines += ["| technique | what it does | answers | paper | decode |", "|---|---|---|---|---|"]
             for f in mine:
                 name = f"[{f.name}]({f.slot}-{f.name}.md)" + (" (default)" if slot.null == f.name else "")
-                gained = _gained(measured.get(f"{f.slot}={f.name}"))
-                cells = [name, plain(f.summary), f.traits.fidelity.value, f.paper, gained]
+                gain = gained(measured.get(f"{f.slot}={f.name}"))
+                cells = [name, plain(f.summary), f.traits.fidelity.value, f.paper, gain]
                 lines.append(f"| {' | '.join(cell(c) for c in cells)} |")
             parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
-
-
-def _gained(result: Mapping[str, Any] | None) -> str:
-    if result is None:
-        return "not measured"
-    ratios = [case["ratio"]["decode_tok_s"] for _, _, case in loads(result)]
-    return f"{min(ratios):.2f} to {max(ratios):.2f} times"
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-def plain(text: str) -> str:
-    """Text of a docstring as Markdown shows it, code in backticks left alone."""
-    pieces = text.strip().split("`")
-    for i in range(0, len(pieces), 2):
-        pieces[i] = re.sub(r"\*|<(?=[a-zA-Z/!?])|\](?=\()", lambda found: "\\" + found[0], pieces[i])
-    return "`".join(pieces)
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def listed(texts: Sequence[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{'; '.join(texts[:-1])}; and {texts[-1]}"
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _without_guesses(declared: Sequence[tuple[Part, Traits]]) -> list[Reason]:
         Reason(
             "one at a time",
             (str(one), str(other)),
-            f"{one} takes one token at a time, so {other} makes no guesses for its sequences",
+            f"{one} takes one token at a time, so {other} has no guesses to make or to weigh for its sequences",
         )
         for one in alone
         for other in guessing

@@ -66,7 +66,7 @@ class Effect(enum.StrEnum):
     PER_REQUEST_STATE = "PER_REQUEST_STATE"
     SKIPS_LAYERS = "SKIPS_LAYERS"
     GUESSES = "GUESSES"
-    """Tokens are guessed and verified, several in a step."""
+    """Makes or weighs guesses at tokens, of which several are verified in a step."""
     ONE_AT_A_TIME = "ONE_AT_A_TIME"
     """A program or a link needs each token before the next: no guesses are made for its sequences."""
     REDEFINES = "REDEFINES"

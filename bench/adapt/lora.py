@@ -37,7 +37,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="weft-adapters-") as place:
             spec = load_spec(model.folder)
             folders = [write(Path(place) / f"a{i}", spec, i) for i in range(BATCH)]
-            yield options.compare(model, *cases(model, folders, 12 if options.quick else 48), f"batch {BATCH}")
+            yield options.compare(model, *cases(model, folders, 12 if options.quick else 48), f"rank {RANK}")
 
 
 def cases(model: Model, folders: list[Path], new: int) -> tuple[Case, list[Case]]:

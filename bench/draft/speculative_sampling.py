@@ -24,8 +24,8 @@ NOTES = (
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models("smollm2-135m"):
-        for batch in BATCHES[:1] if options.quick else BATCHES:
+    for model in options.models("smollm2-135m", "qwen2.5-0.5b"):
+        for batch in BATCHES[:1] if options.quick or model.large else BATCHES:
             for title, law in LAWS.items():
                 prompts = encode(model, OPENINGS)[: max(batch, 2)]
                 null = Case(

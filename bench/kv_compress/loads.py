@@ -13,6 +13,6 @@ def loads(model: Model, *, quick: bool) -> Iterator[tuple[str, Case]]:
     length, new = (300, 8) if quick else (800, 40)
     story = " ".join(PARAGRAPHS)
     prompts = [ids[:length] for ids in encode(model, [f"{o} {' '.join([story] * 6)}" for o in OPENINGS])]
-    for batch in (1,) if quick else (1, 4):
+    for batch in (1,) if quick or model.large else (1, 4):
         null = Case(name="whole cache", prompts=prompts[: max(batch, 2)], max_new=new, batch=batch)
-        yield f"prompts of {length} tokens, batch {batch}", null
+        yield f"prompts of {length} tokens", null

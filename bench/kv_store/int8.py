@@ -23,10 +23,10 @@ NOTES = (
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models("smollm2-135m"):
+    for model in options.models("smollm2-135m", "qwen2.5-0.5b"):
         texts = [f"{' '.join(PARAGRAPHS[i:] + PARAGRAPHS[:i])} {OPENINGS[i]}" for i in range(len(OPENINGS))]
         prompts = [ids[-320:] for ids in encode(model, texts)]
-        for batch in BATCHES[:1] if options.quick else BATCHES:
+        for batch in BATCHES[:1] if options.quick or model.large else BATCHES:
             null = Case(
                 name="the model's format",
                 prompts=prompts[: max(batch, 2)],
@@ -34,7 +34,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
                 batch=batch,
             )
             int8 = replace(null, name="int8", techniques=("kv.store=int8",))
-            yield options.compare(model, null, [int8], f"batch {batch}, long prompts")
+            yield options.compare(model, null, [int8], "prompts of 320 tokens")
 
 
 if __name__ == "__main__":

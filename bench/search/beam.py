@@ -24,7 +24,7 @@ NOTES = (
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models():
+    for model in options.models("smollm2-135m"):
         for width in WIDTHS[:1] if options.quick else WIDTHS:
             ids = [tuple(x * 9)[: 64 if options.quick else LENGTH] for x in encode(model, PARAGRAPHS[:1])]
             null = Case(

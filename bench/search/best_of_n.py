@@ -25,7 +25,7 @@ NOTES = (
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models():
+    for model in options.models("smollm2-135m"):
         for length in LENGTHS[:1] if options.quick else LENGTHS:
             null = load(model, length, 8 if options.quick else 24)
             best = [

@@ -36,7 +36,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
             never = replace(
                 null, name="asked, nobody leaves", techniques=(f"skip=mue(after=({layers // 2},), threshold=1.0)",)
             )
-            yield options.compare(model, null, [half, late, never], f"batch {batch}")
+            yield options.compare(model, null, [half, late, never], "prose")
 
 
 if __name__ == "__main__":

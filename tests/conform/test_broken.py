@@ -72,11 +72,11 @@ class Eager(Rejection):
     """Accepts a guess with 2 % more chance than it should."""
 
     def accept(self, view: Verify) -> tuple[list[int], list[int]]:
-        self.acts["accepted"] += 0
         guess = view.guesses[0]
         ids, p = view.law(0)
         own = float(p[ids == guess].sum())
         if own <= view.uniform(0, guess, 1) < own + 0.02:
+            self.acts["accepted"] += 1
             return [guess, view.winner(1)], [0]
         return Rejection.accept(self, view)
 
@@ -87,7 +87,7 @@ def test_two_percent_too_many_acceptances_are_seen(lab: Lab) -> None:
     part = lab.part("accept", "rejection")
     said = same_law(lab, part)
     assert float(said.rpartition(" ")[2]) > 0.95, "the test must have the power that it needs"
-    biased = Lab(with_part("accept", lambda x: Eager()))
+    biased = Lab(with_part("accept", lambda x: Eager() if isinstance(x, Rejection) else x))
     with pytest.raises(AssertionError, match="do not fit the law"):
         same_law(biased, part)
 
@@ -95,12 +95,17 @@ def test_two_percent_too_many_acceptances_are_seen(lab: Lab) -> None:
 def test_a_sampler_that_always_accepts_is_seen(lab: Lab) -> None:
     class Always(Rejection):
         def accept(self, view: Verify) -> tuple[list[int], list[int]]:
+            self.acts["accepted"] += len(view.guesses)
             return [*view.guesses, view.winner(len(view.guesses))], list(range(len(view.guesses)))
 
     part = lab.part("accept", "rejection")
-    broken = Lab(with_part("accept", lambda x: Always()))
+    broken = Lab(with_part("accept", lambda x: Always() if isinstance(x, Rejection) else x))
     with pytest.raises(AssertionError, match="do not fit the law"):
         checks.fits(broken, checks.beside(part), checks.beside(part)[1:], 256)
+    chosen = [*checks.beside(part), lab.part("search", "best_of_n")]
+    assert "are not of one law" not in checks.alike(lab, chosen, chosen[1:], 512)
+    with pytest.raises(AssertionError, match="not of one law"):
+        checks.alike(broken, chosen, chosen[1:], 512)
 
 
 # ------------------------------------------------------------------------------------------ APPROX
@@ -157,3 +162,6 @@ def test_a_technique_that_does_nothing_does_not_pass(lab: Lab) -> None:
     pair = next(p for p in pairs.pairs() if {p.one, p.other} == {("draft", "ngram"), ("schedule", "prefill_first")})
     with pytest.raises(AssertionError, match="stayed 0"):
         pairs.check(silent, pair)
+    chosen = checks.beside(lab.part("accept", "rejection"))
+    with pytest.raises(AssertionError, match="acted 0 times in 128 draws"):
+        checks.fits(silent, chosen, chosen[1:], 128)

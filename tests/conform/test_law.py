@@ -40,6 +40,22 @@ def test_rare_cells_are_put_together() -> None:
     assert law.fit(drawn, wanted).freedom < 5
 
 
+def test_two_samples_by_hand() -> None:
+    """A 2 by 2 table: chi2 = N (ad - bc)^2 / (row and column sums multiplied)."""
+    one, other = [0] * 30 + [1] * 10, [0] * 40 + [1] * 20
+    found = law.alike(one, other)
+    assert found.chi2 == pytest.approx(100 * (30 * 20 - 10 * 40) ** 2 / (40 * 60 * 70 * 30))
+    assert found.freedom == 1
+
+
+def test_two_samples_of_one_law_pass_and_of_two_laws_fail() -> None:
+    rnd = random.Random(3)
+    same = [law.alike(rnd.choices(range(6), k=600), rnd.choices(range(6), k=300)).p for _ in range(200)]
+    assert sum(p <= 0.05 for p in same) == pytest.approx(10, abs=9)
+    assert not law.alike(rnd.choices(range(6), k=600), rnd.choices(range(5), k=600)).ok
+    assert law.alike([1] * 20, [1] * 20).ok
+
+
 def test_an_exact_sampler_passes_as_often_as_stated_and_a_biased_one_fails_as_often() -> None:
     rnd = random.Random(2)
     biased = {i: 1 / 6 + (0.03 if i == 0 else -0.006) for i in range(6)}

@@ -8,12 +8,14 @@ import pytest
 from tests.exec.conftest import STORY, Bench, spec
 from weft.draft.ngram import NGram
 from weft.errors import ConfigError
-from weft.exec.build import Runtime
+from weft.exec.build import EngineConfig, Runtime, build, prepare
+from weft.exec.thread import step
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
+from weft.models import load_config
 from weft.registry import parse
 from weft.slots import Ask
-from weft.types import SamplingSpec
+from weft.types import RequestSpec, SamplingSpec, TokenItem
 
 
 def say(part: NGram, context: np.ndarray, most: int = 16) -> list[int]:
@@ -73,3 +75,31 @@ def test_live_it_gives_the_same_tokens_in_fewer_steps(runtime: Runtime, law: dic
         assert acts["proposed"] > acts["accepted"] > 20
         if not limits:
             assert guessing.steps < plain.steps
+
+
+@pytest.mark.parametrize("technique", ["draft=ngram(guesses=3)", "draft=none"])
+def test_a_full_batch_has_room_for_everybodys_guesses(technique: str) -> None:
+    """A hundred sequences run, as many as may, and each has its guesses verified in the same step."""
+    config = EngineConfig(
+        model=resolve(None), device="cpu", threads=1, max_model_len=64, max_num_seqs=100, techniques=(technique,)
+    )
+    setup = prepare(config)
+    assert setup.limits.max_samples == (400 if technique == "draft=ngram(guesses=3)" else 100)
+    runtime = build(setup)
+    law = SamplingSpec(temperature=0.0, max_tokens=6)
+    for i in range(100):
+        runtime.engine.add(
+            RequestSpec(id=i, items=(TokenItem((7, 8, 9, 10, 11, 7, 8)),), sampling=law, forced=(9,), seed=i), 0.0
+        )
+    while runtime.engine.has_work:
+        step(runtime.engine, runtime.executor)
+    proposed = runtime.engine.stats.acts.get("draft=ngram.proposed", 0)
+    assert (proposed >= 300) is (technique != "draft=none")
+
+
+def test_room_for_guesses_is_bounded_where_the_vocabulary_is_large() -> None:
+    config = EngineConfig(
+        model=load_config("bench/shapes/qwen2.5-0.5b.json"), device="cpu", threads=1, max_model_len=64, max_num_seqs=100,
+        techniques=("draft=ngram(guesses=5)",),
+    )  # fmt: skip
+    assert prepare(config).limits.max_samples == 100 + (128 << 20) // (4 * 151936)

@@ -21,6 +21,7 @@ from bench.harness import Options, bundled, compare, encode, grown, main
 from bench.texts import OPENINGS, PARAGRAPHS
 from tools import grow
 from tools.grow import Shape
+from tools.measured import NOT_RESULTS
 from weft.bench.limit import bytes_per_step
 from weft.errors import CapacityError, ConfigError, EngineError
 from weft.models import load_spec
@@ -28,7 +29,7 @@ from weft.models.layout import weights_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = sorted(p for p in (ROOT / "bench").glob("*/*.py") if p.name != "__init__.py")
-RESULTS = sorted(p for p in (ROOT / "bench" / "results").glob("*.json") if p.name != "test-long.json")
+RESULTS = sorted(p for p in (ROOT / "bench" / "results").glob("*.json") if p.name not in NOT_RESULTS)
 BLOCK = 16
 
 
@@ -100,7 +101,7 @@ def test_the_keys_are_those_of_the_document(found: dict[str, Any]) -> None:
     of_case, of_figure = (set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", t, re.MULTILINE))))
                           for t in re.split(r"^\| figure", section, flags=re.MULTILINE))  # fmt: skip
     assert of_case == found["cases"][0].keys()
-    assert of_figure == found["cases"][0]["median"].keys()
+    assert of_figure - {"ttft_s", "step_p95_s"} == found["cases"][0]["median"].keys()
     holds = section.split("The file holds")[1].split("`limit` is")[0]
     told = {"technique", "command", "date", "machine", "notes", *found}
     assert set(re.findall(r"`(\w+)`", holds)) == told
@@ -154,6 +155,29 @@ def test_phases_are_apart(model: Model, null: Case) -> None:
     assert together.tokens == run.tokens
     assert together.decode_tok == 3 * 12
     assert "prefill_tok_s" not in together.figures(1)
+    assert len(together.first_s) == 3
+    assert 0 < together.first_s[0] < sum(seconds for seconds, _, _ in together.steps)
+
+
+def test_first_tokens_and_slow_steps_by_hand() -> None:
+    steps = [(seconds / 100, 2, 2) for seconds in range(1, 21)]
+    run = Run(decode_s=2.0, decode_cpu_s=1.0, decode_tok=40, steps=steps, first_s=[0.5, 1.5])
+    told = run.figures(1)
+    assert (told["ttft_s"], told["step_p95_s"], told["step_s"]) == pytest.approx((1.0, 0.19, 0.105))
+    apart = replace(run, prefill_s=2.0, prefill_tok=30).figures(1)
+    assert apart["prefill_tok_s"] == 15
+    assert apart.keys().isdisjoint({"ttft_s", "step_p95_s"})
+
+
+def test_a_large_model_is_measured_in_fewer_rounds(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(harness, "compare", lambda *_, rounds, **__: asked.append(rounds))
+    null = Case(name="none", prompts=[[1]])
+    for rounds in (5, 2):
+        options = Options(quick=False, rounds=rounds, threads=1, model_dir=Path(), tick=lambda text: None)
+        options.compare(model, null, [], "")
+        options.compare(replace(model, large=True), null, [], "")
+    assert asked == [5, 3, 2, 2]
 
 
 def test_a_pool_that_is_too_small_for_the_batch(model: Model, null: Case) -> None:
@@ -216,6 +240,7 @@ def test_models_are_grown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     said: list[str] = []
     made = grown("small", tmp_path / "deep" / "cache", said.append)
     assert made.name == "small (grown)"
+    assert not made.large
     assert len(load_spec(made.folder).layers) == 9
     assert said[-1] == "small: 100%"
     said.clear()

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from weft.registry import register
 from weft.slots import Verify
-from weft.traits import Fidelity, Traits
+from weft.traits import Effect, Fidelity, Traits
 
 STANDS, RESIDUAL = 1, 2
 """Salts of the two draws that a row may need: they must not share their noise, nor with the draw of the guess."""
@@ -35,7 +35,7 @@ class Rejection:
     per_request: ClassVar[bool] = True
     laws: ClassVar[bool] = True
     beside: ClassVar[tuple[str, ...]] = ("draft=ngram",)
-    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.SAME_LAW)
+    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.SAME_LAW, effects=frozenset({Effect.GUESSES}))
 
     def accept(self, view: Verify) -> tuple[list[int], list[int]]:
         tokens, path, at = list[int](), list[int](), -1

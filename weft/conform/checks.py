@@ -28,7 +28,13 @@ TENSORS = frozenset({"torch", "numpy", "transformers", "safetensors"})
 WORLD = frozenset(
     "time datetime threading asyncio socket selectors random secrets uuid multiprocessing subprocess concurrent signal os".split()
 )
-DRAWS = 8192
+DRAWS = 5120
+QUOTED, AGAIN = 80, 20
+"""Tokens of the text that is quoted, and those of the quotation that stand already."""
+TOGETHER = 128
+"""Sequences that draw at once."""
+OTHER_SEED = 1_000_003
+"""Where the seeds of a second sample begin."""
 BIAS = 0.02
 """The bias of acceptance that a test of a law must see."""
 SLACK = 2.0
@@ -239,7 +245,11 @@ def same_law(lab: Lab, part: Part) -> str:
 def fits(lab: Lab, parts: Sequence[Part], reference: Sequence[Part], draws: int) -> str:
     spec, guess = quoting(lab, parts, reference)
     wanted = joint(lab, reference, spec)
-    drawn = sample(lab, parts, spec, draws)
+    drawn, outcome = sample(lab, parts, spec, draws)
+    for part in parts:
+        if traits_of(part).fidelity is Fidelity.SAME_LAW:
+            weighed = sum(own_acts(outcome, part).values())
+            assert weighed >= draws // 2, f"{part} acted {weighed} times in {draws} draws, so they say nothing of it"
     first = firsts(wanted)
     said = ""
     for found, what in (
@@ -250,6 +260,17 @@ def fits(lab: Lab, parts: Sequence[Part], reference: Sequence[Part], draws: int)
         assert found.ok, f"{draws} draws of {what} do not fit the law: {said}"
     strength = law.power(first, firsts(shifted(wanted, guess, BIAS)), draws)
     return f"{said}, {draws} draws; a bias of {BIAS:.0%} in acceptance would be seen with chance {strength:.2f}"
+
+
+def alike(lab: Lab, parts: Sequence[Part], reference: Sequence[Part], draws: int) -> str:
+    """What two stacks return to as many requests is of one law: for searches, which choose among what they draw."""
+    spec, _ = quoting(lab, parts, reference)
+    mine, _ = sample(lab, parts, spec, draws, each=1)
+    theirs, _ = sample(lab, reference, msgspec.structs.replace(spec, seed=OTHER_SEED), draws, each=1)
+    found = law.alike(mine, theirs)
+    said = f"chi-square {found.chi2:.1f} over {found.freedom}, p {found.p:.2g}, {draws} answers of each"
+    assert found.ok, f"answers with and without it are not of one law: {said}"
+    return said
 
 
 def firsts(wanted: dict[tuple[int, ...], float]) -> dict[int, float]:
@@ -272,20 +293,19 @@ def quoting(lab: Lab, parts: Sequence[Part], reference: Sequence[Part]) -> tuple
 
     It stands where the guess is unlikely, so that accepting it too often shows soonest.
     """
-    text = tuple(lab.encode(PROSE[1]))
+    text = tuple(lab.encode(PROSE[1]))[:QUOTED]
     companions = tuple((TokenItem(ids),) for ids in lab.companions(parts))
     asked = RequestSpec(
-        id=1, items=(TokenItem((*text, *text[:60])),), sampling=SamplingSpec(temperature=1.0, top_k=4, max_tokens=1),
+        id=1, items=(TokenItem((*text, *text[:AGAIN])),), sampling=SamplingSpec(temperature=0.7, top_k=4, max_tokens=1),
         seed=5, companions=companions,
     )  # fmt: skip
-    found = lab.laws(reference, [asked], {1: text[60:84]})
-    likely = {i: _law(asked, found[5, i]).get(text[60 + i], 0.0) for i in range(2, 24)}
-    at = min((i for i in likely if likely[i] > 0.03), key=lambda i: abs(likely[i] - 0.1))
-    prompt = TokenItem((*text, *text[: 60 + at - 1]))
+    found = lab.laws(reference, [asked], {1: text[AGAIN : AGAIN + 24]})
+    likely = {i: _law(asked, found[5, i]).get(text[AGAIN + i], 0.0) for i in range(2, 24)}
+    at = min((i for i in likely if likely[i] > 0.03), key=lambda i: abs(likely[i] - 0.05))
+    prompt = TokenItem((*text, *text[: AGAIN + at - 1]))
     sampling = msgspec.structs.replace(asked.sampling, max_tokens=4)
-    return msgspec.structs.replace(asked, items=(prompt,), forced=(text[60 + at - 1],), sampling=sampling), text[
-        60 + at
-    ]
+    spec = msgspec.structs.replace(asked, items=(prompt,), forced=(text[AGAIN + at - 1],), sampling=sampling)
+    return spec, text[AGAIN + at]
 
 
 def joint(lab: Lab, parts: Sequence[Part], spec: RequestSpec) -> dict[tuple[int, ...], float]:
@@ -305,17 +325,19 @@ def _law(spec: RequestSpec, logits_V: object) -> dict[int, float]:
     return dict(zip(ids.tolist(), p.tolist(), strict=True))
 
 
-def sample(lab: Lab, parts: Sequence[Part], spec: RequestSpec, draws: int) -> list[tuple[int, ...]]:
-    """The two tokens after the set ones, drawn so many times under different seeds."""
-    runtime = lab.runtime(parts, roomy=True, max_num_seqs=128, max_rows=512)
-    each = 128
+def sample(
+    lab: Lab, parts: Sequence[Part], spec: RequestSpec, draws: int, each: int = TOGETHER
+) -> tuple[list[tuple[int, ...]], Outcome]:
+    """The two tokens after the set ones, drawn so many times under different seeds.  each: answers that a request asks for."""
+    runtime = lab.runtime(parts, roomy=True, max_num_seqs=TOGETHER, max_rows=512)
     specs = [
-        msgspec.structs.replace(spec, id=i + 1, seed=7919 * i + 3, n=min(each, draws - each * i))
+        msgspec.structs.replace(spec, id=i + 1, seed=spec.seed + 7919 * i, n=min(each, draws - each * i))
         for i in range(-(-draws // each))
     ]
-    outcome = lab.send(runtime, [[s] for s in specs])
+    lot = TOGETHER // each
+    outcome = lab.send(runtime, [specs[i : i + lot] for i in range(0, len(specs), lot)])
     at = len(spec.forced)
-    return [tuple(tokens[at : at + 2]) for tokens in outcome.tokens.values()]
+    return [tuple(tokens[at : at + 2]) for tokens in outcome.tokens.values()], outcome
 
 
-__all__ = ["Failed", "Result", "beside", "conform", "equal_tokens", "fits", "own_acts", "within"]
+__all__ = ["Failed", "Result", "alike", "beside", "conform", "equal_tokens", "fits", "own_acts", "within"]

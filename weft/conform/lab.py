@@ -60,7 +60,7 @@ class Lab:
         self.alter = alter
         self._folder = Path(tempfile.mkdtemp(prefix="weft-conform-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._trials: dict[tuple[str, str], Part] = {}
+        self._trials: dict[tuple[str, str, bool], Part] = {}
         self._outcomes: dict[tuple[str, ...], Outcome] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -68,19 +68,24 @@ class Lab:
 
     # ------------------------------------------------------------------ stacks
 
-    def part(self, slot: str, name: str) -> Part:
+    def part(self, slot: str, name: str, wide: bool = False) -> Part:
         """A technique with the arguments of its trial: small budgets, under which it has to work at once.
 
-        A class says them as `trial`: a mapping, or a function of a folder of its own in which it may write files.
+        A class says them as `trial`: a mapping, or a function of a folder of its own in which it may write files.  wide: those of
+        `wide_trial`, where it has one: budgets that leave a technique beside it something to do.
         """
-        if (slot, name) not in self._trials:
-            trial = getattr(lookup(slot, name), "trial", {})
+        key = slot, name, wide
+        if key not in self._trials:
+            cls = lookup(slot, name)
+            if wide and not hasattr(cls, "wide_trial"):
+                return self.part(slot, name)
+            trial = getattr(cls, "wide_trial" if wide else "trial", {})
             if callable(trial):
-                place = self._folder / f"{slot}-{name}"
+                place = self._folder / f"{slot}-{name}{'-wide' * wide}"
                 place.mkdir()
                 trial = trial(place)
-            self._trials[slot, name] = Part(slot, name, tuple(dict(trial).items()))
-        return self._trials[slot, name]
+            self._trials[key] = Part(slot, name, tuple(dict(trial).items()))
+        return self._trials[key]
 
     def setup(self, parts: Sequence[Part], **changes: Any) -> Setup:
         """An engine that is small: steps of few rows, and a pool that a handful of the requests fill."""

@@ -53,6 +53,25 @@ def fit(drawn: Sequence[C], law: Mapping[C, float]) -> Fit:
     return Fit(chi2, freedom, survival(chi2, freedom))
 
 
+def alike(one: Sequence[C], other: Sequence[C]) -> Fit:
+    """How well two samples fit one law that nobody knows (chi-square of homogeneity)."""
+    a, b = Counter(one), Counter(other)
+    share = min(len(one), len(other)) / (len(one) + len(other))
+    cells = sorted(((a[cell] + b[cell], a[cell]) for cell in a | b), reverse=True)
+    grouped: list[tuple[int, int]] = []
+    for both, first in cells:
+        if grouped and share * min(both, grouped[-1][0]) < LEAST_EXPECTED:
+            both, first = grouped[-1][0] + both, grouped[-1][1] + first
+            grouped.pop()
+        grouped.append((both, first))
+    freedom = len(grouped) - 1
+    if freedom < 1:
+        return Fit(0.0, 0, 1.0)
+    p = len(one) / (len(one) + len(other))
+    chi2 = sum((first - both * p) ** 2 / (both * p * (1 - p)) for both, first in grouped)
+    return Fit(chi2, freedom, survival(chi2, freedom))
+
+
 def survival(chi2: float, freedom: int) -> float:
     """P(X >= chi2) for X chi-square distributed: the regularized upper incomplete gamma function."""
     a, x = torch.tensor(freedom / 2, dtype=torch.float64), torch.tensor(chi2 / 2, dtype=torch.float64)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from weft.models.decoder import Decoder
 
 MAX_GUESSES = 16
+GUESSED_BYTES = 128 << 20
+"""Logits of guesses that a step has room for, beside those of the sequences themselves."""
 """Guesses that are verified for one sequence in a step."""
 SMALL_BYTES = 64 << 20
 """Below this much weight a step's operations are too short to be worth handing to a second thread."""
@@ -189,7 +191,7 @@ def prepare(config: EngineConfig) -> Setup:
     offload = stack.get("kv.offload")
     model_max = spec.max_positions
     rows = min(config.max_rows, model_max)
-    samples = max(config.max_num_seqs, min(rows, max(64, stack.tile)))
+    samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
     available = _available(device)
     plan = plan_memory(
         weights_bytes=weights_bytes(spec, dtype),
@@ -222,6 +224,12 @@ def prepare(config: EngineConfig) -> Setup:
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
         draft=draft,
     )  # fmt: skip
+
+
+def _verified(stack: Stack, sequences: int, spec: DecoderSpec) -> int:
+    """Rows of logits of a step in which every sequence has its guesses verified, as many as GUESSED_BYTES hold."""
+    guesses = sequences * min(MAX_GUESSES, int(stack["draft"].guesses))
+    return sequences + min(guesses, GUESSED_BYTES // (spec.vocab * dtype_bytes("float32")))
 
 
 def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | None = None) -> Runtime:

@@ -46,6 +46,7 @@ class H2O:
     acts: dict[str, int] = field(default_factory=lambda: {"cuts": 0, "entries_dropped": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
     trial: ClassVar[dict[str, object]] = {"heavy": 32, "recent": 32, "every": 16, "observe": 32}
+    wide_trial: ClassVar[dict[str, object]] = {"heavy": 64, "recent": 64, "every": 32, "observe": 32}
     traits: ClassVar[Traits] = Traits(
         fidelity=Fidelity.APPROX,
         bound=0.08,

@@ -36,6 +36,7 @@ class Random:
     acts: dict[str, int] = field(default_factory=lambda: {"cuts": 0, "entries_dropped": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
     trial: ClassVar[dict[str, object]] = {"chosen": 32, "recent": 32, "every": 16}
+    wide_trial: ClassVar[dict[str, object]] = {"chosen": 64, "recent": 64, "every": 32}
     traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, bound=0.07, effects=frozenset({Effect.DROPS_TOKENS}))
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class Recent:
     acts: dict[str, int] = field(default_factory=lambda: {"cuts": 0, "entries_dropped": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
     trial: ClassVar[dict[str, object]] = {"window": 64, "every": 16}
+    wide_trial: ClassVar[dict[str, object]] = {"window": 128, "every": 32}
     traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, bound=0.06, effects=frozenset({Effect.DROPS_TOKENS}))
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class StreamingLLM:
     acts: dict[str, int] = field(default_factory=lambda: {"cuts": 0, "entries_dropped": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
     trial: ClassVar[dict[str, object]] = {"sinks": 4, "window": 60, "every": 16}
+    wide_trial: ClassVar[dict[str, object]] = {"sinks": 4, "window": 124, "every": 32}
     traits: ClassVar[Traits] = Traits(
         fidelity=Fidelity.APPROX, bound=0.06, effects=frozenset({Effect.DROPS_TOKENS, Effect.REINDEXES_POSITIONS})
     )

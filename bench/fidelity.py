@@ -1,0 +1,99 @@
+"""What each approximate technique does to answers: `weft fidelity` on the bundled model and on that model grown.
+
+    python -m bench.fidelity [--json] [--only kv.store=int8]
+
+Texts are the novels that the bundled model was not trained on, where the shared data lies beside the checkout; else weft's own
+prose, of which there is little.  Writes bench/results/fidelity.json; `python -m tools.pages` puts it on the techniques' pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.contender import ROOT, Model
+from bench.harness import RESULTS, bundled, grown, machine, write
+
+NOVELS = tuple(
+    ROOT.parent / "shared" / "data" / "text" / "novels" / f"{name}.txt"
+    for name in ("Stevenson_Treasure_1883", "Doyle_Hound_1902")
+)
+"""Held out of the bundled model's training (tools/tiny/corpus.py)."""
+STACKS = (
+    "kv.compress=streaming_llm(sinks=4,window=124,every=32)",
+    "kv.compress=h2o(heavy=64,recent=64,every=32)",
+    "kv.compress=recent(window=128,every=32)",
+    "kv.compress=random(chosen=64,recent=64,every=32)",
+    "kv.store=int8",
+    "attention=flexprefill(gamma=0.9,minimum=128)",
+    "skip=mue(after=(7,), threshold=0.965)",
+)
+GROWN = "smollm2-135m"
+ON_GROWN = STACKS[:2] + STACKS[4:6]
+"""Leaving early is not measured on the grown model, whose added layers change nothing."""
+LENGTH = 960
+WINDOWS, QUESTIONS = {False: 16, True: 6}, {False: 24, True: 8}
+"""By whether the model was grown."""
+
+
+def texts(count: int) -> list[str]:
+    """`count` passages, each longer than a window; empty where there are no novels."""
+    found = [path.read_text(encoding="utf8", errors="replace") for path in NOVELS if path.is_file()]
+    return [found[i % len(found)][20_000 * (i + 1) :][: 3 * LENGTH] for i in range(count)] if found else []
+
+
+def measure(only: str, tick: Any) -> Iterator[dict[str, Any]]:
+    for model, stacks in ((bundled(), STACKS), (grown(GROWN), ON_GROWN)):
+        for stack in stacks:
+            if stack.startswith(only):
+                tick(f"{model.name}, {stack}")
+                yield record(model, stack)
+
+
+def record(model: Model, stack: str) -> dict[str, Any]:
+    """`weft fidelity --json` of a stack on a model, with what was asked."""
+    big = "grown" in model.name
+    command = [sys.executable, "-m", "weft", "fidelity", "--with", stack, "--model", str(model.folder), "--json"]
+    command += ["--length", str(LENGTH), "--questions", str(QUESTIONS[big]), "--threads", "1", "--rounds", "2"]
+    with tempfile.TemporaryDirectory(prefix="weft-fidelity-") as place:
+        passages = texts(WINDOWS[big])
+        if passages:
+            file = Path(place) / "texts.json"
+            file.write_text(json.dumps(passages), encoding="utf8")
+            command += ["--prompts", str(file)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{stack} on {model.name}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout)
+    prose = "novels that the model has not read" if passages else "weft's own prose"
+    return {**found, "model": model.name, "with": stack, "questions": QUESTIONS[big], "prose": prose}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the records as JSON")
+    parser.add_argument("--only", default="", metavar="STACK", help="those that begin so; writes no file")
+    flags = parser.parse_args(argv)
+    records = list(measure(flags.only, lambda text: print(text, file=sys.stderr)))
+    result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(), "records": records}
+    if not flags.only:
+        write(RESULTS / "fidelity.json", result)
+    if flags.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for r in records:
+            print(
+                f"{r['model']:<24} {r['with']:<56} KL {r['kl_mean']:.3g} recall {r['recall']} of {r['recall_reference']}"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
