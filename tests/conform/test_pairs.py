@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from weft.conform import pairs
 from weft.conform.checks import DRAWS
 from weft.conform.lab import Lab
+from weft.exec.host import cpu_count
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "bench" / "results" / "pairs.json"
+LAB: Lab | None = None
+"""Of a process that tests pairs for `test_all_pairs`."""
 OTHERS = 6
 """Pairs that are tested although neither of their files changed."""
 MOST = 12
@@ -68,23 +74,26 @@ def test_a_pair_is_tested_anew_when_either_file_changes(monkeypatch: pytest.Monk
     assert pairs.digest(pair) != before
 
 
+def entry(pair: pairs.Pair) -> dict[str, Any]:
+    """The ledger's record of a pair, tested in a process that keeps one laboratory."""
+    global LAB
+    LAB = LAB or Lab()
+    began = time.monotonic()
+    try:
+        text, ok = pairs.check(LAB, pair, DRAWS), True
+    except Exception as error:
+        text, ok = f"{type(error).__name__}: {error}", False
+    took = round(time.monotonic() - began, 1)
+    return {"ok": ok, "digest": pairs.digest(pair) if ok else "", "text": text, "seconds": took}
+
+
 @pytest.mark.long
 @pytest.mark.timeout(4 * 3600)
-def test_all_pairs(lab: Lab) -> None:
-    told, wrong = {}, []
-    for pair in pairs.pairs():
-        began = time.monotonic()
-        try:
-            text, ok = pairs.check(lab, pair, DRAWS), True
-        except Exception as error:
-            text, ok = f"{type(error).__name__}: {error}", False
-            wrong.append(f"{pair}: {text}")
-        told[str(pair)] = {
-            "ok": ok,
-            "digest": pairs.digest(pair) if ok else "",
-            "text": text,
-            "seconds": round(time.monotonic() - began, 1),
-        }
+def test_all_pairs() -> None:
+    every = pairs.pairs()
+    with ProcessPoolExecutor(max(1, int(cpu_count().cores)), multiprocessing.get_context("spawn")) as workers:
+        told = dict(zip(map(str, every), workers.map(entry, every, chunksize=4), strict=True))
+    wrong = [f"{name}: {record['text']}" for name, record in told.items() if not record["ok"]]
     LEDGER.parent.mkdir(exist_ok=True)
     LEDGER.write_text(json.dumps({"pairs": told}, indent=1) + "\n")
     assert wrong == []

@@ -22,10 +22,11 @@ from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.kv.store.int8 import Int8
 from weft.models import load_spec
+from weft.models.layout import workspace_bytes
 from weft.models.spec import all_groups, kv_groups
 from weft.registry import parse
 from weft.slots import Ask
-from weft.types import Plan, Rejected, RequestSpec, SamplingSpec, StepResult, TokenLogprob, Tokens
+from weft.types import Plan, Rejected, RequestSpec, SamplingSpec, StepResult, TokenItem, TokenLogprob, Tokens
 
 LAWS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
@@ -154,7 +155,10 @@ def test_the_memory_plan_has_both_models(near: Path) -> None:
     assert setup.draft is not None
     assert len(setup.draft.layers) == 7
     assert alone.draft_bytes == 0
-    assert (both.weights_bytes, both.workspace_bytes) == (alone.weights_bytes, alone.workspace_bytes)
+    assert both.weights_bytes == alone.weights_bytes
+    samples = setup.limits.max_samples
+    assert samples == 64 * (1 + 4), "every sequence has its four guesses verified in one step"
+    assert both.workspace_bytes == workspace_bytes(setup.spec, setup.dtype, setup.limits.max_rows, samples)
     assert both.kv_bytes_per_token == alone.kv_bytes_per_token * 15 // 8
     laws = 64 * 4 * 4096 * 4
     runtime = build(setup)
@@ -452,3 +456,18 @@ def test_a_request_cannot_have_a_model_that_is_not_loaded(
 @pytest.fixture(scope="module")
 def runtime_alone() -> Runtime:
     return build(prepare(config(max_num_seqs=4)))
+
+
+def test_forks_share_what_the_draft_computed_of_the_prompt(near: Path) -> None:
+    """The second model computes a prompt of 96 tokens once, not once for each of the twelve sequences."""
+    runtime = build(prepare(config(part_of(near, guesses=2))))
+    engine = runtime.engine
+    law = SamplingSpec(temperature=0.8, max_tokens=4)
+    engine.add(RequestSpec(id=1, items=(TokenItem(tuple(range(100, 196))),), sampling=law, n=12, seed=3), 0.0)
+    rows = 0
+    while engine.has_work:
+        plan, _ = engine.schedule(0.0)
+        rows += sum(len(w.tokens) for w in plan.works if w.model == "draft")
+        engine.commit(0.0, plan, runtime.executor.execute(plan))
+    assert 96 <= rows <= 96 + 12 * 4
+    engine.check()

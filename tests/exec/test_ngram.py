@@ -99,7 +99,8 @@ def test_a_full_batch_has_room_for_everybodys_guesses(technique: str) -> None:
 
 def test_room_for_guesses_is_bounded_where_the_vocabulary_is_large() -> None:
     config = EngineConfig(
-        model=load_config("bench/shapes/qwen2.5-0.5b.json"), load="random", device="cpu", threads=1, max_model_len=64, max_num_seqs=100,
+        model=load_config("bench/shapes/qwen2.5-0.5b.json"), load="random", device="cpu", threads=1, max_model_len=64,
+        max_num_seqs=100,
         techniques=("draft=ngram(guesses=5)",),
     )  # fmt: skip
     assert prepare(config).limits.max_samples == 100 + (128 << 20) // (4 * 151936)

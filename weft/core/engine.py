@@ -122,12 +122,17 @@ class Engine(Sequences):
         taken = [(r, r.generation == generation, work, fact) for (r, generation), work, fact in flight]
         for r, _, _, _ in taken:
             r.in_flight -= 1
-        # Companions first: their leader tells them the token, and whether they go on.
-        for r, counts, work, fact in sorted(taken, key=_leads):
+        for r, counts, work, fact in sorted(taken, key=self._turn):
             if counts and r.state is not State.DONE:
                 self._take(r, work, fact, now, events)
         self.pool.committed(plan.step)
         return self.programs.settle(events, now)
+
+    def _turn(self, taken: tuple[Request, bool, Work, WorkResult]) -> bool:
+        """Companions first: their leader tells them the token, and whether they go on.  Then what other models computed of a
+        prompt that is about to be forked, so that the forks share it."""
+        r, _, work, _ = taken
+        return r.leader is None and (r.fanned or work.model == self.models[0])
 
     def _loaded(self, now: float, plan: Plan, lost: set[int]) -> None:
         """Blocks that the plan loaded stand; who waited for one that is lost starts again, and finds that it is not there."""
@@ -282,7 +287,3 @@ class Engine(Sequences):
                 raise InvariantError(f"request {r.id}.{r.index} is in {places} of running, waiting, parked")
         if len(self._live) != len(s.running) + len(s.waiting) + len(s.parked):
             raise InvariantError("a request that is not live is still scheduled")
-
-
-def _leads(taken: tuple[Request, bool, Work, WorkResult]) -> bool:
-    return taken[0].leader is None
