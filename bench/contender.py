@@ -176,13 +176,17 @@ class Contender:
                     engine.resume(request.id, request.index, now=time.monotonic())
             began = time.perf_counter()
         cpu_began = time.process_time()
+        drawn = engine.stats.generation_tokens
         while engine.has_work:
             before = time.perf_counter()
             events = self._step(places, found)
+            took = time.perf_counter() - before
             got = [len(e.tokens) for e in events if isinstance(e, Tokens) and e.tokens]
-            if got:
-                found.steps.append((time.perf_counter() - before, sum(got), len(got)))
-            found.decode_tok += sum(got) + sum(e.discarded for e in events if isinstance(e, Finished))
+            # A search draws tokens, one for each of its sequences, of which it tells when it has ended.
+            new, drawn = engine.stats.generation_tokens - drawn, engine.stats.generation_tokens
+            if new:
+                found.steps.append((took, new, len(got) if new == sum(got) else new))
+            found.decode_tok += new
         found.decode_s += time.perf_counter() - began
         found.decode_cpu_s += time.process_time() - cpu_began
 

@@ -43,7 +43,7 @@ RESULTS = ROOT / "bench" / "results"
 GROWN = ROOT / ".cache" / "grown"
 ROUNDS = 5
 FEWER_ROUNDS = 3
-"""Where the model is large."""
+"""Where the model is large; its resident memory, which is mostly weights, is not measured for each case either."""
 LARGE = 300_000_000
 """Parameters of a model that is large."""
 DONE = object()
@@ -181,7 +181,7 @@ def _told(
     ratios = {key: v for key, v in ratios.items() if v}
     return {
         "name": mine.case.name,
-        "stack": [str(part) for part in mine.runtime.setup.stack.parts],
+        "stack": [*map(str, mine.runtime.setup.stack.parts), *dict.fromkeys(p for own in mine.case.own for p in own)],
         "median": {**{key: median(v) for key, v in values.items()}, "rss_peak_bytes": peak},
         "spread": {key: [min(v), max(v)] for key, v in values.items()},
         "ratio": {key: median(v) for key, v in ratios.items()},
@@ -234,7 +234,7 @@ class Options:
         """`compare` under these flags."""
         return compare(
             model, null, cases, title=title, rounds=min(self.rounds, FEWER_ROUNDS) if model.large else self.rounds,
-            threads=self.threads, memory=not self.quick, tick=self.tick,
+            threads=self.threads, memory=not (self.quick or model.large), tick=self.tick,
         )  # fmt: skip
 
     def models(self, *shapes: str) -> list[Model]:

@@ -70,7 +70,7 @@ def verdicts(result: Mapping[str, Any]) -> Iterator[str]:
     """A sentence on each aspect in which some case differs from the null, and one on decoding in any event."""
     found: dict[str, dict[str, list[float]]] = {}
     count = 0
-    for _, rounds, case in loads(result):
+    for _, rounds, case in loads(result, own=True):
         count += 1
         for key in ASPECTS.keys() & case["ratio"].keys():
             kind = verdict(case, key, rounds)
@@ -126,18 +126,23 @@ def verdict(case: Mapping[str, Any], key: str, rounds: int) -> str:
     return "less" if rounds >= FEW and high < 1 and ratio <= 1 - CLEAR else "same"
 
 
-def loads(result: Mapping[str, Any]) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """(load in words, rounds, case) of every case but the nulls."""
+def loads(result: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """(load in words, rounds, case) of every case but the nulls.  own: only those with the technique itself in their stack.
+
+    Others are bounds and controls, which a page shows beside it.
+    """
     for c in result["comparisons"]:
         for case in c["cases"][1:]:
-            yield f"{c['model']}, {c['title']}, batch {c['load']['batch']}", c["rounds"], case
+            parts = [part.partition("(")[0] for part in case["stack"]]
+            if not own or result["technique"] in parts:
+                yield f"{c['model']}, {c['title']}, batch {c['load']['batch']}", c["rounds"], case
 
 
 def gained(result: Mapping[str, Any] | None) -> str:
     """The range of ratios of decoding, for the index."""
     if result is None:
         return "not measured"
-    return _range([case["ratio"]["decode_tok_s"] for _, _, case in loads(result)])
+    return _range([case["ratio"]["decode_tok_s"] for _, _, case in loads(result, own=True)])
 
 
 def _range(ratios: Sequence[float]) -> str:

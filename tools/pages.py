@@ -128,6 +128,7 @@ def page(f: Feature, result: Mapping[str, Any] | None, near: Sequence[Mapping[st
         arguments(f),
         "## What it needs and what it does",
         traits(f),
+        *(["## Bound", plain(f.fields["Bound"])] if "Bound" in f.fields else []),
         "## Cost",
         plain(f.fields["Cost"]),
         "## Where it differs from the paper",
@@ -146,7 +147,7 @@ def facts(f: Feature, module: str) -> str:
     bound = f.traits.bound
     answers = FIDELITY[f.traits.fidelity]
     if bound is not None:
-        answers += f", by a mean KL divergence below {bound:g} nats a token"
+        answers += f", by a mean KL divergence below {bound:g} nats a token with {_trial(f)}"
     alone = bool(getattr(lookup(f.slot, f.name), "per_request", False))
     rows = [
         ("slot", f"`{f.slot}`: {SLOTS[f.slot].question}"),
@@ -157,6 +158,13 @@ def facts(f: Feature, module: str) -> str:
         ("source", f"[{module}](../../{module})"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {cell(b)} |" for a, b in rows)])
+
+
+def _trial(f: Feature) -> str:
+    """The arguments at which an approximation states its bound."""
+    trial = getattr(lookup(f.slot, f.name), "trial", {})
+    said = ", ".join(f"{key}={value!r}" for key, value in trial.items()) if isinstance(trial, Mapping) else ""
+    return f"`{f.slot}={f.name}({said})`" if said else "its defaults"
 
 
 def arguments(f: Feature) -> str:

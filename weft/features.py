@@ -1,8 +1,9 @@
 """What techniques there are, read from where each describes itself: its traits and the head of its file.
 
-A technique's file begins with a summary line and fields (Paper, Rule, Shapes, Units, Cost, Pays, Differs, Raises), each a word at
-the margin, two spaces or more, and text that may run on in indented lines.  Shapes and Pays (where it is worth having) may be
-left out.  Catalogue ids stand in brackets, round or square, in the field Paper.
+A technique's file begins with a summary line and fields (Paper, Rule, Shapes, Units, Cost, Pays, Differs, Bound, Raises), each a
+word at the margin, two spaces or more, and text that may run on in indented lines.  Shapes, Pays (where it is worth having) and
+Bound (what was measured of an approximation) may be left out.  Catalogue ids stand in brackets, round or square, in the field
+Paper.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from weft.registry import lookup, names
 from weft.slots import SLOTS
 from weft.traits import Traits
 
-FIELDS = ("Paper", "Rule", "Shapes", "Units", "Cost", "Pays", "Differs", "Raises")
+FIELDS = ("Paper", "Rule", "Shapes", "Units", "Cost", "Pays", "Differs", "Bound", "Raises")
 REQUIRED = ("Paper", "Rule", "Units", "Cost", "Differs", "Raises")
 _ID = re.compile(r"[(\[](\d{3}-\d+(?:,\s*\d{3}-\d+)*)[)\]]")
 _FIELD = re.compile(rf"^({'|'.join(FIELDS)}) {{2,}}(.*)$")

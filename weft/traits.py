@@ -1,6 +1,7 @@
 """The closed vocabulary in which a technique says what it needs, what it gives and what it does to the answers.
 
-Composition is computed from these words and never from names.  Every word is used by a rule in `compose` or by a generated test.
+Composition is computed from these words and never from names.  A need or a gift is matched by a rule in `compose`; of the
+effects some are rules too, some tell the core what to do, and all tell a reader what a part does (docs/techniques).
 """
 
 from __future__ import annotations

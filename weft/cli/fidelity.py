@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LEARNED_TOKENS = 1024
 """Context on which the bundled model, and what is grown from it, was trained; answers beyond it are nobody's."""
 LEAST_TOKENS = 24
-"""A text is judged on its second half, and a shorter one says nothing."""
+"""A text of fewer says nothing."""
 
 
 @engine_flags

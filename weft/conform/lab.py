@@ -19,10 +19,11 @@ from weft.config import Stack
 from weft.conform.workload import QUESTIONS, Workload, prompts, workload
 from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
+from weft.core.noise import child_seed
 from weft.errors import EngineError
 from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.exec.mirror import Mirrored
-from weft.exec.null import NullExecutor
+from weft.exec.null import NullExecutor, reference
 from weft.exec.thread import step
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
@@ -142,18 +143,20 @@ class Lab:
                 events += more
                 outcome.steps += 1
                 outcome.peak_blocks = max(outcome.peak_blocks, engine.pool.referenced)
+                engine.check()
                 if outcome.steps > MAX_STEPS:
                     raise Failed(f"not done after {MAX_STEPS} steps: {engine.stats}")
             _take(events, outcome)
-            engine.check()
         stats = engine.stats
         if stats.kv_blocks_referenced:
             raise Failed(f"{stats.kv_blocks_referenced} blocks are still referenced when everybody has ended")
         outcome.acts, outcome.preemptions, outcome.hit_tokens = stats.acts, stats.preemptions, stats.prefix_hit_tokens
         return outcome
 
-    def laws(self, parts: Sequence[Part], specs: Sequence[RequestSpec], forced: Mapping[int, Sequence[int]]) -> Laws:
-        """Logits of every output token along given texts.  forced: the output of each request id."""
+    def laws(
+        self, parts: Sequence[Part], specs: Sequence[RequestSpec], forced: Mapping[int, Sequence[int]]
+    ) -> tuple[Laws, Outcome]:
+        """Logits of every output token along given texts, and what came of the run.  forced: the output of each request id."""
         runtime = self.runtime(parts, roomy=True)
         found: Laws = {}
 
@@ -170,8 +173,7 @@ class Lab:
             )
             for spec in specs
         ]
-        self.send(runtime, [sent])
-        return found
+        return found, self.send(runtime, [sent])
 
     # ------------------------------------------------------------------ simulated
 
@@ -184,6 +186,16 @@ class Lab:
         executor = NullExecutor(setup.groups, vocab=256, layers=layers, stacks=engine.stacks)
         runtime = Runtime(setup, engine, executor, None, None)  # type: ignore[arg-type]
         return self.send(runtime, self.simulated_rounds(parts))
+
+    def reference(self, parts: Sequence[Part]) -> dict[Key, list[int]]:
+        """What the simulated requests' own KV gives them, computed without an engine."""
+        found = {}
+        for spec in (s for one in self.simulated_rounds(parts) for s in one):
+            ids = [i for item in spec.items if isinstance(item, TokenItem) for i in item.ids]
+            for index in range(spec.n):
+                seed = child_seed(spec.seed, index)
+                found[spec.id, index] = reference(ids, spec.sampling, seed, 256)
+        return found
 
     def simulated_rounds(self, parts: Sequence[Part]) -> list[list[RequestSpec]]:
         """The workload in a vocabulary of 256 ids."""

@@ -1,21 +1,24 @@
 """The generated tests of two techniques together: every pair of different slots of the registry.
 
 A pair that is refused raises with its reasons.  One that goes together runs at its declared fidelity: taking an EXACT part out
-changes no token; with a SAME_LAW part draws fit the law of the stack without it; two APPROX parts stay within their bounds.
+changes no token; with a SAME_LAW part draws fit the law of the stack without it; APPROX parts stay within their bounds; with
+a part that gives another answer on purpose a request gets the same one alone as among others.
 Every part still does what it counts, unless the verdict says that it has nothing to do.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from weft.compose import Verdict, compose, traits_of
 from weft.config import build_stack
-from weft.conform.checks import SLACK, alike, beside, equal_tokens, fits, own_acts, within
+from weft.conform.checks import SLACK, alike, as_alone, beside, equal_tokens, fits, own_acts, within
 from weft.conform.lab import Lab, stack
 from weft.errors import ComposeError
 from weft.registry import Part, lookup, names
@@ -113,29 +116,36 @@ def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
     """What taking `part` out of the stack may change."""
     rest = [p for p in parts if p is not part]
     traits, others = traits_of(part), [traits_of(p) for p in rest]
-    weakest = max((t.fidelity for t in others), default=Fidelity.EXACT)
     if Effect.REDEFINES in traits.effects:
-        return ""
-    law = Fidelity.SAME_LAW in (traits.fidelity, weakest)
-    if law and Fidelity.APPROX not in (traits.fidelity, weakest):
-        if any(p.slot == "search" for p in parts):
-            return alike(lab, parts, rest, min(draws, MOST_ANSWERS))
-        return fits(lab, parts, rest, draws)
-    if traits.fidelity is Fidelity.EXACT and not any(t.fidelity is Fidelity.SAME_LAW for t in others):
-        return equal_tokens(lab, parts, rest)
+        return as_alone(lab, parts)
     if traits.fidelity is Fidelity.APPROX:
         bounds = [t.bound for t in (traits, *others) if t.bound is not None]
-        return within(
-            lab, parts, [p for p, t in zip(rest, others, strict=True) if t.bound is None], SLACK * sum(bounds)
-        )
-    return ""
+        exact = [p for p, t in zip(rest, others, strict=True) if t.bound is None]
+        return within(lab, parts, exact, SLACK * sum(bounds))
+    if Fidelity.SAME_LAW not in (traits.fidelity, *(t.fidelity for t in others)):
+        return equal_tokens(lab, parts, rest)
+    if any(p.slot == "search" for p in parts):
+        return alike(lab, parts, rest, min(draws, MOST_ANSWERS))
+    return fits(lab, parts, rest, draws)
 
 
 def digest(pair: Pair) -> str:
-    """Changes with either technique's file."""
+    """Changes with the code of either technique and of what its folder shares; not with comments and docstrings."""
     h = hashlib.blake2b(digest_size=12)
     for slot, name in (pair.one, pair.other):
         module = inspect.getmodule(lookup(slot, name))
         assert module is not None
-        h.update(inspect.getsource(module).encode())
+        h.update(_code(inspect.getsource(module)))
+        common = Path(module.__file__ or "").with_name("_common.py")
+        if common.is_file():
+            h.update(_code(common.read_text(encoding="utf8")))
     return h.hexdigest()
+
+
+def _code(source: str) -> bytes:
+    """What a file says to Python: without comments, and without the docstrings of the file, its classes and functions."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree).encode()

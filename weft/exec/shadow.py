@@ -52,7 +52,7 @@ class Kept:
 
 
 class Shadow:
-    """share: of requests, 0 to 1.  alarm: mean kl from which on the drift is too much, or None."""
+    """share: of requests, 0 to 1.  alarm: mean kl above which the drift is too much, or None."""
 
     def __init__(self, runtime: Runtime, share: float, alarm: float | None = None, seed: int = 0) -> None:
         check_options(share, alarm)

@@ -130,7 +130,7 @@ class ChatWriter:
         self._usage_head = start + b',"choices":[],"usage":'
         self._content_heads = [self._head + b'%d,"delta":{"content":' % i for i in range(n)]
         self._choices: dict[int, _Choice] = {}
-        self._label = label(request, service.port.info.stack)
+        self._label = label(request, service.port.info.stack, service.techniques(model))
         self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
 
     # ------------------------------------------------------------------------------------------ stream

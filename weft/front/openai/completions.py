@@ -123,7 +123,7 @@ class CompletionWriter:
         self._head = start + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if self._with_usage else b"}]}\n\n"
         self._usage_head = start + b',"choices":[],"usage":'
-        self._label = label(request, service.port.info.stack)
+        self._label = label(request, service.port.info.stack, service.techniques(model))
         self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
         self._begun: dict[int, str] = {}
         self._choices: dict[int, dict[str, Any]] = {}

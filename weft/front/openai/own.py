@@ -43,9 +43,12 @@ def _laid_over(own: Sequence[Part], server: Sequence[str]) -> list[Part]:
     return complete([*(part for part in map(parse, server) if part.slot not in slots), *own])
 
 
-def label(fields: Fields, server: Sequence[str]) -> dict[str, Any] | None:
-    """What an answer says of itself, where the request asks for it: its stack, and how faithful that is."""
+def label(fields: Fields, server: Sequence[str], model: Sequence[str] = ()) -> dict[str, Any] | None:
+    """What an answer says of itself, where the request asks for it: its stack, and how faithful that is.
+
+    server, model: as for `techniques`.
+    """
     if fields.weft is None or not fields.weft.label:
         return None
-    parts = _laid_over([parse(text) for text in fields.parts], server)
+    parts = _laid_over([parse(text) for text in techniques(fields, server, model)], server)
     return {"stack": [str(part) for part in parts], "fidelity": compose(parts).fidelity.value}
