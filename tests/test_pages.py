@@ -127,7 +127,7 @@ def test_a_bound_is_told() -> None:
         traits=Traits(fidelity=Fidelity.APPROX, bound=0.02),
     )  # fmt: skip
     text = page(loose, None)
-    assert "APPROX: near those without it, by a mean KL divergence below 0.02 nats a token" in text
+    assert "APPROX: near those without it, by a mean KL divergence below 0.02 nats a token with its defaults" in text
     assert "(catalogue 001-2)" in text
 
 
@@ -197,6 +197,14 @@ def test_sentences_follow_from_the_figures() -> None:
         "| small, quoting, batch 4 | ngram | 2.00 (2.00 in processor time: faster) | 0.50 less |",
         "| small, prose, batch 4 | ngram | 0.90 (0.90 in processor time: slower) | 1.00 |",
     ]
+    controlled = copy.deepcopy(result)
+    for comparison in controlled["comparisons"]:
+        comparison["cases"].append({**comparison["cases"][1], "name": "a control", "stack": ["draft=other"]})
+    assert list(verdicts(controlled)) == list(verdicts(result)), "a control's figures are not the technique's"
+    assert len(list(judged(controlled))) == len(list(judged(result))) + 2
+    assert index([feature("draft", "ngram")], {"draft=ngram": controlled}) == index(
+        [feature("draft", "ngram")], {"draft=ngram": result}
+    )
     text = page(feature("draft", "ngram"), result)
     assert "    python -m bench.draft.ngram\n" in text
     assert "2026-01-02, A processor, 2 cores." in text

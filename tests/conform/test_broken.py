@@ -13,6 +13,7 @@ from weft.conform import checks, pairs
 from weft.conform.checks import approx, equal_tokens, exact, same_law
 from weft.conform.lab import Lab
 from weft.exec import sampler
+from weft.registry import Part
 from weft.slots import Verify
 from weft.traits import Fidelity, Traits
 
@@ -136,6 +137,52 @@ def test_an_approximation_without_a_bound_does_not_pass(lab: Lab, monkeypatch: p
     monkeypatch.setattr(checks, "traits_of", lambda _: traits)
     with pytest.raises(AssertionError, match="states its bound"):
         approx(lab, part)
+
+
+def test_an_approximation_that_does_nothing_does_not_pass(lab: Lab) -> None:
+    """A bound is kept easily by a part that is idle."""
+    part = lab.part("kv.compress", "recent")
+    idle = Part("kv.compress", "recent", (("window", 500), ("every", 100)))
+    assert "bound" in checks.within(lab, [part], [], 0.06)
+    with pytest.raises(AssertionError, match="did nothing"):
+        checks.within(lab, [idle], [], 0.06)
+
+
+# ------------------------------------------------------------------------------------------ company and simulation
+
+
+def test_an_answer_that_depends_on_the_company_is_seen(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = lab.part("schedule", "prefill_first")
+    assert "requests" in checks.alone(lab, part)
+    send, changed = lab.send, 0
+
+    def wrong(runtime: Any, rounds: Any) -> Any:
+        nonlocal changed
+        outcome = send(runtime, rounds)
+        for key in outcome.tokens:
+            if key[0] > 100:  # of requests that come a second time, when something is cached
+                changed += 1
+                outcome.tokens[key][-1] += 1
+        return outcome
+
+    broken = Lab()
+    monkeypatch.setattr(
+        broken, "alone", lambda parts, spec: wrong(broken.runtime(parts, roomy=True, share=False), [[spec]])
+    )
+    with pytest.raises(AssertionError, match=r"request \d+: token 23"):
+        checks.alone(broken, part)
+    assert changed
+
+
+def test_a_simulation_with_a_wrong_entry_is_seen(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = lab.part("kv.offload", "host")
+    assert "as without an engine" in checks.simulated(lab, part)
+    wanted = lab.reference([part])
+    key = max(wanted)
+    wanted[key][3] += 1
+    monkeypatch.setattr(lab, "reference", lambda parts: wanted)
+    with pytest.raises(AssertionError, match=rf"request {key[0]}\.{key[1]}: not the tokens"):
+        checks.simulated(lab, part)
 
 
 # ------------------------------------------------------------------------------------------ acts

@@ -12,6 +12,14 @@ from weft.slots import SLOTS
 ALL = [f"{slot}={name}" for slot in SLOTS for name in names(slot)]
 
 
+def test_the_workload_is_crowded_and_shares(lab: Lab) -> None:
+    """What the generated tests rest on: requests are preempted, prompts come from the prefix index, and one is forked."""
+    outcome = lab.run([])
+    assert outcome.preemptions > 0
+    assert outcome.hit_tokens > 0
+    assert any(index == 1 for _, index in outcome.tokens)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("text", ALL)
 def test_it_conforms(lab: Lab, text: str) -> None:

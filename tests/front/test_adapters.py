@@ -89,8 +89,19 @@ def test_an_adapter_comes_answers_and_goes(http: httpx.Client, root: Path) -> No
         assert answer["model"] == (model or "weft-tiny")
         told[model] = answer["system_fingerprint"]
     assert told["first"] == told["second"] != told["weft-tiny"]
-    chat = {"model": "second", "max_tokens": 3, "messages": [{"role": "user", "content": "Hello"}]}
-    assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    chat = {
+        "model": "second",
+        "max_tokens": 3,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "weft": {"label": True},
+    }
+    answer = http.post("/v1/chat/completions", json=chat)
+    assert answer.status_code == 200
+    assert "adapt=lora(name='second')" in answer.json()["weft"]["stack"], (
+        "the label names what the model's name stands for"
+    )
+    assert "adapt=lora(name='first')" in complete(http, "first", weft={"label": True}).json()["weft"]["stack"]
+    assert not any("lora" in part for part in complete(http, None, weft={"label": True}).json()["weft"]["stack"])
     assert unload(http, "second").text == "Success: LoRA adapter 'second' removed successfully."
     gone = complete(http, "second")
     assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")

@@ -7,7 +7,7 @@ Rule     at each multiple of `every` above heavy + recent, in each layer and kv 
          rows that count, over the query heads of the kv head
 Shapes   indices [layers, kv heads, heavy + recent] int64
 Units    heavy, recent, every, observe: tokens
-Cost     attention scores of the rows that count are computed once more; 8 bytes for each entry of a layer's kv head; O(heavy +
+Cost     attention scores of the rows that count are computed twice more; 8 bytes for each entry of a layer's kv head; O(heavy +
          recent) entries moved at a cut.  At most heavy + recent + every entries at any moment, also while a prompt is computed
 Differs  the paper evicts one token at each step, where `every` go at once; the first cut comes when the budget is first
          exceeded, within the prompt or after it.  Of the rows before the first cut (or before the prompt's end, where that comes
