@@ -24,7 +24,7 @@ NOTES = (
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
     tokens = 1000 if options.quick else 3600
-    for model in options.models("smollm2-135m", "qwen2.5-0.5b"):
+    for model in options.models("smollm2-135m"):
         texts = encode(model, [*PARAGRAPHS, *OPENINGS])
         order = (texts[(i * i + i // 8) % len(texts)] for i in range(tokens))
         prompt = tuple(islice((t for one in order for t in one), tokens))

@@ -24,7 +24,7 @@ NOTES = (
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models("smollm2-135m", "qwen2.5-0.5b"):
+    for model in options.models("smollm2-135m"):
         small = model.name == "weft-tiny"
         for batch, shared in LOADS[:1] if options.quick or not small else LOADS:
             new = 4 if options.quick else 12

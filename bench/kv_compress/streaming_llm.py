@@ -22,7 +22,7 @@ NOTES = (
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models("smollm2-135m", "qwen2.5-0.5b"):
+    for model in options.models("smollm2-135m"):
         for title, null in loads(model, quick=options.quick):
             streaming = replace(
                 null,

@@ -19,7 +19,7 @@ NOTES = (
 
 def asked_in_turns(options: Options, cases: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """cases: (name, technique)."""
-    for model in options.models("smollm2-135m", "qwen2.5-0.5b"):
+    for model in options.models("smollm2-135m"):
         texts = [" ".join(PARAGRAPHS[i:] + PARAGRAPHS[:i]) for i in range(len(PARAGRAPHS))]
         documents = [ids[:256] for ids in encode(model, texts)]
         asked = encode(model, OPENINGS)
