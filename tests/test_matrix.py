@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from tools import matrix
 from weft.compose import compose
-from weft.registry import parse
+from weft.conform import pairs
+from weft.conform.lab import Lab
+from weft.registry import parse, register
+from weft.traits import Trait, Traits
 
 MOST_REFUSED = 0.15
 
@@ -40,3 +45,29 @@ def test_a_page_that_was_edited_is_noticed(monkeypatch, tmp_path) -> None:  # ty
     page.write_text(matrix.page(matrix.shown()).replace("| + |", "| x |", 1))
     monkeypatch.setattr(matrix, "PAGE", page)
     assert matrix.main(["--check"]) == 1
+
+
+@pytest.fixture
+def refused(clean_registry: None) -> pairs.Pair:
+    """Two techniques, of which one needs a word that nobody gives."""
+
+    class Prophet:
+        traits = Traits(needs=frozenset({Trait.FUTURE}))
+
+    Prophet.__module__ = f"{__name__}.schedule.prophet"
+    register("schedule", "prophet")(Prophet)
+    return pairs.Pair(("schedule", "prophet"), ("draft", "ngram"))
+
+
+def test_a_pair_that_is_refused_is_refused_when_it_is_built_and_with_the_same_reasons(refused: pairs.Pair) -> None:
+    found = pairs.check(Lab(), refused)
+    assert found.startswith("refused: schedule=prophet needs FUTURE; ")
+    assert refused in pairs.pairs()
+
+
+def test_a_pair_that_is_refused_and_built_all_the_same_is_noticed(
+    refused: pairs.Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pairs, "build_stack", lambda parts: None)
+    with pytest.raises(AssertionError, match="built all the same"):
+        pairs.check(Lab(), refused)

@@ -195,8 +195,10 @@ def test_bits_do_not_depend_on_neighbours_chunks_or_preemption(adapted: Runtime,
     assert all(torch.equal(laws[key], again[key]) for key in laws)
 
 
-@pytest.mark.parametrize("other", ["draft=ngram(shortest=1)", "schedule=layered"])
-def test_other_techniques_find_the_same_tokens(adapted: Runtime, ids: list[int], other: str) -> None:
+@pytest.mark.parametrize(
+    ("other", "act"), [("draft=ngram(shortest=1)", "accepted"), ("schedule=layered", "prompts_split")]
+)
+def test_other_techniques_find_the_same_tokens(adapted: Runtime, ids: list[int], other: str, act: str) -> None:
     specs = [ask(i, (ids[:50] + ids[20:40]) * 2, name, seed=i) for i, name in enumerate((None, "wide", "few"))]
     wanted, _, _ = serve(adapted, specs)
     runtime = adapted
@@ -207,8 +209,9 @@ def test_other_techniques_find_the_same_tokens(adapted: Runtime, ids: list[int],
             techniques=[other], lora=folders,
         )  # fmt: skip
         runtime = build(prepare(config))
-    out, _, _ = serve(runtime, specs, techniques=[other], max_rows=64)
+    out, _, engine = serve(runtime, specs, techniques=[other], max_rows=64)
     assert out == wanted
+    assert engine.stats.acts[f"{other.partition('(')[0]}.{act}"] > 0
 
 
 def test_forks_keep_their_adapter(adapted: Runtime, ids: list[int]) -> None:

@@ -201,6 +201,30 @@ def test_layered_needs_all_steps_of_a_prompt_for_each_chunk() -> None:
     b.finish()
 
 
+def split(b: Bench) -> int:
+    return b.engine.stats.acts["schedule=layered.prompts_split"]
+
+
+def test_layered_counts_each_prompt_that_passes_in_parts_once() -> None:
+    """In however many chunks and steps without room, and though some of it go whole; not one that is short, and no decode."""
+    b = Bench(max_rows=6, policy="layered(groups=2, least=3)", layers=4)
+    b.add(1, 10, max_tokens=3)  # 6 rows in parts, 4 in parts
+    b.add(2, 8, max_tokens=3)  # waits for rows; 6 rows in parts, 2 whole
+    b.add(3, 2, max_tokens=3)
+    b.finish()
+    assert split(b) == 2
+    tight = Bench(blocks=12, max_rows=6, policy="layered(groups=2, least=3)", layers=4)
+    for id in range(1, 7):
+        tight.add(id, 2 + id, max_tokens=20, priority=id % 2)
+    tight.finish()
+    assert tight.engine.stats.preemptions > 0
+    assert split(tight) == 6, "what is computed again counted as a prompt"
+    whole = Bench(max_rows=6, policy="layered(groups=1, least=3)", layers=4)
+    whole.add(1, 10, max_tokens=3)
+    whole.finish()
+    assert split(whole) == 0
+
+
 # ---------------------------------------------------------------------------------------------- budgets
 
 

@@ -110,6 +110,7 @@ def test_an_exact_stack_does_not_drift() -> None:
     assert thread.stats.shadow_tokens > 0
     assert thread.stats.shadow_kl == 0.0
     assert thread.stats.shadow_top1 == 1.0
+    assert thread.stats.acts["draft=ngram.accepted"] > 0, "no guess stood, so nothing is shown"
     thread.close()
 
 
@@ -127,6 +128,7 @@ def test_adapters_are_no_drift(tmp_path: Path) -> None:
         assert thread.stats.shadow_requests == 2
         assert thread.stats.shadow_kl == 0.0
         assert thread.stats.acts["adapt=lora.rows_adapted"] > 0
+        assert thread.stats.acts["draft=ngram.proposed"] > 0
         thread.close()
 
 

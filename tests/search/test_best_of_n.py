@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.exec.conftest import STORY, Bench, spec
 from weft.core.noise import child_seed
-from weft.errors import ConfigError
+from weft.errors import ConfigError, EngineError
 from weft.exec.build import Runtime
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.registry import parse
 from weft.slots import SearchView
-from weft.types import Finished, RequestSpec, SamplingSpec, Stop, Tell, TokenLogprob, Tokens
+from weft.types import Finished, Rejected, SamplingSpec, Stop, Tell, TokenLogprob, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +116,33 @@ def test_a_seed_is_a_candidates_own(runtime: Runtime, ids: list[int]) -> None:
 
 def test_an_executor_without_log_probabilities_is_named(runtime: Runtime, ids: list[int]) -> None:
     program = parse("search=best_of_n(n=2)").build().begin(SearchView(1, 5, 10, SamplingSpec()))
-    with pytest.raises(Exception, match="no log-probabilities"):
+    with pytest.raises(EngineError, match="no log-probabilities"):
         program.step([Tokens(1, 0, (5,))])
-    assert isinstance(spec(1, ids[:3]), RequestSpec)
+    bench = Bench(runtime, techniques=["search=best_of_n(n=2)"])
+    events = list(bench.engine.add(spec(1, ids[:3]), 0.0))
+    while bench.engine.has_work:
+        plan, _ = bench.engine.schedule(0.0)
+        result = bench.executor.execute(plan)
+        mute = replace(result, works=tuple(replace(work, logprobs=()) for work in result.works))
+        events += bench.engine.commit(0.0, plan, mute)
+    (end,) = events
+    assert isinstance(end, Finished)
+    assert end.reason == "error"
+    assert "no log-probabilities" in str(end.error)
+
+
+def test_candidates_are_counted_once_they_draw(runtime: Runtime, ids: list[int]) -> None:
+    """Not for a request that is rejected, and once for one that takes many steps."""
+    bench = Bench(runtime, techniques=["search=best_of_n(n=3)"])
+    (no,) = bench.engine.add(spec(1, [5] * 1024, max_tokens=4), 0.0)
+    assert isinstance(no, Rejected)
+
+    def acts() -> dict[str, int]:
+        return {name: bench.engine.stats.acts[f"search=best_of_n.{name}"] for name in ("candidates", "forks")}
+
+    assert acts() == {"candidates": 0, "forks": 0}
+    bench.run([spec(2, ids[:20], max_tokens=9)])
+    assert acts() == {"candidates": 3, "forks": 2}
 
 
 def test_wrong_arguments_are_refused() -> None:

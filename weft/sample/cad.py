@@ -42,5 +42,5 @@ class CAD:
         combined = (1 + self.alpha) * own - self.alpha * without
         if self.beta > 0:
             combined = combined.masked_fill(own < own.max() + math.log(self.beta), -math.inf)
-        self.acts["rows_contrasted"] += 1
+        self.acts["rows_contrasted"] += self.alpha > 0  # with 0 the other context has no say
         return combined

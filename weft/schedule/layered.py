@@ -46,8 +46,20 @@ class Layered:
     def quota(self, request: RequestView, step: StepView) -> Quota:
         if request.decoding or (request.partial is None and request.remaining < self.least):
             return Quota(step.rows_left)
-        self.acts["prompts_split"] += request.partial is None
-        return Quota(step.rows_left, -(-step.layers // self.groups))
+        layers = -(-step.layers // self.groups)
+        self.acts["prompts_split"] += self._ends(request, step, layers)
+        return Quota(step.rows_left, layers)
+
+    def _ends(self, request: RequestView, step: StepView, layers: int) -> bool:
+        """Whether a prompt's last chunk that passes in parts now passes its last layers.
+
+        Counted there, since a policy is asked for a first part again in each step in which there is no room for it.  What is
+        computed again after preemption is no prompt.
+        """
+        if request.partial is None or request.output:
+            return False
+        start, stop, layer = request.partial
+        return layer + layers >= step.layers and request.prompt - stop < self.least and stop - start <= step.rows_left
 
     def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None:
         return max([*candidates, needy], key=lambda r: (r.priority, r.arrival))

@@ -75,11 +75,10 @@ class Choice:
     technique: BestOfN
     request: SearchView
     _candidates: list[Candidate] = field(init=False)
+    _begun: bool = False
 
     def __post_init__(self) -> None:
         self._candidates = [Candidate() for _ in range(self.sequences)]
-        self.technique.acts["candidates"] += self.sequences
-        self.technique.acts["forks"] += self.sequences - 1
 
     @property
     def sequences(self) -> int:
@@ -90,6 +89,10 @@ class Choice:
         return replace(self.request.sampling, logprobs=max(0, self.request.sampling.logprobs))
 
     def step(self, events: Sequence[Tokens | Finished]) -> list[Action]:
+        if not self._begun:  # counted here and not before, as a request for which there is no room begins as well
+            self._begun = True
+            self.technique.acts["candidates"] += self.sequences
+            self.technique.acts["forks"] += self.sequences - 1
         for event in events:
             candidate = self._candidates[event.index]
             if isinstance(event, Finished):

@@ -143,9 +143,31 @@ def test_after_preemption(
 def test_in_a_small_pool(
     runtime: Runtime, specs: list[RequestSpec], alone: Callable[[str], Answers], member: str
 ) -> None:
-    """Two blocks beyond what one request needs: growth preempts, copies find no room, and nobody is stuck."""
+    """Two blocks beyond what one request needs: copies find no room, and nobody is stuck."""
     b = bench(runtime, member, blocks=5)
     assert b.run(specs) == alone(member)
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        "kv.compress=streaming_llm(sinks=4,window=60,every=16)",
+        "kv.compress=h2o(heavy=32,recent=32,every=16,observe=16)",
+    ],
+)
+def test_growth_preempts(runtime: Runtime, ids: list[int], technique: str) -> None:
+    """Short prompts enter together and grow to five blocks each, the first cut being at 80: before it and after it there is
+    not room for all of them."""
+    grow = [
+        spec(i, ids[5 * i : 6 * i + 7], seed=i, max_tokens=80, temperature=0.8 * (i % 2), top_p=0.95) for i in range(4)
+    ]
+    alone: Answers = {}
+    for one in grow:
+        alone.update(Bench(runtime, techniques=[technique], share=False).run([one]))
+    b = Bench(runtime, techniques=[technique], blocks=7)
+    assert b.run(grow) == alone
+    assert b.engine.stats.preemptions >= 2
+    assert dropped(b) >= 16 * len(grow)
 
 
 @pytest.mark.parametrize("policy", ["prefill_first", "layered(groups=3,least=8)"])
