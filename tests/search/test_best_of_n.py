@@ -133,9 +133,10 @@ def test_an_executor_without_log_probabilities_is_named(runtime: Runtime, ids: l
 
 def test_candidates_are_counted_once_they_draw(runtime: Runtime, ids: list[int]) -> None:
     """Not for a request that is rejected, and once for one that takes many steps."""
-    bench = Bench(runtime, techniques=["search=best_of_n(n=3)"])
-    (no,) = bench.engine.add(spec(1, [5] * 1024, max_tokens=4), 0.0)
+    bench = Bench(runtime, techniques=["search=best_of_n(n=3)"], blocks=8)
+    (no,) = bench.engine.add(spec(1, ids[:50], max_tokens=400), 0.0)
     assert isinstance(no, Rejected)
+    assert no.code == "never_fits", "a request that is rejected before its search begins"
 
     def acts() -> dict[str, int]:
         return {name: bench.engine.stats.acts[f"search=best_of_n.{name}"] for name in ("candidates", "forks")}
