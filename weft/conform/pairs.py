@@ -124,9 +124,16 @@ def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
         return within(lab, parts, exact, SLACK * sum(bounds))
     if Fidelity.SAME_LAW not in (traits.fidelity, *(t.fidelity for t in others)):
         return equal_tokens(lab, parts, rest)
+    if traits.fidelity is Fidelity.EXACT:
+        return ""  # the draws of the stack with both are held to the law of the stack with neither
+    plain = [
+        p
+        for p, t in zip(rest, others, strict=True)
+        if t.fidelity is not Fidelity.EXACT or Effect.REDEFINES in t.effects
+    ]
     if any(p.slot == "search" for p in parts):
-        return alike(lab, parts, rest, min(draws, MOST_ANSWERS))
-    return fits(lab, parts, rest, draws)
+        return alike(lab, parts, plain, min(draws, MOST_ANSWERS))
+    return fits(lab, parts, plain, draws)
 
 
 def digest(pair: Pair) -> str:
