@@ -32,10 +32,14 @@ EMPTY_STEPS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A checkpoint to measure on.  name: as the results call it.  large: a step takes so long that loads are cut short."""
+    """A checkpoint to measure on.  name: as the results call it.  large: a step takes so long that loads are cut short.
+
+    grown: its weights are most of what is resident, so that is not measured for each case.
+    """
 
     name: str
     folder: Path
+    grown: bool = False
     large: bool = False
 
 

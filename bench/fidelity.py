@@ -39,18 +39,19 @@ GROWN = "smollm2-135m"
 ON_GROWN = STACKS[:2] + STACKS[4:6]
 """Leaving early is not measured on the grown model, whose added layers change nothing."""
 LENGTH = 960
-WINDOWS, QUESTIONS = {False: 16, True: 6}, {False: 24, True: 8}
+PASSAGES, QUESTIONS = {False: 8, True: 3}, {False: 24, True: 8}
 """By whether the model was grown."""
 
 
 def texts(count: int) -> list[str]:
-    """`count` passages, each longer than a window; empty where there are no novels."""
+    """`count` passages, each of one to two windows; empty where there are no novels."""
     found = [path.read_text(encoding="utf8", errors="replace") for path in NOVELS if path.is_file()]
-    return [found[i % len(found)][20_000 * (i + 1) :][: 3 * LENGTH] for i in range(count)] if found else []
+    return [found[i % len(found)][15_000 * (i + 1) :][: 6 * LENGTH] for i in range(count)] if found else []
 
 
-def measure(only: str, tick: Any) -> Iterator[dict[str, Any]]:
-    for model, stacks in ((bundled(), STACKS), (grown(GROWN), ON_GROWN)):
+def measure(only: str, tick: Any, small: bool = False) -> Iterator[dict[str, Any]]:
+    """small: the bundled model alone."""
+    for model, stacks in ((bundled(), STACKS), *(() if small else ((grown(GROWN), ON_GROWN),))):
         for stack in stacks:
             if stack.startswith(only):
                 tick(f"{model.name}, {stack}")
@@ -63,7 +64,7 @@ def record(model: Model, stack: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "weft", "fidelity", "--with", stack, "--model", str(model.folder), "--json"]
     command += ["--length", str(LENGTH), "--questions", str(QUESTIONS[big]), "--threads", "1", "--rounds", "2"]
     with tempfile.TemporaryDirectory(prefix="weft-fidelity-") as place:
-        passages = texts(WINDOWS[big])
+        passages = texts(PASSAGES[big])
         if passages:
             file = Path(place) / "texts.json"
             file.write_text(json.dumps(passages), encoding="utf8")
@@ -80,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the records as JSON")
     parser.add_argument("--only", default="", metavar="STACK", help="those that begin so; writes no file")
+    parser.add_argument("--small", action="store_true", help="the bundled model alone")
     flags = parser.parse_args(argv)
-    records = list(measure(flags.only, lambda text: print(text, file=sys.stderr)))
+    records = list(measure(flags.only, lambda text: print(text, file=sys.stderr), flags.small))
     result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(), "records": records}
     if not flags.only:
         write(RESULTS / "fidelity.json", result)

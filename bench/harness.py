@@ -43,7 +43,7 @@ RESULTS = ROOT / "bench" / "results"
 GROWN = ROOT / ".cache" / "grown"
 ROUNDS = 5
 FEWER_ROUNDS = 3
-"""Where the model is large; its resident memory, which is mostly weights, is not measured for each case either."""
+"""Where the model is large."""
 LARGE = 300_000_000
 """Parameters of a model that is large."""
 DONE = object()
@@ -68,7 +68,7 @@ def grown(shape: str, folder: Path = GROWN, tick: Tick = lambda text: None) -> M
     out = folder / shape
     if not (out / "config.json").is_file():
         grow(resolve(None), out, SHAPES[shape], tick=lambda name, done, total: tick(f"{shape}: {done / total:.0%}"))
-    return Model(f"{shape} (grown)", out, large=parameters(load_spec(out)) >= LARGE)
+    return Model(f"{shape} (grown)", out, grown=True, large=parameters(load_spec(out)) >= LARGE)
 
 
 def encode(model: Model, texts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -234,7 +234,7 @@ class Options:
         """`compare` under these flags."""
         return compare(
             model, null, cases, title=title, rounds=min(self.rounds, FEWER_ROUNDS) if model.large else self.rounds,
-            threads=self.threads, memory=not (self.quick or model.large), tick=self.tick,
+            threads=self.threads, memory=not (self.quick or model.grown), tick=self.tick,
         )  # fmt: skip
 
     def models(self, *shapes: str) -> list[Model]:
