@@ -187,7 +187,8 @@ class Contender:
             took = time.perf_counter() - before
             got = [len(e.tokens) for e in events if isinstance(e, Tokens) and e.tokens]
             # A search draws tokens, one for each of its sequences, of which it tells when it has ended.
-            new, drawn = engine.stats.generation_tokens - drawn, engine.stats.generation_tokens
+            total = engine.stats.generation_tokens
+            new, drawn = total - drawn, total
             if new:
                 found.steps.append((took, new, len(got) if new == sum(got) else new))
             found.decode_tok += new

@@ -115,7 +115,9 @@ def written(results: Path = RESULTS) -> dict[str, str]:
 def page(f: Feature, result: Mapping[str, Any] | None, near: Sequence[Mapping[str, Any]] = ()) -> str:
     """A technique's page.  result: of its benchmark, where there is one.  near: records of `weft fidelity`."""
     module = lookup(f.slot, f.name).__module__.replace(".", "/") + ".py"
-    sources = f"the head of {module}" + (f" and bench/results/{f.slot}-{f.name}.json" if result else "")
+    files = [module, *([f"bench/results/{f.slot}-{f.name}.json"] if result else [])]
+    files += ["bench/results/fidelity.json"] if near else []
+    sources = f"the head of {' and '.join(files)}"
     parts = [
         f"<!-- Written by python -m tools.pages from {sources}; edit those. -->",
         f"# {f.slot}={f.name}",

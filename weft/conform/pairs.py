@@ -75,12 +75,7 @@ def check(lab: Lab, pair: Pair, draws: int = PAIR_DRAWS) -> str:
         parts = parts_of(lab, pair, wide=True)
         still = idle(lab, parts)
     assert not still, f"{', '.join(still)} stayed 0"
-    said = [
-        equal_tokens(lab, parts, [p for p in parts if p is not part])
-        if str(part) in excused(parts)
-        else _keeps(lab, parts, part, draws)
-        for part in parts[:2]
-    ]
+    said = [_keeps(lab, parts, part, draws) for part in parts[:2]]
     return "; ".join(text for text in said if text)
 
 
@@ -91,11 +86,11 @@ def excused(parts: Sequence[Part]) -> set[str]:
 
 def idle(lab: Lab, parts: Sequence[Part]) -> list[str]:
     """Acts of the parts that stayed 0, but for those of parts that are excused."""
-    outcome = lab.run(parts)
+    outcome, spared = lab.run(parts), excused(parts)
     return [
         f"{part}: {act}"
         for part in parts
-        if str(part) not in excused(parts)
+        if str(part) not in spared
         for act, count in own_acts(outcome, part).items()
         if not count
     ]
@@ -115,6 +110,8 @@ def _refused(parts: Sequence[Part], verdict: Verdict) -> str:
 def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
     """What taking `part` out of the stack may change."""
     rest = [p for p in parts if p is not part]
+    if str(part) in excused(parts):
+        return equal_tokens(lab, parts, rest)
     traits, others = traits_of(part), [traits_of(p) for p in rest]
     if Effect.REDEFINES in traits.effects:
         return as_alone(lab, parts)

@@ -129,8 +129,8 @@ class Engine(Sequences):
         return self.programs.settle(events, now)
 
     def _turn(self, taken: tuple[Request, bool, Work, WorkResult]) -> bool:
-        """Companions first: their leader tells them the token, and whether they go on.  Then what other models computed of a
-        prompt that is about to be forked, so that the forks share it."""
+        """False for what is taken in first: companions, whom their leader tells the token and whether they go on, and what other
+        models computed of a prompt that is about to be forked, so that the forks share it."""
         r, _, work, _ = taken
         return r.leader is None and (r.fanned or work.model == self.models[0])
 

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from weft.models.decoder import Decoder
 
 MAX_GUESSES = 16
+"""Guesses that are verified for one sequence in a step."""
 GUESSED_BYTES = 128 << 20
 """Logits of guesses that a step has room for, beside those of the sequences themselves."""
-"""Guesses that are verified for one sequence in a step."""
 SMALL_BYTES = 64 << 20
 """Below this much weight a step's operations are too short to be worth handing to a second thread."""
 FLOAT32_BYTES = 1 << 30
