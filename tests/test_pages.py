@@ -15,6 +15,7 @@ import pytest
 
 from tools.measured import (
     RESULTS,
+    beside,
     cell,
     divergences,
     head,
@@ -211,6 +212,20 @@ def test_sentences_follow_from_the_figures() -> None:
     assert "### small, prose, batch 4" in text
     assert "- A note." in text
     assert "0.90 to 2.00 times" in index([feature("draft", "ngram")], {"draft=ngram": result})
+
+
+def test_a_control_has_its_figures_from_what_it_stands_beside() -> None:
+    own = measured()
+    assert beside({"draft=ngram": own}, "draft=ngram") is own
+    for comparison in own["comparisons"]:
+        comparison["cases"].append({**comparison["cases"][1], "name": "a control", "stack": ["draft=control(n=1)"]})
+        for case in comparison["cases"]:
+            case["stack"] = [*case["stack"], "schedule=fcfs"]
+    found = beside({"draft=ngram": own}, "draft=control")
+    assert found is not None and found["kept"] == "draft-ngram"
+    assert "of 2 comparisons, faster in 1" in next(verdicts(found))
+    assert beside({"draft=ngram": own}, "schedule=fcfs") is None, "what the null has too is not compared"
+    assert beside({"draft=ngram": own}, "draft=contro") is None
 
 
 @pytest.mark.parametrize(

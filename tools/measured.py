@@ -43,6 +43,17 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def beside(results: Mapping[str, Mapping[str, Any]], technique: str) -> Mapping[str, Any] | None:
+    """A technique's own result; else the first one in which it stands beside another, as a bound or a control."""
+    own = results.get(technique)
+    if own is not None:
+        return own
+    for name, result in results.items():
+        if any(loads({**result, "technique": technique}, own=True)):
+            return {**result, "technique": technique, "kept": name.replace("=", "-")}
+    return None
+
+
 def read_fidelity(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Records of `python -m bench.fidelity` by technique; empty where it was not run."""
     path = folder / FIDELITY
@@ -132,9 +143,9 @@ def loads(result: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str, i
     Others are bounds and controls, which a page shows beside it.
     """
     for c in result["comparisons"]:
-        for case in c["cases"][1:]:
-            parts = [part.partition("(")[0] for part in case["stack"]]
-            if not own or result["technique"] in parts:
+        null, *others = (({part.partition("(")[0] for part in case["stack"]}, case) for case in c["cases"])
+        for parts, case in others:
+            if not own or result["technique"] in parts - null[0]:
                 yield f"{c['model']}, {c['title']}, batch {c['load']['batch']}", c["rounds"], case
 
 

@@ -17,7 +17,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.measured import RESULTS, cell, divergences, figures, gained, pays, plain, read_fidelity, read_results
+from tools.measured import RESULTS, beside, cell, divergences, figures, gained, pays, plain, read_fidelity, read_results
 from weft.errors import ConfigError
 from weft.features import Feature, features
 from weft.registry import lookup
@@ -105,7 +105,7 @@ def written(results: Path = RESULTS) -> dict[str, str]:
     pages = {}
     for f in own:
         name = f"{f.slot}={f.name}"
-        pages[f"{f.slot}-{f.name}.md"] = page(f, measured.get(name), near.get(name, ()))
+        pages[f"{f.slot}-{f.name}.md"] = page(f, beside(measured, name), near.get(name, ()))
     return {**pages, "index.md": index(own, measured)}
 
 
@@ -115,7 +115,7 @@ def written(results: Path = RESULTS) -> dict[str, str]:
 def page(f: Feature, result: Mapping[str, Any] | None, near: Sequence[Mapping[str, Any]] = ()) -> str:
     """A technique's page.  result: of its benchmark, where there is one.  near: records of `weft fidelity`."""
     module = lookup(f.slot, f.name).__module__.replace(".", "/") + ".py"
-    files = [module, *([f"bench/results/{f.slot}-{f.name}.json"] if result else [])]
+    files = [module, *([f"bench/results/{result.get('kept', f'{f.slot}-{f.name}')}.json"] if result else [])]
     files += ["bench/results/fidelity.json"] if near else []
     sources = f"the head of {' and '.join(files)}"
     parts = [
@@ -224,7 +224,7 @@ def index(own: Iterable[Feature], measured: Mapping[str, Mapping[str, Any]]) -> 
             lines += ["| technique | what it does | answers | paper | decode |", "|---|---|---|---|---|"]
             for f in mine:
                 name = f"[{f.name}]({f.slot}-{f.name}.md)" + (" (default)" if slot.null == f.name else "")
-                gain = gained(measured.get(f"{f.slot}={f.name}"))
+                gain = gained(beside(measured, f"{f.slot}={f.name}"))
                 cells = [name, plain(f.summary), f.traits.fidelity.value, f.paper, gain]
                 lines.append(f"| {' | '.join(cell(c) for c in cells)} |")
             parts.append("\n".join(lines))

@@ -30,7 +30,7 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
     for model in options.models("smollm2-135m"):
         for batch in BATCHES[:1] if options.quick else BATCHES:
             for title, law in LAWS.items():
-                prompts = encode(model, OPENINGS)[: max(batch, 2)]
+                prompts = encode(model, OPENINGS)[: 2 if options.quick else None]
                 race = Case(
                     name="race", prompts=prompts, techniques=(DRAFT,), sampling=law,
                     max_new=12 if options.quick else 32, batch=batch,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.harness import Options, main
-from bench.kv_compress.loads import loads
+from bench.loads import loads
 
 NOTES = (
     "128 entries stay at a cut, 160 stand at most. What dropping the others costs in answers is in the head of the technique's "

@@ -58,10 +58,7 @@ def faithful(options: Options, model: Model) -> dict[str, Any]:
     asked = questions(ids, ask, prose, 200, 8 if options.quick else ASKED)
     alone = [q.ids[q.ids.index(ids("<|user|>")[0]) :] for q in asked]
     null = Case(name="plain", prompts=[q.ids for q in asked], max_new=6, batch=BATCH, sampling={"temperature": 1.0})
-    cases = [
-        replace(null, name=f"alpha {alpha}", techniques=(f"sample=cad(alpha={alpha})",), companions=alone)
-        for alpha in (0.5,)
-    ]
+    cases = [replace(null, name="cad", techniques=("sample=cad",), companions=alone)]
     found = options.compare(model, null, cases, "faithful answers")
     for case, told in zip([null, *cases], found["cases"], strict=True):
         told["median"]["right"] = right(model, case, asked, text)

@@ -14,5 +14,6 @@ def loads(model: Model, *, quick: bool) -> Iterator[tuple[str, Case]]:
     story = " ".join(PARAGRAPHS)
     prompts = [ids[:length] for ids in encode(model, [f"{o} {' '.join([story] * 6)}" for o in OPENINGS])]
     for batch in (1,) if quick or model.large else (1, 4):
-        null = Case(name="whole cache", prompts=prompts[: max(batch, 2)], max_new=new, batch=batch)
+        count = 1 if model.large else max(batch, 2)
+        null = Case(name="whole cache", prompts=prompts[:count], max_new=new, batch=batch)
         yield f"prompts of {length} tokens", null
