@@ -37,7 +37,7 @@ def configure(model: str | Path | None = None, **options: Any) -> tuple[EngineCo
     known = {
         "dtype", "device", "max_model_len", "memory", "threads", "max_num_seqs", "max_num_batched_tokens", "block_tokens",
         "load", "seed", "invariant", "enable_prefix_caching", "techniques", "recipe", "plugins", "lora",
-        "max_loras", "lora_memory", "progress",
+        "max_loras", "lora_memory", "ops", "isa", "progress",
     }  # fmt: skip
     for key in options:
         if key not in known:
@@ -75,7 +75,7 @@ class LLM:
     model       a folder, a hub id, or None / "bundled" for the model that comes with weft
     dtype       auto, float32, bfloat16 (torch dtypes are taken too)
     memory      bytes, or text such as "4GiB": everything that weft may take
-    max_model_len, max_num_seqs, max_num_batched_tokens, threads, device, seed, enable_prefix_caching, invariant
+    max_model_len, max_num_seqs, max_num_batched_tokens, threads, device, seed, enable_prefix_caching, invariant, ops, isa
     load        "random" gives random weights of the config's shape
     techniques  a list such as ["schedule=prefill_first"]; recipe: a TOML file with a stack; plugins: Python files with techniques
 

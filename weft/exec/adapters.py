@@ -131,7 +131,7 @@ class AdapterBook:
         the one that the files name (`peft_type`) where nothing is said.  Raises ConfigError, CapacityError.
         """
         # A file in float32 becomes half of its size in bfloat16; what is larger could not be held in any case.
-        most = self.most_bytes * 4 // self._decoder.dtype.itemsize
+        most = self.most_bytes * 4 // self._decoder.stream_dtype.itemsize
         config, tensors = _files(path, root, most + MAX_HEADER_BYTES)
         technique = technique or _technique(config)
         Part(SLOT, technique, (("name", name),)).build()  # says what is wrong with the name
@@ -143,7 +143,7 @@ class AdapterBook:
         digest = hashlib.blake2b(digest_size=32, person=b"weft.adapter")
         placed = {}
         for where, group in sorted(made.items()):
-            placed[where] = tuple(t.to(self._decoder.dtype).to(self._decoder.device) for t in group)
+            placed[where] = tuple(t.to(self._decoder.stream_dtype).to(self._decoder.device) for t in group)
             for tensor in placed[where]:
                 digest.update(repr((technique, where, tuple(tensor.shape))).encode())
                 digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -22,6 +22,7 @@ from weft.models import checkpoint_dtype, load_config
 from weft.models.families import read
 from weft.models.layout import weights_bytes, workspace_bytes
 from weft.models.spec import DecoderSpec, all_groups, dtype_bytes
+from weft.ops.choice import Choice, choose
 from weft.recipe import merged
 from weft.recipe import read as read_recipe
 from weft.registry import Part, load_plugin, parse
@@ -60,6 +61,7 @@ class EngineConfig:
     lora        adapters to load before the first request, as "NAME=FOLDER"
     max_loras   adapters that may be loaded at once
     lora_memory bytes set aside for them; None sets nothing aside, and they may take what the plan leaves over
+    ops         auto, ref or cpu (weft's own kernels).  isa: auto, avx512, avx2 or portable
     """
 
     model: Path | Mapping[str, Any]
@@ -79,6 +81,8 @@ class EngineConfig:
     lora: Sequence[str] = ()
     max_loras: int = 8
     lora_memory: int | None = None
+    ops: str = "auto"
+    isa: str = "auto"
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -116,7 +120,10 @@ def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Everything that is decided before anything is allocated.  draft: the second model, where the stack asks for one."""
+    """Everything that is decided before anything is allocated.
+
+    draft: the second model, where the stack asks for one.  ops: who computes each model.
+    """
 
     config: EngineConfig
     spec: DecoderSpec
@@ -128,6 +135,7 @@ class Setup:
     limits: Limits
     stack: Stack
     plan: MemoryPlan
+    ops: Mapping[str, Choice]
     draft: DecoderSpec | None = None
 
     @property
@@ -184,6 +192,7 @@ def prepare(config: EngineConfig) -> Setup:
     stack = build_stack(config.techniques)
     draft = _second(stack, spec)
     specs = {"target": spec} if draft is None else {"target": spec, "draft": draft}
+    ops = {name: choose(config.ops, config.isa, one, dtype, device) for name, one in specs.items()}
     groups, block_bytes = all_groups(specs, dtype, config.block_tokens, stack.get("kv.store"))
     layered = bool(stack["schedule"].layered)
     if not layered:
@@ -194,8 +203,8 @@ def prepare(config: EngineConfig) -> Setup:
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
     available = _available(device)
     plan = plan_memory(
-        weights_bytes=weights_bytes(spec, dtype),
-        workspace_bytes=workspace_bytes(spec, dtype, rows, samples),
+        weights_bytes=weights_bytes(spec, dtype, ops["target"].panels),
+        workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples),
         groups=groups,
         block_bytes=block_bytes,
         rows=rows,
@@ -206,7 +215,7 @@ def prepare(config: EngineConfig) -> Setup:
         memory_bytes=config.memory_bytes,
         max_model_len=config.max_model_len,
         layered=layered,
-        draft_bytes=0 if draft is None else _draft_bytes(draft, dtype, rows, config.max_num_seqs, stack),
+        draft_bytes=0 if draft is None else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
         adapters_bytes=config.lora_memory or 0,
         tiers_bytes=0 if offload is None else memory_bytes(offload.tiers),
@@ -222,8 +231,13 @@ def prepare(config: EngineConfig) -> Setup:
     return Setup(
         config=config, spec=spec, dtype=dtype, device=device, threads=threads,
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
-        draft=draft,
+        draft=draft, ops=ops,
     )  # fmt: skip
+
+
+def _stream(choice: Choice, dtype: str) -> str:
+    """Number format of activations."""
+    return "float32" if choice.panels else dtype
 
 
 def _verified(stack: Stack, sequences: int, spec: DecoderSpec) -> int:
@@ -243,7 +257,9 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import build as build_decoder
 
-    torch.set_num_threads(setup.threads)
+    # Where the kernels compute, torch's threads would only stand in the way of theirs.
+    native = all(choice.panels for choice in setup.ops.values())
+    torch.set_num_threads(1 if native else setup.threads)
     config, limits = setup.config, setup.limits
     dtype = getattr(torch, setup.dtype)
     source: Path | Literal["random"] | Decoder = "random"
@@ -251,10 +267,11 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
         source = like.decoder
     elif config.load == "auto" and isinstance(config.model, Path):
         source = config.model
-    total = weights_bytes(setup.spec, setup.dtype)
+    total = weights_bytes(setup.spec, setup.dtype, setup.ops["target"].panels)
     decoder = build_decoder(
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
         groups=setup.groups_of("target"), invariant=config.invariant, seed=config.seed, progress=progress,
+        threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa,
     )  # fmt: skip
     second = None
     if setup.draft is not None:
@@ -263,6 +280,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
             device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_num_seqs,
             groups=setup.groups_of("draft"), invariant=config.invariant, seed=config.seed + 1,
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
+            threads=setup.threads, ops=setup.ops["draft"].ops, isa=setup.ops["draft"].isa,
         )  # fmt: skip
     pool = make_pool(setup)
     adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
@@ -297,10 +315,13 @@ def _second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     return draft
 
 
-def _draft_bytes(draft: DecoderSpec, dtype: str, rows: int, sequences: int, stack: Stack) -> int:
+def _draft_bytes(
+    draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack
+) -> int:
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
-    return weights_bytes(draft, dtype) + workspace_bytes(draft, dtype, rows, sequences) + laws
+    stream = _stream(choice, dtype)
+    return weights_bytes(draft, dtype, choice.panels) + workspace_bytes(draft, stream, rows, sequences) + laws
 
 
 def make_pool(setup: Setup) -> KVPool:

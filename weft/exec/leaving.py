@@ -101,9 +101,8 @@ class EarlyExits:
             now = picked(batch, rows)
             if now.mass is not None:
                 now.mass.sums_T[_index(np.flatnonzero(gone[rows]), after)] = -1
-            step = decoder.begin(now, self._pool, at, high)
-            if gone[rows].any():
-                step.keep = _index(np.flatnonzero(~gone[rows]), after)
+            keep = _index(np.flatnonzero(~gone[rows]), after) if gone[rows].any() else None
+            step = decoder.begin(now, self._pool, at, high, keep)
         if rows.size:
             found = decoder.advance(step, at, high, state) if at < high else state if state is not None else after
             if out is None:

@@ -176,7 +176,7 @@ class TorchExecutor:
 
     def _parked(self, name: str, work: Work) -> Tensor:
         g, slots = self._park_slots(name, work)
-        return self.pool.unpark(g, slots).to(self.decoders[name].dtype)
+        return self.pool.unpark(g, slots).to(self.decoders[name].stream_dtype)
 
     def _park_slots(self, name: str, work: Work) -> tuple[int, Tensor]:
         g = next((g for g in self._members[name] if self.groups[g].kind is GroupKind.PARKED), None)

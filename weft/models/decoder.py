@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ from weft.models.layout import arena, buffer_shapes, workspace_bytes
 from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, filling, head, operations
 from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
+from weft.native import module as kernels
 from weft.ops import Ops, choose
-from weft.ops.attention_call import AttentionCall, by_technique
+from weft.ops.attention_call import DENSE, AttentionCall, by_technique
+from weft.ops.cpu import operations as cpu
 from weft.ops.ref.attention_mass import WeighingPlan
 from weft.ops.ref.rope import frequencies
 from weft.ops.ref.tiles import (
@@ -56,17 +58,21 @@ class Decoder:
         self,
         spec: DecoderSpec,
         memory: Tensor,
-        tensors: dict[str, Tensor],
+        tensors: dict[str, Any],
         *,
         max_rows: int,
         max_samples: int,
         groups: Sequence[GroupSpec],
         invariant: bool,
         ops: Ops,
+        native: cpu.Native | None = None,
     ) -> None:
         self.spec = spec
         self.tensors = tensors
-        self.dtype = tensors["embed"].dtype
+        self.native = native
+        self.dtype: torch.dtype = tensors["embed"].dtype
+        self.stream_dtype = self.dtype if native is None else torch.float32
+        """Number format of activations."""
         self.device = memory.device
         self.max_rows, self.max_samples = max_rows, max_samples
         self.groups = tuple(groups)
@@ -78,11 +84,16 @@ class Decoder:
         self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
         self._tiling = self._attention_tiling()
         self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
-        self._material = Material(spec, ops, tensors, self._buffers, self._group_of, self.cut)
-        self._operations = operations(self._material)
+        self._material = Material(
+            spec, ops, tensors, self._buffers, self.groups, self._group_of, self.dtype, self.cut
+        )
+        self._operations = (
+            operations(self._material) if native is None else cpu.operations(self._material, native)
+        )
+        self._head = head(self._material) if native is None else None
         self._fillings: list[Callable[[Step, int], None]] = []
         self._hooks: dict[tuple[Seam, int], list[Hook]] = {}
-        self._segments: dict[tuple[int, int, bool, bool], list[Segment]] = {}
+        self._segments: dict[tuple[int, int, bool, bool, bool], list[Segment]] = {}
 
     @property
     def weights_bytes(self) -> int:
@@ -95,7 +106,7 @@ class Decoder:
         return self._workspace.nbytes
 
     def _allocate(self) -> tuple[dict[str, Tensor], Tensor]:
-        name = str(self.dtype).removeprefix("torch.")
+        name = str(self.stream_dtype).removeprefix("torch.")
         shapes = buffer_shapes(self.spec, name, self.max_rows, self.max_samples)
         offsets, total = arena({key: (shape, DTYPE_BYTES[kind]) for key, (shape, kind) in shapes.items()})
         memory = torch.zeros(total, dtype=torch.uint8, device=self.device)
@@ -160,19 +171,27 @@ class Decoder:
 
     def logits(self, batch: Batch, pool: KVPool, hidden: Tensor) -> Tensor:
         """Logits [N, vocab] of a batch, from the hidden states [T, width] with which its rows left the layers."""
-        step = Step(batch, pool, batch.tokens_T.shape[0], {})
+        step = self._step(batch, pool, {})
         self._buffers["hidden"][: step.rows].copy_(hidden)
         self._run(step, len(self.spec.layers), len(self.spec.layers), True)
         return self._buffers["logits"][: batch.logit_rows_N.shape[0]]
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocab], float32, that the model's head gives for any hidden states [n, width]."""
-        finish, out = head(self._material), []
+        out = []
         for part in hidden.split(self.max_samples):
             self._buffers["picked"][: len(part)].copy_(part)
-            finish(len(part))
+            self._finish(len(part))
             out.append(self._buffers["logits"][: len(part)].clone())
         return torch.cat(out)
+
+    def _finish(self, count: int) -> None:
+        """Logits of the first rows of the buffer `picked`."""
+        if self._head is not None:
+            self._head(count)
+        else:
+            assert self.native is not None
+            self.native.finish(self._operations[-1].runs[-1], count)
 
     def fill(self, batch: Batch, pool: KVPool, hidden: Tensor, first: int) -> None:
         """Store keys and values of layers from `first` on for rows that leave with `hidden` [T, width], and nothing else.
@@ -181,8 +200,13 @@ class Decoder:
         """
         if not self._fillings:
             cut = slabs_for((SMALL_ROWS,)) if self.invariant else whole
-            self._fillings = [filling(self._material, layer, cut) for layer in range(len(self.spec.layers))]
-        step = Step(batch, pool, batch.tokens_T.shape[0], self._ropes(batch))
+            layers = range(len(self.spec.layers))
+            self._fillings = (
+                [filling(self._material, layer, cut) for layer in layers]
+                if self.native is None
+                else [cpu.filling(self._material, self.native, layer) for layer in layers]
+            )
+        step = self._step(batch, pool, self._ropes(batch))
         self._buffers["hidden"][: step.rows].copy_(hidden)
         for layer in range(first, len(self.spec.layers)):
             group = self._group_of[layer]
@@ -190,8 +214,11 @@ class Decoder:
                 self._place(step, group)
             self._fillings[layer](step, pool.index_of(self.groups[group]))
 
-    def begin(self, batch: Batch, pool: KVPool, first: int, stop: int) -> Step:
-        """Store positions and work out what every layer needs: slots as rows of memory, rope tables, attention tiles."""
+    def begin(self, batch: Batch, pool: KVPool, first: int, stop: int, keep: Tensor | None = None) -> Step:
+        """Store positions and work out what every layer needs: slots as rows of memory, rope tables, attention tiles.
+
+        keep: rows whose keys and values are stored, where not all are.
+        """
         rows, wanted = batch.tokens_T.shape[0], batch.logit_rows_N.shape[0]
         assert rows <= self.max_rows, f"{rows} rows in a decoder built for {self.max_rows}"
         assert 0 <= first < stop <= len(self.spec.layers)
@@ -199,10 +226,17 @@ class Decoder:
             assert wanted <= self.max_samples, f"{wanted} rows of logits in a decoder built for {self.max_samples}"
         if self.device.type == "cpu":
             assert int(batch.positions_T.max()) < self.spec.max_positions, "a position beyond the model's context"
-        step = Step(batch, pool, rows, self._ropes(batch))
+        step = self._step(batch, pool, self._ropes(batch))
+        step.keep = keep
         techniques = by_technique(batch)
+        plain = all(technique is DENSE for technique, _ in techniques)
+        step.dense = self.native is not None and plain and self.native.attends(batch, pool)
         for group in sorted({self._group_of[layer] for layer in range(first, stop)}):
             where, at = batch.groups[group], self._place(step, group)
+            if step.dense:
+                assert step.native is not None
+                step.native.place(group, where, pool, at, keep)
+                continue
             step.attending[group] = []
             for technique, sequences in techniques:
                 call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling)
@@ -215,8 +249,13 @@ class Decoder:
         """Store positions in a group, and remember where its keys go; returns the group's index in the pool."""
         where, at = step.batch.groups[group], step.pool.index_of(self.groups[group])
         step.pool.write_positions(at, where.slots_T, step.batch.positions_T)
-        step.stored[group] = step.pool.row_of(at, *step.pool.split(at, where.slots_T))
+        if not step.dense:
+            step.stored[group] = step.pool.row_of(at, *step.pool.split(at, where.slots_T))
         return at
+
+    def _step(self, batch: Batch, pool: KVPool, ropes: dict[RopeSpec, tuple[Tensor, Tensor]]) -> Step:
+        native = None if self.native is None else self.native.begin(batch, ropes)
+        return Step(batch, pool, batch.tokens_T.shape[0], ropes, native=native)
 
     def _ropes(self, batch: Batch) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
         return {
@@ -225,7 +264,7 @@ class Decoder:
         }
 
     def _run(self, step: Step, first: int, stop: int, at_end: bool) -> None:
-        for segment in self._pieces(first, stop, at_end, step.batch.deltas is not None):
+        for segment in self._pieces(first, stop, at_end, step.batch.deltas is not None, step.dense):
             for run in segment.runs:
                 run(step)
             if segment.hook is not None:
@@ -251,9 +290,11 @@ class Decoder:
 
         return remove
 
-    def _pieces(self, first: int, stop: int, at_end: bool = True, adapted: bool = False) -> list[Segment]:
+    def _pieces(
+        self, first: int, stop: int, at_end: bool = True, adapted: bool = False, dense: bool = False
+    ) -> list[Segment]:
         """The operations of a range of layers as segments, cut at hooked seams and nowhere else.  at_end: and the logits."""
-        key = (first, stop, at_end, adapted)
+        key = (first, stop, at_end, adapted, dense)
         if key in self._segments:
             return self._segments[key]
         left_out = {Seam.LOGITS, *([Seam.INPUTS] if first else [])}
@@ -262,13 +303,14 @@ class Decoder:
         segments: list[Segment] = []
         runs: list[Run] = []
         for op in chosen:
-            runs.append(op.adapted if adapted and op.adapted is not None else op.run)
+            instead = op.adapted if adapted and op.adapted is not None else op.dense if dense else None
+            runs.extend(op.runs if instead is None else instead)
             hooks = self._hooks.get((op.seam, op.layer), []) if op.seam is not None else []
             for hook in hooks:
-                segments.append(Segment(tuple(runs), op, hook))
+                segments.append(Segment(cpu.fused(runs), op, hook))
                 runs = []
         if runs:
-            segments.append(Segment(tuple(runs), chosen[-1], None))
+            segments.append(Segment(cpu.fused(runs), chosen[-1], None))
         self._segments[key] = segments
         return segments
 
@@ -303,6 +345,8 @@ def build(
     seed: int = 0,
     progress: Progress | None = None,
     ops: str = "ref",
+    threads: int = 1,
+    isa: str = "auto",
 ) -> Decoder:
     """Allocate, load and get ready to run.
 
@@ -312,18 +356,21 @@ def build(
     groups      the KV groups of the model, in the order of a batch's groups
     invariant   whether a row's bits may depend on nothing but its own context; by default on a CPU in float32
     progress    called with (bytes loaded, bytes in all)
+    ops         ref, or cpu: weft's own kernels, with `threads` threads and the instruction set `isa`, and activations in float32
     Raises ConfigError for a spec, dtype or checkpoint that cannot be used.
     """
     kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype_bytes(dtype) else dtype
     assert isinstance(kind, torch.dtype)
     dtype_bytes(str(kind))
     place = torch.device(device)
+    native = cpu.Native(kernels(), spec, threads, isa) if ops == "cpu" else None
     if isinstance(source, Decoder):
         assert source.spec == spec
         assert source.dtype == kind
+        assert (source.native is None) == (native is None)
         memory, tensors = source.weights, source.tensors
     else:
-        memory, tensors = allocate(spec, kind, place)
+        memory, tensors = allocate(spec, kind, place, None if native is None else native.program)
         if isinstance(source, str):
             randomize(spec, tensors, seed, progress)
         else:
@@ -338,5 +385,6 @@ def build(
         max_samples=max_samples,
         groups=groups,
         invariant=invariant,
-        ops=choose(ops),
+        ops=choose("ref"),
+        native=native,
     )

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from weft.models.spec import PAD_ROWS, DecoderSpec, LayerSpec, dtype_bytes
 
 ALIGN_BYTES = 64
+PANEL = 16
+"""Outputs of a weight that the kernels compute side by side."""
 
 Shape = tuple[int, ...]
 
@@ -125,10 +127,18 @@ def arena(tensors: Mapping[str, tuple[Shape, int]]) -> tuple[dict[str, int], int
     return offsets, at
 
 
-def weights_bytes(spec: DecoderSpec, dtype: str) -> int:
-    """Bytes of the decoder's weights, exactly as they are allocated."""
+def stored_shapes(spec: DecoderSpec, panels: bool) -> dict[str, Shape]:
+    """As `tensor_shapes`; with panels the outputs of each matrix are whole panels."""
+    return {
+        name: (-(-shape[0] // PANEL) * PANEL, shape[1]) if panels and len(shape) == 2 else shape
+        for name, shape in tensor_shapes(spec).items()
+    }
+
+
+def weights_bytes(spec: DecoderSpec, dtype: str, panels: bool = False) -> int:
+    """Bytes of the decoder's weights, exactly as they are allocated.  panels: for the kernels (`weft.ops.cpu`)."""
     size = dtype_bytes(dtype)
-    return arena({name: (shape, size) for name, shape in tensor_shapes(spec).items()})[1]
+    return arena({name: (shape, size) for name, shape in stored_shapes(spec, panels).items()})[1]
 
 
 def parameters(spec: DecoderSpec) -> int:

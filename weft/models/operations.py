@@ -13,9 +13,9 @@ has for some of the rows; batches without adapters run a list in which nothing a
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from weft.ops.attention_call import AttentionCall
 from weft.ops.ref.attention_mass import WeighingPlan
 from weft.ops.ref.basic import Slabs
 from weft.slots import Attention
+from weft.types import GroupSpec
+
+if TYPE_CHECKING:
+    from weft.ops.cpu.operations import NativeStep
 
 
 class Seam(enum.StrEnum):
@@ -62,6 +66,7 @@ class Step:
     weighing: by the model's group, a plan over the sequences whose attention is summed by entry.
     routed: weights and ids of the experts that the present layer chose.
     keep: rows whose keys and values are stored, where not all are.
+    native: the step as the kernels know it, in a decoder that runs on them.  dense: whether they compute its attention.
     """
 
     batch: Batch
@@ -73,6 +78,8 @@ class Step:
     weighing: dict[int, WeighingPlan] = field(default_factory=dict)
     routed: tuple[Tensor, Tensor] | None = None
     keep: Tensor | None = None
+    native: NativeStep | None = None
+    dense: bool = False
 
 
 Run = Callable[[Step], None]
@@ -83,14 +90,17 @@ Cut = Callable[[int], Slabs]
 class Operation:
     """One entry of the flat list.  `seam` stands after it; `views` gives the tensors that a hook there gets.
 
+    runs: what it consists of.
     adapted: what runs in its place where the batch has adapters.
+    dense: what runs in its place where the kernels compute the step's attention.
     """
 
     layer: int
-    run: Run
+    runs: tuple[Run, ...]
     seam: Seam | None = None
     views: Callable[[Step], tuple[Tensor, ...]] | None = None
-    adapted: Run | None = None
+    adapted: tuple[Run, ...] | None = None
+    dense: tuple[Run, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +108,20 @@ class Material:
     """What the operations are made of.
 
     tensors: weights by name (`layout.tensor_shapes`).  buffers: by name (`layout.buffer_shapes`).
-    group_of: the KV group of each layer.  cut: how rows are cut into products with the given weights, for any number of rows.
+    groups: the model's KV groups.  group_of: the one of each layer.  dtype: of weights and KV.
+    cut: how rows are cut into products with the given weights, for any number of rows.
     """
 
     spec: DecoderSpec
     ops: Ops
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
+    groups: Sequence[GroupSpec]
     group_of: Mapping[int, int]
+    dtype: torch.dtype
     cut: Callable[..., Cut]
 
-    def weight(self, layer: LayerSpec, name: str) -> Tensor | None:
+    def weight(self, layer: LayerSpec, name: str) -> Any:
         """A layer's weight, or None where the layer has none of that name."""
         return self.tensors.get(f"{layer.weights}.{name}")
 
@@ -117,15 +130,15 @@ def operations(m: Material) -> list[Operation]:
     """The whole list.  Raises ConfigError for a layer that no operation computes."""
     hidden, logits = m.buffers["hidden"], m.buffers["logits"]
     last = len(m.spec.layers) - 1
-    found = [Operation(0, _embed(m), Seam.INPUTS, lambda step: (hidden[: step.rows],))]
+    found = [Operation(0, (_embed(m),), Seam.INPUTS, lambda step: (hidden[: step.rows],))]
     for index, layer in enumerate(m.spec.layers):
         if layer.attention != "softmax":
             raise ConfigError(f"layer {index} asks for {layer.attention} attention, which weft can't run yet")
         found += _attention(m, index, layer)
         found += _experts(m, index, layer) if layer.experts else _mlp(m, index, layer)
-        output = _add(m, layer, "norm_mlp_out")
+        output = (_add(m, layer, "norm_mlp_out"),)
         found.append(Operation(index, output, Seam.OUTPUT, lambda step: (hidden[: step.rows],)))
-    found.append(Operation(last, _logits(m), Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
+    found.append(Operation(last, (_logits(m),), Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
     return found
 
 
@@ -170,7 +183,7 @@ def _product(m: Material, index: int, x: Tensor, layer: LayerSpec, name: str, ou
         assert deltas is not None
         deltas.add(layer.weights, name, x, out)
 
-    return Operation(index, multiply, adapted=adapted)
+    return Operation(index, (multiply,), adapted=(adapted,))
 
 
 def _add(m: Material, layer: LayerSpec, norm: str) -> Run:
@@ -204,13 +217,37 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
         if layer.rope is not None:
             ops.apply_rope(rotary[rows], *step.ropes[layer.rope])
 
-    def store(step: Step) -> None:
+    views = (q, k, v)
+    return [
+        Operation(index, (_norm(m, "hidden", m.weight(layer, "norm_attention"), "normed"),)),
+        _product(m, index, m.buffers["normed"], layer, "qkv", qkv),
+        Operation(index, (turn,), Seam.QKV, lambda step: tuple(view[: step.rows] for view in views)),
+        Operation(index, (store(m, index, k, v),)),
+        Operation(index, (attend(m, index, layer, q, attended),), Seam.ATTENTION, lambda step: (attended[: step.rows],)),
+        _product(m, index, m.buffers["attended"], layer, "out", m.buffers["projected"]),
+        Operation(index, (_add(m, layer, "norm_attention_out"),)),
+        Operation(index, (_norm(m, "hidden", m.weight(layer, "norm_mlp"), "normed"),)),
+    ]
+
+
+def store(m: Material, index: int, k: Tensor, v: Tensor) -> Run:
+    """Stores keys and values [max rows, kv heads, D] of a layer, as the pool has them."""
+    group = m.group_of[index]
+
+    def run(step: Step) -> None:
         at, rows, keys, values = step.attending[group][0][1].group, step.stored[group], k[: step.rows], v[: step.rows]
         if step.keep is not None:
             rows, keys, values = rows[step.keep], keys[step.keep], values[step.keep]
         step.pool.write_rows(at, index, rows, keys, values)
 
-    def attend(step: Step) -> None:
+    return run
+
+
+def attend(m: Material, index: int, layer: LayerSpec, q: Tensor, attended: Tensor) -> Run:
+    """Attention of a layer, each sequence's by the technique of its stack: from q to attended, [max rows, H, D]."""
+    group, ops = m.group_of[index], m.ops
+
+    def run(step: Step) -> None:
         for technique, call, plan in step.attending[group]:
             call.layer, call.q_THD, call.out_THD = index, q[: step.rows], attended
             call.scale, call.softcap = layer.query_scale, layer.attention_softcap
@@ -220,17 +257,7 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
             given = {"scale": layer.query_scale, "softcap": layer.attention_softcap}
             mass.found[index] = ops.attention_mass(q[: step.rows], step.pool, index, step.weighing[group], **given)
 
-    views = (q, k, v)
-    return [
-        Operation(index, _norm(m, "hidden", m.weight(layer, "norm_attention"), "normed")),
-        _product(m, index, m.buffers["normed"], layer, "qkv", qkv),
-        Operation(index, turn, Seam.QKV, lambda step: tuple(view[: step.rows] for view in views)),
-        Operation(index, store),
-        Operation(index, attend, Seam.ATTENTION, lambda step: (attended[: step.rows],)),
-        _product(m, index, m.buffers["attended"], layer, "out", m.buffers["projected"]),
-        Operation(index, _add(m, layer, "norm_attention_out")),
-        Operation(index, _norm(m, "hidden", m.weight(layer, "norm_mlp"), "normed")),
-    ]
+    return run
 
 
 def _mlp(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
@@ -245,7 +272,7 @@ def _mlp(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
 
     return [
         _product(m, index, m.buffers["normed"], layer, "gate_up", gate_up),
-        Operation(index, gate, Seam.GATE, lambda step: (gated[: step.rows],)),
+        Operation(index, (gate,), Seam.GATE, lambda step: (gated[: step.rows],)),
         _product(m, index, gated, layer, "down", m.buffers["projected"]),
     ]
 
@@ -302,9 +329,9 @@ def _experts(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
         m.ops.experts(x, *step.routed, gate_up, down, layer.activation, out, cut)
 
     return [
-        Operation(index, _linear(m, m.buffers["normed"], layer, "router", router)),
-        Operation(index, route, Seam.GATE, views),
-        Operation(index, mix),
+        Operation(index, (_linear(m, m.buffers["normed"], layer, "router", router),)),
+        Operation(index, (route,), Seam.GATE, views),
+        Operation(index, (mix,)),
     ]
 
 

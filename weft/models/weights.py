@@ -22,8 +22,9 @@ from torch import Tensor
 
 from weft.errors import ConfigError
 from weft.models.families import families
-from weft.models.layout import Part, arena, tensor_shapes
+from weft.models.layout import Part, arena, stored_shapes, tensor_shapes
 from weft.models.spec import DecoderSpec
+from weft.ops.cpu.panels import Panels
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -49,19 +50,32 @@ class Stored:
     stop: int
 
 
-def allocate(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """(arena, fused tensors by name), uninitialized; the arena has exactly `weights_bytes` bytes."""
-    shapes = tensor_shapes(spec)
-    offsets, total = arena({name: (shape, dtype.itemsize) for name, shape in shapes.items()})
-    memory = torch.empty(total, dtype=torch.uint8, device=device)
-    views = {}
+Weights = dict[str, Any]
+"""Fused tensors by name; where the kernels compute, the matrices among them are `Panels`."""
+
+
+def allocate(
+    spec: DecoderSpec, dtype: torch.dtype, device: torch.device, program: Any = None
+) -> tuple[Tensor, Weights]:
+    """(arena, fused tensors by name), uninitialized; the arena has exactly `weights_bytes` bytes.
+
+    program: of the kernels that will read the matrices, which are panels then.
+    """
+    shapes, stored = tensor_shapes(spec), stored_shapes(spec, program is not None)
+    offsets, total = arena({name: (shape, dtype.itemsize) for name, shape in stored.items()})
+    # Where an output is missing from its panel, zeros stand for it.
+    memory = (torch.empty if shapes == stored else torch.zeros)(total, dtype=torch.uint8, device=device)
+    views: Weights = {}
     for name, shape in shapes.items():
-        stop = offsets[name] + math.prod(shape) * dtype.itemsize
-        views[name] = memory[offsets[name] : stop].view(dtype).view(shape)
+        mine = memory[offsets[name] : offsets[name] + math.prod(stored[name]) * dtype.itemsize]
+        if program is not None and len(shape) == 2:
+            views[name] = Panels(mine, (shape[0], shape[1]), dtype, program)
+        else:
+            views[name] = mine.view(dtype).view(shape)
     return memory, views
 
 
-def load(folder: Path, spec: DecoderSpec, tensors: dict[str, Tensor], progress: Progress | None = None) -> None:
+def load(folder: Path, spec: DecoderSpec, tensors: Weights, progress: Progress | None = None) -> None:
     """Fill the fused tensors from the folder's safetensors.
 
     Raises ConfigError when a tensor is missing, unexpected or of another shape (each is named), when a file is missing,
@@ -77,35 +91,58 @@ def load(folder: Path, spec: DecoderSpec, tensors: dict[str, Tensor], progress: 
         with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
             for part in mine:
                 where = stored[part.name]
-                _place(tensors[part.target], part).copy_(_read(mapped, where))
+                _fill(tensors[part.target], part, _read(mapped, where))
                 _give_back(mapped, where)
                 done += where.stop - where.start
                 if progress is not None:
                     progress(done, total)
 
 
-def randomize(spec: DecoderSpec, tensors: dict[str, Tensor], seed: int = 0, progress: Progress | None = None) -> None:
+def randomize(spec: DecoderSpec, tensors: Weights, seed: int = 0, progress: Progress | None = None) -> None:
     """Fill the fused tensors with noise that depends on (seed, name): rows of matrices have length about 1, norms are 1.
 
     Such a model computes with numbers of ordinary size, and the same seed gives the same model in each process.  Large
     tensors are pieced together from stretches of one block of noise, which is many times faster than drawing them.
     """
-    device = next(iter(tensors.values())).device
+    dtype, device = tensors["norm"].dtype, tensors["norm"].device
     block = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)).to(device)
     total = sum(tensor.nbytes for tensor in tensors.values())
     done = 0
     for name, tensor in tensors.items():
-        if tensor.dim() == 1 and not name.endswith("bias"):
+        if len(tensor.shape) == 1 and not name.endswith("bias"):
             tensor.fill_(1.0 - spec.norm_offset)
+        elif isinstance(tensor, Panels):
+            outs, width = tensor.shape
+            step = max(1, NOISE // 2 // width)
+            for first in range(0, outs, step):
+                some = torch.empty(min(step, outs - first), width, dtype=dtype)
+                _noise(some.flatten(), first * width, f"{seed}/{name}", block, width**-0.5)
+                tensor.pack(some, first)
         else:
-            scale = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.02
-            for index, piece in enumerate(torch.split(tensor.flatten(), NOISE // 2)):
-                digest = hashlib.blake2b(f"{seed}/{name}/{index}".encode(), digest_size=8).digest()
-                start = int.from_bytes(digest, "little") % (NOISE // 2)
-                torch.mul(block[start : start + piece.numel()], scale, out=piece)
+            _noise(tensor.flatten(), 0, f"{seed}/{name}", block, tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.02)
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
+
+
+def _noise(out: Tensor, start: int, key: str, block: Tensor, scale: float) -> None:
+    """Values [start, start + len(out)) of a tensor that is pieced together from stretches of the block."""
+    size = NOISE // 2
+    stop = start + out.numel()
+    for index in range(start // size, -(-stop // size)):
+        digest = hashlib.blake2b(f"{key}/{index}".encode(), digest_size=8).digest()
+        begin = int.from_bytes(digest, "little") % size
+        first, last = max(start, index * size), min(stop, (index + 1) * size)
+        part = block[begin + first - index * size : begin + last - index * size]
+        torch.mul(part, scale, out=out[first - start : last - start])
+
+
+def _fill(target: Any, part: Part, source: Tensor) -> None:
+    """Put a part of a fused tensor where it belongs."""
+    if isinstance(target, Panels):
+        target.pack(source, part.first)
+    else:
+        _place(target, part).copy_(source)
 
 
 def _place(target: Tensor, part: Part) -> Tensor:

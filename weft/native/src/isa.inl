@@ -1,0 +1,22 @@
+// The table of one instruction set: a file that defines WEFT_ISA, WEFT_LANES and WEFT_TABLE and includes this is all it takes.
+#include "attend.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace weft {
+
+const Kernels* WEFT_TABLE() {
+#ifdef WEFT_ABSENT
+    return nullptr;
+#else
+    if (!(WEFT_THERE)) return nullptr;
+    namespace isa = WEFT_ISA;
+    static const Kernels table{
+        WEFT_NAME, isa::linear,  isa::norm,       isa::rope,   isa::gated, isa::add,  isa::softcap,
+        isa::embed, isa::store_rows, isa::attend, isa::merge, isa::pack,
+    };
+    return &table;
+#endif
+}
+
+}  // namespace weft

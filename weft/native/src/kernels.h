@@ -1,0 +1,146 @@
+// What the kernels of one instruction set offer: plain functions over raw memory, each called by every thread of the pool
+// with its share's number.  No function allocates, throws or keeps state.
+//
+// Legend.  T: rows of a batch.  K: input width of a product.  N: its output width.  D: head_dim.
+// A *panel* is PANEL outputs of a weight, all of K, stored so that one 64-byte line holds the same few inputs of all of them:
+//     F32   [N / 16][K][16]          BF16  [N / 16][K / 2][16][2]
+// An output is one chain of additions over K in ascending order, so its bits do not depend on the rows beside it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Code that files of several instruction sets share must not exist out of line: the linker would keep one of the copies, and it
+// could hold instructions that this processor lacks.
+#define WEFT_SHARED inline __attribute__((always_inline))
+
+namespace weft {
+
+inline constexpr int PANEL = 16;
+inline constexpr int LINE_BYTES = 64;
+
+enum class Format : int { F32 = 0, BF16 = 1 };
+enum class Activation : int { SILU = 0, GELU_TANH = 1 };
+
+WEFT_SHARED int values_of_line(Format format) { return format == Format::F32 ? 1 : 2; }  // inputs of each output in one line
+
+WEFT_SHARED int64_t panel_bytes(Format format, int64_t k) { return k / values_of_line(format) * LINE_BYTES; }
+
+// One thread's part of a parallel call: thread `index` of `count`.
+struct Share {
+    int index, count;
+
+    // The half-open range of `total` things that is this thread's, in multiples of `unit`.
+    WEFT_SHARED void range(int64_t total, int64_t unit, int64_t& first, int64_t& stop) const {
+        const int64_t units = (total + unit - 1) / unit;
+        first = units * index / count * unit;
+        stop = units * (index + 1) / count * unit;
+        if (first > total) first = total;
+        if (stop > total) stop = total;
+    }
+};
+
+// out[T, N] = x[T, K] w^T + bias.  Strides in values.
+struct Linear {
+    const float* x;
+    const void* panels;
+    const float* bias;  // or null
+    float* out;
+    int64_t x_stride, out_stride, n, k;
+    Format format;
+};
+
+// out = x / sqrt(mean(x^2) + eps) * weight over the last `width` values of rows that hold `heads` such vectors.
+struct Norm {
+    const float* x;
+    const float* weight;  // the offset is in it
+    float* out;
+    int64_t x_stride, out_stride;
+    int heads, width;
+    float eps;
+};
+
+// Rotates the first 2 F values of each of `heads` heads of D values, in place.
+struct Rope {
+    float* x;
+    int64_t stride;
+    int heads, dim, pairs;
+};
+
+// out[T, I] = activation(gate) * up of x [T, 2 I].
+struct Gated {
+    const float* x;
+    float* out;
+    int64_t inner, x_stride, out_stride;
+    Activation activation;
+};
+
+// Where the batch's rows and sequences lie in one KV group; of a step, for all of its layers.
+struct Place {
+    char* arena = nullptr;
+    const int32_t* positions = nullptr;  // [blocks, positions_stride], the logical position of each entry
+    int64_t block_bytes = 0, positions_stride = 0;
+    int block_tokens = 0;
+    const int64_t* tables = nullptr;  // [S, table_width]
+    const int64_t* first = nullptr;   // [S], entries dropped at the table's head
+    const int64_t* lengths = nullptr; // [S], entries in the table, this step's rows included
+    const int64_t* slots = nullptr;   // [T]
+    int64_t table_width = 0;
+    int64_t window = 0;  // 0 for all
+};
+
+// Rows [row, row + rows) of a sequence with one kv head, over key chunks [chunk, chunk_stop).
+struct Item {
+    int32_t sequence, row, rows, kv_head;
+    int64_t chunk, chunk_stop;
+    int64_t partial;  // where its unfinished result goes, -1 where it is the whole
+};
+
+struct Attend {
+    const float* q;
+    float* out;
+    int64_t q_stride, out_stride;
+    int heads, kv_heads, dim;
+    float scale, softcap;  // softcap 0 for none
+    int64_t key_offset, value_offset;  // of the layer inside a block, bytes
+    Format stored;
+};
+
+struct Seen {
+    const int64_t* row_positions;  // [T]
+    const int64_t* bounds;         // [S + 1]
+    const uint64_t* tree_bits;     // [T]: the guesses that a row sees, bit i for the i-th, or null where no sequence has a tree
+    const int32_t* tree_rows;      // [S]: guesses at a sequence's end
+};
+
+inline constexpr int KEY_TILE = 32;      // entries whose scores are computed together; tiles begin at absolute multiples
+inline constexpr int CHUNK_TILES = 16;   // key tiles of a chunk, which is an unfinished softmax of its own
+inline constexpr int QUERY_ROWS = 32;    // most (row, head) pairs of an item
+inline constexpr int MAX_DIM = 256;
+
+struct Kernels {
+    const char* name;
+    void (*linear)(const Linear&, int64_t rows, Share);
+    void (*norm)(const Norm&, int64_t rows, Share);
+    void (*rope)(const Rope&, const float* cos, const float* sin, int64_t rows, Share);
+    void (*gated)(const Gated&, int64_t rows, Share);
+    void (*add)(float* into, const float* x, int64_t stride, int64_t width, int64_t rows, Share);
+    void (*softcap)(float* x, int64_t count, float cap, Share);
+    void (*embed)(const void* panels, Format, int64_t k, const int64_t* tokens, float scale, float* out, int64_t stride,
+                  int64_t rows, Share);
+    void (*store)(const Attend&, const Place&, const float* k, const float* v, int64_t stride, int64_t rows, Share);
+    void (*attend)(const Attend&, const Place&, const Seen&, const Item&, float* partials);
+    void (*merge)(const Attend&, const Item* items, int64_t count, const float* partials, Seen, Share);
+    void (*pack)(const void* source, int source_kind, int64_t n, int64_t k, void* panels, Format, int64_t first, Share);
+};
+
+// Floats of an unfinished result: for each (row, head) its maximum, its sum, and D mixed values.
+WEFT_SHARED int64_t partial_floats(const Attend& a, int64_t rows) {
+    return rows * (a.heads / a.kv_heads) * (2 + static_cast<int64_t>(a.dim));
+}
+
+const Kernels* kernels_avx512();    // null where it was not compiled or the processor lacks it
+const Kernels* kernels_avx2();
+const Kernels* kernels_portable();
+
+}  // namespace weft

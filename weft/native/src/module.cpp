@@ -1,0 +1,153 @@
+// The Python module: programs are built from addresses that the caller keeps alive (see weft/ops/cpu).
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "program.h"
+
+namespace nb = nanobind;
+using namespace weft;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+int64_t linear(Program& p, uintptr_t x, int64_t x_stride, uintptr_t panels, int format, int64_t n, int64_t k, uintptr_t bias,
+               uintptr_t out, int64_t out_stride, bool picked) {
+    const Linear a{at<float>(x), at<void>(panels), at<float>(bias), at<float>(out), x_stride, out_stride, n, k,
+                   static_cast<Format>(format)};
+    return p.add([&kernels = p.kernels(), a, picked](Step& s, Share share) {
+        kernels.linear(a, picked ? s.wanted : s.rows, share);
+    });
+}
+
+int64_t norm(Program& p, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t out, int64_t out_stride, int heads,
+             int width, float eps, bool picked) {
+    const Norm a{at<float>(x), at<float>(weight), at<float>(out), x_stride, out_stride, heads, width, eps};
+    return p.add([&kernels = p.kernels(), a, picked](Step& s, Share share) {
+        kernels.norm(a, picked ? s.wanted : s.rows, share);
+    });
+}
+
+int64_t rope(Program& p, uintptr_t x, int64_t stride, int heads, int dim, int pairs, size_t angles) {
+    const Rope a{at<float>(x), stride, heads, dim, pairs};
+    return p.add([&kernels = p.kernels(), a, angles](Step& s, Share share) {
+        kernels.rope(a, s.angles[angles].cos, s.angles[angles].sin, s.rows, share);
+    });
+}
+
+int64_t gated(Program& p, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t inner, int activation) {
+    const Gated a{at<float>(x), at<float>(out), inner, x_stride, out_stride, static_cast<Activation>(activation)};
+    return p.add([&kernels = p.kernels(), a](Step& s, Share share) { kernels.gated(a, s.rows, share); });
+}
+
+int64_t add(Program& p, uintptr_t into, uintptr_t x, int64_t stride, int64_t width) {
+    return p.add([&kernels = p.kernels(), to = at<float>(into), from = at<float>(x), stride, width](Step& s, Share share) {
+        kernels.add(to, from, stride, width, s.rows, share);
+    });
+}
+
+int64_t softcap(Program& p, uintptr_t x, int64_t width, float cap) {
+    return p.add([&kernels = p.kernels(), to = at<float>(x), width, cap](Step& s, Share share) {
+        kernels.softcap(to, s.wanted * width, cap, share);
+    });
+}
+
+int64_t embed(Program& p, uintptr_t panels, int format, int64_t k, float scale, uintptr_t out, int64_t stride) {
+    return p.add([&kernels = p.kernels(), table = at<void>(panels), kind = static_cast<Format>(format), k, scale,
+                  to = at<float>(out), stride](Step& s, Share share) {
+        kernels.embed(table, kind, k, s.tokens, scale, to, stride, s.rows, share);
+    });
+}
+
+int64_t pick(Program& p, uintptr_t x, int64_t stride, uintptr_t out, int64_t width) {
+    return p.add([from = at<float>(x), stride, to = at<float>(out), width](Step& s, Share share) {
+        int64_t first, stop;
+        share.range(s.wanted, 1, first, stop);
+        for (int64_t i = first; i < stop; i++)
+            std::copy_n(from + s.picked[i] * stride, width, to + i * width);
+    });
+}
+
+Attend attend_of(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads, int kv_heads, int dim,
+                 float scale, float softcap, int64_t key_offset, int64_t value_offset, int stored) {
+    if (dim > MAX_DIM || heads % kv_heads || heads / kv_heads > QUERY_ROWS)
+        throw std::invalid_argument("heads of at most 256 values, and at most 32 of them for each kv head");
+    return Attend{at<float>(q), at<float>(out), q_stride, out_stride, heads, kv_heads, dim, scale, softcap,
+                  key_offset, value_offset, static_cast<Format>(stored)};
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Kernels for CPUs.  Addresses are of memory that the caller keeps; see weft/ops/cpu.";
+    nb::class_<Step>(m, "Step")
+        .def(nb::init<>())
+        .def("rows", [](Step& s, int64_t rows, uintptr_t tokens, int64_t wanted, uintptr_t picked, uintptr_t positions,
+                        uintptr_t bounds, uintptr_t tree_bits, uintptr_t tree_rows) {
+            s.rows = rows, s.wanted = wanted, s.tokens = at<int64_t>(tokens), s.picked = at<int64_t>(picked);
+            s.seen = Seen{at<int64_t>(positions), at<int64_t>(bounds), at<uint64_t>(tree_bits), at<int32_t>(tree_rows)};
+        })
+        .def("angles", [](Step& s, size_t index, uintptr_t cos, uintptr_t sin) {
+            if (s.angles.size() <= index) s.angles.resize(index + 1);
+            s.angles[index] = Angles{at<float>(cos), at<float>(sin)};
+        })
+        .def("place", [](Step& s, size_t group, uintptr_t arena, int64_t block_bytes, uintptr_t positions,
+                         int64_t positions_stride, int block_tokens, uintptr_t tables, int64_t table_width, uintptr_t first,
+                         uintptr_t lengths, uintptr_t slots, int64_t window) {
+            if (s.places.size() <= group) s.places.resize(group + 1), s.items.resize(group + 1);
+            s.places[group] = Place{at<char>(arena), at<int32_t>(positions), block_bytes, positions_stride, block_tokens,
+                                    at<int64_t>(tables), at<int64_t>(first), at<int64_t>(lengths), at<int64_t>(slots),
+                                    table_width, window};
+        })
+        .def("plan", &Step::plan);
+    nb::class_<Program>(m, "Program")
+        .def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("isa") = "auto")
+        .def_prop_ro("isa", [](Program& p) { return p.kernels().name; })
+        .def_prop_ro("threads", [](Program& p) { return p.pool().count(); })
+        .def("__len__", &Program::size)
+        .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())
+        .def("linear", &linear)
+        .def("norm", &norm)
+        .def("rope", &rope)
+        .def("gated", &gated)
+        .def("add", &add)
+        .def("softcap", &softcap)
+        .def("embed", &embed)
+        .def("pick", &pick)
+        .def("store", [](Program& p, size_t group, uintptr_t k, uintptr_t v, int64_t stride, int kv_heads, int dim,
+                         int64_t key_offset, int64_t value_offset, int stored) {
+            const Attend a = attend_of(0, 0, 0, 0, kv_heads, kv_heads, dim, 1, 0, key_offset, value_offset, stored);
+            return p.add([&kernels = p.kernels(), a, group, keys = at<float>(k), values = at<float>(v), stride](Step& s, Share share) {
+                kernels.store(a, s.places[group], keys, values, stride, s.rows, share);
+            });
+        })
+        .def("attend", [](Program& p, size_t group, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads,
+                          int kv_heads, int dim, float scale, float softcap, int64_t key_offset, int64_t value_offset,
+                          int stored) {
+            const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, key_offset,
+                                       value_offset, stored);
+            return p.add([&p, a, group](Step& s, Share share) {
+                const auto& items = s.items[group];
+                const auto count = static_cast<int64_t>(items.size());
+                for (int64_t i = share.index; i < count; i += share.count)
+                    p.kernels().attend(a, s.places[group], s.seen, items[static_cast<size_t>(i)], s.partials.data());
+                p.pool().meet();
+                p.kernels().merge(a, items.data(), count, s.partials.data(), s.seen, share);
+            });
+        })
+        .def("pack", [](Program& p, uintptr_t source, int kind, int64_t n, int64_t k, uintptr_t panels, int format, int64_t first) {
+            p.pool().run([&](Share share) {
+                p.kernels().pack(at<void>(source), kind, n, k, at<void>(panels), static_cast<Format>(format), first, share);
+            });
+        }, nb::call_guard<nb::gil_scoped_release>());
+    m.def("isas", [] {
+        std::vector<std::string> found;
+        for (auto* find : {kernels_avx512, kernels_avx2, kernels_portable})
+            if (const Kernels* table = find()) found.emplace_back(table->name);
+        return found;
+    });
+}

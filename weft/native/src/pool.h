@@ -1,0 +1,102 @@
+// Threads that run one function together, with barriers inside: the caller is one of them.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace weft {
+
+// How long a thread that has nothing to do looks for work before it sleeps: neighbours need the core too.
+inline constexpr std::chrono::microseconds SPIN{50};
+
+inline void pause_core() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Waits until `word` is no longer `old`: first by looking, then asleep.
+inline void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
+    const auto until = std::chrono::steady_clock::now() + SPIN;
+    for (int turn = 1; word.load(std::memory_order_acquire) == old; turn++) {
+        if (turn % 64 == 0 && std::chrono::steady_clock::now() > until) {
+            word.wait(old, std::memory_order_acquire);
+            return;
+        }
+        pause_core();
+    }
+}
+
+class Pool {
+  public:
+    explicit Pool(int threads) : count_(threads < 1 ? 1 : threads) {
+        for (int i = 1; i < count_; i++) helpers_.emplace_back([this, i] { help(i); });
+    }
+    ~Pool() {
+        ending_ = true;
+        begin();
+        for (auto& helper : helpers_) helper.join();
+    }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int count() const { return count_; }
+
+    // Every thread calls `job` with its share; returns when all have.  One caller at a time.
+    template <class Job>
+    void run(const Job& job) {
+        if (count_ == 1) {
+            job(Share{0, 1});
+            return;
+        }
+        context_ = &job;
+        call_ = [](const void* context, Share share) { (*static_cast<const Job*>(context))(share); };
+        begin();
+        job(Share{0, count_});
+        meet();
+    }
+
+    // Inside a job: nobody goes on before everybody has come.
+    void meet() {
+        if (count_ == 1) return;
+        const uint32_t turn = turn_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count_)) {
+            arrived_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            turn_.notify_all();
+        } else {
+            wait_while(turn_, turn);
+        }
+    }
+
+  private:
+    void begin() {
+        begun_.fetch_add(1, std::memory_order_release);
+        begun_.notify_all();
+    }
+    void help(int index) {
+        for (uint32_t seen = 0;; seen++) {
+            wait_while(begun_, seen);
+            if (ending_) return;
+            call_(context_, Share{index, count_});
+            meet();
+        }
+    }
+
+    int count_;
+    const void* context_ = nullptr;
+    void (*call_)(const void*, Share) = nullptr;
+    std::atomic<uint32_t> begun_{0}, arrived_{0}, turn_{0};
+    std::atomic<bool> ending_{false};
+    std::vector<std::thread> helpers_;
+};
+
+}  // namespace weft

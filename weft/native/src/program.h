@@ -1,0 +1,69 @@
+// A model's operations over fixed buffers, in order, and the facts of one step that they need.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace weft {
+
+inline const Kernels* kernels_named(const std::string& name) {
+    if (name == "auto") {
+        for (auto* find : {kernels_avx512, kernels_avx2, kernels_portable})
+            if (const Kernels* found = find()) return found;
+    }
+    if (name == "avx512") return kernels_avx512();
+    if (name == "avx2") return kernels_avx2();
+    return name == "portable" ? kernels_portable() : nullptr;
+}
+
+// Cosines and sines of one rotary embedding, [T, F].
+struct Angles {
+    const float *cos = nullptr, *sin = nullptr;
+};
+
+struct Step {
+    int64_t rows = 0, wanted = 0;      // rows of the batch, and those whose logits are wanted
+    const int64_t* tokens = nullptr;   // [T]
+    const int64_t* picked = nullptr;   // [wanted]
+    Seen seen{};
+    std::vector<Place> places;         // by KV group of the model
+    std::vector<std::vector<Item>> items;
+    std::vector<Angles> angles;        // by rotary embedding
+    std::vector<float> partials;
+
+    void plan(size_t group, int64_t sequences, int heads, int kv_heads, int dim, int threads);
+};
+
+class Program {
+  public:
+    Program(int threads, const std::string& isa);
+    using Operation = std::function<void(Step&, Share)>;
+
+    int64_t add(Operation operation) {
+        operations_.push_back(std::move(operation));
+        return static_cast<int64_t>(operations_.size()) - 1;
+    }
+    // Operations [first, stop), each by all threads, none before the one before it has ended.
+    void run(int64_t first, int64_t stop, Step& step);
+
+    const Kernels& kernels() const { return *kernels_; }
+    Pool& pool() { return pool_; }
+    int64_t size() const { return static_cast<int64_t>(operations_.size()); }
+    int64_t next = 0;  // item that the next free thread takes
+
+  private:
+    const Kernels* kernels_;
+    Pool pool_;
+    std::vector<Operation> operations_;
+
+  public:
+    std::atomic<int64_t> taken{0};
+};
+
+}  // namespace weft

@@ -1,0 +1,86 @@
+// Vectors of LANES floats, by the compiler's vector extension: the same source for every instruction set.
+// Included by one file for each, which defines WEFT_ISA (a namespace) and WEFT_LANES.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace weft::WEFT_ISA {
+
+inline constexpr int LANES = WEFT_LANES;
+
+typedef float vf __attribute__((vector_size(4 * WEFT_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * WEFT_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * WEFT_LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * WEFT_LANES)));
+typedef float vf_any __attribute__((vector_size(4 * WEFT_LANES), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(4 * WEFT_LANES), aligned(4), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(4 * WEFT_LANES), aligned(4), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * WEFT_LANES), aligned(2), may_alias));
+
+#define WEFT_INLINE inline __attribute__((always_inline))
+
+WEFT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+WEFT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+WEFT_INLINE vu load_bits(const void* p) { return *reinterpret_cast<const vu_any*>(p); }
+WEFT_INLINE vf all(float x) { return vf{} + x; }
+WEFT_INLINE vf select(vi where, vf yes, vf no) { return where ? yes : no; }
+
+// bfloat16 is the upper half of a float.
+WEFT_INLINE vf widen(const uint16_t* p) {
+    const vh half = *reinterpret_cast<const vh_any*>(p);
+    return reinterpret_cast<vf>(__builtin_convertvector(half, vu) << 16);
+}
+WEFT_INLINE float widen_one(uint16_t x) {
+    const uint32_t bits = static_cast<uint32_t>(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+// To the nearest, ties to even; NaN stays NaN.
+WEFT_INLINE uint16_t narrow_one(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 64);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+WEFT_INLINE float sum(vf x) {
+    float parts[LANES];
+    store(parts, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
+}
+WEFT_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+WEFT_INLINE float top(vf x) {
+    float parts[LANES];
+    store(parts, x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
+    return parts[0];
+}
+
+// e^x within about two units in the last place; 0 below -87, where floats end, and for -inf.
+WEFT_INLINE vf exponential(vf x) {
+    const vi alive = x > -87.0f;
+    x = select(alive, x, all(0.0f));
+    x = select(x < 88.0f, x, all(88.0f));
+    const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf whole = (x * 1.44269504088896341f + magic) - magic;
+    const vf rest = (x - whole * 0.693145751953125f) - whole * 1.42860682030941723e-6f;
+    vf p = all(1.9875691500e-4f);
+    p = p * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * (rest * rest) + (rest + 1.0f);
+    const vi power = (__builtin_convertvector(whole, vi) + 127) << 23;
+    return select(alive, p * reinterpret_cast<vf>(power), all(0.0f));
+}
+WEFT_INLINE vf hyperbolic_tangent(vf x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+
+}  // namespace weft::WEFT_ISA
