@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 NO_CUDA = ("triton", "cuda-toolkit", "cuda-bindings", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-nccl-cu13")
 """Requirements that every CUDA build of torch has at least one of, and no CPU build has."""
+KERNEL_SOURCES = (".cpp", ".h", ".inl", ".txt", ".py")
 OLDEST_PIP = (24, 0)
 """Older pips download whole wheels to read their requirements."""
 
@@ -73,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fingerprint(root: Path) -> str:
-    """Changes when the set-up would give something else: the pins, the requirements, this file, the place, the Python."""
+    """Changes when the set-up would give something else: pins, requirements, kernels, this file, the place, the Python."""
     digest = hashlib.sha256(f"{root} {platform.python_version()}".encode())
-    for name in ("pyproject.toml", "constraints.txt", "tools/install.py"):
-        digest.update((root / name).read_bytes())
+    kernels = sorted(path for path in (root / "weft" / "native").rglob("*") if path.suffix in KERNEL_SOURCES)
+    for path in (*(root / name for name in ("pyproject.toml", "constraints.txt", "tools/install.py")), *kernels):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
