@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from weft import __version__
-from weft.cli import bench, chat, check, features, fidelity, generate, new, plan, serve
+from weft.cli import bench, chat, check, doctor, features, fidelity, generate, new, plan, serve
 from weft.cli._terminal import complain
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 
@@ -63,6 +63,7 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
+app.command("doctor")(doctor.doctor)
 app.command("features")(features.features)
 app.command("compose")(features.compose)
 app.command("fidelity")(fidelity.fidelity)

@@ -45,6 +45,8 @@ def as_json(setup: Setup, name: str) -> dict[str, Any]:
         "dtype": setup.dtype,
         "device": setup.device,
         "threads": setup.threads,
+        "ops": setup.ops["target"].ops,
+        "isa": setup.ops["target"].isa,
         "max_num_seqs": setup.limits.max_num_seqs,
         "max_num_batched_tokens": setup.limits.max_rows,
         "stack": [str(part) for part in setup.stack.parts],

@@ -163,6 +163,9 @@ def start(
     setup.require_fit()
     if setup.plan.reason:
         say(f"note: {setup.plan.reason}")
+    fallback = setup.ops["target"].reason
+    if fallback and setup.device == "cpu" and flags.ops != "ref":
+        say(f"note: this model runs on plain PyTorch, which is slower: {fallback}")
     text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
         runtime = build(setup, progress)
