@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.models import harness
 from tests.models.checkpoints import Checkpoint, make
+
+
+@pytest.fixture(params=["auto", "ref"], ids=["kernels", "reference"], autouse=True)
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test of a decoder runs on the kernels and on the reference operations."""
+    chosen: str = request.param
+    monkeypatch.setattr(harness, "OPS", chosen)
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,11 @@ from weft.exec.batch import Batch, GroupBatch
 from weft.exec.kvpool import KVPool
 from weft.models.decoder import Decoder, build
 from weft.models.spec import DecoderSpec, kv_groups
+from weft.ops.choice import choose
 from weft.types import GroupKind
+
+OPS = "auto"
+"""Who computes the decoders of these tests, where they do not say; `tests/models/conftest.py` sets it."""
 
 
 @dataclass
@@ -166,6 +170,7 @@ def bench_for(
 ) -> Bench:
     """A bench over a model folder or "random" weights.  Keyword arguments go to `build`; blocks and slide to `Bench`."""
     own = {key: kw.pop(key) for key in ("blocks", "slide") if key in kw}
+    kw.setdefault("ops", choose(OPS, "auto", spec, dtype, "cpu").ops)
     groups, _ = kv_groups(spec, dtype, block_tokens)
     decoder = build(
         spec,

@@ -1,0 +1,130 @@
+"""A decoder on the kernels beside the same one on the reference operations: logits, bits, calls, and what it falls back to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models.harness import Bench, Rows, bench_for
+from weft import native
+from weft.errors import ConfigError
+from weft.models.families import read
+from weft.models.spec import DecoderSpec
+from weft.ops.choice import choose
+from weft.ops.cpu import operations as cpu
+from weft.ops.cpu.operations import Call
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 101,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
+}  # fmt: skip
+LONG = 1300
+"""Tokens: three chunks of entries."""
+
+
+def spec(**changes: Any) -> DecoderSpec:
+    return read({**CONFIG, **changes})
+
+
+def prompt(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, CONFIG["vocab_size"], count).tolist()
+
+
+def bench(ops: str, **kw: Any) -> Bench:
+    return bench_for(spec(), "random", ops=ops, blocks=400, **kw)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 2e-5), ("bfloat16", 0.06)])
+def test_logits_of_a_long_context_are_those_of_the_reference(dtype: str, near: float) -> None:
+    tokens = prompt(LONG)
+    wanted = bench("ref", dtype=dtype).chunked("a", tokens, 300)
+    got = bench("cpu", dtype=dtype).chunked("a", tokens, 300)
+    assert (got - wanted).abs().max() < near
+
+
+@pytest.mark.parametrize("isa", native.module().isas())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_chunks_company_or_threads(isa: str, dtype: str) -> None:
+    tokens = prompt(LONG)
+    wanted = bench("cpu", dtype=dtype, isa=isa).chunked("a", tokens, 512)
+    for threads, chunk in ((2, 97), (3, 512), (1, 1)):
+        mine = bench("cpu", dtype=dtype, isa=isa, threads=threads)
+        if chunk == 1:
+            mine.chunked("a", tokens[:-4], 512)
+            got = mine.chunked("a", tokens, 1, start=LONG - 4)
+            assert torch.equal(got, wanted[-4:])
+        else:
+            assert torch.equal(mine.chunked("a", tokens, chunk), wanted)
+    together = bench("cpu", dtype=dtype, isa=isa, threads=2)
+    together.chunked("a", tokens[:-1], 512)
+    works = [Rows("b", prompt(40, 1), 0), Rows("a", tokens[-1:], LONG - 1), Rows("c", prompt(9, 2), 0)]
+    assert torch.equal(together.run(works)[1][0], wanted[-1])
+
+
+def test_a_step_without_hooks_is_one_call_beside_the_vectors() -> None:
+    """What stands between the two is Python's one look at whether vectors replace embeddings."""
+    decoder = bench("cpu").decoder
+    (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True)
+    calls = [run for run in segment.runs if isinstance(run, Call)]
+    assert [isinstance(run, Call) for run in segment.runs] == [True, False, True]
+    assert sum(call.stop - call.first for call in calls) == len(decoder.native.program)
+
+
+def test_attention_of_others_runs_between_the_calls() -> None:
+    mine, other = bench("cpu"), bench("ref")
+    tokens = prompt(60)
+    batch = mine.batch([Rows("a", tokens, 0)])
+    step = mine.decoder.begin(batch, mine.pool, 0, 2)
+    assert step.dense
+    attends = cpu.Native.attends
+    try:
+        cpu.Native.attends = lambda self, batch, pool: False  # type: ignore[method-assign]
+        got = bench("cpu").chunked("a", tokens, 60)
+    finally:
+        cpu.Native.attends = attends  # type: ignore[method-assign]
+    assert (got - other.chunked("a", tokens, 60)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head_dim": 512}, "heads have more than 256 values"),
+        ({"num_attention_heads": 66, "num_key_value_heads": 2}, "more than 32 for one kv head"),
+        ({"head_dim": 6, "num_attention_heads": 2}, "odd widths"),
+        ({"intermediate_size": 97}, "odd widths"),
+    ],
+)
+def test_what_the_kernels_do_not_compute_runs_on_the_reference_and_says_why(changes: dict[str, Any], said: str) -> None:
+    odd = spec(**changes)
+    found = choose("auto", "auto", odd, "float32", "cpu")
+    assert (found.ops, found.isa) == ("ref", "")
+    assert said in found.reason
+    with pytest.raises(ConfigError, match=said):
+        choose("cpu", "auto", odd, "float32", "cpu")
+
+
+def test_choices() -> None:
+    plain, isas = spec(), native.module().isas()
+    assert (choose("auto", "auto", plain, "bfloat16", "cpu").ops, choose("auto", "auto", plain, "bfloat16", "cpu").isa) == (
+        "cpu", isas[0],
+    )  # fmt: skip
+    assert choose("cpu", "portable", plain, "float32", "cpu").isa == "portable"
+    assert choose("ref", "auto", plain, "float32", "cpu").ops == "ref"
+    assert "for CPUs" in choose("auto", "auto", plain, "bfloat16", "cuda").reason
+    assert "not float16" in choose("auto", "auto", plain, "float16", "cpu").reason
+    for wanted, isa, said in (("fast", "auto", "--ops is auto, ref or cpu"), ("auto", "neon9", "--isa is auto or")):
+        with pytest.raises(ConfigError, match=said):
+            choose(wanted, isa, plain, "float32", "cpu")
+
+
+def test_without_the_extension_the_reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_reason", "weft's kernels were not built (no compiler)")
+    found = choose("auto", "auto", spec(), "float32", "cpu")
+    assert (found.ops, found.reason) == ("ref", "weft's kernels were not built (no compiler)")
+    with pytest.raises(ConfigError, match="were not built"):
+        choose("cpu", "auto", spec(), "float32", "cpu")
