@@ -222,7 +222,8 @@ def test_a_control_has_its_figures_from_what_it_stands_beside() -> None:
         for case in comparison["cases"]:
             case["stack"] = [*case["stack"], "schedule=fcfs"]
     found = beside({"draft=ngram": own}, "draft=control")
-    assert found is not None and found["kept"] == "draft-ngram"
+    assert found is not None
+    assert found["kept"] == "draft-ngram"
     assert "of 2 comparisons, faster in 1" in next(verdicts(found))
     assert beside({"draft=ngram": own}, "schedule=fcfs") is None, "what the null has too is not compared"
     assert beside({"draft=ngram": own}, "draft=contro") is None

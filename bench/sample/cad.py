@@ -29,7 +29,7 @@ NOTES = (
     "attention to what stands far back.",
 )
 PROSE = {False: (200, 600), True: (200,)}
-"""Tokens of a question with its prose.  As ASKED by whether the model was grown: it computes the same function at a higher cost."""
+"""Tokens of a question with its prose; as ASKED by whether the model was grown, whose answers are the same and cost more."""
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
