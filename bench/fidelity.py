@@ -92,9 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
     else:
         for r in records:
-            print(
-                f"{r['model']:<24} {r['length']:>5} {r['with']:<56} KL {r['kl_mean']:.3g} recall {r['recall']} of {r['recall_reference']}"
-            )
+            recall = f"recall {r['recall']} of {r['recall_reference']}"
+            print(f"{r['model']:<24} {r['length']:>5} {r['with']:<56} KL {r['kl_mean']:.3g} {recall}")
     return 0
 
 
