@@ -6,7 +6,7 @@ style, format   ruff
 types           mypy
 tests           pytest on all cores, without the tests marked long or serial
 serial          pytest alone, the tests marked serial (they measure time or memory)
-long            with --long and instead of all others: the tests marked long; the outcome goes to
+long            with --long and instead of all others: the tests marked long, on all cores; the outcome goes to
                 bench/results/test-long.json
 
 A failed step does not stop the later ones.  Exit status 1 if any failed.
@@ -71,14 +71,14 @@ def commands(workers: int) -> dict[str, list[str]]:
     """The command of each step, in order; a pytest step is one whose command names pytest."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q"]
-    alone = ["-p", "no:xdist"]
+    alone, spread = ["-p", "no:xdist"], ["-n", str(workers), "--dist", "worksteal"]
     return {
         "style": [python, "-m", "ruff", "check", "--output-format", "concise", "."],
         "format": [python, "-m", "ruff", "format", "--check", "--output-format", "concise", "."],
         "types": [python, "-m", "mypy", "--no-error-summary"],
-        "tests": [*pytest, "-n", str(workers), "--dist", "worksteal", "-m", "not long and not serial"],
+        "tests": [*pytest, *spread, "-m", "not long and not serial"],
         "serial": [*pytest, *alone, "-m", "serial and not long"],
-        "long": [*pytest, *alone, "-m", "long", "--timeout", "3600"],
+        "long": [*pytest, *spread, "-m", "long", "--timeout", "3600"],
     }
 
 
