@@ -14,6 +14,7 @@ Differs  prompts come in chunks, so each block of rows has representatives of it
          all; query heads of one kv head see the union of what each chose, since their keys are read together; key blocks are
          counted in entries, which compression makes fewer than positions; the prompt's last row, rows after the prompt, layers
          with a sliding window and models beside the target are dense
+Pays     for prompts of thousands of tokens
 Raises   ValueError unless 0 < gamma <= 1, tau >= 0, block >= 1, minimum >= 0 and 1 <= representatives <= block
 """
 

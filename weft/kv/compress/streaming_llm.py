@@ -13,6 +13,8 @@ Differs  the paper drops one token at each step, where `every` are dropped at on
          so a context ends where the model's own does
 Bound    on novels that the bundled model has not read, tokens 128 to 1024, sinks=4, window=124, every=32: at most 1.05 of the
          full cache's perplexity (1.02 measured) and a mean KL of 0.04 nat (0.020 measured)
+Pays     where memory for the cache runs out and no answer rests on what stands farther back than the window: of 24 facts in 512
+         tokens the bundled model recalls 23 with the whole cache and 2 with 128 entries
 Raises   ValueError unless sinks >= 0, window >= 1 and every >= 1
 """
 

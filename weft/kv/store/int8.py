@@ -9,6 +9,8 @@ Differs  a scale for each kv head of a token, where the paper has one for the to
          A row with a number that is not finite comes back as not-a-number throughout, so the fault is seen and not hidden;
          a row of zeros comes back as zeros
 Bound    mean KL of the next token's law, on prose that the bundled model has not read: at most 1e-4 nat (2.8e-5 measured)
+Pays     where memory for the cache runs out: the bundled model recalls what it recalls without, and in 199 places of 200 the
+         same token is likeliest.  No time is gained on plain operations
 Raises   nothing
 """
 
