@@ -97,7 +97,7 @@ def test_a_page_says_what_the_file_says() -> None:
 def test_pays_is_a_field_that_may_be_left_out() -> None:
     assert "Pays" in FIELDS
     assert "Pays" not in REQUIRED
-    f = feature("schedule", "layered")
+    f = feature("kv.offload", "host")
     assert "Pays" not in f.fields
     assert "Not known: nothing was measured yet." in page(f, None)
     assert "It is the null of its slot" in page(feature("kv.evict", "lru"), None)
