@@ -97,7 +97,7 @@ def test_a_page_says_what_the_file_says() -> None:
 def test_pays_is_a_field_that_may_be_left_out() -> None:
     assert "Pays" in FIELDS
     assert "Pays" not in REQUIRED
-    f = feature("schedule", "layered")
+    f = feature("kv.offload", "host")
     assert "Pays" not in f.fields
     assert "Not known: nothing was measured yet." in page(f, None)
     assert "It is the null of its slot" in page(feature("kv.evict", "lru"), None)
@@ -222,7 +222,8 @@ def test_a_control_has_its_figures_from_what_it_stands_beside() -> None:
         for case in comparison["cases"]:
             case["stack"] = [*case["stack"], "schedule=fcfs"]
     found = beside({"draft=ngram": own}, "draft=control")
-    assert found is not None and found["kept"] == "draft-ngram"
+    assert found is not None
+    assert found["kept"] == "draft-ngram"
     assert "of 2 comparisons, faster in 1" in next(verdicts(found))
     assert beside({"draft=ngram": own}, "schedule=fcfs") is None, "what the null has too is not compared"
     assert beside({"draft=ngram": own}, "draft=contro") is None

@@ -340,12 +340,19 @@ def test_nothing_may_skip_for_want_of_shared_data_that_is_there(tmp_path: Path) 
 
 
 def test_record_of_the_long_tests(tmp_path: Path) -> None:
-    found = checks.record(small_run(tmp_path, "long"))
+    outcome = small_run(tmp_path, "long")
+    found = checks.record([outcome])
     assert found["passed"] is True
     assert (found["tests"], found["torch"]) == (4, metadata.version("torch"))
+    both = checks.record([outcome, checks.Outcome("long-serial", False, 1.0, 2, outcome.skips)])
+    assert (both["passed"], both["tests"]) == (False, 6)
+    assert both["skips"] == {reason: 2 * count for reason, count in outcome.skips.items()}
 
 
 def test_steps_are_disjoint_and_cover_the_marks() -> None:
     steps = checks.commands(2)
     marks = {name: command[command.index("-m", 3) + 1] for name, command in steps.items() if "pytest" in command}
-    assert marks == {"tests": "not long and not serial", "serial": "serial and not long", "long": "long"}
+    assert marks == {
+        "tests": "not long and not serial", "serial": "serial and not long",
+        "long": "long and not serial", "long-serial": "long and serial",
+    }  # fmt: skip

@@ -6,7 +6,7 @@ style, format   ruff
 types           mypy
 tests           pytest on all cores, without the tests marked long or serial
 serial          pytest alone, the tests marked serial (they measure time or memory)
-long            with --long and instead of all others: the tests marked long; the outcome goes to
+long, long-serial   the same of the tests marked long, with --long and instead of all others; the outcome goes to
                 bench/results/test-long.json
 
 A failed step does not stop the later ones.  Exit status 1 if any failed.
@@ -30,6 +30,7 @@ from xml.etree import ElementTree
 from weft.exec.host import cpu_count
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = ("long", "long-serial")
 LONG_RESULT = ROOT / "bench" / "results" / "test-long.json"
 NO_TESTS = 5
 """pytest's exit status when nothing was selected."""
@@ -53,9 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="steps to run, with commas between them")
     options = parser.parse_args(argv)
     steps = commands(min(8, cpu_count().threads))
-    wanted = (
-        ["long"] if options.long else [s for s in options.only.split(",") if s] or [s for s in steps if s != "long"]
-    )
+    chosen = [s for s in options.only.split(",") if s] or [s for s in steps if s not in LONG]
+    wanted = list(LONG) if options.long else chosen
     unknown = [s for s in wanted if s not in steps]
     if unknown:
         parser.error(f"no step {', '.join(unknown)}; there are {', '.join(steps)}")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(outcomes))
     if options.long:
         LONG_RESULT.parent.mkdir(parents=True, exist_ok=True)
-        LONG_RESULT.write_text(json.dumps(record(outcomes[0]), indent=2) + "\n")
+        LONG_RESULT.write_text(json.dumps(record(outcomes), indent=2) + "\n")
     return 0 if all(o.ok for o in outcomes) else 1
 
 
@@ -71,14 +71,15 @@ def commands(workers: int) -> dict[str, list[str]]:
     """The command of each step, in order; a pytest step is one whose command names pytest."""
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q"]
-    alone = ["-p", "no:xdist"]
+    alone, spread = ["-p", "no:xdist"], ["-n", str(workers), "--dist", "worksteal"]
     return {
         "style": [python, "-m", "ruff", "check", "--output-format", "concise", "."],
         "format": [python, "-m", "ruff", "format", "--check", "--output-format", "concise", "."],
         "types": [python, "-m", "mypy", "--no-error-summary"],
-        "tests": [*pytest, "-n", str(workers), "--dist", "worksteal", "-m", "not long and not serial"],
+        "tests": [*pytest, *spread, "-m", "not long and not serial"],
         "serial": [*pytest, *alone, "-m", "serial and not long"],
-        "long": [*pytest, *alone, "-m", "long", "--timeout", "3600"],
+        "long": [*pytest, *spread, "-m", "long and not serial", "--timeout", "3600"],
+        "long-serial": [*pytest, *alone, "-m", "long and serial", "--timeout", "3600"],
     }
 
 
@@ -124,15 +125,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def record(outcome: Outcome) -> dict[str, object]:
+def record(outcomes: Sequence[Outcome]) -> dict[str, object]:
     """The last run of the long tests, as kept in bench/results/."""
     from importlib.metadata import version
 
     return {
-        "passed": outcome.ok,
-        "tests": outcome.tests,
-        "skips": dict(outcome.skips),
-        "seconds": round(outcome.seconds, 1),
+        "passed": all(o.ok for o in outcomes),
+        "tests": sum(o.tests for o in outcomes),
+        "skips": dict(sum((o.skips for o in outcomes), Counter[str]())),
+        "seconds": round(sum(o.seconds for o in outcomes), 1),
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
         "cores": cpu_count().cores,
         "python": platform.python_version(),

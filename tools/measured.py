@@ -210,7 +210,7 @@ def row(case: Mapping[str, Any], apart: bool = True) -> str:
         f"{1000 * mid['step_s']:.1f} ms",
         format_size(int(mid["kv_peak_bytes"])),
         "" if peak is None else format_size(int(peak)),
-        f"{case['same_tokens']:.0%}",
+        f"{case['same_tokens']:.0%}" + (f", right answers {mid['right']:.0%}" if "right" in mid else ""),
         acts,
     ]
     return f"| {' | '.join(cell(c) for c in cells)} |"

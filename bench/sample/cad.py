@@ -19,19 +19,24 @@ from weft.front.text import ModelText
 BATCH = 8
 LENGTH = 512
 """Tokens of the context; its companion is the question alone."""
-ASKED = 32
+ASKED = {False: 64, True: 16}
 NOTES = (
     "Overhead: prose of 512 tokens is continued, eight sequences at once, and the companion is its last sentence. Tokens a "
     "second are of decoding alone.",
     "Faithful answers: four made-up numbers stand in prose, one is asked for, and the companion is the question without the "
-    "prose. `right` is the share of answers that say the number, at temperature 1; the cases differ in nothing else.",
+    "prose. Right is an answer that says the number, at temperature 1; the cases differ in nothing else. What contrast is for, a "
+    "context that contradicts what a model has learned by heart, a model this small does not have: all that it can lose is "
+    "attention to what stands far back.",
 )
+PROSE = {False: (200, 600), True: (200,)}
+"""Tokens of a question with its prose; as ASKED by whether the model was grown, whose answers are the same and cost more."""
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
     for model in options.models("smollm2-135m"):
         yield options.compare(model, *overhead(model, options.quick), title="overhead")
-        yield faithful(options, model)
+        for tokens in PROSE[model.grown][: 1 if options.quick else None]:
+            yield faithful(options, model, tokens)
 
 
 def overhead(model: Model, quick: bool) -> tuple[Case, list[Case]]:
@@ -44,8 +49,8 @@ def overhead(model: Model, quick: bool) -> tuple[Case, list[Case]]:
     return null, [replace(null, name="cad", techniques=("sample=cad",), companions=[x[-24:] for x in ids])]
 
 
-def faithful(options: Options, model: Model) -> dict[str, Any]:
-    """The recall task, with the share of right answers beside the usual figures."""
+def faithful(options: Options, model: Model, tokens: int) -> dict[str, Any]:
+    """The recall task over so many tokens of prose, with the share of right answers beside the usual figures."""
     text = ModelText.load(model.folder)
     prose = [i for x in encode(model, PARAGRAPHS) for i in x]
 
@@ -55,11 +60,11 @@ def faithful(options: Options, model: Model) -> dict[str, Any]:
     def ids(said: str) -> list[int]:
         return text.tokenizer.encode(said, add_special=False)
 
-    asked = questions(ids, ask, prose, 200, 8 if options.quick else ASKED)
+    asked = questions(ids, ask, prose, tokens, 8 if options.quick else ASKED[model.grown])
     alone = [q.ids[q.ids.index(ids("<|user|>")[0]) :] for q in asked]
     null = Case(name="plain", prompts=[q.ids for q in asked], max_new=6, batch=BATCH, sampling={"temperature": 1.0})
     cases = [replace(null, name="cad", techniques=("sample=cad",), companions=alone)]
-    found = options.compare(model, null, cases, "faithful answers")
+    found = options.compare(model, null, cases, f"faithful answers from {tokens} tokens")
     for case, told in zip([null, *cases], found["cases"], strict=True):
         told["median"]["right"] = right(model, case, asked, text)
     return found

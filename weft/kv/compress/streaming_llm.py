@@ -7,6 +7,8 @@ Shapes   indices [sinks + window] int64, the same for all layers and heads
 Units    sinks, window, every: tokens
 Cost     O(window) entries moved at a cut; no state, no extra pass.  At most sinks + window + every entries at any moment, also
          while a prompt of any length is computed
+Pays     where memory for the cache runs out and no answer rests on what stands farther back than the window: of 24 facts in 512
+         tokens the bundled model recalls 23 with the whole cache and 2 with 128 entries
 Differs  the paper drops one token at each step, where `every` are dropped at once: the window holds `window` to window + every
          tokens.  It keeps keys unturned and turns all of them anew at each step by their place in the cache; here the sinks move
          up to the window instead, which gives the same distances and turns `sinks` keys at a cut.  Positions still count up,
