@@ -18,6 +18,7 @@ namespace weft {
 
 inline constexpr int PANEL = 16;
 inline constexpr int LINE_BYTES = 64;
+inline constexpr int64_t SCRATCH = 192 * 2048;  // inputs of 192 rows in 512 lines of the narrowest format
 
 enum class Format : int { F32 = 0, BF16 = 1 };
 enum class Activation : int { SILU = 0, GELU_TANH = 1 };
@@ -26,9 +27,10 @@ WEFT_SHARED int values_of_line(Format format) { return format == Format::F32 ? 1
 
 WEFT_SHARED int64_t panel_bytes(Format format, int64_t k) { return k / values_of_line(format) * LINE_BYTES; }
 
-// One thread's part of a parallel call: thread `index` of `count`.
+// One thread's part of a parallel call: thread `index` of `count`, and its SCRATCH floats.
 struct Share {
     int index, count;
+    float* scratch = nullptr;
 
     // The half-open range of `total` things that is this thread's, in multiples of `unit`.
     WEFT_SHARED void range(int64_t total, int64_t unit, int64_t& first, int64_t& stop) const {

@@ -12,7 +12,8 @@ inline constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
 inline constexpr int TILE_PANELS = LANES == 16 ? 2 : 1;
 inline constexpr int FEW_PANELS = LANES == 16 ? 4 : 2;  // where one or two rows leave registers free
 inline constexpr int ROW_BLOCK = TILE_ROWS * 16;        // rows whose inputs stay in the second cache
-inline constexpr int LINE_BLOCK = 512;                  // lines of a panel that stay there
+inline constexpr int LINE_BLOCK = 1024;                  // lines of a panel that stay there
+static_assert(ROW_BLOCK * LINE_BLOCK * 2 <= SCRATCH);
 
 struct F32 {
     static constexpr int VALUES = 1;
@@ -29,7 +30,8 @@ struct BF16 {
     }
 };
 
-// Rows [0, R) of panels [0, P), over `lines` lines.  begin: whether nothing was added up before; end: whether it is the last.
+// Rows [0, R) of panels [0, P), over `lines` lines.  x: their inputs, [K, R].  begin: whether nothing was added up before; end:
+// whether it is the last.
 template <class W, int R, int P>
 void tile(const Linear& a, const float* x, const char* panel, int64_t stride, int64_t lines, int64_t n, bool begin, bool end) {
     vf total[R][P][PARTS];
@@ -49,16 +51,16 @@ void tile(const Linear& a, const float* x, const char* panel, int64_t stride, in
                 }
             }
     for (int64_t line = 0; line < lines; line++) {
-        const float* mine = x + line * W::VALUES;
-        for (int p = 0; p < P; p++) {
-            const char* here = panel + p * stride + line * LINE_BYTES;
-            for (int v = 0; v < PARTS; v++) {
-                vf w[W::VALUES];
-                W::weights(here, v, w);
-                for (int r = 0; r < R; r++)
-                    for (int i = 0; i < W::VALUES; i++) total[r][p][v] += w[i] * mine[r * a.x_stride + i];
+        const float* mine = x + line * W::VALUES * R;
+        vf w[P][PARTS][W::VALUES];
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) W::weights(panel + p * stride + line * LINE_BYTES, v, w[p][v]);
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < W::VALUES; i++) {
+                const vf input = all(mine[i * R + r]);  // read once for all panels: registers are what a tile is short of
+                for (int p = 0; p < P; p++)
+                    for (int v = 0; v < PARTS; v++) total[r][p][v] += w[p][v][i] * input;
             }
-        }
     }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++)
@@ -89,24 +91,41 @@ constexpr Tile tile_of(int rows) {
     }
 }
 
+// Inputs of rows [first, first + rows), lines [line, line + lines), as the tiles read them: tile after tile, [K, R] each.
+template <class W>
+void turned(const Linear& a, int64_t first, int64_t rows, int64_t tiles, int64_t line, int64_t lines, float* out) {
+    const int64_t count = lines * W::VALUES;
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t top = rows * t / tiles, high = rows * (t + 1) / tiles - top;
+        for (int64_t r = 0; r < high; r++) {
+            const float* x = a.x + (first + top + r) * a.x_stride + line * W::VALUES;
+            float* to = out + top * count + r;
+            for (int64_t i = 0; i < count; i++) to[i * high] = x[i];
+        }
+    }
+}
+
 // Rows [first, first + rows) with panels [from, to), lines [line, line + lines).
 template <class W>
-void block(const Linear& a, int64_t first, int64_t rows, int64_t from, int64_t to, int64_t line, int64_t lines, bool end) {
+void block(const Linear& a, int64_t first, int64_t rows, int64_t from, int64_t to, int64_t line, int64_t lines, float* scratch) {
     const int64_t stride = panel_bytes(a.format, a.k);
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;  // of nearly equal height
+    const float* inputs = scratch;
+    if (rows == 1) inputs = a.x + first * a.x_stride + line * W::VALUES;
+    else turned<W>(a, first, rows, tiles, line, lines, scratch);
     for (int64_t p = from; p < to;) {
         const int64_t wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
         const int64_t count = p + wide <= to ? wide : 1;
         const char* panel = static_cast<const char*>(a.panels) + p * stride + line * LINE_BYTES;
-        for (int64_t t = 0; t < tiles; t++) {  // tiles of nearly equal height
+        for (int64_t t = 0; t < tiles; t++) {
             const int64_t top = rows * t / tiles, high = rows * (t + 1) / tiles - top;
             Linear moved = a;
             moved.out = a.out + (first + top) * a.out_stride;
-            const float* x = a.x + (first + top) * a.x_stride + line * W::VALUES;
-            Tile run = count == 1             ? tile_of<W, 1, TILE_ROWS>(static_cast<int>(high))
-                       : count == TILE_PANELS ? tile_of<W, TILE_PANELS, TILE_ROWS>(static_cast<int>(high))
-                                              : tile_of<W, FEW_PANELS, 2>(static_cast<int>(high));
-            run(moved, x, panel, stride, lines, p * PANEL, line == 0, end);
+            const Tile run = count == 1             ? tile_of<W, 1, TILE_ROWS>(static_cast<int>(high))
+                             : count == TILE_PANELS ? tile_of<W, TILE_PANELS, TILE_ROWS>(static_cast<int>(high))
+                                                    : tile_of<W, FEW_PANELS, 2>(static_cast<int>(high));
+            run(moved, inputs + top * lines * W::VALUES, panel, stride, lines, p * PANEL, line == 0,
+                line + lines == a.k / W::VALUES);
         }
         p += count;
     }
@@ -114,20 +133,15 @@ void block(const Linear& a, int64_t first, int64_t rows, int64_t from, int64_t t
 
 template <class W>
 void linear_in(const Linear& a, int64_t rows, Share share) {
-    const int64_t panels = (a.n + PANEL - 1) / PANEL, lines = a.k / W::VALUES;
+    const int64_t panels = (a.n + PANEL - 1) / PANEL, all = a.k / W::VALUES;
     int64_t from, to;
     share.range(panels, FEW_PANELS, from, to);
-    if (rows <= TILE_ROWS) {  // each weight is read once anyway
-        block<W>(a, 0, rows, from, to, 0, lines, true);
-        return;
-    }
-    for (int64_t first = 0; first < rows; first += ROW_BLOCK) {
-        const int64_t height = rows - first < ROW_BLOCK ? rows - first : ROW_BLOCK;
-        for (int64_t line = 0; line < lines; line += LINE_BLOCK) {
-            const int64_t some = lines - line < LINE_BLOCK ? lines - line : LINE_BLOCK;
-            block<W>(a, first, height, from, to, line, some, line + some == lines);
-        }
-    }
+    if (from == to) return;
+    const int64_t most = rows == 1 ? all : LINE_BLOCK;
+    for (int64_t first = 0; first < rows; first += ROW_BLOCK)
+        for (int64_t line = 0; line < all; line += most)
+            block<W>(a, first, rows - first < ROW_BLOCK ? rows - first : ROW_BLOCK, from, to, line,
+                     all - line < most ? all - line : most, share.scratch);
 }
 
 inline void linear(const Linear& a, int64_t rows, Share share) {

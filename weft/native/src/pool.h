@@ -37,7 +37,7 @@ inline void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 
 class Pool {
   public:
-    explicit Pool(int threads) : count_(threads < 1 ? 1 : threads) {
+    explicit Pool(int threads) : count_(threads < 1 ? 1 : threads), scratch_(static_cast<size_t>(SCRATCH) * count_) {
         for (int i = 1; i < count_; i++) helpers_.emplace_back([this, i] { help(i); });
     }
     ~Pool() {
@@ -54,13 +54,13 @@ class Pool {
     template <class Job>
     void run(const Job& job) {
         if (count_ == 1) {
-            job(Share{0, 1});
+            job(share(0));
             return;
         }
         context_ = &job;
         call_ = [](const void* context, Share share) { (*static_cast<const Job*>(context))(share); };
         begin();
-        job(Share{0, count_});
+        job(share(0));
         meet();
     }
 
@@ -78,6 +78,7 @@ class Pool {
     }
 
   private:
+    Share share(int index) { return Share{index, count_, scratch_.data() + SCRATCH * index}; }
     void begin() {
         begun_.fetch_add(1, std::memory_order_release);
         begun_.notify_all();
@@ -86,12 +87,13 @@ class Pool {
         for (uint32_t seen = 0;; seen++) {
             wait_while(begun_, seen);
             if (ending_) return;
-            call_(context_, Share{index, count_});
+            call_(context_, share(index));
             meet();
         }
     }
 
     int count_;
+    std::vector<float> scratch_;
     const void* context_ = nullptr;
     void (*call_)(const void*, Share) = nullptr;
     std::atomic<uint32_t> begun_{0}, arrived_{0}, turn_{0};

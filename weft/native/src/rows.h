@@ -53,8 +53,9 @@ inline void rope(const Rope& a, const float* cos, const float* sin, int64_t rows
 
 WEFT_INLINE vf activated(vf x, Activation which) {
     if (which == Activation::SILU) return x / (1.0f + exponential(-x));
+    // (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)), which loses nothing where the tanh is near -1.
     const vf inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return 0.5f * x * (1.0f + hyperbolic_tangent(inner));
+    return x / (1.0f + exponential(-2.0f * inner));
 }
 
 inline void gated(const Gated& a, int64_t rows, Share share) {

@@ -25,7 +25,7 @@ typedef uint16_t vh_any __attribute__((vector_size(2 * WEFT_LANES), aligned(2), 
 WEFT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 WEFT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 WEFT_INLINE vu load_bits(const void* p) { return *reinterpret_cast<const vu_any*>(p); }
-WEFT_INLINE vf all(float x) { return vf{} + x; }
+WEFT_INLINE vf all(float x) { return x - vf{}; }  // subtracting zero is nothing to a compiler, adding it is not
 WEFT_INLINE vf select(vi where, vf yes, vf no) { return where ? yes : no; }
 
 // bfloat16 is the upper half of a float.
