@@ -34,6 +34,7 @@ EMPTY_STEPS = 1000
 class Model:
     """A checkpoint to measure on.  name: as the results call it.  large: a step takes so long that loads are cut short.
 
+    folder: of the checkpoint, or a config.json, which gets random weights.
     grown: its weights are most of what is resident, so that is not measured for each case.
     """
 
@@ -229,7 +230,8 @@ def setup(model: Model, case: Case, threads: int) -> Setup:
     """What the case's engine is built from.  The pool holds the batch at once, unless the case says how much memory there is."""
     longest = max(len(p) for p in (*case.prompts, *case.companions))
     batch = case.together * max(case.n, case.seats, 1 + bool(case.companions))
-    given = {"threads": threads, "share": False, **case.engine}
+    weights = "random" if model.folder.is_file() else "auto"
+    given = {"threads": threads, "share": False, "load": weights, **case.engine}
     config = EngineConfig(model=model.folder, techniques=tuple(case.techniques), **given)
     if config.memory_bytes is None:
         found = make_room(config, DecodeBench(batches=[batch], prompt=longest, new=case.max_new))

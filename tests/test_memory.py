@@ -75,6 +75,7 @@ def test_the_bundled_model_stays_within_its_plan(dtype: str) -> None:
 @pytest.mark.long
 @pytest.mark.serial
 def test_half_a_billion_parameters_stay_within_their_plan() -> None:
+    """As above: a sequence takes 14 blocks, and six of the eight fill the pool."""
     shape = "bench/shapes/qwen2.5-0.5b.json"
-    found = run(1800, shape=shape, dtype="bfloat16", load="random", seqs=8, prompt=200, new=24, blocks=110)
+    found = run(1800, shape=shape, dtype="bfloat16", load="random", seqs=8, prompt=200, new=24, blocks=84)
     holds(found, 8)

@@ -6,7 +6,8 @@ style, format   ruff
 types           mypy
 tests           pytest on all cores, without the tests marked long or serial
 serial          pytest alone, the tests marked serial (they measure time or memory)
-long, long-serial   the same of the tests marked long, with --long and instead of all others; the outcome goes to
+long, long-serial
+                the same of the tests marked long, with --long and instead of all others; the outcome of both goes to
                 bench/results/test-long.json
 
 A failed step does not stop the later ones.  Exit status 1 if any failed.

@@ -102,11 +102,14 @@ def written(results: Path = RESULTS) -> dict[str, str]:
     if unknown:
         raise ConfigError(f"{results} has results of {', '.join(sorted(unknown))}, which do not exist; remove them")
     near = read_fidelity(results)
-    pages = {}
+    pages, shown = {}, {}
     for f in own:
         name = f"{f.slot}={f.name}"
-        pages[f"{f.slot}-{f.name}.md"] = page(f, beside(measured, name), near.get(name, ()))
-    return {**pages, "index.md": index(own, measured)}
+        result = beside(measured, name)
+        pages[f"{f.slot}-{f.name}.md"] = page(f, result, near.get(name, ()))
+        if result is not None:
+            shown[name] = result
+    return {**pages, "index.md": index(own, shown)}
 
 
 # ---------------------------------------------------------------------------------------------- a page
@@ -224,7 +227,7 @@ def index(own: Iterable[Feature], measured: Mapping[str, Mapping[str, Any]]) -> 
             lines += ["| technique | what it does | answers | paper | decode |", "|---|---|---|---|---|"]
             for f in mine:
                 name = f"[{f.name}]({f.slot}-{f.name}.md)" + (" (default)" if slot.null == f.name else "")
-                gain = gained(beside(measured, f"{f.slot}={f.name}"))
+                gain = gained(measured.get(f"{f.slot}={f.name}"))
                 cells = [name, plain(f.summary), f.traits.fidelity.value, f.paper, gain]
                 lines.append(f"| {' | '.join(cell(c) for c in cells)} |")
             parts.append("\n".join(lines))

@@ -34,19 +34,18 @@ EXPERTS = Model("small-moe (random weights)", ROOT / "bench" / "shapes" / "small
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
     for model in (*options.models("smollm2-135m"), *(() if options.quick else (EXPERTS,))):
-        null = load(model, 200 if options.quick else LENGTH, 8 if options.quick else 40)
+        null = load(200 if options.quick else LENGTH, 8 if options.quick else 40)
         layered = replace(null, name="layered", techniques=("schedule=layered(groups=4)",))
         first = replace(null, name="prompts first", techniques=("schedule=prefill_first",))
         small = replace(null, name="chunks of 128", engine={**null.engine, "max_rows": ROWS // 4})
         yield options.compare(model, null, [layered, first, small], "long prompts among short ones")
 
 
-def load(model: Model, length: int, new: int) -> Case:
+def load(length: int, new: int) -> Case:
     told = bundled()  # whose tokens stand in every vocabulary
     story = list(islice(cycle(t for one in encode(told, PARAGRAPHS) for t in one), length + 97 * LONG))
     prompts = [*encode(told, OPENINGS)[:SHORT], *(story[97 * i : 97 * i + length] for i in range(LONG))]
-    engine = {"max_rows": ROWS, **({"load": "random"} if model is EXPERTS else {})}
-    return Case(name="chunks", prompts=prompts, max_new=new, batch=len(prompts), engine=engine, apart=False)
+    return Case(name="chunks", prompts=prompts, max_new=new, batch=len(prompts), engine={"max_rows": ROWS}, apart=False)
 
 
 if __name__ == "__main__":
