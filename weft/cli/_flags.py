@@ -70,7 +70,8 @@ class EngineFlags:
         str | None, _option("--ops", help="auto, cpu (weft's own kernels) or ref (plain PyTorch).", metavar="NAME")
     ] = None
     isa: Annotated[
-        str | None, _option("--isa", help="Instructions of the kernels: auto, avx512, avx2 or portable.", metavar="NAME")
+        str | None,
+        _option("--isa", help="Instructions of the kernels: auto, avx512, avx2 or portable.", metavar="NAME"),
     ] = None
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences computed at once; more wait. (64)", metavar="N")

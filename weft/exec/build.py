@@ -315,9 +315,7 @@ def _second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     return draft
 
 
-def _draft_bytes(
-    draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack
-) -> int:
+def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack) -> int:
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
     stream = _stream(choice, dtype)

@@ -84,12 +84,8 @@ class Decoder:
         self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
         self._tiling = self._attention_tiling()
         self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
-        self._material = Material(
-            spec, ops, tensors, self._buffers, self.groups, self._group_of, self.dtype, self.cut
-        )
-        self._operations = (
-            operations(self._material) if native is None else cpu.operations(self._material, native)
-        )
+        self._material = Material(spec, ops, tensors, self._buffers, self.groups, self._group_of, self.dtype, self.cut)
+        self._operations = operations(self._material) if native is None else cpu.operations(self._material, native)
         self._head = head(self._material) if native is None else None
         self._fillings: list[Callable[[Step, int], None]] = []
         self._hooks: dict[tuple[Seam, int], list[Hook]] = {}

@@ -138,7 +138,9 @@ def operations(m: Material) -> list[Operation]:
         found += _experts(m, index, layer) if layer.experts else _mlp(m, index, layer)
         output = (_add(m, layer, "norm_mlp_out"),)
         found.append(Operation(index, output, Seam.OUTPUT, lambda step: (hidden[: step.rows],)))
-    found.append(Operation(last, (_logits(m),), Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
+    found.append(
+        Operation(last, (_logits(m),), Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],))
+    )
     return found
 
 
@@ -223,7 +225,9 @@ def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
         _product(m, index, m.buffers["normed"], layer, "qkv", qkv),
         Operation(index, (turn,), Seam.QKV, lambda step: tuple(view[: step.rows] for view in views)),
         Operation(index, (store(m, index, k, v),)),
-        Operation(index, (attend(m, index, layer, q, attended),), Seam.ATTENTION, lambda step: (attended[: step.rows],)),
+        Operation(
+            index, (attend(m, index, layer, q, attended),), Seam.ATTENTION, lambda step: (attended[: step.rows],)
+        ),
         _product(m, index, m.buffers["attended"], layer, "out", m.buffers["projected"]),
         Operation(index, (_add(m, layer, "norm_attention_out"),)),
         Operation(index, (_norm(m, "hidden", m.weight(layer, "norm_mlp"), "normed"),)),

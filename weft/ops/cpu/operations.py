@@ -97,9 +97,7 @@ class NativeStep:
             where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
             slots.data_ptr(), shape.window or 0,
         )  # fmt: skip
-        self._step.plan(
-            group, self._sequences, spec.heads, spec.kv_heads, spec.head_dim, self._native.program.threads
-        )
+        self._step.plan(group, self._sequences, spec.heads, spec.kv_heads, spec.head_dim, self._native.program.threads)
 
     def run(self, first: int, stop: int) -> None:
         self._native.program.run(first, stop, self._step)
@@ -141,7 +139,9 @@ class Native:
 
     # ------------------------------------------------------------------------------------------ operations
 
-    def linear(self, m: Material, x: Tensor, weight: Panels, bias: Tensor | None, out: Tensor, picked: bool = False) -> Call:
+    def linear(
+        self, m: Material, x: Tensor, weight: Panels, bias: Tensor | None, out: Tensor, picked: bool = False
+    ) -> Call:
         outs, width = weight.shape
         return self.call(self.program.linear(
             x.data_ptr(), x.stride(0), weight.address, weight.format, outs, width, 0 if bias is None else self.floats(bias),
@@ -232,7 +232,9 @@ def _add(m: Material, native: Native, layer: LayerSpec, norm: str) -> tuple[Run,
     hidden, projected = m.buffers["hidden"], m.buffers["projected"]
     weight = m.weight(layer, norm)
     runs: list[Run] = [] if weight is None else [native.norm(m, projected, weight, projected)]
-    runs.append(native.call(native.program.add(hidden.data_ptr(), projected.data_ptr(), hidden.stride(0), m.spec.width)))
+    runs.append(
+        native.call(native.program.add(hidden.data_ptr(), projected.data_ptr(), hidden.stride(0), m.spec.width))
+    )
     return tuple(runs)
 
 

@@ -1,0 +1,136 @@
+"""Weights of few bits: unsigned integers, and for each group of inputs a scale and an offset.
+
+    w[n, k] = scale[n, g] * value[n, k] + offset[n, g]        g = k // group
+
+A symmetric format keeps no offsets: they are -2^(bits - 1) times the scales.  Scales and offsets are float16, in units of a
+power of two that the weight has for all of them, so that small ones keep their digits.
+
+Legend.  N: outputs.  K: inputs.  G: groups, K / group.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.errors import ConfigError
+
+GROUPS = (16, 32, 64, 128)
+"""Inputs that may share a scale; 0 stands for all of a row."""
+DEFAULT_GROUP = {8: 0, 4: 32}
+SCALE_EXPONENT = 10
+"""The largest scale of a weight is stored as a number of about 2 to this power."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """bits: 8 or 4.  group: inputs that share a scale, 0 for all of an output's.  symmetric: whether there are no offsets."""
+
+    bits: int
+    group: int
+    symmetric: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> WeightFormat:
+        """From `int8`, `int4`, `int4:128` or `int4:128:zero` (with offsets).  Raises ConfigError."""
+        match = re.fullmatch(r"int(8|4)(?::(\d{1,6}))?(:zero)?", text)
+        if match is None:
+            raise ConfigError(
+                f"--weights is int8 or int4, with a group such as int4:32 or int4:128:zero, got {text[:100]!r}"
+            )
+        bits = int(match[1])
+        group = DEFAULT_GROUP[bits] if match[2] is None else int(match[2])
+        if group and group not in GROUPS:
+            raise ConfigError(
+                f"--weights {text}: a group has {', '.join(map(str, GROUPS))} inputs, or 0 for all of a row"
+            )
+        return cls(bits, group, match[3] is None)
+
+    def __str__(self) -> str:
+        group = "" if self.group == DEFAULT_GROUP[self.bits] and self.symmetric else f":{self.group}"
+        return f"int{self.bits}{group}{'' if self.symmetric else ':zero'}"
+
+    @property
+    def levels(self) -> int:
+        return 1 << self.bits
+
+    def groups(self, width: int) -> int:
+        """Of a row of `width` inputs.  Raises ConfigError where they do not divide it."""
+        group = self.group or width
+        if width % group:
+            raise ConfigError(f"rows of {width} inputs cannot be parted in groups of {group}; choose a smaller group")
+        return width // group
+
+    def widest(self, other: WeightFormat) -> WeightFormat:
+        """The smallest format that holds weights of both exactly (their scales, where groups are parted, are repeated)."""
+        if 0 in (self.group, other.group):
+            group = max(self.group, other.group)
+        else:
+            group = math.gcd(self.group, other.group)
+        return WeightFormat(
+            max(self.bits, other.bits), group, self.symmetric and other.symmetric and self.bits == other.bits
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A weight [N, K].  values: uint8 [N, K], below 2^bits.  scales, offsets: float16 [N, G].  unit: power of two that multiplies both."""
+
+    values: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    format: WeightFormat
+    unit: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def dequantized(self) -> Tensor:
+        """float32 [N, K]."""
+        scales = self.scales.float() * self.unit
+        half = self.format.levels // 2
+        offsets = -half * scales if self.offsets is None else self.offsets.float() * self.unit
+        rows, width = self.shape
+        values = self.values.view(rows, scales.shape[1], -1).float()
+        return torch.addcmul(offsets.unsqueeze(-1), values, scales.unsqueeze(-1)).view(rows, width)
+
+
+def assembled(values: Tensor, scales: Tensor, offsets: Tensor | None, format: WeightFormat) -> Quantized:
+    """A `Quantized` of uint8 values [N, K] and float32 scales and offsets [N, G], which are rounded to float16."""
+    top = float(
+        torch.maximum(scales.abs().max(), torch.zeros(()) if offsets is None else offsets.abs().max() / format.levels)
+    )
+    unit = 2.0 ** (math.ceil(math.log2(top)) - SCALE_EXPONENT) if top > 0 and math.isfinite(top) else 1.0
+    narrow = lambda x: (x / unit).to(torch.float16)
+    return Quantized(values, narrow(scales), None if offsets is None else narrow(offsets), format, unit)
+
+
+def quantize(weight: Tensor, format: WeightFormat) -> Quantized:
+    """Round to nearest: float [N, K], each group on the grid that just holds it.
+
+    Symmetric: the scale is the largest magnitude over 2^(bits - 1), with the sign that puts that value on the grid's deeper
+    side, as it has one step more there.  With offsets: the grid runs from the smallest value, or 0 if that is smaller, to the
+    largest.
+    """
+    rows, width = weight.shape
+    grouped = weight.float().view(rows, format.groups(width), -1)
+    half, top = format.levels // 2, format.levels - 1
+    offsets = None
+    if format.symmetric:
+        largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scales = -largest / half
+    else:
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scales, offsets = (high - low) / top, low
+    empty = torch.zeros(rows, width, dtype=torch.uint8)
+    grid = assembled(empty, scales, offsets, format)
+    # Values are rounded to the grid as it is stored.
+    step = (grid.scales.float() * grid.unit).unsqueeze(-1)
+    base = -half * step if grid.offsets is None else (grid.offsets.float() * grid.unit).unsqueeze(-1)
+    values = ((grouped - base) / torch.where(step == 0, 1.0, step)).round_().clamp_(0, top).to(torch.uint8)
+    return Quantized(values.view(rows, width), grid.scales, grid.offsets, format, grid.unit)
