@@ -205,7 +205,6 @@ def _add(m: Material, layer: LayerSpec, norm: str) -> Run:
 def _attention(m: Material, index: int, layer: LayerSpec) -> list[Operation]:
     spec, ops, qkv = m.spec, m.ops, m.buffers["qkv"]
     heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
-    group = m.group_of[index]
     split = qkv.view(qkv.shape[0], heads + 2 * kv_heads, dim)
     rotary, q, k, v = split[:, : heads + kv_heads], split[:, :heads], split[:, heads:-kv_heads], split[:, -kv_heads:]
     attended = m.buffers["attended"].view(-1, heads, dim)

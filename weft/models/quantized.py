@@ -22,7 +22,7 @@ from weft.errors import ConfigError
 GROUPS = (16, 32, 64, 128)
 """Inputs that may share a scale; 0 stands for all of a row."""
 DEFAULT_GROUP = {8: 0, 4: 32}
-SCALE_EXPONENT = 10
+SCALE_EXPONENT = 7
 """The largest scale of a weight is stored as a number of about 2 to this power."""
 
 
@@ -78,7 +78,7 @@ class WeightFormat:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A weight [N, K].  values: uint8 [N, K], below 2^bits.  scales, offsets: float16 [N, G].  unit: power of two that multiplies both."""
+    """A weight [N, K].  values: uint8 [N, K], below 2^bits.  scales, offsets: float16 [N, G], times `unit`, a power of two."""
 
     values: Tensor
     scales: Tensor

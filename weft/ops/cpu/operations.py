@@ -86,7 +86,7 @@ class NativeStep:
         return bits, counts
 
     def place(self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None) -> None:
-        """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: rows that are stored, if not all."""
+        """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: the rows that are stored."""
         shape, spec = pool.groups[at], self._native.spec
         positions, slots = pool.positions(at), where.slots_T
         if keep is not None:
