@@ -16,6 +16,7 @@ from weft.exec.runner import TorchExecutor
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.models.decoder import Seam
+from weft.models.weights import dense
 from weft.types import (
     Enter,
     Finished,
@@ -39,7 +40,7 @@ def ids() -> list[int]:
 
 def test_vectors_stand_where_embeddings_would(runtime: Runtime, ids: list[int]) -> None:
     """A prompt whose middle is given as its own embeddings answers as the prompt of tokens does."""
-    embed = runtime.decoder.tensors["embed"]
+    embed = dense(runtime.decoder.tensors["embed"])
     middle = VectorItem(9, embed.shape[1], embed[torch.tensor(ids[5:14])].float().numpy().tobytes())
     law = SamplingSpec(temperature=0.0, max_tokens=12)
     mixed = RequestSpec(id=1, items=(TokenItem(tuple(ids[:5])), middle, TokenItem(tuple(ids[14:40]))), sampling=law)
@@ -50,7 +51,7 @@ def test_vectors_stand_where_embeddings_would(runtime: Runtime, ids: list[int]) 
 
 
 def test_equal_vectors_share_a_prefix_and_others_do_not(runtime: Runtime, ids: list[int]) -> None:
-    embed = runtime.decoder.tensors["embed"]
+    embed = dense(runtime.decoder.tensors["embed"])
 
     def request(id: int, of: Sequence[int]) -> RequestSpec:
         item = VectorItem(len(of), embed.shape[1], embed[torch.tensor(of)].float().numpy().tobytes())

@@ -18,6 +18,7 @@ from weft.exec.batch import Batch
 from weft.models import load_spec
 from weft.models.decoder import Seam, build
 from weft.models.spec import kv_groups
+from weft.models.weights import dense
 from weft.types import GroupKind
 
 
@@ -121,7 +122,7 @@ def test_vectors_stand_for_embeddings(bench: Bench) -> None:
     plain = bench.run(works("a"))[0]
     batch = bench.batch(works("b"))
     rows = torch.tensor([3, 4, 11])
-    values = bench.decoder.tensors["embed"][batch.tokens_T[rows]].float() * spec.embedding_scale
+    values = dense(bench.decoder.tensors["embed"])[batch.tokens_T[rows]].float() * spec.embedding_scale
     batch.tokens_T[rows] = -1
     batch.vectors = (rows, values)
     assert (bench.decoder.forward(batch, bench.pool) - plain).abs().max() < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +51,20 @@ def test_logits_and_greedy_tokens(name: str, checkpoint: Callable[[str], Checkpo
     best = every[len(tokens) - 1 : -1].argmax(-1).tolist()
     assert output == best
     again = exact.chunked("h", tokens + output, 17)
-    assert (again - every).abs().max() < TOLERANCE
+    assert as_near(again, every, reference, tokens + output)
+
+
+def as_near(found: torch.Tensor, theirs: torch.Tensor, reference: Checkpoint, tokens: list[int]) -> bool:
+    """Within the tolerance of transformers, or as near to float64 arithmetic as transformers' own float32 is.
+
+    Where attention is so peaked that rounding alone takes two right implementations farther apart than the tolerance (yarn's
+    factor does that), float64 is the judge.
+    """
+    if (found - theirs).abs().max() < TOLERANCE:
+        return True
+    exact = replace(reference, model=copy.deepcopy(reference.model).double()).logits(tokens).double()
+    ours, other = (found - exact).abs(), (theirs - exact).abs()
+    return bool(ours.max() < 2 * other.max() and ours.square().mean() < 1.5**2 * other.square().mean())
 
 
 def test_attention_is_far_from_uniform(checkpoint: Callable[[str], Checkpoint]) -> None:

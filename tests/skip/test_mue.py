@@ -27,6 +27,7 @@ from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.models import load_spec
 from weft.models.decoder import Seam
+from weft.models.weights import dense
 from weft.registry import parse
 from weft.skip.mue import MuE
 from weft.types import Enter, Grant, Keep, Mask, Plan, RequestSpec, SamplingSpec, Work
@@ -498,7 +499,7 @@ def check_adapted_filling(runtime: Runtime, hidden: torch.Tensor) -> None:
     """k and v parts of (W + delta) on the normed state, by hand for layer 7."""
     from weft.exec.deltas import Deltas
 
-    tensors = runtime.decoder.tensors
+    tensors = {name: dense(weight) for name, weight in runtime.decoder.tensors.items()}
     a, b = runtime.adapters.find("x").tensors[7, "qkv"]  # type: ignore[union-attr]
     normed = hidden * torch.rsqrt((hidden**2).mean(-1, keepdim=True) + 1e-5) * tensors["7.norm_attention"]
     wanted = normed @ (tensors["7.qkv"] + b @ a).T[:, 256:]

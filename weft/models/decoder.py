@@ -358,6 +358,8 @@ def build(
     kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype_bytes(dtype) else dtype
     assert isinstance(kind, torch.dtype)
     dtype_bytes(str(kind))
+    if ops not in ("ref", "cpu"):
+        raise ConfigError(f"a decoder's ops are ref or cpu, got {ops!r}")
     place = torch.device(device)
     native = cpu.Native(kernels(), spec, threads, isa) if ops == "cpu" else None
     if isinstance(source, Decoder):

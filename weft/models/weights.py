@@ -125,6 +125,11 @@ def randomize(spec: DecoderSpec, tensors: Weights, seed: int = 0, progress: Prog
             progress(done, total)
 
 
+def dense(weight: Any) -> Tensor:
+    """A fused weight as a plain tensor, to look at: a copy where it is stored otherwise."""
+    return weight.unpacked() if isinstance(weight, Panels) else weight
+
+
 def _noise(out: Tensor, start: int, key: str, block: Tensor, scale: float) -> None:
     """Values [start, start + len(out)) of a tensor that is pieced together from stretches of the block."""
     size = NOISE // 2
