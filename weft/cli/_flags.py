@@ -71,7 +71,25 @@ class EngineFlags:
     ] = None
     isa: Annotated[
         str | None,
-        _option("--isa", help="Instructions of the kernels: auto, avx512, avx2 or portable.", metavar="NAME"),
+        _option(
+            "--isa", help="Instructions of the kernels: auto, avx512_vnni, avx512, avx2 or portable.", metavar="NAME"
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        _option(
+            "--weights",
+            help="Round the weights while loading: int8 or int4, with a group such as [b]int4:128[/b].",
+            metavar="FORMAT",
+        ),
+    ] = None
+    activations: Annotated[
+        str | None,
+        _option(
+            "--activations",
+            help="float, or int8: with --weights, round the inputs of products too; faster, less exact.",
+            metavar="FORMAT",
+        ),
     ] = None
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences computed at once; more wait. (64)", metavar="N")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from weft import native
 from weft.errors import ConfigError
+from weft.models.formats import WeightFormat
 from weft.models.layout import PANEL
 from weft.models.spec import DecoderSpec
 
@@ -30,8 +31,13 @@ class Choice:
         return self.ops == "cpu"
 
 
-def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str) -> Choice:
-    """wanted: auto, ref or cpu.  isa: auto, or an instruction set.  Raises ConfigError for what this machine or model lacks."""
+def choose(
+    wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str, weights: WeightFormat | None = None
+) -> Choice:
+    """wanted: auto, ref or cpu.  isa: auto, or an instruction set.  weights: the format that matrices are rounded to.
+
+    Raises ConfigError for what this machine or model lacks.
+    """
     if wanted not in ("auto", "ref", "cpu"):
         raise ConfigError(f"--ops is auto, ref or cpu, got {wanted!r}")
     module = native.module()
@@ -40,7 +46,7 @@ def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str) ->
         raise ConfigError(f"--isa is auto or, on this machine, one of {', '.join(there)}; got {isa!r}")
     if wanted == "ref":
         return Choice("ref", reason="the reference operations were asked for")
-    reason = native.why_not() or _why_not(spec, dtype, device)
+    reason = native.why_not() or _why_not(spec, dtype, device, weights)
     if not reason:
         return Choice("cpu", there[0] if isa == "auto" else isa)
     if wanted == "cpu" or isa != "auto":
@@ -48,7 +54,7 @@ def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str) ->
     return Choice("ref", reason=reason)
 
 
-def _why_not(spec: DecoderSpec, dtype: str, device: str) -> str:
+def _why_not(spec: DecoderSpec, dtype: str, device: str, weights: WeightFormat | None) -> str:
     """What of a model the kernels do not compute, in a sentence; empty where they compute all of it."""
     if device != "cpu":
         return "the kernels are for CPUs"
@@ -60,7 +66,7 @@ def _why_not(spec: DecoderSpec, dtype: str, device: str) -> str:
         return f"heads have more than {MAX_DIM} values, or there are more than {MAX_SHARED_HEADS} for one kv head"
     attention = spec.heads * spec.head_dim
     widths = {spec.width, attention, *(layer.intermediate for layer in spec.layers)}
-    if any(width % 2 for width in widths) or attention % PANEL:
+    if any(width % (2 if weights is None else 8) for width in widths) or attention % PANEL:
         return "the weights have odd widths"
     if any(layer.activation not in ACTIVATIONS for layer in spec.layers):
         return f"the kernels have {' and '.join(ACTIVATIONS)}"

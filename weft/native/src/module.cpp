@@ -152,6 +152,11 @@ NB_MODULE(_native, m) {
                 p.kernels().merge(a, items.data(), count, s.partials.data(), s.seen, share);
             });
         })
+        .def("read", [](Program& p, uintptr_t from, int64_t bytes) {
+            std::atomic<uint32_t> found{0};
+            p.pool().run([&](Share share) { found ^= p.kernels().read(at<char>(from), bytes, share); });
+            return found.load();
+        }, nb::call_guard<nb::gil_scoped_release>())
         .def("pack", [](Program& p, const Weight& w, uintptr_t source, int kind, int64_t n, int64_t first) {
             p.pool().run([&](Share share) { p.kernels().pack(w, at<void>(source), kind, n, first, share); });
         }, nb::call_guard<nb::gil_scoped_release>())

@@ -184,7 +184,7 @@ def operations(m: Material, native: Native) -> list[Operation]:
         output = _add(m, native, layer, "norm_mlp_out")
         found.append(Operation(index, output, Seam.OUTPUT, lambda step: (hidden[: step.rows],)))
     pick = native.program.pick(hidden.data_ptr(), hidden.stride(0), m.buffers["picked"].data_ptr(), m.spec.width)
-    runs = (native.call(pick), *head(m, native))
+    runs: tuple[Run, ...] = (native.call(pick), *head(m, native))
     found.append(Operation(last, runs, Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
     return found
 
