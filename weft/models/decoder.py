@@ -232,6 +232,9 @@ class Decoder:
             if step.dense:
                 assert step.native is not None
                 step.native.place(group, where, pool, at, keep)
+                if pool.store is not None:
+                    layers = sum(self._group_of[layer] == group for layer in range(first, stop))
+                    pool.store.encoded(2 * self.spec.kv_heads * layers * (rows if keep is None else len(keep)))
                 continue
             step.attending[group] = []
             for technique, sequences in techniques:

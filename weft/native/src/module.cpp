@@ -81,11 +81,10 @@ int64_t pick(Program& p, uintptr_t x, int64_t stride, uintptr_t out, int64_t wid
 }
 
 Attend attend_of(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads, int kv_heads, int dim,
-                 float scale, float softcap, int64_t key_offset, int64_t value_offset, int stored) {
+                 float scale, float softcap, int layer) {
     if (dim > MAX_DIM || heads % kv_heads || heads / kv_heads > QUERY_ROWS)
         throw std::invalid_argument("heads of at most 256 values, and at most 32 of them for each kv head");
-    return Attend{at<float>(q), at<float>(out), q_stride, out_stride, heads, kv_heads, dim, scale, softcap,
-                  key_offset, value_offset, static_cast<Format>(stored)};
+    return Attend{at<float>(q), at<float>(out), q_stride, out_stride, heads, kv_heads, dim, scale, softcap, layer};
 }
 
 }  // namespace
@@ -110,10 +109,11 @@ NB_MODULE(_native, m) {
         })
         .def("place", [](Step& s, size_t group, uintptr_t arena, int64_t block_bytes, uintptr_t positions,
                          int64_t positions_stride, int block_tokens, uintptr_t tables, int64_t table_width, uintptr_t first,
-                         uintptr_t lengths, uintptr_t slots, int64_t window) {
+                         uintptr_t lengths, uintptr_t slots, int64_t window, int stored) {
             if (s.places.size() <= group) s.places.resize(group + 1), s.items.resize(group + 1);
+            if (stored < 0 || stored > static_cast<int>(Format::I8)) throw std::invalid_argument("no such rows");
             s.places[group] = Place{at<char>(arena), at<int32_t>(positions), block_bytes, positions_stride, block_tokens,
-                                    at<int64_t>(tables), at<int64_t>(first), at<int64_t>(lengths), at<int64_t>(slots),
+                                    static_cast<Format>(stored), at<int64_t>(tables), at<int64_t>(first), at<int64_t>(lengths), at<int64_t>(slots),
                                     table_width, window};
         })
         .def("plan", &Step::plan);
@@ -132,17 +132,15 @@ NB_MODULE(_native, m) {
         .def("embed", &embed)
         .def("pick", &pick)
         .def("store", [](Program& p, size_t group, uintptr_t k, uintptr_t v, int64_t stride, int kv_heads, int dim,
-                         int64_t key_offset, int64_t value_offset, int stored) {
-            const Attend a = attend_of(0, 0, 0, 0, kv_heads, kv_heads, dim, 1, 0, key_offset, value_offset, stored);
+                         int layer) {
+            const Attend a = attend_of(0, 0, 0, 0, kv_heads, kv_heads, dim, 1, 0, layer);
             return p.add([&kernels = p.kernels(), a, group, keys = at<float>(k), values = at<float>(v), stride](Step& s, Share share) {
                 kernels.store(a, s.places[group], keys, values, stride, s.rows, share);
             });
         })
         .def("attend", [](Program& p, size_t group, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads,
-                          int kv_heads, int dim, float scale, float softcap, int64_t key_offset, int64_t value_offset,
-                          int stored) {
-            const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, key_offset,
-                                       value_offset, stored);
+                          int kv_heads, int dim, float scale, float softcap, int layer) {
+            const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, layer);
             return p.add([&p, a, group](Step& s, Share share) {
                 const auto& items = s.items[group];
                 const auto count = static_cast<int64_t>(items.size());
