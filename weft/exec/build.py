@@ -220,7 +220,7 @@ def prepare(config: EngineConfig) -> Setup:
     available = _available(device)
     plan = plan_memory(
         weights_bytes=weights_bytes(spec, dtype, ops["target"].panels, quantized(spec, weights)),
-        workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples),
+        workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples, ops["target"].panels),
         groups=groups,
         block_bytes=block_bytes,
         rows=rows,
@@ -355,7 +355,11 @@ def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequ
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
     stream = _stream(choice, dtype)
-    return weights_bytes(draft, dtype, choice.panels) + workspace_bytes(draft, stream, rows, sequences) + laws
+    return (
+        weights_bytes(draft, dtype, choice.panels)
+        + workspace_bytes(draft, stream, rows, sequences, choice.panels)
+        + laws
+    )
 
 
 def make_pool(setup: Setup) -> KVPool:

@@ -103,7 +103,7 @@ class Decoder:
 
     def _allocate(self) -> tuple[dict[str, Tensor], Tensor]:
         name = str(self.stream_dtype).removeprefix("torch.")
-        shapes = buffer_shapes(self.spec, name, self.max_rows, self.max_samples)
+        shapes = buffer_shapes(self.spec, name, self.max_rows, self.max_samples, self.native is not None)
         sizes = buffer_bytes(shapes)
         offsets, total = arena(sizes)
         memory = torch.zeros(total, dtype=torch.uint8, device=self.device)

@@ -13,6 +13,7 @@ import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from weft.models.families import families
 from weft.models.layout import Part, arena, stored_bytes, tensor_shapes
 from weft.models.quantized import WeightFormat, quantize
 from weft.models.spec import DecoderSpec
-from weft.ops.cpu.panels import Panels
+from weft.ops.cpu.panels import Panels, Stacked
 
 if TYPE_CHECKING:
     from weft.ops.cpu.operations import Native
@@ -77,9 +78,11 @@ def allocate(
     views: Weights = {}
     for name, shape in tensor_shapes(spec).items():
         mine = memory[offsets[name] : offsets[name] + sizes[name]]
-        if native is not None and len(shape) == 2:
-            format = formats.get(name, dtype)
-            views[name] = Panels(mine, (shape[0], shape[1]), format, native.program, native.module)
+        if native is not None and len(shape) > 1:
+            made = partial(Panels, format=formats.get(name, dtype), program=native.program, module=native.module)
+            each = mine.split(mine.numel() // math.prod(shape[:-2]))
+            parts = tuple(made(part, (shape[-2], shape[-1])) for part in each)
+            views[name] = parts[0] if len(shape) == 2 else Stacked(parts)
         else:
             views[name] = mine.view(dtype).view(shape)
     return memory, views
@@ -133,13 +136,15 @@ def randomize(
     for name, tensor in tensors.items():
         if len(tensor.shape) == 1 and not name.endswith("bias"):
             tensor.fill_(1.0 - spec.norm_offset)
-        elif isinstance(tensor, Panels):
-            outs, width = tensor.shape
+        elif isinstance(tensor, Panels | Stacked):
+            parts = tensor.parts if isinstance(tensor, Stacked) else (tensor,)
+            outs, width = parts[0].shape
             step = max(1, NOISE // 2 // width)
-            for first in range(0, outs, step):
-                some = torch.empty(min(step, outs - first), width, dtype=dtype)
-                _noise(some.view(-1), first * width, f"{seed}/{name}", block, width**-0.5)
-                tensor.pack(some, first)
+            for index, part in enumerate(parts):
+                for first in range(0, outs, step):
+                    some = torch.empty(min(step, outs - first), width, dtype=dtype)
+                    _noise(some.view(-1), (index * outs + first) * width, f"{seed}/{name}", block, width**-0.5)
+                    part.pack(some, first)
         else:
             _noise(tensor.view(-1), 0, f"{seed}/{name}", block, tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.02)
             if formats and name in formats:
@@ -152,7 +157,7 @@ def randomize(
 
 def dense(weight: Any) -> Tensor:
     """A fused weight as a plain tensor, to look at: a copy where it is stored otherwise."""
-    return weight.unpacked() if isinstance(weight, Panels) else weight
+    return weight.unpacked() if isinstance(weight, Panels | Stacked) else weight
 
 
 def _noise(out: Tensor, start: int, key: str, block: Tensor, scale: float) -> None:
@@ -176,6 +181,9 @@ def _round(matrix: Tensor, format: WeightFormat) -> None:
 
 def _fill(target: Any, part: Part, source: Tensor, format: WeightFormat | None) -> None:
     """Put a part of a fused tensor where it belongs."""
+    if isinstance(target, Stacked):
+        assert part.expert is not None
+        target = target.parts[part.expert]
     if isinstance(target, Panels):
         target.pack(source, part.first)
         return

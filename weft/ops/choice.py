@@ -60,12 +60,11 @@ def _why_not(spec: DecoderSpec, dtype: str, device: str, weights: WeightFormat |
         return "the kernels are for CPUs"
     if dtype not in FORMATS:
         return f"the kernels have {' and '.join(FORMATS)}, not {dtype}"
-    if any(layer.experts is not None for layer in spec.layers):
-        return "mixtures of experts run on the reference operations"
     if spec.head_dim > MAX_DIM or spec.heads // spec.kv_heads > MAX_SHARED_HEADS:
         return f"heads have more than {MAX_DIM} values, or there are more than {MAX_SHARED_HEADS} for one kv head"
     attention = spec.heads * spec.head_dim
-    widths = {spec.width, attention, *(layer.intermediate for layer in spec.layers)}
+    inner = (layer.intermediate if layer.experts is None else layer.experts.intermediate for layer in spec.layers)
+    widths = {spec.width, attention, *inner}
     if any(width % (2 if weights is None else 8) for width in widths) or attention % PANEL:
         return "the weights have odd widths"
     if any(layer.activation not in ACTIVATIONS for layer in spec.layers):

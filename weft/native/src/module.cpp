@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "experts.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -80,6 +81,20 @@ int64_t pick(Program& p, uintptr_t x, int64_t stride, uintptr_t out, int64_t wid
     });
 }
 
+// Each expert's rows with its own weight; x and out by pair.
+int64_t expert_products(Program& p, const std::vector<Weight>& weights, uintptr_t x, int64_t x_stride, uintptr_t out,
+                        int64_t out_stride, bool narrow) {
+    return p.add([&kernels = p.kernels(), weights, from = at<float>(x), x_stride, to = at<float>(out), out_stride,
+                  narrow](Step& s, Share share) {
+        for (size_t e = 0; e < weights.size(); e++) {
+            const int64_t first = s.first_pair[e], rows = s.first_pair[e + 1] - first;
+            if (rows)
+                kernels.linear(Linear{from + first * x_stride, weights[e], nullptr, to + first * out_stride, x_stride, out_stride,
+                                      narrow}, rows, share);
+        }
+    });
+}
+
 Attend attend_of(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads, int kv_heads, int dim,
                  float scale, float softcap, int layer) {
     if (dim > MAX_DIM || heads % kv_heads || heads / kv_heads > QUERY_ROWS)
@@ -96,6 +111,15 @@ NB_MODULE(_native, m) {
             new (self) Weight(weight_of(panels, n, k, format, group, offsets));
         }, nb::arg("panels"), nb::arg("n"), nb::arg("k"), nb::arg("format"), nb::arg("group") = 0, nb::arg("offsets") = false)
         .def_prop_ro("panel_bytes", &Weight::panel_bytes);
+    nb::class_<Experts>(m, "Experts")
+        .def("__init__", [](Experts* self, uintptr_t router, int64_t router_stride, uintptr_t shares, uintptr_t ids, uintptr_t x,
+                            int64_t x_stride, uintptr_t out, int64_t out_stride, uintptr_t gathered, uintptr_t results,
+                            int64_t width, int num, int top_k, bool normalize) {
+            if (num < 1 || top_k < 1 || top_k > num) throw std::invalid_argument("no such mixture");
+            new (self) Experts{at<float>(router), at<float>(shares), at<int64_t>(ids), at<float>(x), at<float>(out),
+                               at<float>(gathered), at<float>(results), router_stride, x_stride, out_stride, width, num, top_k,
+                               normalize};
+        });
     nb::class_<Step>(m, "Step")
         .def(nb::init<>())
         .def("rows", [](Step& s, int64_t rows, uintptr_t tokens, int64_t wanted, uintptr_t picked, uintptr_t positions,
@@ -149,6 +173,26 @@ NB_MODULE(_native, m) {
                 p.pool().meet();
                 p.kernels().merge(a, items.data(), count, s.partials.data(), s.seen, share);
             });
+        })
+        .def("route", [](Program& p, const Experts& a) {
+            return p.add([a](Step& s, Share share) { route(a, s.rows, share); });
+        })
+        .def("gather", [](Program& p, const Experts& a) {
+            return p.add([&p, a](Step& s, Share share) {
+                if (share.index == 0) arrange(a, s);
+                p.pool().meet();
+                gather(a, s, share);
+            });
+        })
+        .def("expert_products", &expert_products)
+        .def("expert_gated", [](Program& p, uintptr_t x, uintptr_t out, int64_t inner, int activation) {
+            const Gated a{at<float>(x), at<float>(out), inner, 2 * inner, inner, static_cast<Activation>(activation)};
+            return p.add([&kernels = p.kernels(), a](Step& s, Share share) {
+                kernels.gated(a, static_cast<int64_t>(s.pair_row.size()), share);
+            });
+        })
+        .def("combine", [](Program& p, const Experts& a) {
+            return p.add([a](Step& s, Share share) { combine(a, s, share); });
         })
         .def("read", [](Program& p, uintptr_t from, int64_t bytes) {
             std::atomic<uint32_t> found{0};

@@ -183,7 +183,7 @@ def operations(m: Material, native: Native) -> list[Operation]:
     found = [Operation(0, _embed(m, native), Seam.INPUTS, lambda step: (hidden[: step.rows],))]
     for index, layer in enumerate(m.spec.layers):
         found += _attention(m, native, index, layer)
-        found += _mlp(m, native, index, layer)
+        found += _mlp(m, native, index, layer) if layer.experts is None else _experts(m, native, index, layer)
         output = _add(m, native, layer, "norm_mlp_out")
         found.append(Operation(index, output, Seam.OUTPUT, lambda step: (hidden[: step.rows],)))
     pick = native.program.pick(hidden.data_ptr(), hidden.stride(0), m.buffers["picked"].data_ptr(), m.spec.width)
@@ -288,6 +288,38 @@ def _mlp(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Oper
     return [
         *norm, up, Operation(index, (native.call(activate),), Seam.GATE, lambda step: (gated[: step.rows],)), down,
     ]  # fmt: skip
+
+
+def _experts(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
+    program, buffers, width, experts = native.program, m.buffers, m.spec.width, layer.experts
+    assert experts is not None
+    num, each, inner, rows = experts.num, experts.top_k, experts.intermediate, buffers["router"].shape[0]
+    router = buffers["router"].flatten()[: rows * num].view(rows, num)
+    shares = buffers["shares"][: rows * each].view(rows, each)
+    ids = buffers["ids"].view(torch.int64)[: rows * each].view(rows, each)
+    gate_up, gated = (buffers[name].data_ptr() for name in ("pair_gate_up", "pair_gated"))
+    inputs, outputs = (buffers[name].data_ptr() for name in ("pair_inputs", "pair_outputs"))
+    x, norm = _normed(m, native, index, m.weight(layer, "norm_mlp"))
+    product = native.linear(m, x, m.weight(layer, "router"), None, router)
+    mixture = native.module.Experts(
+        router.data_ptr(), num, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), x.stride(0), buffers["projected"].data_ptr(),
+        width, inputs, outputs, width, num, each, experts.normalize,
+    )  # fmt: skip
+    up, down = ([part.weight for part in m.weight(layer, f"experts_{name}").parts] for name in ("gate_up", "down"))
+    routed = native.call(program.route(mixture))
+    runs = (
+        native.call(program.gather(mixture)),
+        native.call(program.expert_products(up, inputs, width, gate_up, 2 * inner, native.narrow)),
+        native.call(program.expert_gated(gate_up, gated, inner, ACTIVATIONS[layer.activation])),
+        native.call(program.expert_products(down, gated, inner, outputs, width, native.narrow)),
+        native.call(program.combine(mixture)),
+    )
+    return [
+        *norm,
+        Operation(index, (product,)),
+        Operation(index, (routed,), Seam.GATE, lambda step: (shares[: step.rows], ids[: step.rows])),
+        Operation(index, runs),
+    ]
 
 
 def filling(m: Material, native: Native, index: int) -> Callable[[Step, int], None]:

@@ -111,3 +111,22 @@ class Panels:
         step.rows(outs, tokens.data_ptr(), 0, 0, 0, 0, 0, 0)
         program.run(index, index + 1, step)
         return out.to(self.format) if isinstance(self.format, torch.dtype) else out
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A weight [E, N, K]: the panels of each of E experts."""
+
+    parts: tuple[Panels, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.parts), *self.parts[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def unpacked(self) -> Tensor:
+        """[E, N, K], a copy."""
+        return torch.stack([part.unpacked() for part in self.parts])
