@@ -163,6 +163,7 @@ struct Kernels {
     void (*merge)(const Attend&, const Item* items, int64_t count, const float* partials, Seen, Share);
     void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);
     uint32_t (*read)(const char* from, int64_t bytes, Share);
+    double (*arithmetic)(int64_t turns, bool bytes);
     void (*pack_values)(const Weight&, const Values&, int64_t n, int64_t first, Share);
 };
 

@@ -194,6 +194,11 @@ NB_MODULE(_native, m) {
         .def("combine", [](Program& p, const Experts& a) {
             return p.add([a](Step& s, Share share) { combine(a, s, share); });
         })
+        .def("arithmetic", [](Program& p, int64_t turns, bool bytes) {
+            std::atomic<double> done{0.0};
+            p.pool().run([&](Share) { done += p.kernels().arithmetic(turns, bytes); });
+            return done.load();
+        }, nb::call_guard<nb::gil_scoped_release>())
         .def("read", [](Program& p, uintptr_t from, int64_t bytes) {
             std::atomic<uint32_t> found{0};
             p.pool().run([&](Share share) { found ^= p.kernels().read(at<char>(from), bytes, share); });
