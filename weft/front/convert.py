@@ -28,14 +28,14 @@ from weft.front.sentencepiece import sentencepiece_bpe
 Converted = tuple[Backend, dict[str, Any]]
 """A backend, and what tokenizer_config.json would have said (its own words win over these)."""
 
-ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-CL100K = ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+CL100K = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 O200K = "|".join(
     (
-        rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{ENGLISH}?",
-        rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{ENGLISH}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_ENGLISH}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_ENGLISH}?",
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
         r"\s*[\r\n]+",
@@ -131,11 +131,11 @@ def bpe_from_ranks(ranks: dict[bytes, int], pattern: str | None, special: dict[s
     vocab = {spell[token]: rank for token, rank in ranks.items()} | special
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    byte_level(backend, pattern)
+    _byte_level(backend, pattern)
     return backend
 
 
-def byte_level(backend: Backend, pattern: str | None, *, prefix_space: bool = False) -> None:
+def _byte_level(backend: Backend, pattern: str | None, *, prefix_space: bool = False) -> None:
     """Pre-tokenizer and decoder of byte-level BPE.  pattern: what splits text into words; None is GPT-2's."""
     if pattern is None:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=True)
@@ -201,7 +201,7 @@ def _vocab_and_merges(vocab_path: Path, merges_path: Path, config: dict[str, Any
     qwen = kind in _QWEN2_CLASSES
     if qwen:
         backend.normalizer = normalizers.NFC()
-    byte_level(backend, QWEN2 if qwen else None, prefix_space=bool(config.get("add_prefix_space")))
+    _byte_level(backend, QWEN2 if qwen else None, prefix_space=bool(config.get("add_prefix_space")))
     defaults: dict[str, Any] = {}
     if "<|endoftext|>" in vocab:
         backend.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
