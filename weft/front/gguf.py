@@ -54,7 +54,8 @@ ENDS = frozenset(
 """Control tokens that end an answer wherever they are."""
 ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
-MAX_TOKENS = 1 << 22
+MAX_TOKENS, MAX_TOKEN_CHARS, MAX_CHARS = 1 << 20, 1 << 10, 1 << 24
+"""The largest vocabularies have 260,000 tokens, of up to 256 characters, and 2 million characters together."""
 
 
 class _Vocabulary:
@@ -72,6 +73,11 @@ class _Vocabulary:
         tokens = self.array("tokens", str)
         if not tokens:
             raise ConfigError(f"{path} has no tokenizer.ggml.tokens: there is no tokenizer in it")
+        if len(tokens) > MAX_TOKENS or max(map(len, tokens)) > MAX_TOKEN_CHARS or sum(map(len, tokens)) > MAX_CHARS:
+            raise ConfigError(
+                f"{path}: tokenizer.ggml.tokens has {len(tokens)} tokens of up to {max(map(len, tokens))} characters, which is "
+                f"more than any vocabulary has (at most {MAX_TOKENS}, of at most {MAX_TOKEN_CHARS}, {MAX_CHARS} together)"
+            )
         self.tokens: tuple[str, ...] = tokens
         self.kinds: tuple[int, ...] = self.array("token_type", int, len(tokens)) or (NORMAL,) * len(tokens)
         if len(set(tokens)) != len(tokens):
@@ -128,7 +134,8 @@ def described(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     generation: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(i for i in ends if i is not None))}
     for name, key in SAMPLING.items():
         if f"general.sampling.{key}" in header.metadata:
-            generation[name] = header.metadata[f"general.sampling.{key}"]
+            value = header.metadata[f"general.sampling.{key}"]
+            generation[name] = float(f"{value:.7g}") if isinstance(value, float) else value  # 0.7 came through float32
     embedding = header.tensors.get("token_embd.weight")
     rows = len(vocabulary.tokens) if embedding is None else embedding.shape[0]
     return {"vocab_size": rows}, generation
@@ -139,8 +146,10 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Backend, dict[str, Any]]:
     scores = vocabulary.array("scores", float, len(tokens))
     if not scores:
         raise ConfigError(f"{vocabulary.path} has no tokenizer.ggml.scores, which SentencePiece needs")
+    unknown = vocabulary.id("unknown_token_id")
     model = SentencePieceModel(
         pieces=list(zip(tokens, scores, kinds)),
+        unk_id=0 if unknown is None else unknown,
         byte_fallback=BYTE in kinds,
         add_dummy_prefix=vocabulary.flag("add_space_prefix", True),
         remove_extra_whitespaces=vocabulary.flag("remove_extra_whitespaces", False),
@@ -161,7 +170,9 @@ def _byte_pairs(vocabulary: _Vocabulary) -> Backend:
         backend = Backend(
             models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=name in WHOLE_WORDS)
         )
-    except Exception as error:  # the library raises plain Exception for a merge that the vocabulary lacks
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception for a merge that the vocabulary lacks, or panics
         raise ConfigError(f"{path}: tokenizer.ggml.merges cannot be used ({error})") from None
     if name in COMPOSED:
         backend.normalizer = normalizers.NFC()

@@ -43,6 +43,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 256 << 20
 ALIGN = 8
+"""Bytes of the widest number that a view of a quantized tensor's bytes may be."""
 NOISE = 1 << 22
 """Values in the block of noise that random weights are cut from."""
 WINDOW = 1 << 20
