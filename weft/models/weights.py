@@ -1,7 +1,8 @@
-"""Weights: safetensors read straight into one arena of fused tensors, or drawn at random.
+"""Weights: safetensors or GGUF read straight into one arena of fused tensors, or drawn at random.
 
 The checkpoint's files are mapped, each tensor is copied (and converted) to where the operations read it, and its pages are
-given back: the weights exist once, and loading peaks at their size plus one tensor's pages.
+given back: the weights exist once, and loading peaks at their size plus one tensor's pages.  Quantized tensors of GGUF become
+numbers a few rows at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import mmap
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ from torch import Tensor
 
 from weft.errors import ConfigError
 from weft.models.families import families
+from weft.models.gguf import blocks
+from weft.models.gguf.checkpoint import catalogue
+from weft.models.gguf.header import is_gguf
 from weft.models.layout import Part, arena, stored_bytes, tensor_shapes
 from weft.models.quantized import WeightFormat, quantize
 from weft.models.spec import DecoderSpec
@@ -38,21 +42,30 @@ SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 256 << 20
+ALIGN = 8
+"""Bytes of the widest number that a view of a quantized tensor's bytes may be."""
 NOISE = 1 << 22
 """Values in the block of noise that random weights are cut from."""
+WINDOW = 1 << 20
+"""Values that are made of quantized ones at a time."""
 NAMED_AT_MOST = 6
 """Names that an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor lies in a checkpoint file: bytes [start, stop) of `file`."""
+    """Where a tensor lies in a checkpoint file: bytes [start, stop) of `file`.
+
+    type, pairs: how GGUF stores values, and rows (see `weft.models.gguf`); dtype is uint8 then unless they are plain numbers.
+    """
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
+    type: str = ""
+    pairs: int = 0
 
 
 Weights = dict[str, Any]
@@ -95,7 +108,7 @@ def load(
     progress: Progress | None = None,
     formats: Mapping[str, WeightFormat] | None = None,
 ) -> None:
-    """Fill the fused tensors from the folder's safetensors, rounded to their formats.
+    """Fill the fused tensors from the folder's safetensors, or from a GGUF file, rounded to their formats.
 
     Raises ConfigError when a tensor is missing, unexpected or of another shape (each is named), when a file is missing,
     truncated or malformed, or when there are only pickle files.
@@ -110,11 +123,12 @@ def load(
         with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
             for part in mine:
                 where = stored[part.name]
-                _fill(tensors[part.target], part, _read(mapped, where), (formats or {}).get(part.target))
-                _give_back(mapped, where)
-                done += where.stop - where.start
-                if progress is not None:
-                    progress(done, total)
+                for piece, source, place in _pieces(mapped, part, where):
+                    _fill(tensors[part.target], piece, source, (formats or {}).get(part.target))
+                    _give_back(mapped, place)
+                    done += place.stop - place.start
+                    if progress is not None:
+                        progress(done, total)
 
 
 def randomize(
@@ -206,6 +220,25 @@ def _by_file(parts: Sequence[Part], stored: dict[str, Stored]) -> Iterator[tuple
     yield from files.items()
 
 
+def _pieces(mapped: mmap.mmap, part: Part, where: Stored) -> Iterator[tuple[Part, Tensor, Stored]]:
+    """A tensor, whole or some of its rows after the other: (what it fills, its values, where they lie)."""
+    if not where.pairs and where.dtype is not torch.uint8:
+        yield part, _read(mapped, where), where
+        return
+    size = (where.stop - where.start) // where.shape[0]
+    for first, last in blocks.windows(where.shape, WINDOW, max(1, where.pairs)):
+        shape = (last - first, *where.shape[1:])
+        place = replace(
+            where, dtype=torch.uint8, shape=((last - first) * size,),
+            start=where.start + first * size, stop=where.start + last * size,
+        )  # fmt: skip
+        raw = _read(mapped, place)
+        values = blocks.dequantized(raw if place.start % ALIGN == 0 else raw.clone(), where.type, shape)
+        if where.pairs:
+            values = blocks.unpaired(values, where.pairs)
+        yield replace(part, first=part.first + first, shape=shape), values, place
+
+
 def _read(mapped: mmap.mmap, where: Stored) -> Tensor:
     """A tensor over mapped bytes, without copying; through a copy where the file does not align its values."""
     count = math.prod(where.shape)
@@ -226,6 +259,13 @@ def _give_back(mapped: mmap.mmap, where: Stored) -> None:
 
 def _catalogue(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint, by name."""
+    if is_gguf(folder):
+        return {
+            name: Stored(
+                t.file, blocks.PLAIN.get(t.type.name, torch.uint8), t.shape, t.start, t.stop, t.type.name, t.pairs
+            )
+            for name, t in catalogue(folder).items()
+        }
     index = folder / INDEX
     if index.is_file():
         return _sharded(folder, index)
@@ -284,25 +324,31 @@ def _header(file: Path) -> dict[str, Stored]:
 def _compare(folder: Path, parts: Sequence[Part], stored: dict[str, Stored], spec: DecoderSpec) -> None:
     """Raise ConfigError unless the checkpoint has exactly the tensors that the config asks for."""
     wanted = {part.name: part for part in parts}
+    gguf = is_gguf(folder)
+    source = "metadata" if gguf else "config.json"
     missing = [name for name in wanted if name not in stored]
     if missing:
-        raise ConfigError(f"{folder} lacks {_some(missing)}, which its config.json asks for")
-    allowed = re.compile(r"(.*\.)?rotary_emb\.inv_freq" + (r"|lm_head\.weight" if spec.tied else ""))
+        raise ConfigError(f"{folder} lacks {_some(missing)}, for which its {source} {'ask' if gguf else 'asks'}")
+    allowed = re.compile(r"(.*\.)?rotary_emb\.inv_freq|blk\.\d+\.attn_rot_embd\.weight" + (r"|lm_head\.weight" if spec.tied else ""))
     extra = [name for name in stored if name not in wanted and not allowed.fullmatch(name)]
     if extra:
-        raise ConfigError(f"{folder} has {_some(extra)}, of which its config.json says nothing")
+        raise ConfigError(f"{folder} has {_some(extra)}, of which its {source} {'say' if gguf else 'says'} nothing")
     wrong = [
         f"{part.name} {list(stored[part.name].shape)} instead of {list(part.shape)}"
         for part in parts
         if stored[part.name].shape != part.shape
     ]
     if wrong:
-        raise ConfigError(f"{folder} and its config.json disagree about the shape of {_some(wrong)}")
-    odd = [part.name for part in parts if stored[part.name].dtype is torch.uint8]
+        raise ConfigError(f"{folder} and its {source} disagree about the shape of {_some(wrong)}")
+    readable = blocks.READABLE if gguf else tuple(SAFETENSORS_DTYPES)
+    odd = [
+        f"{part.name}{' (' + type + ')' if type else ''}"
+        for part in parts
+        if stored[part.name].dtype is torch.uint8 and (type := stored[part.name].type) not in readable
+    ]
     if odd:
         raise ConfigError(
-            f"{folder} stores {_some(odd)} in a number format that weft can't read; "
-            f"it reads {', '.join(SAFETENSORS_DTYPES)}"
+            f"{folder} stores {_some(odd)} in a number format that weft can't read; it reads {', '.join(readable)}"
         )
 
 
