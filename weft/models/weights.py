@@ -30,6 +30,8 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PACKED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""What weights of few bits are stored in (`weft.models.checkpoints`)."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 256 << 20
@@ -233,7 +235,7 @@ def _header(file: Path) -> dict[str, Stored]:
     for name in names:
         entry = header[name]
         start, stop = entry["data_offsets"]
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+        dtype = (SAFETENSORS_DTYPES | PACKED_DTYPES).get(entry["dtype"], torch.uint8)
         found[name] = Stored(file, dtype, tuple(entry["shape"]), 8 + size + start, 8 + size + stop)
     return found
 
@@ -255,7 +257,7 @@ def _compare(folder: Path, parts: Sequence[Part], stored: dict[str, Stored], spe
     ]
     if wrong:
         raise ConfigError(f"{folder} and its config.json disagree about the shape of {_some(wrong)}")
-    odd = [part.name for part in parts if stored[part.name].dtype is torch.uint8]
+    odd = [part.name for part in parts if not stored[part.name].dtype.is_floating_point]
     if odd:
         raise ConfigError(
             f"{folder} stores {_some(odd)} in a number format that weft can't read; "
