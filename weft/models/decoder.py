@@ -5,7 +5,6 @@ The list (`operations.py`) is cut at seams where something hooks in, and nowhere
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor
 from weft.errors import ConfigError
 from weft.exec.batch import Batch
 from weft.exec.kvpool import KVPool
-from weft.models.layout import arena, buffer_shapes, workspace_bytes
+from weft.models.formats import WeightFormat
+from weft.models.layout import arena, buffer_bytes, buffer_shapes, quantized, workspace_bytes
 from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, filling, head, operations
-from weft.models.spec import DTYPE_BYTES, PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
+from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.native import module as kernels
 from weft.ops import Ops, choose
@@ -70,7 +70,7 @@ class Decoder:
         self.spec = spec
         self.tensors = tensors
         self.native = native
-        self.dtype: torch.dtype = tensors["embed"].dtype
+        self.dtype: torch.dtype = tensors["norm"].dtype
         self.stream_dtype = self.dtype if native is None else torch.float32
         """Number format of activations."""
         self.device = memory.device
@@ -104,12 +104,12 @@ class Decoder:
     def _allocate(self) -> tuple[dict[str, Tensor], Tensor]:
         name = str(self.stream_dtype).removeprefix("torch.")
         shapes = buffer_shapes(self.spec, name, self.max_rows, self.max_samples)
-        offsets, total = arena({key: (shape, DTYPE_BYTES[kind]) for key, (shape, kind) in shapes.items()})
+        sizes = buffer_bytes(shapes)
+        offsets, total = arena(sizes)
         memory = torch.zeros(total, dtype=torch.uint8, device=self.device)
         buffers = {}
         for key, (shape, kind) in shapes.items():
-            stop = offsets[key] + math.prod(shape) * DTYPE_BYTES[kind]
-            buffers[key] = memory[offsets[key] : stop].view(getattr(torch, kind)).view(shape)
+            buffers[key] = memory[offsets[key] : offsets[key] + sizes[key]].view(getattr(torch, kind)).view(shape)
         return buffers, memory
 
     def _attention_tiling(self) -> Tiling:
@@ -343,6 +343,8 @@ def build(
     ops: str = "ref",
     threads: int = 1,
     isa: str = "auto",
+    weights: WeightFormat | None = None,
+    activations: str = "float",
 ) -> Decoder:
     """Allocate, load and get ready to run.
 
@@ -353,6 +355,8 @@ def build(
     invariant   whether a row's bits may depend on nothing but its own context; by default on a CPU in float32
     progress    called with (bytes loaded, bytes in all)
     ops         ref, or cpu: weft's own kernels, with `threads` threads and the instruction set `isa`, and activations in float32
+    weights     a format of few bits that matrices are rounded to; the reference operations keep what it stands for in `dtype`
+    activations float, or int8: inputs of products with such weights are rounded to 8 bits, each row with a scale of its own
     Raises ConfigError for a spec, dtype or checkpoint that cannot be used.
     """
     kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype_bytes(dtype) else dtype
@@ -361,18 +365,19 @@ def build(
     if ops not in ("ref", "cpu"):
         raise ConfigError(f"a decoder's ops are ref or cpu, got {ops!r}")
     place = torch.device(device)
-    native = cpu.Native(kernels(), spec, threads, isa) if ops == "cpu" else None
+    native = cpu.Native(kernels(), spec, threads, isa, narrow=activations == "int8") if ops == "cpu" else None
     if isinstance(source, Decoder):
         assert source.spec == spec
         assert source.dtype == kind
         assert (source.native is None) == (native is None)
         memory, tensors = source.weights, source.tensors
     else:
-        memory, tensors = allocate(spec, kind, place, None if native is None else native.program)
+        formats = quantized(spec, weights)
+        memory, tensors = allocate(spec, kind, place, native, formats)
         if isinstance(source, str):
-            randomize(spec, tensors, seed, progress)
+            randomize(spec, tensors, seed, progress, formats)
         else:
-            load(source, spec, tensors, progress)
+            load(source, spec, tensors, progress, formats)
     if invariant is None:
         invariant = place.type == "cpu" and kind is torch.float32
     return Decoder(

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from weft.models.formats import WeightFormat
 from weft.models.spec import PAD_ROWS, DecoderSpec, LayerSpec, dtype_bytes
 
 ALIGN_BYTES = 64
@@ -108,37 +109,69 @@ def buffer_shapes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int
     return shapes
 
 
+def buffer_bytes(shapes: Mapping[str, tuple[Shape, str]]) -> dict[str, int]:
+    """Bytes of each buffer."""
+    return {name: math.prod(shape) * dtype_bytes(dtype) for name, (shape, dtype) in shapes.items()}
+
+
 def workspace_bytes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int) -> int:
     """Bytes of the decoder's buffers, exactly as they are allocated."""
     name = dtype.removeprefix("torch.")
-    sized = {
-        key: (shape, dtype_bytes(kind))
-        for key, (shape, kind) in buffer_shapes(spec, name, max_rows, max_samples).items()
-    }
-    return arena(sized)[1]
+    return arena(buffer_bytes(buffer_shapes(spec, name, max_rows, max_samples)))[1]
 
 
-def arena(tensors: Mapping[str, tuple[Shape, int]]) -> tuple[dict[str, int], int]:
-    """(byte offset of each tensor, total bytes) of an arena that holds (shape, bytes of a value) one after the other."""
+def arena(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """(byte offset of each tensor, total bytes) of an arena that holds tensors of so many bytes one after the other."""
     offsets, at = {}, 0
-    for name, (shape, value_bytes) in tensors.items():
+    for name, size in sizes.items():
         offsets[name] = at
-        at += -(-math.prod(shape) * value_bytes // ALIGN_BYTES) * ALIGN_BYTES
+        at += -(-size // ALIGN_BYTES) * ALIGN_BYTES
     return offsets, at
 
 
-def stored_shapes(spec: DecoderSpec, panels: bool) -> dict[str, Shape]:
-    """As `tensor_shapes`; with panels the outputs of each matrix are whole panels."""
-    return {
-        name: (-(-shape[0] // PANEL) * PANEL, shape[1]) if panels and len(shape) == 2 else shape
-        for name, shape in tensor_shapes(spec).items()
-    }
+def panel_bytes(width: int, format: int | WeightFormat) -> int:
+    """Bytes of one panel of rows of `width` inputs, whose values have so many bytes or such a format.
+
+    Behind the values stand the scales, and the offsets of a format that has them: float16, or float32 where all of a row shares
+    them; whole lines (`Weight` in native/src/kernels.h).
+    """
+    if isinstance(format, int):
+        return PANEL * width * format
+    groups = format.groups(width)
+    scale = PANEL * (2 if groups > 1 else 4) * (1 if format.symmetric else 2)
+    return PANEL * width * format.bits // 8 + -(-groups * scale // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def weights_bytes(spec: DecoderSpec, dtype: str, panels: bool = False) -> int:
-    """Bytes of the decoder's weights, exactly as they are allocated.  panels: for the kernels (`weft.ops.cpu`)."""
-    size = dtype_bytes(dtype)
-    return arena({name: (shape, size) for name, shape in stored_shapes(spec, panels).items()})[1]
+def quantized(spec: DecoderSpec, format: WeightFormat | None) -> dict[str, WeightFormat]:
+    """The fused tensors that are kept in a format of few bits: all matrices but routers, embedding and head among them."""
+    if format is None:
+        return {}
+    shapes = tensor_shapes(spec)
+    return {name: format for name, shape in shapes.items() if len(shape) > 1 and not name.endswith(".router")}
+
+
+def stored_bytes(
+    spec: DecoderSpec, dtype: str, panels: bool = False, formats: Mapping[str, WeightFormat] | None = None
+) -> dict[str, int]:
+    """Bytes of each fused tensor.
+
+    panels: matrices as the kernels read them (`weft.ops.cpu`), each in its format; else all are dense.
+    """
+    size, found = dtype_bytes(dtype), {}
+    for name, shape in tensor_shapes(spec).items():
+        if panels and len(shape) == 2:
+            format = (formats or {}).get(name, size)
+            found[name] = -(-shape[0] // PANEL) * panel_bytes(shape[1], format)
+        else:
+            found[name] = math.prod(shape) * size
+    return found
+
+
+def weights_bytes(
+    spec: DecoderSpec, dtype: str, panels: bool = False, formats: Mapping[str, WeightFormat] | None = None
+) -> int:
+    """Bytes of the decoder's weights, exactly as they are allocated (see `stored_bytes`)."""
+    return arena(stored_bytes(spec, dtype, panels, formats))[1]
 
 
 def parameters(spec: DecoderSpec) -> int:

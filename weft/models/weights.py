@@ -11,10 +11,10 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,13 @@ from torch import Tensor
 
 from weft.errors import ConfigError
 from weft.models.families import families
-from weft.models.layout import Part, arena, stored_shapes, tensor_shapes
+from weft.models.layout import Part, arena, stored_bytes, tensor_shapes
+from weft.models.quantized import WeightFormat, quantize
 from weft.models.spec import DecoderSpec
 from weft.ops.cpu.panels import Panels
+
+if TYPE_CHECKING:
+    from weft.ops.cpu.operations import Native
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -57,28 +61,40 @@ Weights = dict[str, Any]
 
 
 def allocate(
-    spec: DecoderSpec, dtype: torch.dtype, device: torch.device, program: Any = None
+    spec: DecoderSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    native: Native | None = None,
+    formats: Mapping[str, WeightFormat] | None = None,
 ) -> tuple[Tensor, Weights]:
     """(arena, fused tensors by name), uninitialized; the arena has exactly `weights_bytes` bytes.
 
-    program: of the kernels that will read the matrices, which are panels then.
+    native: the kernels that will read the matrices, which are panels then, each in its format if it has one.
     """
-    shapes, stored = tensor_shapes(spec), stored_shapes(spec, program is not None)
-    offsets, total = arena({name: (shape, dtype.itemsize) for name, shape in stored.items()})
+    kind, formats = str(dtype).removeprefix("torch."), formats or {}
+    sizes = stored_bytes(spec, kind, native is not None, formats)
+    offsets, total = arena(sizes)
     # Where an output is missing from its panel, zeros stand for it.
-    memory = (torch.empty if shapes == stored else torch.zeros)(total, dtype=torch.uint8, device=device)
+    memory = (torch.empty if native is None else torch.zeros)(total, dtype=torch.uint8, device=device)
     views: Weights = {}
-    for name, shape in shapes.items():
-        mine = memory[offsets[name] : offsets[name] + math.prod(stored[name]) * dtype.itemsize]
-        if program is not None and len(shape) == 2:
-            views[name] = Panels(mine, (shape[0], shape[1]), dtype, program)
+    for name, shape in tensor_shapes(spec).items():
+        mine = memory[offsets[name] : offsets[name] + sizes[name]]
+        if native is not None and len(shape) == 2:
+            format = formats.get(name, dtype)
+            views[name] = Panels(mine, (shape[0], shape[1]), format, native.program, native.module)
         else:
             views[name] = mine.view(dtype).view(shape)
     return memory, views
 
 
-def load(folder: Path, spec: DecoderSpec, tensors: Weights, progress: Progress | None = None) -> None:
-    """Fill the fused tensors from the folder's safetensors.
+def load(
+    folder: Path,
+    spec: DecoderSpec,
+    tensors: Weights,
+    progress: Progress | None = None,
+    formats: Mapping[str, WeightFormat] | None = None,
+) -> None:
+    """Fill the fused tensors from the folder's safetensors, rounded to their formats.
 
     Raises ConfigError when a tensor is missing, unexpected or of another shape (each is named), when a file is missing,
     truncated or malformed, or when there are only pickle files.
@@ -93,14 +109,20 @@ def load(folder: Path, spec: DecoderSpec, tensors: Weights, progress: Progress |
         with open(file, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
             for part in mine:
                 where = stored[part.name]
-                _fill(tensors[part.target], part, _read(mapped, where))
+                _fill(tensors[part.target], part, _read(mapped, where), (formats or {}).get(part.target))
                 _give_back(mapped, where)
                 done += where.stop - where.start
                 if progress is not None:
                     progress(done, total)
 
 
-def randomize(spec: DecoderSpec, tensors: Weights, seed: int = 0, progress: Progress | None = None) -> None:
+def randomize(
+    spec: DecoderSpec,
+    tensors: Weights,
+    seed: int = 0,
+    progress: Progress | None = None,
+    formats: Mapping[str, WeightFormat] | None = None,
+) -> None:
     """Fill the fused tensors with noise that depends on (seed, name): rows of matrices have length about 1, norms are 1.
 
     Such a model computes with numbers of ordinary size, and the same seed gives the same model in each process.  Large
@@ -118,10 +140,13 @@ def randomize(spec: DecoderSpec, tensors: Weights, seed: int = 0, progress: Prog
             step = max(1, NOISE // 2 // width)
             for first in range(0, outs, step):
                 some = torch.empty(min(step, outs - first), width, dtype=dtype)
-                _noise(some.flatten(), first * width, f"{seed}/{name}", block, width**-0.5)
+                _noise(some.view(-1), first * width, f"{seed}/{name}", block, width**-0.5)
                 tensor.pack(some, first)
         else:
-            _noise(tensor.flatten(), 0, f"{seed}/{name}", block, tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.02)
+            _noise(tensor.view(-1), 0, f"{seed}/{name}", block, tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.02)
+            if formats and name in formats:
+                for matrix in tensor if tensor.dim() == 3 else [tensor]:
+                    _round(matrix, formats[name])
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
@@ -144,12 +169,22 @@ def _noise(out: Tensor, start: int, key: str, block: Tensor, scale: float) -> No
         torch.mul(part, scale, out=out[first - start : last - start])
 
 
-def _fill(target: Any, part: Part, source: Tensor) -> None:
+def _round(matrix: Tensor, format: WeightFormat) -> None:
+    """Put in the place of a dense weight what the format keeps of it."""
+    step = max(1, NOISE // matrix.shape[1])
+    for rows in matrix.split(step):
+        rows.copy_(quantize(rows, format).dequantized())
+
+
+def _fill(target: Any, part: Part, source: Tensor, format: WeightFormat | None) -> None:
     """Put a part of a fused tensor where it belongs."""
     if isinstance(target, Panels):
         target.pack(source, part.first)
-    else:
-        _place(target, part).copy_(source)
+        return
+    place = _place(target, part)
+    place.copy_(source)
+    if format is not None:
+        place.copy_(quantize(source, format).dequantized())
 
 
 def _place(target: Tensor, part: Part) -> Tensor:

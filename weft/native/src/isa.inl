@@ -1,6 +1,6 @@
 // The table of one instruction set: a file that defines WEFT_ISA, WEFT_LANES and WEFT_TABLE and includes this is all it takes.
 #include "attend.h"
-#include "linear.h"
+#include "narrow.h"
 #include "rows.h"
 
 namespace weft {
@@ -14,6 +14,7 @@ const Kernels* WEFT_TABLE() {
     static const Kernels table{
         WEFT_NAME, isa::linear,  isa::norm,       isa::rope,   isa::gated, isa::add,  isa::softcap,
         isa::embed, isa::store_rows, isa::attend, isa::merge, isa::pack,
+        isa::pack_values,
     };
     return &table;
 #endif

@@ -3,7 +3,11 @@
 //
 // Legend.  T: rows of a batch.  K: input width of a product.  N: its output width.  D: head_dim.
 // A *panel* is PANEL outputs of a weight, all of K, stored so that one 64-byte line holds the same few inputs of all of them:
-//     F32   [N / 16][K][16]          BF16  [N / 16][K / 2][16][2]
+//     F32   [N / 16][K][16]             BF16  [N / 16][K / 2][16][2]
+//     I8    [N / 16][K / 4][16][4]      I4    [N / 16][K / 8][16][8]
+// Whole numbers are unsigned; behind the lines of a panel stand its scales, and its offsets where it has them: weight =
+// scale * value + offset, without offsets scale * (value - half).  A group of inputs has them as float16 ([groups][16], both
+// side by side), a whole row as float32.  In a word of I4, nibble 2 i is input i and nibble 2 i + 1 is input 4 + i.
 // An output is one chain of additions over K in ascending order, so its bits do not depend on the rows beside it.
 #pragma once
 
@@ -18,14 +22,31 @@ namespace weft {
 
 inline constexpr int PANEL = 16;
 inline constexpr int LINE_BYTES = 64;
-inline constexpr int64_t SCRATCH = 192 * 2048;  // inputs of 192 rows in 512 lines of the narrowest format
+inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048, SUMS_SCRATCH = 192 * 512;  // floats: inputs of a block of rows, sums of groups
+inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH;
 
-enum class Format : int { F32 = 0, BF16 = 1 };
+enum class Format : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 enum class Activation : int { SILU = 0, GELU_TANH = 1 };
 
-WEFT_SHARED int values_of_line(Format format) { return format == Format::F32 ? 1 : 2; }  // inputs of each output in one line
+WEFT_SHARED int values_of_line(Format format) { return 1 << static_cast<int>(format); }  // inputs of each output in one line
 
-WEFT_SHARED int64_t panel_bytes(Format format, int64_t k) { return k / values_of_line(format) * LINE_BYTES; }
+// A weight [N, K] in panels.  group: inputs that share a scale, K where all do, 0 for floats.
+struct Weight {
+    const void* panels;
+    int64_t n, k;
+    Format format;
+    int64_t group = 0;
+    bool offsets = false;
+
+    WEFT_SHARED int64_t groups() const { return group ? k / group : 0; }
+    WEFT_SHARED bool grouped() const { return group && group < k; }
+    WEFT_SHARED int64_t line_bytes() const { return k / values_of_line(format) * LINE_BYTES; }
+    WEFT_SHARED int64_t scale_stride() const { return (grouped() ? 32 : 64) * (offsets ? 2 : 1); }
+    WEFT_SHARED int64_t panel_bytes() const {
+        return line_bytes() + (groups() * scale_stride() + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES;
+    }
+    WEFT_SHARED const char* panel(int64_t index) const { return static_cast<const char*>(panels) + index * panel_bytes(); }
+};
 
 // One thread's part of a parallel call: thread `index` of `count`, and its SCRATCH floats.
 struct Share {
@@ -42,14 +63,14 @@ struct Share {
     }
 };
 
-// out[T, N] = x[T, K] w^T + bias.  Strides in values.
+// out[T, N] = x[T, K] w^T + bias.  Strides in values.  narrow: each row of x is rounded to 8 bits first.
 struct Linear {
     const float* x;
-    const void* panels;
+    Weight weight;
     const float* bias;  // or null
     float* out;
-    int64_t x_stride, out_stride, n, k;
-    Format format;
+    int64_t x_stride, out_stride;
+    bool narrow = false;
 };
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last `width` values of rows that hold `heads` such vectors.
@@ -120,6 +141,14 @@ inline constexpr int CHUNK_TILES = 16;   // key tiles of a chunk, which is an un
 inline constexpr int QUERY_ROWS = 32;    // most (row, head) pairs of an item
 inline constexpr int MAX_DIM = 256;
 
+// Whole numbers [n, K], each plus `shift`, with scales and offsets [n, groups]; the weight's groups divide theirs.
+struct Values {
+    const uint8_t* values;
+    const float *scales, *offsets;  // offsets or null
+    int64_t groups;
+    int shift;
+};
+
 struct Kernels {
     const char* name;
     void (*linear)(const Linear&, int64_t rows, Share);
@@ -128,12 +157,12 @@ struct Kernels {
     void (*gated)(const Gated&, int64_t rows, Share);
     void (*add)(float* into, const float* x, int64_t stride, int64_t width, int64_t rows, Share);
     void (*softcap)(float* x, int64_t count, float cap, Share);
-    void (*embed)(const void* panels, Format, int64_t k, const int64_t* tokens, float scale, float* out, int64_t stride,
-                  int64_t rows, Share);
+    void (*embed)(const Weight&, const int64_t* tokens, float scale, float* out, int64_t stride, int64_t rows, Share);
     void (*store)(const Attend&, const Place&, const float* k, const float* v, int64_t stride, int64_t rows, Share);
     void (*attend)(const Attend&, const Place&, const Seen&, const Item&, float* partials);
     void (*merge)(const Attend&, const Item* items, int64_t count, const float* partials, Seen, Share);
-    void (*pack)(const void* source, int source_kind, int64_t n, int64_t k, void* panels, Format, int64_t first, Share);
+    void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);
+    void (*pack_values)(const Weight&, const Values&, int64_t n, int64_t first, Share);
 };
 
 // Floats of an unfinished result: for each (row, head) its maximum, its sum, and D mixed values.
@@ -141,7 +170,8 @@ WEFT_SHARED int64_t partial_floats(const Attend& a, int64_t rows) {
     return rows * (a.heads / a.kv_heads) * (2 + static_cast<int64_t>(a.dim));
 }
 
-const Kernels* kernels_avx512();    // null where it was not compiled or the processor lacks it
+const Kernels* kernels_avx512_vnni();  // null where it was not compiled or the processor lacks it
+const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
 

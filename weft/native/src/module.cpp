@@ -15,13 +15,22 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-int64_t linear(Program& p, uintptr_t x, int64_t x_stride, uintptr_t panels, int format, int64_t n, int64_t k, uintptr_t bias,
-               uintptr_t out, int64_t out_stride, bool picked) {
-    const Linear a{at<float>(x), at<void>(panels), at<float>(bias), at<float>(out), x_stride, out_stride, n, k,
-                   static_cast<Format>(format)};
+int64_t linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t out, int64_t out_stride,
+               bool picked, bool narrow) {
+    const Linear a{at<float>(x), weight, at<float>(bias), at<float>(out), x_stride, out_stride, narrow};
     return p.add([&kernels = p.kernels(), a, picked](Step& s, Share share) {
         kernels.linear(a, picked ? s.wanted : s.rows, share);
     });
+}
+
+// A weight in panels at an address; group as in `Weight`.
+Weight weight_of(uintptr_t panels, int64_t n, int64_t k, int format, int64_t group, bool offsets) {
+    if (format < 0 || format > 3 || n < 1 || k < 1) throw std::invalid_argument("no such weight");
+    const Weight w{at<void>(panels), n, k, static_cast<Format>(format), group, offsets};
+    const bool whole = w.format == Format::I8 || w.format == Format::I4;
+    if (k % values_of_line(w.format) || whole != (group > 0)) throw std::invalid_argument("inputs do not fill lines");
+    if (whole && (k % group || group % 8 || group > k)) throw std::invalid_argument("groups of inputs do not fill rows");
+    return w;
 }
 
 int64_t norm(Program& p, uintptr_t x, int64_t x_stride, uintptr_t weight, uintptr_t out, int64_t out_stride, int heads,
@@ -56,10 +65,9 @@ int64_t softcap(Program& p, uintptr_t x, int64_t width, float cap) {
     });
 }
 
-int64_t embed(Program& p, uintptr_t panels, int format, int64_t k, float scale, uintptr_t out, int64_t stride) {
-    return p.add([&kernels = p.kernels(), table = at<void>(panels), kind = static_cast<Format>(format), k, scale,
-                  to = at<float>(out), stride](Step& s, Share share) {
-        kernels.embed(table, kind, k, s.tokens, scale, to, stride, s.rows, share);
+int64_t embed(Program& p, const Weight& table, float scale, uintptr_t out, int64_t stride) {
+    return p.add([&kernels = p.kernels(), table, scale, to = at<float>(out), stride](Step& s, Share share) {
+        kernels.embed(table, s.tokens, scale, to, stride, s.rows, share);
     });
 }
 
@@ -84,6 +92,11 @@ Attend attend_of(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_strid
 
 NB_MODULE(_native, m) {
     m.doc() = "Kernels for CPUs.  Addresses are of memory that the caller keeps; see weft/ops/cpu.";
+    nb::class_<Weight>(m, "Weight")
+        .def("__init__", [](Weight* self, uintptr_t panels, int64_t n, int64_t k, int format, int64_t group, bool offsets) {
+            new (self) Weight(weight_of(panels, n, k, format, group, offsets));
+        }, nb::arg("panels"), nb::arg("n"), nb::arg("k"), nb::arg("format"), nb::arg("group") = 0, nb::arg("offsets") = false)
+        .def_prop_ro("panel_bytes", &Weight::panel_bytes);
     nb::class_<Step>(m, "Step")
         .def(nb::init<>())
         .def("rows", [](Step& s, int64_t rows, uintptr_t tokens, int64_t wanted, uintptr_t picked, uintptr_t positions,
@@ -139,14 +152,18 @@ NB_MODULE(_native, m) {
                 p.kernels().merge(a, items.data(), count, s.partials.data(), s.seen, share);
             });
         })
-        .def("pack", [](Program& p, uintptr_t source, int kind, int64_t n, int64_t k, uintptr_t panels, int format, int64_t first) {
-            p.pool().run([&](Share share) {
-                p.kernels().pack(at<void>(source), kind, n, k, at<void>(panels), static_cast<Format>(format), first, share);
-            });
+        .def("pack", [](Program& p, const Weight& w, uintptr_t source, int kind, int64_t n, int64_t first) {
+            p.pool().run([&](Share share) { p.kernels().pack(w, at<void>(source), kind, n, first, share); });
+        }, nb::call_guard<nb::gil_scoped_release>())
+        .def("pack_values", [](Program& p, const Weight& w, uintptr_t values, uintptr_t scales, uintptr_t offsets, int64_t groups,
+                               int shift, int64_t n, int64_t first) {
+            const Values v{at<uint8_t>(values), at<float>(scales), at<float>(offsets), groups, shift};
+            if (groups < 1 || w.groups() % groups || w.offsets != (offsets != 0)) throw std::invalid_argument("other groups");
+            p.pool().run([&](Share share) { p.kernels().pack_values(w, v, n, first, share); });
         }, nb::call_guard<nb::gil_scoped_release>());
     m.def("isas", [] {
         std::vector<std::string> found;
-        for (auto* find : {kernels_avx512, kernels_avx2, kernels_portable})
+        for (auto* find : TABLES)
             if (const Kernels* table = find()) found.emplace_back(table->name);
         return found;
     });

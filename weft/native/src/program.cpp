@@ -6,7 +6,7 @@ namespace {
 
 const Kernels* required(const std::string& isa) {
     const Kernels* found = kernels_named(isa);
-    if (!found) throw std::invalid_argument("this processor has no " + isa + "; say auto, avx512, avx2 or portable");
+    if (!found) throw std::invalid_argument("this processor has no " + isa + "; say auto or one of isas()");
     return found;
 }
 

@@ -12,14 +12,17 @@
 
 namespace weft {
 
+// Best first.
+inline constexpr const Kernels* (*TABLES[])() = {kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_portable};
+
 inline const Kernels* kernels_named(const std::string& name) {
     if (name == "auto") {
-        for (auto* find : {kernels_avx512, kernels_avx2, kernels_portable})
+        for (auto* find : TABLES)
             if (const Kernels* found = find()) return found;
     }
-    if (name == "avx512") return kernels_avx512();
-    if (name == "avx2") return kernels_avx2();
-    return name == "portable" ? kernels_portable() : nullptr;
+    for (auto* find : TABLES)
+        if (const Kernels* found = find(); found && found->name == name) return found;
+    return nullptr;
 }
 
 // Cosines and sines of one rotary embedding, [T, F].

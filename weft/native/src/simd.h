@@ -47,6 +47,43 @@ WEFT_INLINE uint16_t narrow_one(float x) {
     return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
+// IEEE binary16: its bits are a float's with another bias, which one product puts right (subnormal ones too); no inf, no NaN.
+WEFT_INLINE vf half(const uint16_t* p) {
+    const vu bits = __builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu);
+    const vf magnitude = reinterpret_cast<vf>((bits & 0x7fffu) << 13) * 5192296858534827628530496329220096.0f;  // 2^112
+    return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (bits & 0x8000u) << 16);
+}
+WEFT_INLINE float half_one(uint16_t h) {
+    const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+    uint32_t bits;
+    if (rest >= 0x7c00u) bits = sign | 0x7f800000u | (rest & 0x3ffu) << 13;
+    else if (rest >= 0x400u) bits = sign | ((rest << 13) + 0x38000000u);
+    else {
+        const float small = static_cast<float>(rest) * 5.9604644775390625e-8f;
+        std::memcpy(&bits, &small, 4);
+        bits |= sign;
+    }
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+// To the nearest, ties to even, of a finite x of at most 65504.
+WEFT_INLINE uint16_t half_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    if (bits < 0x38800000u) {  // below the normal ones: a sum with 1/2 leaves as many digits as they have
+        float small;
+        std::memcpy(&small, &bits, 4);
+        small += 0.5f;
+        std::memcpy(&bits, &small, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+    }
+    bits += 0xfffu + (bits >> 13 & 1);
+    return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
+}
+
 WEFT_INLINE float sum(vf x) {
     float parts[LANES];
     store(parts, x);

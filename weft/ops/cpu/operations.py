@@ -104,10 +104,12 @@ class NativeStep:
 
 
 class Native:
-    """One decoder's program.  module: the extension.  kept: what the program points to beside the decoder's own memory."""
+    """One decoder's program.  module: the extension.  narrow: whether inputs of products with few bits are rounded to 8 bits."""
 
-    def __init__(self, module: Any, spec: DecoderSpec, threads: int, isa: str = "auto") -> None:
-        self.module, self.spec = module, spec
+    def __init__(
+        self, module: Any, spec: DecoderSpec, threads: int, isa: str = "auto", *, narrow: bool = False
+    ) -> None:
+        self.module, self.spec, self.narrow = module, spec, narrow
         self.program = module.Program(threads, isa)
         self.ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None))
         self.head = -1
@@ -142,10 +144,9 @@ class Native:
     def linear(
         self, m: Material, x: Tensor, weight: Panels, bias: Tensor | None, out: Tensor, picked: bool = False
     ) -> Call:
-        outs, width = weight.shape
         return self.call(self.program.linear(
-            x.data_ptr(), x.stride(0), weight.address, weight.format, outs, width, 0 if bias is None else self.floats(bias),
-            out.data_ptr(), out.stride(0), picked,
+            weight.weight, x.data_ptr(), x.stride(0), 0 if bias is None else self.floats(bias), out.data_ptr(), out.stride(0),
+            picked, self.narrow,
         ))  # fmt: skip
 
     def norm(self, m: Material, x: Tensor, weight: Tensor, out: Tensor, heads: int = 1, picked: bool = False) -> Call:
@@ -205,9 +206,7 @@ def head(m: Material, native: Native) -> list[Run]:
 def _embed(m: Material, native: Native) -> tuple[Run, ...]:
     hidden, table = m.buffers["hidden"], m.tensors["embed"]
     assert isinstance(table, Panels)
-    index = native.program.embed(
-        table.address, table.format, m.spec.width, m.spec.embedding_scale, hidden.data_ptr(), hidden.stride(0)
-    )
+    index = native.program.embed(table.weight, m.spec.embedding_scale, hidden.data_ptr(), hidden.stride(0))
 
     def vectors(step: Step) -> None:
         if step.batch.vectors is not None:

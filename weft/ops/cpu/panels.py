@@ -1,72 +1,113 @@
 """Weights as the kernels read them: panels of 16 outputs, in which one line of 64 bytes holds the same inputs of all of them.
 
-    float32     [N / 16][K][16]
-    bfloat16    [N / 16][K / 2][16][2]
+    float32     [N / 16][K][16]                 bfloat16    [N / 16][K / 2][16][2]
+    int8        [N / 16][K / 4][16][4]          int4        [N / 16][K / 8][16][8]
 
-One copy serves a single row and a long prompt alike.  Legend.  N: outputs.  K: inputs.
+Behind the lines of a panel of whole numbers stand its scales and its offsets (`Weight` in native/src/kernels.h).  One copy
+serves a single row and a long prompt alike.  Legend.  N: outputs.  K: inputs.  G: groups of inputs.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.errors import InvariantError
-from weft.models.layout import PANEL
+from weft.errors import ConfigError, InvariantError
+from weft.models.layout import PANEL, panel_bytes
+from weft.models.quantized import Quantized, WeightFormat, quantize
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """Number formats that panels have, and what the kernels call them (`Format` in native/src/kernels.h)."""
+BITS = {8: 2, 4: 3}
+"""The same for whole numbers of so many bits."""
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Number formats that are packed without a detour."""
+HALF_LIMIT = 65504.0
+"""The largest float16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """A weight [N, K].  memory: uint8, exactly its panels.  program: whose threads pack."""
+    """A weight [N, K].  memory: uint8, exactly its panels.  format: of its values.  program: whose threads pack.  module: its."""
 
     memory: Tensor
     shape: tuple[int, int]
-    dtype: torch.dtype
+    format: torch.dtype | WeightFormat
     program: Any
+    module: Any
 
     @property
     def nbytes(self) -> int:
         return self.memory.nbytes
 
     @property
-    def format(self) -> int:
-        return FORMATS[self.dtype]
-
-    @property
-    def address(self) -> int:
-        return self.memory.data_ptr()
+    def weight(self) -> Any:
+        """As the kernels know it (their `Weight`)."""
+        outs, width = self.shape
+        if isinstance(self.format, torch.dtype):
+            return self.module.Weight(self.memory.data_ptr(), outs, width, FORMATS[self.format])
+        group = self.format.group or width
+        return self.module.Weight(
+            self.memory.data_ptr(), outs, width, BITS[self.format.bits], group, not self.format.symmetric
+        )
 
     def rows(self, first: int) -> Panels:
         """Outputs from `first` on, a multiple of PANEL."""
         if first % PANEL:
             raise InvariantError(f"panels cannot be cut at output {first}")
-        start = first * self.shape[1] * self.dtype.itemsize
-        return Panels(self.memory[start:], (self.shape[0] - first, self.shape[1]), self.dtype, self.program)
+        outs, width = self.shape
+        format = self.format.itemsize if isinstance(self.format, torch.dtype) else self.format
+        start = first // PANEL * panel_bytes(width, format)
+        return Panels(self.memory[start:], (outs - first, width), self.format, self.program, self.module)
 
-    def pack(self, source: Tensor, first: int = 0) -> None:
-        """Outputs [first, first + n) become the rows of `source` [n, K]."""
+    def pack(self, source: Tensor | Quantized, first: int = 0) -> None:
+        """Outputs [first, first + n) become the rows of `source` [n, K], rounded to nearest where they have to be rounded.
+
+        Raises ConfigError for values that are not finite, where the format is of whole numbers.
+        """
         count, width = source.shape
         if width != self.shape[1] or first + count > self.shape[0]:
             raise InvariantError(f"{tuple(source.shape)} at {first} is no part of {self.shape}")
+        if not isinstance(self.format, torch.dtype):
+            return self._pack_values(source if isinstance(source, Quantized) else quantize(source, self.format), first)
+        if isinstance(source, Quantized):
+            source = source.dequantized()
         if source.dtype not in SOURCES:
             source = source.float()
         source = source.contiguous()
-        kind = SOURCES[source.dtype]
-        self.program.pack(source.data_ptr(), kind, count, width, self.address, self.format, first)
+        self.program.pack(self.weight, source.data_ptr(), SOURCES[source.dtype], count, first)
+        return None
+
+    def _pack_values(self, source: Quantized, first: int) -> None:
+        """As they are, in a format that holds them: with as many bits or more, in groups as small or smaller."""
+        own, given = self.format, source.format
+        assert isinstance(own, WeightFormat)
+        if own.bits < given.bits or (own.symmetric and (own.bits, own.symmetric) != (given.bits, given.symmetric)):
+            raise InvariantError(f"weights of {given} do not fit into {own}")
+        scales = source.scales.float() * source.unit
+        offsets = None if source.offsets is None else source.offsets.float() * source.unit
+        if not own.symmetric and offsets is None:
+            offsets = scales * -(given.levels // 2)
+        for what in (scales, offsets):
+            if what is not None and not (what.isfinite().all() and what.abs().max() <= HALF_LIMIT):
+                raise ConfigError("a weight has values that are too large or not finite, so that it has no scale")
+        values, scales = source.values.contiguous(), scales.contiguous()
+        offsets = None if offsets is None else offsets.contiguous()
+        self.program.pack_values(
+            self.weight, values.data_ptr(), scales.data_ptr(), 0 if offsets is None else offsets.data_ptr(),
+            scales.shape[1], 0, values.shape[0], first,
+        )  # fmt: skip
 
     def unpacked(self) -> Tensor:
-        """[N, K], a copy: for tests and for who must see a weight."""
-        rows, width = -(-self.shape[0] // PANEL) * PANEL, self.shape[1]
-        values = 4 // self.dtype.itemsize
-        lines = self.memory[: math.prod((rows, width)) * self.dtype.itemsize].view(self.dtype)
-        whole = lines.view(rows // PANEL, width // values, PANEL, values).permute(0, 2, 1, 3)
-        return whole.reshape(rows, width)[: self.shape[0]].clone()
+        """[N, K], a copy, whole numbers as float32: for tests and for who must see a weight."""
+        outs, width = self.shape
+        out = torch.empty(outs, width)
+        program = self.module.Program(1, "portable")
+        index = program.embed(self.weight, 1.0, out.data_ptr(), width)
+        step, tokens = self.module.Step(), torch.arange(outs)
+        step.rows(outs, tokens.data_ptr(), 0, 0, 0, 0, 0, 0)
+        program.run(index, index + 1, step)
+        return out.to(self.format) if isinstance(self.format, torch.dtype) else out

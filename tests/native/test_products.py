@@ -1,0 +1,202 @@
+"""Products and panels of every format, in every instruction set of this machine, beside float64 arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.native.machine import ISAS, MODULE, ROWS, Machine, empty, panels, product
+from weft.errors import ConfigError, InvariantError
+from weft.models.formats import WeightFormat
+from weft.models.layout import PANEL
+from weft.models.quantized import Quantized, assembled, quantize
+from weft.ops.cpu.panels import FORMATS
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+@pytest.mark.parametrize(("outs", "width"), [(1, 2), (16, 64), (31, 130), (144, 1536), (200, 2050)])
+def test_a_product_is_right_and_a_rows_bits_do_not_depend_on_the_rows_beside_it(
+    machine: Machine, dtype: torch.dtype, outs: int, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(outs)
+    weight = (torch.randn(outs, width, generator=generator) * width**-0.5).to(dtype)
+    x, bias = torch.randn(max(ROWS), width, generator=generator), torch.randn(outs, generator=generator)
+    packed = panels(machine.program, weight)
+    assert torch.equal(packed.unpacked(), weight)
+    for given_bias in (bias, None):
+        wanted = x.double() @ weight.double().t() + (0 if given_bias is None else given_bias.double())
+        most = product(machine, x, packed, given_bias, max(ROWS))
+        assert (most - wanted).abs().max() < 2e-5
+        for rows in ROWS:
+            assert torch.equal(product(machine, x, packed, given_bias, rows), most[:rows])
+            if rows:
+                assert torch.equal(product(machine, x[-rows:], packed, given_bias, rows), most[-rows:])
+
+
+def test_threads_do_not_change_bits() -> None:
+    weight, x = torch.randn(300, 700, generator=torch.Generator().manual_seed(1)), torch.randn(70, 700)
+    for isa in ISAS:
+        found = []
+        for threads in (1, 2, 5):
+            machine = Machine(MODULE.Program(threads, isa))
+            found.append(product(machine, x, panels(machine.program, weight), None, 70))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+def test_a_product_reads_no_row_but_its_own(machine: Machine) -> None:
+    x = torch.full((5, 64), float("nan"))
+    x[2] = 1.0
+    packed = panels(machine.program, torch.ones(20, 64))
+    assert (product(machine, x[2:], packed, None, 1) == 64.0).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 40), st.data())
+def test_panels_take_parts_at_any_output_and_in_any_format(outs: int, half: int, data: st.DataObject) -> None:
+    program = MODULE.Program(2, data.draw(st.sampled_from(ISAS)))
+    dtype = data.draw(st.sampled_from([*FORMATS]))
+    whole = torch.randn(outs, 2 * half)
+    cuts = sorted({0, outs, *data.draw(st.lists(st.integers(0, outs), max_size=4))})
+    made = empty(program, outs, 2 * half, dtype)
+    wanted = []
+    for first, stop in zip(cuts, cuts[1:], strict=False):
+        source = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+        part = whole[first:stop].to(source)
+        made.pack(part, first)
+        wanted.append(part.to(torch.float32).to(dtype))
+    assert torch.equal(made.unpacked(), torch.cat(wanted))
+    if outs > PANEL:
+        assert torch.equal(made.rows(PANEL).unpacked(), torch.cat(wanted)[PANEL:])
+
+
+def test_numbers_that_are_odd_survive_packing() -> None:
+    strange = [float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-40, 6e-8, 65504.0, 3.0e38]
+    for source in (torch.float32, torch.float16, torch.bfloat16):
+        part = torch.tensor([strange + [1.0]]).to(source)
+        for dtype in FORMATS:
+            got = panels(MODULE.Program(1, "portable"), part, dtype).unpacked()
+            assert torch.equal(got.nan_to_num(1.5), part.float().to(dtype).nan_to_num(1.5))
+            assert torch.equal(got.isnan(), part.isnan())
+
+
+def test_embedding_is_the_weights_row(machine: Machine) -> None:
+    for dtype in FORMATS:
+        table = torch.randn(75, 34).to(dtype)
+        packed = panels(machine.program, table)
+        tokens = torch.tensor([74, 0, 31, -1, 16])
+        out = torch.zeros(5, 40)
+        index = machine.program.embed(packed.weight, 2.5, out.data_ptr(), out.stride(0))
+        machine.run(index, 5, tokens=tokens)
+        assert torch.equal(out[:, :34], table.float()[tokens.clamp_min(0)] * 2.5)
+        assert (out[:, 34:] == 0).all()
+
+
+# ---------------------------------------------------------------------------------------------- few bits
+
+FEW = ("int8", "int8:32", "int8:16:zero", "int8:0:zero", "int4", "int4:128", "int4:32:zero", "int4:0", "int4:16:zero")
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What is left of inputs that are rounded to 8 bits, each row with its own scale."""
+    scale = x.abs().amax(-1, keepdim=True).double() / 127
+    return (x.double() / scale).round() * scale
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float", "narrow"])
+@pytest.mark.parametrize("text", FEW)
+@pytest.mark.parametrize(("outs", "width"), [(1, 128), (31, 256), (144, 4224), (70, 2048)])
+def test_a_product_of_few_bits_is_right_whatever_stands_beside_its_row(
+    machine: Machine, text: str, outs: int, width: int, narrow: bool
+) -> None:
+    weight = quantize(random(outs, outs, width) * width**-0.5, WeightFormat.parse(text))
+    x, bias = random(1, max(ROWS), width), random(2, outs)
+    packed = panels(machine.program, weight)
+    exact = weight.dequantized()
+    assert torch.equal(packed.unpacked(), exact)
+    wanted = (rounded(x) if narrow else x.double()) @ exact.double().t() + bias.double()
+    most = product(machine, x, packed, bias, max(ROWS), narrow)
+    # An input that lies between two whole numbers may be rounded either way by float32 arithmetic.
+    assert (most - wanted).abs().max() < (2e-3 if narrow else 4e-5)
+    assert (most - wanted).abs().mean() < (1e-5 if narrow else 4e-6)
+    for rows in ROWS:
+        assert torch.equal(product(machine, x, packed, bias, rows, narrow), most[:rows])
+        if rows:
+            assert torch.equal(product(machine, x[-rows:], packed, bias, rows, narrow), most[-rows:])
+
+
+def test_instruction_sets_agree_about_whole_numbers() -> None:
+    """Sums of bytes are exact, so that only the last steps of each group may differ."""
+    weight, x = quantize(random(3, 64, 512), WeightFormat.parse("int4")), random(4, 20, 512)
+    found = []
+    for isa in ISAS:
+        machine = Machine(MODULE.Program(2, isa))
+        found.append(product(machine, x, panels(machine.program, weight), None, 20, narrow=True))
+    assert all(torch.allclose(one, found[0], rtol=1e-5, atol=1e-5) for one in found)
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float", "narrow"])
+def test_the_largest_values_do_not_overflow(machine: Machine, narrow: bool) -> None:
+    for text in ("int8", "int4", "int8:128:zero"):
+        format = WeightFormat.parse(text)
+        top = torch.full((16, 8192), format.levels - 1, dtype=torch.uint8)
+        scales = torch.ones(16, format.groups(8192))
+        weight = assembled(top, scales, None if format.symmetric else torch.zeros_like(scales), format)
+        packed = panels(machine.program, weight)
+        for sign in (1.0, -1.0):
+            x = torch.full((3, 8192), sign)
+            found = product(machine, x, packed, None, 3, narrow)
+            assert torch.allclose(found, x @ weight.dequantized().t(), rtol=1e-5)
+
+
+def test_strange_inputs_show_in_their_own_row_alone(machine: Machine) -> None:
+    packed = panels(machine.program, quantize(random(5, 20, 64), WeightFormat.parse("int8")))
+    x = random(6, 5, 64)
+    clean = product(machine, x, packed, None, 5, narrow=True)
+    x[1, 3], x[2, 60], x[3] = float("nan"), float("inf"), 0.0
+    found = product(machine, x, packed, None, 5, narrow=True)
+    assert found[1].isnan().all()
+    assert not found[2].isfinite().any()
+    assert (found[3] == 0).all()
+    assert torch.equal(found[[0, 4]], clean[[0, 4]])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_panels_of_few_bits_take_parts_of_other_formats_exactly(data: st.DataObject) -> None:
+    """Parts with fewer bits or larger groups keep their values: fused weights need not be alike in the checkpoint."""
+    program = MODULE.Program(2, data.draw(st.sampled_from(ISAS)))
+    formats = [WeightFormat.parse(data.draw(st.sampled_from(FEW))) for _ in range(data.draw(st.integers(1, 3)))]
+    own = formats[0]
+    for format in formats[1:]:
+        own = own.widest(format)
+    outs = [data.draw(st.integers(1, 40)) for _ in formats]
+    made, first, wanted = empty(program, sum(outs), 128, own), 0, []
+    for format, count in zip(formats, outs, strict=True):
+        part: Quantized = quantize(random(count, count, 128), format)
+        made.pack(part, first)
+        wanted.append(part.dequantized())
+        first += count
+    assert torch.allclose(made.unpacked(), torch.cat(wanted), rtol=1e-3, atol=1e-3)
+    if len({str(format) for format in formats}) == 1:
+        assert torch.equal(made.unpacked(), torch.cat(wanted))
+
+
+def test_panels_refuse_what_they_cannot_hold() -> None:
+    program = MODULE.Program(1)
+    with pytest.raises(InvariantError, match="do not fit"):
+        empty(program, 16, 64, WeightFormat.parse("int4")).pack(quantize(random(1, 16, 64), WeightFormat.parse("int8")))
+    with pytest.raises(InvariantError, match="do not fit"):
+        empty(program, 16, 64, WeightFormat.parse("int8")).pack(quantize(random(1, 16, 64), WeightFormat.parse("int4")))
+    with pytest.raises(ConfigError, match="too large or not finite"):
+        empty(program, 16, 64, WeightFormat.parse("int8")).pack(torch.full((16, 64), float("nan")))
+    for bad in ((0, 16, 63, 3, 32, False), (0, 16, 64, 3, 48, False), (0, 16, 64, 2, 0, False), (0, 16, 64, 1, 32, False)):
+        with pytest.raises(ValueError, match="inputs"):
+            MODULE.Weight(*bad)

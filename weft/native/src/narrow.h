@@ -1,0 +1,184 @@
+// Products of weights of whole numbers with inputs that are rounded to whole numbers too, of 8 bits, with one scale for each
+// row: dot products of four bytes at a time, exact in 32 bits, and a float only at the end of each group.  Included by the files
+// of the instruction sets.
+#pragma once
+
+#include "kernels.h"
+#include "linear.h"
+#include "simd.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace weft::WEFT_ISA {
+
+// total + sum of four products of bytes: of `weights`, which are not negative, with `inputs`, which have a sign.
+WEFT_INLINE vi dot4(vi total, vu weights, vi inputs) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<vi>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(weights),
+                                                    reinterpret_cast<__m512i>(inputs)));
+#elif defined(__AVX512BW__)
+    const auto even = reinterpret_cast<__m512i>(weights & 0x00ff00ffu), odd = reinterpret_cast<__m512i>(weights >> 8 & 0x00ff00ffu);
+    const auto x = reinterpret_cast<__m512i>(inputs);
+    const auto low = _mm512_madd_epi16(even, _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+    return total + reinterpret_cast<vi>(_mm512_add_epi32(low, _mm512_madd_epi16(odd, _mm512_srai_epi16(x, 8))));
+#elif defined(__AVX2__)
+    const auto even = reinterpret_cast<__m256i>(weights & 0x00ff00ffu), odd = reinterpret_cast<__m256i>(weights >> 8 & 0x00ff00ffu);
+    const auto x = reinterpret_cast<__m256i>(inputs);
+    const auto low = _mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+    return total + reinterpret_cast<vi>(_mm256_add_epi32(low, _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8))));
+#else
+    for (int i = 0; i < 4; i++)
+        total += reinterpret_cast<vi>(weights >> 8 * i & 0xffu) * ((inputs << (24 - 8 * i)) >> 24);
+    return total;
+#endif
+}
+
+// Rows as whole numbers: four inputs in a word, tile after tile, [K / 4, R]; each row's scale, and the sums of its groups.
+struct Rounded {
+    int32_t* words;
+    float* scales;
+    int32_t* sums;  // [rows, groups]
+};
+
+// The largest magnitude; NaN where a value is not finite.
+inline float largest(const float* x, int64_t count) {
+    vf most = vf{}, odd = vf{};
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const vf v = load(x + i);
+        most = larger(most, v < 0.0f ? -v : v);
+        odd += v * 0.0f;
+    }
+    float found = top(most), strange = sum(odd);
+    for (; i < count; i++) {
+        found = std::fabs(x[i]) > found ? std::fabs(x[i]) : found;
+        strange += x[i] * 0.0f;
+    }
+    return found + strange;
+}
+
+inline void rounded(const Linear& a, int64_t first, int64_t rows, const Rounded& to) {
+    const int64_t k = a.weight.k, groups = a.weight.groups(), group = a.weight.group;
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t start = rows * t / tiles, high = rows * (t + 1) / tiles - start;
+        for (int64_t r = 0; r < high; r++) {
+            const float* x = a.x + (first + start + r) * a.x_stride;
+            const float most = largest(x, k), fine = most > 1.0e-36f ? 127.0f / most : 0.0f;
+            to.scales[start + r] = most / 127.0f;  // NaN shows in the outputs
+            int32_t* words = to.words + start * (k / 4) + r;
+            for (int64_t g = 0; g < groups; g++) {
+                int32_t total = 0;
+                for (int64_t i = g * group; i < (g + 1) * group; i += 4) {
+                    uint32_t word = 0;
+                    for (int j = 0; j < 4; j++) {
+                        const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+                        float whole = (x[i + j] * fine + magic) - magic;
+                        whole = whole < 127.0f ? whole : 127.0f;
+                        const auto q = static_cast<int32_t>(whole > -127.0f ? whole : -127.0f);
+                        total += q;
+                        word |= (static_cast<uint32_t>(q) & 0xffu) << 8 * j;
+                    }
+                    words[i / 4 * high] = static_cast<int32_t>(word);
+                }
+                to.sums[(start + r) * groups + g] = total;
+            }
+        }
+    }
+}
+
+template <class W, int R, int P>
+void narrow_tile(const Linear& a, const int32_t* x, const float* row_scales, const int32_t* sums, const Part& part) {
+    const Weight& w = a.weight;
+    const int64_t stride = w.panel_bytes(), groups = w.groups(), step = w.group / W::VALUES;
+    alignas(64) float totals[R][P * PANEL];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < P * PANEL; i++) totals[r][i] = 0.0f;
+    for (int64_t g = 0; g < groups; g++) {
+        vi total[R][P][PARTS];
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++) total[r][p][v] = vi{};
+        for (int64_t line = g * step; line < (g + 1) * step; line++) {
+            vu words[P][PARTS];
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++)
+                    words[p][v] = load_bits(part.panel + p * stride + line * LINE_BYTES + v * LANES * 4);
+            for (int j = 0; j < W::QUADS; j++) {
+                const int32_t* mine = x + (line * W::QUADS + j) * R;
+                vu weight[P][PARTS];
+                for (int p = 0; p < P; p++)
+                    for (int v = 0; v < PARTS; v++) weight[p][v] = W::quad(words[p][v], j);
+                for (int r = 0; r < R; r++) {
+                    const vi input = vi{} + mine[r];
+                    for (int p = 0; p < P; p++)
+                        for (int v = 0; v < PARTS; v++) total[r][p][v] = dot4(total[r][p][v], weight[p][v], input);
+                }
+            }
+        }
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) {
+                const char* mine = part.panel + p * stride;
+                const vf scale = scales<W>(w, mine, g, v);
+                const vf offset = w.offsets ? offsets<W>(w, mine, g, v) : vf{};
+                for (int r = 0; r < R; r++) {
+                    const int32_t sum = sums[r * groups + g];
+                    float* to = &totals[r][p * PANEL + v * LANES];
+                    const vi exact = w.offsets ? total[r][p][v] : total[r][p][v] - W::HALF * sum;
+                    vf value = load(to) + __builtin_convertvector(exact, vf) * scale;
+                    if (w.offsets) value += offset * static_cast<float>(sum);
+                    store(to, value);
+                }
+            }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < P * PANEL; i += LANES) store(&totals[r][i], load(&totals[r][i]) * row_scales[r]);
+    put<R, P>(a, part, totals);
+}
+
+using NarrowTile = void (*)(const Linear&, const int32_t*, const float*, const int32_t*, const Part&);
+
+template <class W, int P, int R>
+constexpr NarrowTile narrow_tile_of(int rows) {
+    if constexpr (R == 1) {
+        return narrow_tile<W, 1, P>;
+    } else {
+        return rows == R ? narrow_tile<W, R, P> : narrow_tile_of<W, P, R - 1>(rows);
+    }
+}
+
+template <class W>
+void narrow_in(const Linear& a, int64_t rows, Share share) {
+    const Weight& w = a.weight;
+    int64_t from, to;
+    share.range((w.n + PANEL - 1) / PANEL, FEW_PANELS, from, to);
+    if (from == to) return;
+    int64_t high = ROW_BLOCK;
+    while (high > 1 && (high * w.k / 4 > INPUTS_SCRATCH || high * (w.groups() + 1) > SUMS_SCRATCH)) high /= 2;
+    float* spare = share.scratch + INPUTS_SCRATCH;
+    const Rounded inputs{reinterpret_cast<int32_t*>(share.scratch), spare, reinterpret_cast<int32_t*>(spare + high)};
+    for (int64_t first = 0; first < rows; first += high) {
+        const int64_t count = rows - first < high ? rows - first : high;
+        rounded(a, first, count, inputs);
+        each_tile(count, from, to, [&](int tall, int panels, int64_t top, int64_t p) {
+            const NarrowTile run = panels == 1             ? narrow_tile_of<W, 1, TILE_ROWS>(tall)
+                                   : panels == TILE_PANELS ? narrow_tile_of<W, TILE_PANELS, TILE_ROWS>(tall)
+                                                           : narrow_tile_of<W, FEW_PANELS, 2>(tall);
+            run(a, inputs.words + top * (w.k / 4), inputs.scales + top, inputs.sums + top * w.groups(),
+                Part{nullptr, nullptr, a.out + (first + top) * a.out_stride, w.panel(p), 0, 0, p * PANEL, true, true});
+        });
+    }
+}
+
+inline void linear(const Linear& a, int64_t rows, Share share) {
+    if (rows <= 0) return;
+    switch (a.weight.format) {
+        case Format::F32: return linear_in<F32>(a, rows, share);
+        case Format::BF16: return linear_in<BF16>(a, rows, share);
+        case Format::I8: return a.narrow ? narrow_in<I8>(a, rows, share) : linear_in<I8>(a, rows, share);
+        case Format::I4: return a.narrow ? narrow_in<I4>(a, rows, share) : linear_in<I4>(a, rows, share);
+    }
+}
+
+}  // namespace weft::WEFT_ISA

@@ -1,0 +1,187 @@
+// Weights in panels: how a line is read, how panels are filled, and rows of them as embeddings.  Included by the files of the
+// instruction sets.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace weft::WEFT_ISA {
+
+inline constexpr int PARTS = PANEL / LANES;  // vectors of a panel
+
+// `value(word, i)`: input i of a line as floats, out of the words of LANES outputs; whole numbers come less their half, and
+// UNIT times too large, which their scales put right.
+struct F32 {
+    static constexpr int VALUES = 1;
+    static constexpr bool SCALED = false;
+    static constexpr float UNIT = 1.0f;
+    static WEFT_INLINE vf value(vu word, int) { return reinterpret_cast<vf>(word); }
+};
+struct BF16 {
+    static constexpr int VALUES = 2;
+    static constexpr bool SCALED = false;
+    static constexpr float UNIT = 1.0f;
+    static WEFT_INLINE vf value(vu word, int i) { return reinterpret_cast<vf>(i ? word & 0xffff0000u : word << 16); }
+};
+struct I8 {
+    static constexpr int VALUES = 4;
+    static constexpr bool SCALED = true;
+    static constexpr int HALF = 128;
+    static constexpr float UNIT = 16777216.0f;  // 2^24: the byte stands at a word's head, with its sign
+    static WEFT_INLINE vf value(vu word, int i) {
+        const vu head = i < 3 ? (word << (24 - 8 * i)) & 0xff000000u : word & 0xff000000u;
+        return __builtin_convertvector(reinterpret_cast<vi>(head ^ 0x80000000u), vf);
+    }
+    static constexpr int QUADS = 1;
+    static WEFT_INLINE vu quad(vu word, int) { return word; }  // four inputs as bytes
+};
+struct I4 {
+    static constexpr int VALUES = 8;
+    static constexpr bool SCALED = true;
+    static constexpr int HALF = 8;
+#if WEFT_LANES == 16
+    static constexpr float UNIT = 1.0f;
+    static WEFT_INLINE vf value(vu word, int i) {  // a permutation looks at the low four bits alone
+        const vf table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+        return __builtin_shuffle(table, reinterpret_cast<vi>(word >> (i < 4 ? 8 * i : 8 * i - 28)));
+    }
+#else
+    static constexpr float UNIT = 268435456.0f;  // 2^28
+    static WEFT_INLINE vf value(vu word, int i) {
+        const vu head = (word << (i < 4 ? 28 - 8 * i : 56 - 8 * i)) & 0xf0000000u;
+        return __builtin_convertvector(reinterpret_cast<vi>(head ^ 0x80000000u), vf);
+    }
+#endif
+    static constexpr int QUADS = 2;
+    static WEFT_INLINE vu quad(vu word, int i) { return (i ? word >> 4 : word) & 0x0f0f0f0fu; }
+};
+
+// Scales of one group of a panel, LANES outputs from `part` on, and their offsets less what the scales put right.
+template <class W>
+WEFT_INLINE vf scales(const Weight& w, const char* panel, int64_t group, int part) {
+    const char* at = panel + w.line_bytes() + group * w.scale_stride();
+    return w.grouped() ? half(reinterpret_cast<const uint16_t*>(at) + part * LANES)
+                       : load(reinterpret_cast<const float*>(at) + part * LANES);
+}
+template <class W>
+WEFT_INLINE vf offsets(const Weight& w, const char* panel, int64_t group, int part) {
+    const char* at = panel + w.line_bytes() + group * w.scale_stride() + w.scale_stride() / 2;
+    return w.grouped() ? half(reinterpret_cast<const uint16_t*>(at) + part * LANES)
+                       : load(reinterpret_cast<const float*>(at) + part * LANES);
+}
+
+// ------------------------------------------------------------------------------------------ panels, in and out
+
+// Outputs of panel p that lie in [first, first + n).
+WEFT_INLINE void outputs(int64_t p, int64_t first, int64_t n, int64_t& begin, int64_t& end) {
+    begin = p * PANEL < first ? first : p * PANEL;
+    end = (p + 1) * PANEL < first + n ? (p + 1) * PANEL : first + n;
+}
+
+// Panels that outputs [first, first + n) touch and this thread fills: no two threads write one line.
+WEFT_INLINE void touched(int64_t first, int64_t n, Share share, int64_t& from, int64_t& to) {
+    const int64_t low = first / PANEL, high = (first + n + PANEL - 1) / PANEL;
+    share.range(high - low, 1, from, to);
+    from += low, to += low;
+}
+
+// source_kind: 0 float32, 1 bfloat16, 2 float16; row-major [n, k].  They become outputs [first, first + n) of float panels.
+inline void pack(const Weight& w, const void* source, int source_kind, int64_t n, int64_t first, Share share) {
+    const int values = values_of_line(w.format);
+    int64_t from, to;
+    touched(first, n, share, from, to);
+    for (int64_t p = from; p < to; p++) {
+        int64_t begin, end;
+        outputs(p, first, n, begin, end);
+        char* panel = const_cast<char*>(w.panel(p));
+        for (int64_t line = 0; line < w.k / values; line++)
+            for (int64_t out = begin; out < end; out++)
+                for (int i = 0; i < values; i++) {
+                    const int64_t at = (out - first) * w.k + line * values + i;
+                    float x;
+                    uint16_t raw = 0;
+                    if (source_kind == 0) {
+                        x = static_cast<const float*>(source)[at];
+                    } else {
+                        raw = static_cast<const uint16_t*>(source)[at];
+                        x = source_kind == 1 ? widen_one(raw) : half_one(raw);
+                    }
+                    const int64_t cell = (line * PANEL + out % PANEL) * values + i;
+                    if (w.format == Format::F32) reinterpret_cast<float*>(panel)[cell] = x;
+                    else reinterpret_cast<uint16_t*>(panel)[cell] = source_kind == 1 ? raw : narrow_one(x);
+                }
+    }
+}
+
+WEFT_INLINE int nibble(int i) { return i < 4 ? 2 * i : 2 * i - 7; }  // of input i in a word of I4
+
+inline void pack_values(const Weight& w, const Values& v, int64_t n, int64_t first, Share share) {
+    int64_t from, to;
+    touched(first, n, share, from, to);
+    const int64_t repeat = w.groups() / v.groups;
+    for (int64_t p = from; p < to; p++) {
+        int64_t begin, end;
+        outputs(p, first, n, begin, end);
+        char* panel = const_cast<char*>(w.panel(p));
+        for (int64_t out = begin; out < end; out++) {
+            const uint8_t* row = v.values + (out - first) * w.k;
+            const int64_t lane = out % PANEL;
+            if (w.format == Format::I8) {
+                for (int64_t i = 0; i < w.k; i++)
+                    panel[(i / 4 * PANEL + lane) * 4 + i % 4] = static_cast<char>(row[i] + v.shift);
+            } else {
+                for (int64_t line = 0; line < w.k / 8; line++) {
+                    uint32_t word = 0;
+                    for (int i = 0; i < 8; i++)
+                        word |= static_cast<uint32_t>(row[line * 8 + i] + v.shift) << 4 * nibble(i);
+                    std::memcpy(panel + (line * PANEL + lane) * 4, &word, 4);
+                }
+            }
+            for (int64_t g = 0; g < w.groups(); g++) {
+                const int64_t at = (out - first) * v.groups + g / repeat;
+                char* to_scales = panel + w.line_bytes() + g * w.scale_stride();
+                for (int which = 0; which < (w.offsets ? 2 : 1); which++, to_scales += w.scale_stride() / 2) {
+                    const float x = which ? v.offsets[at] : v.scales[at];
+                    if (w.grouped()) reinterpret_cast<uint16_t*>(to_scales)[lane] = half_of(x);
+                    else reinterpret_cast<float*>(to_scales)[lane] = x;
+                }
+            }
+        }
+    }
+}
+
+// The value of one output and one input, as the format has it.
+inline float cell(const Weight& w, const char* panel, int64_t lane, int64_t input) {
+    const int64_t at = (input / values_of_line(w.format) * PANEL + lane) * values_of_line(w.format) + input % values_of_line(w.format);
+    if (w.format == Format::F32) return reinterpret_cast<const float*>(panel)[at];
+    if (w.format == Format::BF16) return widen_one(reinterpret_cast<const uint16_t*>(panel)[at]);
+    int value, half;
+    if (w.format == Format::I8) {
+        value = reinterpret_cast<const uint8_t*>(panel)[at], half = 128;
+    } else {
+        uint32_t word;
+        std::memcpy(&word, panel + (input / 8 * PANEL + lane) * 4, 4);
+        value = static_cast<int>(word >> 4 * nibble(static_cast<int>(input % 8)) & 15), half = 8;
+    }
+    const char* scales = panel + w.line_bytes() + input / w.group * w.scale_stride();
+    const auto number = [&](const char* p) {
+        return w.grouped() ? half_one(reinterpret_cast<const uint16_t*>(p)[lane]) : reinterpret_cast<const float*>(p)[lane];
+    };
+    const float scale = number(scales);
+    if (!w.offsets) return scale * static_cast<float>(value - half);
+    return std::fma(scale, static_cast<float>(value), number(scales + w.scale_stride() / 2));
+}
+
+// out [T, k] = rows `tokens` of the weight, times scale; a negative token gets row 0.
+inline void embed(const Weight& w, const int64_t* tokens, float scale, float* out, int64_t stride, int64_t rows, Share share) {
+    int64_t from, to;
+    share.range(rows, 1, from, to);
+    for (int64_t row = from; row < to; row++) {
+        const int64_t token = tokens[row] < 0 ? 0 : tokens[row];
+        const char* panel = w.panel(token / PANEL);
+        float* mine = out + row * stride;
+        for (int64_t i = 0; i < w.k; i++) mine[i] = cell(w, panel, token % PANEL, i) * scale;
+    }
+}
+
+}  // namespace weft::WEFT_ISA
