@@ -29,7 +29,13 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
 Tensors = dict[str, torch.Tensor]
 Pack = Callable[[str, torch.nn.Linear], tuple[Tensors, torch.Tensor]]
 """(name, layer) to (its stored tensors, the weight [N, K] as the package reads it back)."""

@@ -1,12 +1,12 @@
 """Checkpoints whose weights are stored in few bits: AWQ, GPTQ and compressed-tensors, read as `Quantized`.
 
-    scheme(config) -> Scheme | None                     what config.json's `quantization_config` says; None: all is dense
-    readers(folder, parts, stored, scheme) -> dict      for each part of a fused weight, by its name, a `Reader`
-    Reader.names, Reader.format, Reader.read(get)       stored tensors that it reads; None for dense; Tensor | Quantized
-    Files(stored)                                       get(name): a tensor over mapped bytes; give_back(name)
+    scheme.scheme(config) -> Scheme | None          what config.json's `quantization_config` says; None: all is dense; no torch
+    readers.readers(folder, parts, stored, scheme)  for each part of a fused weight, by its name, a `Reader`
+    readers.fused(readers) -> {target: WeightFormat}    the formats that hold the fused weights exactly
+    Reader.names, .format, .read(get)               stored tensors that it reads; None for dense; Tensor | Quantized
+    files.Files(stored)                             get(name): a tensor over mapped bytes; give_back(name)
 
-A loader asks for the readers once, takes each fused weight's format from its parts' (`WeightFormat.widest`), and reads part
-by part:
+A loader asks for the readers once and reads part by part:
 
     with Files(stored) as files:
         for part in parts:
@@ -17,9 +17,3 @@ by part:
 
 One layer's tensors may lie in different files; `Files` maps each file once.
 """
-
-from weft.models.checkpoints.files import Files
-from weft.models.checkpoints.readers import Reader, readers
-from weft.models.checkpoints.scheme import Scheme, scheme
-
-__all__ = ["Files", "Reader", "Scheme", "readers", "scheme"]

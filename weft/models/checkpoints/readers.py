@@ -66,6 +66,16 @@ def readers(
     return found
 
 
+def fused(found: Mapping[str, Reader]) -> dict[str, WeightFormat]:
+    """The smallest format that holds each fused weight exactly; weights with a dense part have none."""
+    formats: dict[str, WeightFormat | None] = {}
+    for reader in found.values():
+        target, mine = reader.part.target, reader.format
+        before = formats.setdefault(target, mine)
+        formats[target] = None if before is None or mine is None else before.widest(mine)
+    return {target: form for target, form in formats.items() if form is not None}
+
+
 def _dense(folder: Path, part: Part, where: Stored) -> Reader:
     if where.shape != part.shape:
         raise ConfigError(

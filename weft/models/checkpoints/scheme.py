@@ -13,7 +13,7 @@ from typing import Any
 
 from weft.errors import ConfigError
 from weft.models.families._config import Config
-from weft.models.quantized import GROUPS, WeightFormat
+from weft.models.formats import GROUPS, WeightFormat
 
 MAX_NAMES = 100_000
 """Entries of a list of layers that are believed."""

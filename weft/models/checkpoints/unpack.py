@@ -6,7 +6,7 @@ scale * zero is kept as a float16 offset, which moves a group by at most zero / 
 eighth of a step in 8.
 
 Sources: the layouts as `WQLinear_GEMM` (autoawq 0.2.9), `QuantLinear` (auto-gptq 0.7.1) and `PackedQuantizationCompressor`
-(compressed-tensors 0.20.0) write them; tests/models/checkpoints holds files that those packages made.
+(compressed-tensors 0.20.0) write them; tests/models/packed holds files that those packages made.
 
 Legend.  N: outputs.  K: inputs.  G: groups as stored.  b: bits.
 """
