@@ -1,9 +1,12 @@
 """Makes the checkpoints in this folder, with the packages whose formats they have; run it where those are installed.
 
-    python tests/models/packed/make.py awq|gptq|gptqmodel|compressed-tensors
+    python tests/models/packed/make.py awq|gptq|gptqmodel|compressed-tensors|dense
+    weft convert tests/models/packed/dense FOLDER --weights FORMAT
+    python tests/models/packed/make.py written NAME FOLDER
 
 Each NAME/ is a whole checkpoint of a Llama of one layer with random weights, and NAME/expected.safetensors has every packed
-weight as the package itself reads it back.  Packages and versions stand in the metadata of both files.
+weight as the package itself reads it back.  dense/ has a model that nobody rounded, and NAME.safetensors beside it the weights
+that transformers and compressed-tensors read from what `weft convert` made of it.  Packages and versions stand in the metadata of both files.
 
     pip install torch==2.13.0 transformers compressed-tensors pydantic loguru
     pip install --no-deps --no-build-isolation autoawq==0.2.9 auto-gptq==0.7.1 gptqmodel==7.7.0
@@ -211,5 +214,34 @@ def compressed() -> None:
         write(name, config, tensors, expected, "compressed-tensors")
 
 
+def dense() -> None:
+    model = llama(torch.bfloat16, tied=True)
+    tensors = {key: value.detach() for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    write("dense", model.config.to_dict(), tensors, {}, "transformers")
+    (HERE / "dense" / "expected.safetensors").unlink()
+
+
+def written() -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    _, _, name, folder = sys.argv
+    config = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    found = {key: value.detach().clone() for key, value in model.state_dict().items() if value.dim() == 2}
+    metadata = {"package": "compressed-tensors", "version": importlib.metadata.version("compressed-tensors")}
+    found.pop("lm_head.weight")
+    half = {key: value.half() for key, value in found.items()}
+    assert all(torch.equal(half[key].float(), value) for key, value in found.items())
+    save_file(half, HERE / "dense" / f"{name}.safetensors", metadata)
+
+
 if __name__ == "__main__":
-    {"awq": awq, "gptq": gptq, "gptqmodel": gptqmodel, "compressed-tensors": compressed}[sys.argv[1]]()
+    {
+        "awq": awq,
+        "gptq": gptq,
+        "gptqmodel": gptqmodel,
+        "compressed-tensors": compressed,
+        "dense": dense,
+        "written": written,
+    }[sys.argv[1]]()
