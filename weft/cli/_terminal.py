@@ -46,28 +46,40 @@ def complain(text: str) -> None:
 
 
 @contextlib.contextmanager
-def loading(name: str) -> Iterator[Progress]:
-    """Progress of loading weights: a bar on a terminal, else a line before, one now and then if it is slow, one after."""
+def loading(name: str, doing: str = "loading", done_: str = "loaded", *, bytes_: bool = True) -> Iterator[Progress]:
+    """Progress of loading weights, or something like it: a bar on a terminal, else a line before, one now and then if it is
+    slow, one after.
+
+    bytes_: whether what is counted are bytes.
+    """
     began = time.monotonic()
     if sys.stderr.isatty():
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        counted = (DownloadColumn(), TransferSpeedColumn()) if bytes_ else (TaskProgressColumn(),)
+        columns = (TextColumn(doing + " {task.description}"), BarColumn(), *counted)
         with Progress(*columns, console=stderr(), transient=True) as bar:
             task = bar.add_task(name, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
     else:
-        say(f"loading {name}")
+        say(f"{doing} {name}")
         last = began
 
         def line(done: int, total: int) -> None:
             nonlocal last
             if time.monotonic() - last >= 5 and done < total:
                 last = time.monotonic()
-                say(f"loading {name}: {100 * done // max(total, 1)} %")
+                say(f"{doing} {name}: {100 * done // max(total, 1)} %")
 
         yield line
-    say(f"loaded {name} in {time.monotonic() - began:.1f} s")
+    say(f"{done_} {name} in {time.monotonic() - began:.1f} s")
 
 
 @contextlib.contextmanager

@@ -38,9 +38,20 @@ class Quantized:
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
+    def steps(self) -> Tensor:
+        """The scales themselves, float32 [N, G]."""
+        return self.scales.float() * self.unit
+
+    def zeros(self) -> Tensor | None:
+        """Values that stand for 0, uint8 [N, G]; None: half the grid.  Whole where offsets are, as in everything stored."""
+        if self.offsets is None:
+            return None
+        scales = self.scales.float()
+        return (-self.offsets.float() / torch.where(scales == 0, 1.0, scales)).round_().to(torch.uint8)
+
     def dequantized(self) -> Tensor:
         """float32 [N, K]."""
-        scales = self.scales.float() * self.unit
+        scales = self.steps()
         half = self.format.levels // 2
         offsets = -half * scales if self.offsets is None else self.offsets.float() * self.unit
         rows, width = self.shape
@@ -63,22 +74,23 @@ def quantize(weight: Tensor, format: WeightFormat) -> Quantized:
 
     Symmetric: the scale is the largest magnitude over 2^(bits - 1), with the sign that puts that value on the grid's deeper
     side, as it has one step more there.  With offsets: the grid runs from the smallest value, or 0 if that is smaller, to the
-    largest.
+    largest, moved by less than half a step so that 0 is on it: the offset is a whole number of scales, which is what
+    checkpoints can hold.
     """
     rows, width = weight.shape
     grouped = weight.float().view(rows, format.groups(width), -1)
     half, top = format.levels // 2, format.levels - 1
-    offsets = None
+    empty = torch.zeros(rows, width, dtype=torch.uint8)
     if format.symmetric:
         largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scales = -largest / half
+        grid = assembled(empty, -largest / half, None, format)
     else:
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scales, offsets = (high - low) / top, low
-    empty = torch.zeros(rows, width, dtype=torch.uint8)
-    grid = assembled(empty, scales, offsets, format)
+        scales = assembled(empty, (high - low) / top, None, format).steps()
+        zeros = (-low / torch.where(scales == 0, 1.0, scales)).round_().clamp_(0, top)
+        grid = assembled(empty, scales, -zeros * scales, format)
     # Values are rounded to the grid as it is stored.
-    step = (grid.scales.float() * grid.unit).unsqueeze(-1)
+    step = grid.steps().unsqueeze(-1)
     base = -half * step if grid.offsets is None else (grid.offsets.float() * grid.unit).unsqueeze(-1)
     values = ((grouped - base) / torch.where(step == 0, 1.0, step)).round_().clamp_(0, top).to(torch.uint8)
     return Quantized(values.view(rows, width), grid.scales, grid.offsets, format, grid.unit)

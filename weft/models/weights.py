@@ -39,6 +39,8 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PACKED_DTYPES = {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+"""What weights of few bits are stored in (`weft.models.checkpoints`)."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 256 << 20
@@ -316,7 +318,7 @@ def _header(file: Path) -> dict[str, Stored]:
     for name in names:
         entry = header[name]
         start, stop = entry["data_offsets"]
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"], torch.uint8)
+        dtype = (SAFETENSORS_DTYPES | PACKED_DTYPES).get(entry["dtype"], torch.uint8)
         found[name] = Stored(file, dtype, tuple(entry["shape"]), 8 + size + start, 8 + size + stop)
     return found
 

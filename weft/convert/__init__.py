@@ -1,0 +1,1 @@
+"""Checkpoints from checkpoints: weights rounded to few bits, calibrated (`awq`) or not, and written as others read them."""
