@@ -31,7 +31,12 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
 def write(
-    folder: Path, target: Path, type: str = "F32", *, pre: str = "gpt-2", raw: Mapping[str, tuple[str, np.ndarray]] | None = None
+    folder: Path,
+    target: Path,
+    type: str = "F32",
+    *,
+    pre: str = "gpt-2",
+    raw: Mapping[str, tuple[str, np.ndarray]] | None = None,
 ) -> None:
     """Write the folder's model (and its tokenizer, if it has a tokenizer.json).
 
@@ -103,7 +108,10 @@ def shape(writer: Any, architecture: str, config: Mapping[str, Any]) -> None:
 
 def named(found: Mapping[str, np.ndarray], architecture: str, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Tensors under their names in the file, experts of a layer in one, rows of Llama's queries and keys in pairs."""
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config.get("num_key_value_heads", config["num_attention_heads"])}
+    heads = {
+        "attn_q": config["num_attention_heads"],
+        "attn_k": config.get("num_key_value_heads", config["num_attention_heads"]),
+    }
     stored: dict[str, np.ndarray] = {}
     experts: dict[str, dict[int, np.ndarray]] = {}
     for name, values in found.items():
@@ -154,7 +162,9 @@ def tokenizer(writer: Any, folder: Path, pre: str) -> None:
     read = lambda name: json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
     file, settings, generation = read("tokenizer.json"), read("tokenizer_config.json"), read("generation_config.json")
     added = {token["id"]: token for token in file["added_tokens"]}
-    texts = {i: text for text, i in file["model"]["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    texts = {i: text for text, i in file["model"]["vocab"].items()} | {
+        i: token["content"] for i, token in added.items()
+    }
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(max(texts) + 1)]
     kinds = [NORMAL if i not in added else CONTROL if added[i]["special"] else USER_DEFINED for i in range(len(tokens))]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in file["model"]["merges"]]

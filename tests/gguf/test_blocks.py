@@ -13,7 +13,16 @@ from weft.models.gguf.header import TYPES
 gguf = pytest.importorskip("gguf")
 
 ROWS, WIDTH = 6, 768
-FACTORS = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+FACTORS = {
+    "Q8_0": [0],
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
 """Bytes at which blocks have float16 factors."""
 EXACT = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 FORMATS = {
@@ -41,7 +50,9 @@ def test_values_are_those_of_the_gguf_package(kind: str) -> None:
             raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]).view(np.uint8)
         else:
             raw = bytes_of(kind, seed)
-        want = gguf.quants.dequantize(raw.view({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8)), gguf.GGMLQuantizationType[kind])
+        want = gguf.quants.dequantize(
+            raw.view({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8)), gguf.GGMLQuantizationType[kind]
+        )
         ours = dequantized(torch.from_numpy(raw.copy()), kind, (ROWS, WIDTH)).float().numpy()
         assert np.array_equal(ours.view(np.uint32), want.astype(np.float32).view(np.uint32)), kind
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from weft.front.text import ModelText
 from weft.front.tokenizer import Tokenizer
 
 Shared = Callable[[str], Path]

@@ -147,11 +147,11 @@ def test_without_the_extension_the_reference_computes(monkeypatch: pytest.Monkey
 def test_weights_of_few_bits_give_what_the_reference_gives_over_the_same_values(text: str) -> None:
     """In float32 the reference operations keep exactly the values that the formats stand for."""
     tokens, format = prompt(200), WeightFormat.parse(text)
-    wanted, got = (bench(ops, weights=format).chunked("a", tokens, 64) for ops in ("ref", "cpu"))
+    wanted, got = (bench(ops, formats=quantized(spec(), format)).chunked("a", tokens, 64) for ops in ("ref", "cpu"))
     assert (got - wanted).abs().max() < 2e-5
     plain = bench("cpu").chunked("a", tokens, 64)
     assert (got - plain).abs().max() > 1e-3
-    whole = bench("cpu", weights=format)
+    whole = bench("cpu", formats=quantized(spec(), format))
     assert torch.equal(whole.chunked("b", tokens, 7), got)
     dense_bytes = bench("cpu").decoder.weights_bytes
     assert whole.decoder.weights_bytes < (0.45 if format.bits == 8 else 0.32) * dense_bytes
@@ -160,8 +160,8 @@ def test_weights_of_few_bits_give_what_the_reference_gives_over_the_same_values(
 
 def test_inputs_of_eight_bits_are_near_and_do_not_depend_on_the_batch() -> None:
     tokens, format = prompt(200), WeightFormat.parse("int8")
-    exact = bench("cpu", weights=format).chunked("a", tokens, 64)
-    narrow = bench("cpu", weights=format, activations="int8")
+    exact = bench("cpu", formats=quantized(spec(), format)).chunked("a", tokens, 64)
+    narrow = bench("cpu", formats=quantized(spec(), format), activations="int8")
     found = narrow.chunked("a", tokens, 64)
     assert 1e-4 < (found - exact).abs().mean() < 0.05 * exact.abs().mean()
     assert torch.equal(narrow.chunked("b", tokens, 3), found)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weft import native
 from weft.models.formats import WeightFormat
-from weft.models.layout import layer_shapes, quantized, stored_bytes
+from weft.models.layout import layer_shapes, stored_bytes
 from weft.models.spec import DecoderSpec
 from weft.types import GroupKind, GroupSpec
 
@@ -79,7 +79,7 @@ def read_by(setup: Setup, batch: int, context: int) -> int:
     """`bytes_per_step` of the target of a set-up."""
     return bytes_per_step(
         setup.spec, setup.groups_of("target"), setup.dtype, batch, context, setup.ops["target"].panels,
-        quantized(setup.spec, setup.weights),
+        setup.formats,
     )  # fmt: skip
 
 

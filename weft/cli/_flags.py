@@ -20,7 +20,9 @@ import typer
 from weft.errors import ConfigError
 
 ENGINE = "Engine"
-MODEL_HELP = "A folder, a .gguf file, a Hugging Face id, or nothing (or [b]bundled[/b]) for the model that comes with weft."
+MODEL_HELP = (
+    "A folder, a .gguf file, a Hugging Face id, or nothing (or [b]bundled[/b]) for the model that comes with weft."
+)
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Plugins = Annotated[

@@ -12,7 +12,12 @@ from weft.errors import ConfigError
 from weft.models import load_config
 from weft.models.gguf.checkpoint import opened
 
-MODELS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+MODELS = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 
 
 def reference_model(path: Path) -> Any:

@@ -21,6 +21,7 @@ from weft.hub import resolve_draft
 from weft.models import checkpoint_dtype, load_config
 from weft.models.families import read
 from weft.models.formats import WeightFormat
+from weft.models.gguf.header import is_gguf
 from weft.models.layout import quantized, tensor_shapes, weights_bytes, workspace_bytes
 from weft.models.spec import DecoderSpec, all_groups, dtype_bytes
 from weft.ops.choice import Choice, choose
@@ -63,7 +64,7 @@ class EngineConfig:
     max_loras   adapters that may be loaded at once
     lora_memory bytes set aside for them; None sets nothing aside, and they may take what the plan leaves over
     ops         auto, ref or cpu (weft's own kernels).  isa: auto, or one of this machine: avx512_vnni, avx512, avx2, portable
-    weights     auto (as they are), int8, or int4, with a group of inputs that share a scale: int4:128 (`WeightFormat.parse`)
+    weights     auto (as they are), float, int8, or int4, with a group of inputs that share a scale: int4:128 (`WeightFormat.parse`)
     activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact
     """
 
@@ -127,8 +128,8 @@ def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -
 class Setup:
     """Everything that is decided before anything is allocated.
 
-    draft: the second model, where the stack asks for one.  ops: who computes each model.  weights: the format that the target's
-    matrices are rounded to.
+    draft: the second model, where the stack asks for one.  ops: who computes each model.  formats: of the target's fused weights
+    that are kept in few bits (where the reference operations compute, that they are rounded to).
     """
 
     config: EngineConfig
@@ -143,12 +144,12 @@ class Setup:
     plan: MemoryPlan
     ops: Mapping[str, Choice]
     draft: DecoderSpec | None = None
-    weights: WeightFormat | None = None
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
 
     @property
     def weights_name(self) -> str:
         """Number format of the matrices."""
-        return self.dtype if self.weights is None else str(self.weights)
+        return " and ".join(sorted({str(format) for format in self.formats.values()})) or self.dtype
 
     @property
     def specs(self) -> dict[str, DecoderSpec]:
@@ -204,11 +205,17 @@ def prepare(config: EngineConfig) -> Setup:
     stack = build_stack(config.techniques)
     draft = _second(stack, spec)
     specs = {"target": spec} if draft is None else {"target": spec, "draft": draft}
-    weights = _weights(config, spec)
+    formats = _formats(config, spec, raw)
     ops = {
-        name: choose(config.ops, config.isa, one, dtype, device, weights if name == "target" else None)
+        name: choose(config.ops, config.isa, one, dtype, device, bool(formats) and name == "target")
         for name, one in specs.items()
     }
+    if config.weights == "auto" and not ops["target"].panels:
+        formats = {}  # the reference operations keep what a checkpoint's few bits stand for
+    if config.activations == "int8" and not formats:
+        raise ConfigError(
+            "--activations int8 goes with weights of few bits on the kernels: say --weights int8 or int4 too"
+        )
     groups, block_bytes = all_groups(specs, dtype, config.block_tokens, stack.get("kv.store"))
     layered = bool(stack["schedule"].layered)
     if not layered:
@@ -219,7 +226,7 @@ def prepare(config: EngineConfig) -> Setup:
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
     available = _available(device)
     plan = plan_memory(
-        weights_bytes=weights_bytes(spec, dtype, ops["target"].panels, quantized(spec, weights)),
+        weights_bytes=weights_bytes(spec, dtype, ops["target"].panels, formats),
         workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples, ops["target"].panels),
         groups=groups,
         block_bytes=block_bytes,
@@ -247,22 +254,32 @@ def prepare(config: EngineConfig) -> Setup:
     return Setup(
         config=config, spec=spec, dtype=dtype, device=device, threads=threads,
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
-        draft=draft, ops=ops, weights=weights,
+        draft=draft, ops=ops, formats=formats,
     )  # fmt: skip
 
 
-def _weights(config: EngineConfig, spec: DecoderSpec) -> WeightFormat | None:
-    """The format that matrices are rounded to.  Raises ConfigError for one that they cannot have."""
+def _formats(config: EngineConfig, spec: DecoderSpec, raw: Mapping[str, Any]) -> dict[str, WeightFormat]:
+    """The formats of fused weights that are kept in few bits: what the user says, else what the checkpoint has.
+
+    Raises ConfigError for one that they cannot have, or a checkpoint that cannot be read.
+    """
     if config.activations not in ("float", "int8"):
         raise ConfigError(f"--activations is float or int8, got {config.activations!r}")
+    if config.weights == "float":
+        return {}
     if config.weights == "auto":
-        if config.activations == "int8":
-            raise ConfigError("--activations int8 goes with weights of few bits: say --weights int8 or int4 too")
-        return None
-    format = WeightFormat.parse(config.weights)
-    for name in quantized(spec, format):
+        folder = config.model
+        if config.load != "auto" or not isinstance(folder, Path):
+            return {}
+        if not (is_gguf(folder) or raw.get("quantization_config")):
+            return {}
+        from weft.models.checkpoints.readers import opened
+
+        return opened(folder, spec).formats
+    formats = quantized(spec, WeightFormat.parse(config.weights))
+    for name, format in formats.items():
         format.groups(tensor_shapes(spec)[name][-1])
-    return format
+    return formats
 
 
 def _stream(choice: Choice, dtype: str) -> str:
@@ -301,7 +318,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
     decoder = build_decoder(
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
         groups=setup.groups_of("target"), invariant=config.invariant, seed=config.seed, progress=progress,
-        threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa, weights=setup.weights,
+        threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa, formats=setup.formats,
         activations=config.activations,
     )  # fmt: skip
     second = None
@@ -330,7 +347,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
 
 def _settings(setup: Setup) -> bytes:
     """What of the set-up changes keys and values, for the salt of the prefix index."""
-    return f"{setup.dtype} {setup.weights} {setup.config.activations}".encode()
+    return f"{setup.dtype} {setup.weights_name} {setup.config.activations}".encode()
 
 
 def reach(setup: Setup) -> dict[str, int]:

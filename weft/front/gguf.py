@@ -53,7 +53,13 @@ ENDS = frozenset(
 )
 """Control tokens that end an answer wherever they are."""
 ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
-SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
+SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
 MAX_TOKENS, MAX_TOKEN_CHARS, MAX_CHARS = 1 << 20, 1 << 10, 1 << 24
 """The largest vocabularies have 260,000 tokens, of up to 256 characters, and 2 million characters together."""
 
@@ -104,7 +110,9 @@ class _Vocabulary:
         if value is None or value in (0xFFFFFFFF, -1):
             return None
         if type(value) is not int or not 0 <= value < len(self.tokens):
-            raise ConfigError(f"{self.path}: tokenizer.ggml.{name} is {str(value)[:40]}; there are {len(self.tokens)} tokens")
+            raise ConfigError(
+                f"{self.path}: tokenizer.ggml.{name} is {str(value)[:40]}; there are {len(self.tokens)} tokens"
+            )
         return value
 
 
@@ -112,7 +120,9 @@ def tokenizer(path: Path) -> tuple[Backend, dict[str, Any]]:
     """A backend, and what tokenizer_config.json would have said.  Raises ConfigError naming the key that is wrong."""
     metadata = read(path).metadata
     vocabulary = _Vocabulary(path, metadata)
-    named = {f"{role}_token": vocabulary.tokens[i] for role, key in ROLES.items() if (i := vocabulary.id(key)) is not None}
+    named = {
+        f"{role}_token": vocabulary.tokens[i] for role, key in ROLES.items() if (i := vocabulary.id(key)) is not None
+    }
     if vocabulary.model == "llama":
         backend, defaults = _sentencepiece(vocabulary)
         named = {**defaults, **named}
@@ -172,7 +182,9 @@ def _byte_pairs(vocabulary: _Vocabulary) -> Backend:
         )
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises plain Exception for a merge that the vocabulary lacks, or panics
+    except (
+        BaseException
+    ) as error:  # the library raises plain Exception for a merge that the vocabulary lacks, or panics
         raise ConfigError(f"{path}: tokenizer.ggml.merges cannot be used ({error})") from None
     if name in COMPOSED:
         backend.normalizer = normalizers.NFC()

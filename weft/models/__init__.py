@@ -25,7 +25,9 @@ def load_config(path: Path | str) -> dict[str, Any]:
             raise ConfigError(f"{file} has more than {MAX_CONFIG_BYTES} bytes, which no config.json has")
         found = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist; a model is a folder with config.json and safetensors, or a GGUF file") from None
+        raise ConfigError(
+            f"{file} does not exist; a model is a folder with config.json and safetensors, or a GGUF file"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from weft import native
 from weft.errors import ConfigError
-from weft.models.formats import WeightFormat
 from weft.models.layout import PANEL
 from weft.models.spec import DecoderSpec
 
@@ -31,10 +30,8 @@ class Choice:
         return self.ops == "cpu"
 
 
-def choose(
-    wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str, weights: WeightFormat | None = None
-) -> Choice:
-    """wanted: auto, ref or cpu.  isa: auto, or an instruction set.  weights: the format that matrices are rounded to.
+def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str, few: bool = False) -> Choice:
+    """wanted: auto, ref or cpu.  isa: auto, or an instruction set.  few: whether matrices are kept in few bits.
 
     Raises ConfigError for what this machine or model lacks.
     """
@@ -46,7 +43,7 @@ def choose(
         raise ConfigError(f"--isa is auto or, on this machine, one of {', '.join(there)}; got {isa!r}")
     if wanted == "ref":
         return Choice("ref", reason="the reference operations were asked for")
-    reason = native.why_not() or _why_not(spec, dtype, device, weights)
+    reason = native.why_not() or _why_not(spec, dtype, device, few)
     if not reason:
         return Choice("cpu", there[0] if isa == "auto" else isa)
     if wanted == "cpu" or isa != "auto":
@@ -54,7 +51,7 @@ def choose(
     return Choice("ref", reason=reason)
 
 
-def _why_not(spec: DecoderSpec, dtype: str, device: str, weights: WeightFormat | None) -> str:
+def _why_not(spec: DecoderSpec, dtype: str, device: str, few: bool) -> str:
     """What of a model the kernels do not compute, in a sentence; empty where they compute all of it."""
     if device != "cpu":
         return "the kernels are for CPUs"
@@ -65,7 +62,7 @@ def _why_not(spec: DecoderSpec, dtype: str, device: str, weights: WeightFormat |
     attention = spec.heads * spec.head_dim
     inner = (layer.intermediate if layer.experts is None else layer.experts.intermediate for layer in spec.layers)
     widths = {spec.width, attention, *inner}
-    if any(width % (2 if weights is None else 8) for width in widths) or attention % PANEL:
+    if any(width % (8 if few else 2) for width in widths) or attention % PANEL:
         return "the weights have odd widths"
     if any(layer.activation not in ACTIVATIONS for layer in spec.layers):
         return f"the kernels have {' and '.join(ACTIVATIONS)}"

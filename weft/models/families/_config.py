@@ -165,7 +165,9 @@ class Config:
         if kind == "linear":
             return RopeSpec(kind=kind, theta=plain.theta, dim=plain.dim, factor=rope.number("factor"))
         if kind == "divided":
-            return RopeSpec(kind=kind, theta=plain.theta, dim=plain.dim, divisors=rope.numbers("divisors", plain.dim // 2))
+            return RopeSpec(
+                kind=kind, theta=plain.theta, dim=plain.dim, divisors=rope.numbers("divisors", plain.dim // 2)
+            )
         if "original_max_position_embeddings" in self:
             original = self.size("original_max_position_embeddings")
         else:

@@ -128,6 +128,8 @@ def _q6_k(raw: Tensor) -> Blocks:
 READERS: dict[str, Callable[[Tensor], Blocks]] = {
     "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
 }  # fmt: skip
+SYMMETRIC = ("Q8_0", "Q4_0", "Q5_0", "Q6_K")
+"""Types without offsets."""
 READABLE = (*PLAIN, *READERS)
 """Types that weft reads."""
 
@@ -160,8 +162,7 @@ def quantized(raw: Tensor, type: str, shape: tuple[int, int]) -> Quantized:
     Raises ConfigError for a type that is not made of integers.
     """
     blocks = _blocks(raw, BY_NAME[type])
-    bits = 4 if type.startswith("Q4") else 8
-    format = WeightFormat(bits, blocks.q.shape[-1], blocks.offset is None)
+    format = format_of(type)
     q = blocks.q if blocks.offset is not None else blocks.q + (format.levels // 2 - blocks.middle)
     groups = (shape[0], -1)
     scale = blocks.scale.reshape(groups)
@@ -171,6 +172,11 @@ def quantized(raw: Tensor, type: str, shape: tuple[int, int]) -> Quantized:
     return Quantized(
         q.reshape(shape), scale.to(torch.float16), None if offset is None else offset.to(torch.float16), format
     )
+
+
+def format_of(type: str) -> WeightFormat:
+    """The format that holds a type's integers (see `quantized`)."""
+    return WeightFormat(4 if type.startswith("Q4") else 8, 16 if type == "Q6_K" else 32, type in SYMMETRIC)
 
 
 def unpaired(rows: Tensor, head: int) -> Tensor:

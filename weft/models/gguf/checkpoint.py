@@ -53,7 +53,13 @@ YARN = {
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
 """The same for `rope_scaling`."""
-REQUIRED = ("embedding_length", "block_count", "attention.head_count", "context_length", "attention.layer_norm_rms_epsilon")
+REQUIRED = (
+    "embedding_length",
+    "block_count",
+    "attention.head_count",
+    "context_length",
+    "attention.layer_norm_rms_epsilon",
+)
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
@@ -120,7 +126,9 @@ def opened(path: Path) -> Checkpoint:
             tensors[name] = (file, entry)
     total = first.metadata.get("split.tensors.count", len(tensors))
     if count > 1 and total != len(tensors):
-        raise ConfigError(f"{path} and its {count - 1} other files have {len(tensors)} tensors; they should have {total}")
+        raise ConfigError(
+            f"{path} and its {count - 1} other files have {len(tensors)} tensors; they should have {total}"
+        )
     return Checkpoint(path, first.metadata, tensors)
 
 
@@ -130,13 +138,19 @@ def _others(path: Path, first: Header, count: int) -> Iterator[Path]:
         return
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name)
     if match is None or int(match[3]) != count or first.metadata.get("split.no", 0) != int(match[2]) - 1:
-        raise ConfigError(f"{path} is one of {count} files; their names must end in -00001-of-{count:05}.gguf and so on")
+        raise ConfigError(
+            f"{path} is one of {count} files; their names must end in -00001-of-{count:05}.gguf and so on"
+        )
     if int(match[2]) != 1:
-        raise ConfigError(f"{path} is a later part of a checkpoint; name the first, {match[1]}-00001-of-{match[3]}.gguf")
+        raise ConfigError(
+            f"{path} is a later part of a checkpoint; name the first, {match[1]}-00001-of-{match[3]}.gguf"
+        )
     for number in range(2, count + 1):
         file = path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf")
         if not file.is_file():
-            raise ConfigError(f"{file}, the {number}. of {count} files of this checkpoint, does not exist; fetch it too")
+            raise ConfigError(
+                f"{file}, the {number}. of {count} files of this checkpoint, does not exist; fetch it too"
+            )
         yield file
 
 
@@ -175,10 +189,14 @@ def config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {name}.attention.key_length is {str(dim)[:40]!r}; expected a whole number")
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, dim) != dim:
-            raise ConfigError(f"{path}: {name}.{key} is {str(own[key])[:40]}; heads have {dim} values, and only such are read")
+            raise ConfigError(
+                f"{path}: {name}.{key} is {str(own[key])[:40]}; heads have {dim} values, and only such are read"
+            )
     tensors = checkpoint.tensors
     if "token_embd.weight" not in tensors:
-        raise ConfigError(f"{path} has no tensor token_embd.weight: it holds a vocabulary or a part of a model, not a model")
+        raise ConfigError(
+            f"{path} has no tensor token_embd.weight: it holds a vocabulary or a part of a model, not a model"
+        )
     found["vocab_size"] = tensors["token_embd.weight"][1].shape[0]
     found["tie_word_embeddings"] = "output.weight" not in tensors
     found["attention_bias"] = "blk.0.attn_q.bias" in tensors
@@ -215,7 +233,9 @@ def _scaling(checkpoint: Checkpoint, name: str, own: Mapping[str, Any], dim: int
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))
     if FREQUENCIES in checkpoint.tensors:
         if kind not in ("none", "linear") or factor not in (0.0, 1.0):
-            raise ConfigError(f"{path} has {FREQUENCIES} beside {name}.rope.scaling.type {str(kind)[:40]!r}; expected one of both")
+            raise ConfigError(
+                f"{path} has {FREQUENCIES} beside {name}.rope.scaling.type {str(kind)[:40]!r}; expected one of both"
+            )
         return {"rope_type": "divided", "divisors": list(_frequencies(checkpoint, dim))}
     if kind == "none" or (kind == "linear" and factor == 0.0):
         return None
@@ -224,7 +244,9 @@ def _scaling(checkpoint: Checkpoint, name: str, own: Mapping[str, Any], dim: int
     if kind != "yarn":
         raise ConfigError(f"{path}: {name}.rope.scaling.type is {str(kind)[:40]!r}; weft reads none, linear and yarn")
     if own.get("rope.scaling.yarn_ext_factor", 1.0) != 1.0 or "rope.scaling.yarn_log_multiplier" in own:
-        raise ConfigError(f"{path}: this form of {name}.rope.scaling (yarn_ext_factor, yarn_log_multiplier) is not read")
+        raise ConfigError(
+            f"{path}: this form of {name}.rope.scaling (yarn_ext_factor, yarn_log_multiplier) is not read"
+        )
     found = {"rope_type": "yarn", "factor": factor}
     found |= {key: own[source] for key, source in YARN.items() if source in own}
     attention = own.get("rope.scaling.yarn_attn_factor", own.get("rope.scaling.attn_factor", 1.0))
@@ -261,7 +283,9 @@ def catalogue(path: Path) -> dict[str, Tensor]:
         if own != FREQUENCIES:
             for given, tensor in _named(own, Tensor(file, entry.type, entry.shape, entry.start, entry.stop), counts):
                 if given in found or len(found) == MAX_NAMES:
-                    raise ConfigError(f"{file}: {own} is one tensor too many: {given} is there already, or {MAX_NAMES} others")
+                    raise ConfigError(
+                        f"{file}: {own} is one tensor too many: {given} is there already, or {MAX_NAMES} others"
+                    )
                 found[given] = tensor
     return found
 

@@ -124,7 +124,9 @@ class _Reader:
         start = self.at
         if count > self.end - start:
             if self.end < self.size:
-                raise self.refuse(f"the header goes on for more than {MAX_HEADER_BYTES} bytes, which no model needs ({what})")
+                raise self.refuse(
+                    f"the header goes on for more than {MAX_HEADER_BYTES} bytes, which no model needs ({what})"
+                )
             raise self.refuse(f"the file ends inside {what}: it is damaged or was not fetched whole; fetch it again")
         self.at = start + count
         return start
@@ -242,7 +244,9 @@ class _Reader:
         if 0 in shape:
             raise self.refuse(f"the tensor {name!r} has a dimension of 0")
         if shape[0] % kind.values:
-            raise self.refuse(f"rows of {name!r} have {shape[0]} values, and {kind.name} stores {kind.values} at a time")
+            raise self.refuse(
+                f"rows of {name!r} have {shape[0]} values, and {kind.name} stores {kind.values} at a time"
+            )
         return name, kind, shape[::-1], self.number("Q", f"the place of {name}")
 
     def placed(
