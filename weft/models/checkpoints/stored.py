@@ -116,7 +116,7 @@ def compare(folder: Path, parts: Sequence[Part], stored: dict[str, Stored], spec
     source = "metadata" if packed else "config.json"
     missing = [name for name in wanted if name not in stored]
     if missing:
-        raise ConfigError(f"{folder} lacks {some(missing)}, for which its {source} {'ask' if packed else 'asks'}")
+        raise ConfigError(f"{folder} lacks {some(missing)}, which its {source} {'ask' if packed else 'asks'} for")
     unexpected(folder, [name for name in stored if name not in wanted], spec)
     wrong = [
         f"{part.name} {list(stored[part.name].shape)} instead of {list(part.shape)}"
