@@ -187,6 +187,7 @@ def config(path: Path) -> dict[str, Any]:
     dim = found.get("head_dim") or _head_dim(path, found)
     if type(dim) is not int:
         raise ConfigError(f"{path}: {name}.attention.key_length is {str(dim)[:40]!r}; expected a whole number")
+    found["head_dim"] = dim
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, dim) != dim:
             raise ConfigError(
