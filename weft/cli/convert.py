@@ -58,21 +58,14 @@ def run(model: str, out: Path, form: WeightFormat, text: str | None) -> dict[str
     """The record of `weft convert --json`.  Raises ConfigError and CapacityError."""
     from weft.convert.folder import copy_rest, made, require_room
     from weft.convert.write import convert as write
-    from weft.convert.write import expected_bytes
     from weft.exec.host import format_size
     from weft.hub import resolve
     from weft.models import load_spec
-    from weft.models.layout import tensor_shapes
+    from weft.models.layout import parameters
 
     folder = resolve(model, progress=sys.stderr.isatty())
     spec = load_spec(folder)
-    matrices = [
-        shape[-2:]
-        for shape in tensor_shapes(spec).values()
-        if len(shape) > 1
-        for _ in range(shape[0] ** (len(shape) - 2))
-    ]
-    require_room(out, expected_bytes(matrices, form), format_size)
+    require_room(out, parameters(spec) * form.bits // 8 * 5 // 4, format_size)
     with made(out) as draft:
         changes = None if text is None else calibrated(folder, form, text)
         left = copy_rest(folder, draft)

@@ -18,16 +18,18 @@ Progress = Callable[[int, int], None]
 
 
 class Along:
-    """Computes windows of at most `length` tokens, each from its own beginning, in float32 by the reference operations.
+    """Computes windows of at most `length` tokens, each from its own beginning, by the reference operations.
 
     wanted: whether rows' logits are wanted; else only hooks see what is computed.
     """
 
-    def __init__(self, folder: Path, spec: DecoderSpec, length: int, *, wanted: bool = True) -> None:
-        groups, block_bytes = kv_groups(spec, "float32", BLOCK_TOKENS)
+    def __init__(
+        self, folder: Path, spec: DecoderSpec, length: int, *, wanted: bool = True, dtype: str = "float32"
+    ) -> None:
+        groups, block_bytes = kv_groups(spec, dtype, BLOCK_TOKENS)
         self.length, self.wanted = length, wanted
         self.decoder: Decoder = build(
-            spec, folder, dtype="float32", max_rows=length, max_samples=length if wanted else 1, groups=groups,
+            spec, folder, dtype=dtype, max_rows=length, max_samples=length if wanted else 1, groups=groups,
             invariant=False, ops="ref",
         )  # fmt: skip
         counts = [-(-length // group.block_tokens) for group in groups]

@@ -5,12 +5,13 @@
     python tests/models/packed/make.py written NAME FOLDER
 
 Each NAME/ is a whole checkpoint of a Llama of one layer with random weights, and NAME/expected.safetensors has every packed
-weight as the package itself reads it back.  dense/ has a model that nobody rounded, and NAME.safetensors beside it the weights
-that transformers and compressed-tensors read from what `weft convert` made of it.  Packages and versions stand in the metadata of both files.
+weight as the package itself reads it back.  dense/ has a model that nobody rounded, and beside it NAME.safetensors the weights
+that transformers and compressed-tensors read from what `weft convert` made of it.  Packages and versions stand in the
+metadata of the files.
 
     pip install torch==2.13.0 transformers compressed-tensors pydantic loguru
     pip install --no-deps --no-build-isolation autoawq==0.2.9 auto-gptq==0.7.1 gptqmodel==7.7.0
-    pip install pypcre logbar device-smi tokenicer defuser threadpoolctl torchao pillow protobuf requests
+    pip install pypcre logbar device-smi tokenicer defuser threadpoolctl torchao pillow protobuf requests  # gptqmodel
 
 Their tops need more than the packing does, so `bare` imports a package without its __init__.
 """
