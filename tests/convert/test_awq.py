@@ -154,6 +154,9 @@ def test_a_calibrated_checkpoint_is_what_was_judged(checkpoint: Callable[[str], 
     along = Along(folder, spec, 32, wanted=False)
     judged = Judged(folder, along)
     changes = calibrate(along, noise(spec.vocab), form, judged.norm_dtypes)
+    meeting = (spec.heads + spec.kv_heads) * spec.head_dim
+    assert bool(torch.isinf(changes.limits["0.qkv"][:meeting]).all()), "queries and keys are clamped"
+    assert bool(torch.isfinite(changes.limits["0.qkv"][meeting:]).all())
     convert(folder, tmp_path, form, changes.applied)
     judged.put(form, changes)
     found = read_back(tmp_path)
