@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 from bench.contender import ROOT, Case, Contender, Model, Run, rss_bytes
-from weft.bench.limit import bytes_per_step, read_gb_s
+from weft.bench.limit import read_by, read_gb_s
 from weft.errors import ConfigError, EngineError
 from weft.exec.build import Setup
 from weft.exec.host import cpu_count, format_size
@@ -203,7 +203,7 @@ def _ratios(mine: Sequence[float], null: Sequence[float], itself: bool) -> list[
 
 def _bytes_per_step(setup: Setup, case: Case) -> int:
     context = sum(len(p) for p in case.prompts) // len(case.prompts) + case.max_new // 2
-    return bytes_per_step(setup.spec, setup.groups, setup.dtype, case.together, context)
+    return read_by(setup, case.together, context)
 
 
 def _same(mine: Mapping[int, Sequence[int]], theirs: Mapping[int, Sequence[int]]) -> float:

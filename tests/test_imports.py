@@ -23,14 +23,14 @@ TECHNIQUES = frozenset(
     "bundle".split()
 )
 # What each part of weft may import from weft, besides itself.  exec.batch and exec.kvpool (what a decoder reads) and models.spec
-# (what it is) are data; who computes on them may name them.  hub says where a second model's files are.
+# (what it is) are data; who computes on them may name them.  models.gguf reads headers, which hold tokenizers too.  hub says where a second model's files are.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "core": VOCABULARY,
     "sim": VOCABULARY | {"core"},
     "exec": VOCABULARY | {"core", "models", "ops", "hub"},
     "models": VOCABULARY | {"ops", "exec.batch", "exec.kvpool"},
     "ops": VOCABULARY | {"exec.batch", "exec.kvpool", "models.spec"},
-    "front": VOCABULARY | {"core.events"},
+    "front": VOCABULARY | {"core.events", "models.gguf"},
     "native": frozenset(),
 }
 TENSORS = frozenset({"torch", "numpy", "transformers", "safetensors"})

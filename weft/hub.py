@@ -40,11 +40,11 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,
 
 
 def resolve(model: str | os.PathLike[str] | None, *, progress: bool = True, weights: bool = True) -> Path:
-    """The folder that holds the model's files.
+    """The folder that holds the model's files, or the one GGUF file that holds all of it.
 
     weights: False fetches no more of a hub model than its small JSON files (a memory plan needs only those).
 
-    model: a folder; a hub id such as "Qwen/Qwen3-0.6B", with "@REVISION" for a branch, tag or commit; None or "bundled"
+    model: a folder; a file that ends in .gguf; a hub id such as "Qwen/Qwen3-0.6B", with "@REVISION" for a branch, tag or commit; None or "bundled"
     for the model that comes with weft.  A hub model is fetched into the hub's own cache, under the token of its own
     configuration, and is read from the cache when there is no network.
     Raises ConfigError saying what to do: no such folder, a file, no config.json, no such model, no access, no network.
@@ -58,11 +58,17 @@ def resolve(model: str | os.PathLike[str] | None, *, progress: bool = True, weig
         raise ConfigError("the model's name is empty; give a folder or a hub id, or leave it out for the bundled model")
     path = Path(name).expanduser()
     if path.is_file():
-        raise ConfigError(f"{name} is a file; give the folder that holds config.json and the *.safetensors files")
+        if path.suffix == ".gguf":
+            return path
+        raise ConfigError(
+            f"{name} is a file; give the folder that holds config.json and the *.safetensors files, or a .gguf file"
+        )
     if path.is_dir():
         return _checked(path)
     if not _ID.fullmatch(name) or _looks_local(name):
-        raise ConfigError(f"there is no folder {name}; give one with config.json, or a hub id such as Qwen/Qwen3-0.6B")
+        raise ConfigError(
+            f"there is no folder {name}; give one with config.json, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
+        )
     return _checked(_download(name, progress, PATTERNS if weights else CONFIGURATION))
 
 
@@ -78,13 +84,15 @@ def resolve_draft(model: str, *, progress: bool = True, weights: bool = True) ->
 
 
 def model_id(model: str | os.PathLike[str] | None) -> str:
-    """The name that a model is served under: weft-tiny for the bundled one, a folder's own name, or the hub id."""
+    """The name that a model is served under: weft-tiny for the bundled one, a folder's (or a GGUF file's) own name, or the hub id."""
     if model is None or model == BUNDLED:
         return BUNDLED_ID
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve().name or name
+    if path.suffix == ".gguf" and path.is_file():
+        return re.sub(r"-00001-of-\d{5}$", "", path.stem)
     return name.partition("@")[0]
 
 
@@ -94,8 +102,9 @@ def _looks_local(name: str) -> bool:
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        nested = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        hint = f"; did you mean {folder / nested[0]}?" if nested else "; give the folder of a Hugging Face checkpoint"
+        nested = sorted((*folder.glob("*/config.json"), *folder.glob("*.gguf")))
+        nested = [p.parent if p.name == "config.json" else p for p in nested]
+        hint = f"; did you mean {nested[0]}?" if nested else "; give the folder of a Hugging Face checkpoint"
         raise ConfigError(f"{folder} has no config.json{hint}")
     return folder
 

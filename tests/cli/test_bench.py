@@ -50,7 +50,7 @@ def test_the_real_command_prints_one_record_for_each_batch(shape: Path) -> None:
     for r in records:
         assert r.keys() >= KEYS
         assert r["limit"].keys() == {"bytes_per_step", "read_gb_s", "fraction"}
-        assert (r["model"], r["dtype"], r["threads"], r["ops"]) == ("small-shape", "bfloat16", 1, "ref")
+        assert (r["model"], r["dtype"], r["threads"], r["ops"]) == ("small-shape", "bfloat16", 1, "cpu")
         assert r["steps"] == 5, "the first of six tokens belongs to the prompt"
         assert r["tpot_s"] * r["decode_tok_s"] == pytest.approx(r["batch"])
         assert 0 < r["host_s_per_step"] < r["tpot_s"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +51,14 @@ class Bench:
     blocks: int = 256
     slide: bool = True
     seed: int = 0
+    store: Any = None
     chains: dict[str, Chain] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.groups, self.block_bytes = self.decoder.groups, 0
         largest = [group.block_tokens * group.entry_bytes for group in self.groups]
-        self.block_bytes = max(kv_groups(self.decoder.spec, str(self.decoder.dtype), _smallest(self))[1], *largest)
+        own = kv_groups(self.decoder.spec, str(self.decoder.dtype), _smallest(self), self.store)
+        self.block_bytes = max(own[1], *largest)
         self.pool = KVPool(
             self.groups,
             self.decoder.spec,
@@ -63,6 +66,7 @@ class Bench:
             block_bytes=self.block_bytes,
             dtype=self.decoder.dtype,
             device=self.decoder.device,
+            store=self.store,
         )
         self.pool.arena.fill_(255)
         self.free = list(range(self.blocks))
@@ -169,9 +173,9 @@ def bench_for(
     **kw: object,
 ) -> Bench:
     """A bench over a model folder or "random" weights.  Keyword arguments go to `build`; blocks and slide to `Bench`."""
-    own = {key: kw.pop(key) for key in ("blocks", "slide") if key in kw}
+    own = {key: kw.pop(key) for key in ("blocks", "slide", "store") if key in kw}
     kw.setdefault("ops", choose(OPS, "auto", spec, dtype, "cpu").ops)
-    groups, _ = kv_groups(spec, dtype, block_tokens)
+    groups, _ = kv_groups(spec, dtype, block_tokens, own.get("store"))  # type: ignore[arg-type]
     decoder = build(
         spec,
         source,

@@ -20,12 +20,12 @@ from weft.errors import ConfigError
 from weft.models.checkpoints.files import Files
 from weft.models.checkpoints.readers import Reader, fused, readers
 from weft.models.checkpoints.scheme import scheme
+from weft.models.checkpoints.stored import catalogue
 from weft.models.checkpoints.unpack import packed, unpacked, whole
 from weft.models.families import families
 from weft.models.families._config import Config
 from weft.models.formats import WeightFormat
 from weft.models.quantized import Quantized
-from weft.models.weights import _catalogue
 
 PACKED = Path(__file__).parent / "packed"
 FORMATS = {
@@ -56,7 +56,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 def look(folder: Path) -> tuple[dict[str, Reader], Files]:
     config = config_of(folder)
     family = families()["llama"]
-    stored = _catalogue(folder)
+    stored = catalogue(folder)
     found = readers(folder, list(family.parts(family.spec(Config(config)))), stored, scheme(config))
     return found, Files(stored)
 

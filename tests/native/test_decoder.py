@@ -10,8 +10,11 @@ import torch
 
 from tests.models.harness import Bench, Rows, bench_for
 from weft import native
+from weft.config import build_stack
 from weft.errors import ConfigError
 from weft.models.families import read
+from weft.models.formats import WeightFormat
+from weft.models.layout import quantized, weights_bytes
 from weft.models.spec import DecoderSpec
 from weft.ops.choice import choose
 from weft.ops.cpu import operations as cpu
@@ -138,3 +141,64 @@ def test_without_the_extension_the_reference_computes(monkeypatch: pytest.Monkey
     assert (found.ops, found.reason) == ("ref", "weft's kernels were not built (no compiler)")
     with pytest.raises(ConfigError, match="were not built"):
         choose("cpu", "auto", spec(), "float32", "cpu")
+
+
+@pytest.mark.parametrize("text", ["int8", "int8:32:zero", "int4", "int4:16:zero"])
+def test_weights_of_few_bits_give_what_the_reference_gives_over_the_same_values(text: str) -> None:
+    """In float32 the reference operations keep exactly the values that the formats stand for."""
+    tokens, format = prompt(200), WeightFormat.parse(text)
+    wanted, got = (bench(ops, formats=quantized(spec(), format)).chunked("a", tokens, 64) for ops in ("ref", "cpu"))
+    assert (got - wanted).abs().max() < 2e-5
+    plain = bench("cpu").chunked("a", tokens, 64)
+    assert (got - plain).abs().max() > 1e-3
+    whole = bench("cpu", formats=quantized(spec(), format))
+    assert torch.equal(whole.chunked("b", tokens, 7), got)
+    dense_bytes = bench("cpu").decoder.weights_bytes
+    assert whole.decoder.weights_bytes < (0.45 if format.bits == 8 else 0.32) * dense_bytes
+    assert whole.decoder.weights_bytes == weights_bytes(spec(), "float32", True, quantized(spec(), format))
+
+
+def test_inputs_of_eight_bits_are_near_and_do_not_depend_on_the_batch() -> None:
+    tokens, format = prompt(200), WeightFormat.parse("int8")
+    exact = bench("cpu", formats=quantized(spec(), format)).chunked("a", tokens, 64)
+    narrow = bench("cpu", formats=quantized(spec(), format), activations="int8")
+    found = narrow.chunked("a", tokens, 64)
+    assert 1e-4 < (found - exact).abs().mean() < 0.05 * exact.abs().mean()
+    assert torch.equal(narrow.chunked("b", tokens, 3), found)
+
+
+def test_rows_of_eight_bits_are_read_as_the_reference_reads_them() -> None:
+    tokens = prompt(LONG)
+    found = {}
+    for ops in ("ref", "cpu"):
+        store = build_stack(["kv.store=int8"])["kv.store"]
+        one = bench(ops, store=store)
+        found[ops] = one.chunked("a", tokens, 300)
+        assert store.acts["rows_encoded"] == LONG * 2 * 2 * 2, "entries, keys and values, kv heads, layers"
+    plain = bench("ref").chunked("a", tokens, 300)
+    # A number that lies between two bytes may be rounded either way, where the sums before it differ in their last bits.
+    apart, rounding = (found["cpu"] - found["ref"]).abs(), (found["ref"] - plain).abs()
+    assert apart.max() < 0.1 * rounding.max()
+    assert apart.mean() < 0.02 * rounding.mean()
+
+
+def test_rows_of_eight_bits_are_stored_as_the_technique_stores_them() -> None:
+    """Byte for byte, also of rows that are zero, tiny or not finite."""
+    store = build_stack(["kv.store=int8"])["kv.store"]
+    rows = torch.randn(64, 4, 16, generator=torch.Generator().manual_seed(3))
+    rows[1], rows[2, 0], rows[3, 1, 4], rows[4, 2, 5], rows[5] = 0.0, 1e-42, float("nan"), float("inf"), rows[5] * 1e30
+    keys, values = rows[:, :2].contiguous(), rows[:, 2:].contiguous()
+    for isa in native.module().isas():
+        program, step = native.module().Program(1, isa), native.module().Step()
+        arena, slots = torch.zeros(4, 2 * 16 * 2 * 20, dtype=torch.uint8), torch.arange(64)
+        step.rows(64, 0, 0, 0, 0, 0, 0, 0)
+        step.place(0, arena.data_ptr(), arena.shape[1], 0, 0, 16, 0, 0, 0, 0, slots.data_ptr(), 0, cpu.STORES["int8"])
+        at = program.store(0, keys.data_ptr(), values.data_ptr(), 32, 2, 16, 0)
+        program.run(at, at + 1, step)
+        stored = arena.view(4, 2, 16, 2, 20)
+        for which, x in enumerate((keys, values)):
+            found = stored[:, which].reshape(64 * 2, 20)
+            wanted = store.encode(x.view(-1, 16))
+            whole = store.decode(wanted).isfinite().all(1)
+            assert torch.equal(found[whole], wanted[whole])
+            assert torch.equal(store.decode(found).isnan(), store.decode(wanted).isnan())

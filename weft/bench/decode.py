@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from weft.bench.limit import bytes_per_step, read_gb_s
+from weft.bench.limit import read_by, read_gb_s
 from weft.core.ledger import blocks_for
 from weft.errors import CapacityError, ConfigError
 from weft.exec.build import EngineConfig, Progress, Runtime, Setup, build, prepare, with_limits
@@ -198,7 +198,7 @@ def _record(
     setup = runtime.setup
     steps = [s for p in phases for s in p.steps]
     decode_tok_s = median(tokens / times.total_s for times, tokens in steps)
-    read = bytes_per_step(setup.spec, setup.groups, setup.dtype, batch, bench.prompt + bench.new // 2)
+    read = read_by(setup, batch, bench.prompt + bench.new // 2)
     return {
         "batch": batch,
         "prefill_tok_s": batch * bench.prompt / median(p.prefill_s for p in phases),
@@ -211,6 +211,8 @@ def _record(
         "dtype": setup.dtype,
         "device": setup.device,
         "threads": setup.threads,
+        "weights": setup.weights_name,
+        "activations": setup.config.activations,
         "ops": setup.ops["target"].ops,
         "isa": setup.ops["target"].isa,
         "invariant": runtime.decoder.invariant,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from weft.models.layout import layer_shapes, tensor_shapes
-from weft.models.spec import DecoderSpec, dtype_bytes
+from weft import native
+from weft.models.formats import WeightFormat
+from weft.models.layout import layer_shapes, stored_bytes
+from weft.models.spec import DecoderSpec
 from weft.types import GroupKind, GroupSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from weft.exec.build import Setup
 
 READ_BYTES = 1 << 30
 """Bytes that the bandwidth is measured over: far more than any cache holds."""
@@ -29,25 +31,28 @@ def experts_hit(num: int, top_k: int, rows: int) -> float:
     return num * (1.0 - (1.0 - top_k / num) ** rows)
 
 
-def weight_bytes_read(spec: DecoderSpec, dtype: str, batch: int) -> int:
-    """Bytes of weights that a decode step of `batch` sequences reads: each weight once.
+def weight_bytes_read(
+    spec: DecoderSpec, dtype: str, batch: int, panels: bool = False, formats: Mapping[str, WeightFormat] | None = None
+) -> int:
+    """Bytes of weights that a decode step of `batch` sequences reads, as they are stored: each weight once, scales too.
 
     Of the embedding only the batch's rows, unless it is also the output projection; of a mixture only the experts that are hit
     (see `experts_hit`: real routers are less even and hit fewer).
     """
-    values = 0.0
-    for name, shape in tensor_shapes(spec).items():
+    sizes = stored_bytes(spec, dtype, panels, formats)
+    read = 0.0
+    for name, size in sizes.items():
         if name == "embed" and not spec.tied:
-            values += min(batch, spec.vocab) * spec.width
+            read += size * min(batch, spec.vocab) / spec.vocab
         elif "." not in name:
-            values += math.prod(shape)
+            read += size
     for layer in spec.layers:
-        for name, shape in layer_shapes(spec, layer).items():
+        for name in layer_shapes(spec, layer):
             share = 1.0
             if layer.experts is not None and name.startswith("experts_"):
                 share = experts_hit(layer.experts.num, layer.experts.top_k, batch) / layer.experts.num
-            values += math.prod(shape) * share
-    return round(values * dtype_bytes(dtype))
+            read += sizes[f"{layer.weights}.{name}"] * share
+    return round(read)
 
 
 def kv_bytes_read(groups: Sequence[GroupSpec], batch: int, context: int) -> int:
@@ -57,26 +62,46 @@ def kv_bytes_read(groups: Sequence[GroupSpec], batch: int, context: int) -> int:
     )
 
 
-def bytes_per_step(spec: DecoderSpec, groups: Sequence[GroupSpec], dtype: str, batch: int, context: int) -> int:
+def bytes_per_step(
+    spec: DecoderSpec,
+    groups: Sequence[GroupSpec],
+    dtype: str,
+    batch: int,
+    context: int,
+    panels: bool = False,
+    formats: Mapping[str, WeightFormat] | None = None,
+) -> int:
     """Stored bytes that a decode step must read: weights once, and the KV of the batch at `context` positions each."""
-    return weight_bytes_read(spec, dtype, batch) + kv_bytes_read(groups, batch, context)
+    return weight_bytes_read(spec, dtype, batch, panels, formats) + kv_bytes_read(groups, batch, context)
+
+
+def read_by(setup: Setup, batch: int, context: int) -> int:
+    """`bytes_per_step` of the target of a set-up."""
+    return bytes_per_step(
+        setup.spec, setup.groups_of("target"), setup.dtype, batch, context, setup.ops["target"].panels,
+        setup.formats,
+    )  # fmt: skip
 
 
 def read_gb_s(threads: int, device: str = "cpu", size_bytes: int = READ_BYTES) -> float:
-    """GB/s (1e9 bytes) at which this machine reads `size_bytes` of memory with `threads` threads.
+    """GB/s (1e9 bytes) at which this machine reads `size_bytes` of memory with `threads` threads: the best of ROUNDS rounds.
 
-    The best round of three reductions that touch every byte once: sums of float32 and of int64, and a bfloat16 matrix times a
-    vector, which is what decoding does.  The best and not the middle, since it stands for a limit.
+    By the kernels, each thread its own stretch; where there are none, by three reductions of PyTorch that touch every byte once:
+    sums of float32 and of int64, and a bfloat16 matrix times a vector.  The best and not the middle, since it stands for a limit.
     """
     import torch
 
+    memory = torch.ones(size_bytes // 8, dtype=torch.int64, device=device)
+    module = native.module()
+    if module is not None and device == "cpu":
+        program = module.Program(threads)
+        return memory.nbytes / _fastest(lambda: program.read(memory.data_ptr(), memory.nbytes), device) / 1e9
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        memory = torch.ones(size_bytes // 8, dtype=torch.int64, device=device)
         matrix = memory.view(torch.bfloat16).view(-1, ROW)
         vector = torch.ones(ROW, dtype=torch.bfloat16, device=device)
-        kernels: list[Callable[[], Tensor]] = [
+        kernels: list[Callable[[], Any]] = [
             memory.view(torch.float32).sum,
             memory.sum,
             lambda: matrix.mv(vector),
@@ -86,7 +111,7 @@ def read_gb_s(threads: int, device: str = "cpu", size_bytes: int = READ_BYTES) -
         torch.set_num_threads(before)
 
 
-def _fastest(kernel: Callable[[], Tensor], device: str) -> float:
+def _fastest(kernel: Callable[[], Any], device: str) -> float:
     """Seconds of the fastest of ROUNDS calls, after one that is not counted."""
     import torch
 

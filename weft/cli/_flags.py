@@ -20,7 +20,9 @@ import typer
 from weft.errors import ConfigError
 
 ENGINE = "Engine"
-MODEL_HELP = "A folder, a Hugging Face id, or nothing (or [b]bundled[/b]) for the model that comes with weft."
+MODEL_HELP = (
+    "A folder, a .gguf file, a Hugging Face id, or nothing (or [b]bundled[/b]) for the model that comes with weft."
+)
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Plugins = Annotated[
@@ -71,7 +73,25 @@ class EngineFlags:
     ] = None
     isa: Annotated[
         str | None,
-        _option("--isa", help="Instructions of the kernels: auto, avx512, avx2 or portable.", metavar="NAME"),
+        _option(
+            "--isa", help="Instructions of the kernels: auto, avx512_vnni, avx512, avx2 or portable.", metavar="NAME"
+        ),
+    ] = None
+    weights: Annotated[
+        str | None,
+        _option(
+            "--weights",
+            help="Round the weights while loading: int8 or int4, with a group such as [b]int4:128[/b].",
+            metavar="FORMAT",
+        ),
+    ] = None
+    activations: Annotated[
+        str | None,
+        _option(
+            "--activations",
+            help="float, or int8: with --weights, round the inputs of products too; faster, less exact.",
+            metavar="FORMAT",
+        ),
     ] = None
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences computed at once; more wait. (64)", metavar="N")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.cli._gguf_reference import reference_model
 from weft.errors import ConfigError
+from weft.models.gguf.header import is_gguf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +28,7 @@ class Reference:
     """A checkpoint as transformers runs it: float32 on the CPU, its plainest attention, no code from the checkpoint.
 
     The weights are those of the file; where they are stored in fewer bits, float32 holds them exactly.
-    Raises ConfigError when transformers cannot load the folder.
+    A GGUF file is read by the gguf package.  Raises ConfigError when transformers cannot load the folder.
     """
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -36,8 +38,11 @@ class Reference:
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        if is_gguf(folder):
+            self._model: Any = reference_model(folder).eval()
+            return
         try:
-            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation="eager",

@@ -92,7 +92,8 @@ def table(records: list[dict[str, Any]]) -> Table:
 
     first = records[0]
     title = (
-        f"{first['model']}, {first['dtype']}, {first['threads']} threads, ops {first['ops']}"
+        f"{first['model']}, {first['weights']}{', inputs in 8 bits' if first['activations'] == 'int8' else ''}, "
+        f"{first['threads']} threads, ops {first['ops']}"
         f"{' (invariant)' if first['invariant'] else ''}; {first['prompt']} prompt + {first['new']} new tokens"
     )
     grid = Table(title=title, title_justify="left", title_style="bold")

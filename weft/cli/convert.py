@@ -81,8 +81,8 @@ def calibrated(folder: Path, form: WeightFormat, text: str) -> Changes:
     from weft.convert.passes import Along, windows
     from weft.front.text import ModelText
     from weft.models import load_spec
+    from weft.models.checkpoints.stored import catalogue
     from weft.models.families import families
-    from weft.models.weights import _catalogue
 
     spec = load_spec(folder)
     length = min(WINDOW, spec.max_positions)
@@ -92,7 +92,7 @@ def calibrated(folder: Path, form: WeightFormat, text: str) -> Changes:
         raise ConfigError(
             f"--awq needs a text of at least {LEAST_TOKENS} tokens, this has {len(ids)}; {WINDOW * WINDOWS} are used"
         )
-    stored = _catalogue(folder)
+    stored = catalogue(folder)
     parts = families()[spec.family].parts(spec)
     dtypes = {part.target: stored[part.name].dtype for part in parts if len(part.shape) == 1 and part.name in stored}
     along = Along(folder, spec, length, wanted=False)

@@ -96,13 +96,14 @@ def split(arguments: Sequence[str], others: Sequence[str] = ()) -> tuple[str | N
     """(model, prompts) of the command's arguments; `others` are prompts that were given by flags.
 
     With prompts from flags, at most one argument is left and names the model.  Else the first of several is the model, unless it
-    has a space in it and is no folder; a single argument is a prompt, unless it clearly names a model and stdin has a prompt.
+    has a space in it and is neither a folder nor a .gguf file; a single argument is a prompt, unless it clearly names a model and
+    stdin has a prompt.
     """
     if others:
         if len(arguments) > 1:
             raise ConfigError("beside --prompt and --file there is room for one argument, the model")
         return (arguments[0] if arguments else None), list(others)
-    if len(arguments) > 1 and (" " not in arguments[0] or Path(arguments[0]).is_dir()) and arguments[0] != "-":
+    if len(arguments) > 1 and (" " not in arguments[0] or _is_path(arguments[0])) and arguments[0] != "-":
         return arguments[0], list(arguments[1:])
     if len(arguments) == 1 and _names_model(arguments[0]):
         if sys.stdin.isatty():
@@ -124,7 +125,12 @@ def as_json(result: RequestOutput) -> dict[str, Any]:
 
 
 def _names_model(text: str) -> bool:
-    return text == "bundled" or (Path(text).expanduser() / "config.json").is_file()
+    path = Path(text).expanduser()
+    return text == "bundled" or (path / "config.json").is_file() or (text.endswith(".gguf") and path.is_file())
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith(".gguf") or Path(text).is_dir()
 
 
 def _stream(llm: LLM, prompt: Any, params: SamplingParams) -> None:

@@ -45,6 +45,8 @@ def as_json(setup: Setup, name: str) -> dict[str, Any]:
         "dtype": setup.dtype,
         "device": setup.device,
         "threads": setup.threads,
+        "weights": setup.weights_name,
+        "activations": setup.config.activations,
         "ops": setup.ops["target"].ops,
         "isa": setup.ops["target"].isa,
         "max_num_seqs": setup.limits.max_num_seqs,
@@ -66,7 +68,7 @@ def table(setup: Setup, name: str) -> Table:
     grid.add_column(style="dim")
     plural = "" if setup.threads == 1 else "s"
     threads = f", {setup.threads} thread{plural}" if setup.device == "cpu" else ""
-    grid.add_row("weights", format_size(p.weights_bytes), f"{setup.dtype} on {setup.device}{threads}")
+    grid.add_row("weights", format_size(p.weights_bytes), f"{setup.weights_name} on {setup.device}{threads}")
     if p.draft_bytes:
         grid.add_row("draft model", format_size(p.draft_bytes), "its weights, workspace and laws")
     grid.add_row(

@@ -23,12 +23,12 @@ from weft.errors import ConfigError
 from weft.models import load_config
 from weft.models.checkpoints.files import Files
 from weft.models.checkpoints.readers import readers
+from weft.models.checkpoints.stored import INDEX, SINGLE, Stored, catalogue, compare
 from weft.models.checkpoints.unpack import packed
 from weft.models.families import families, read
 from weft.models.formats import WeightFormat
 from weft.models.layout import Part, quantized
 from weft.models.quantized import quantize
-from weft.models.weights import INDEX, SINGLE, Stored, _catalogue, _compare
 
 Progress = Callable[[int, int], None]
 Apply = Callable[[Part, Tensor, int], Tensor]
@@ -108,9 +108,9 @@ def convert(
         raise ConfigError(
             f"{folder} is quantized already (quantization_config); convert the checkpoint that it came from"
         )
-    stored = _catalogue(folder)
+    stored = catalogue(folder)
     parts = list(families()[spec.family].parts(spec))
-    _compare(folder, parts, stored, spec)
+    compare(folder, parts, stored, spec)
     readers(folder, parts, stored, None)
     few = quantized(spec, form)
     for part in parts:

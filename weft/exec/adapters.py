@@ -23,8 +23,8 @@ from safetensors import SafetensorError, deserialize
 from torch import Tensor
 
 from weft.errors import CapacityError, ConfigError, RequestError
+from weft.models.checkpoints.stored import SAFETENSORS_DTYPES
 from weft.models.families import families
-from weft.models.weights import SAFETENSORS_DTYPES
 from weft.registry import Part, lookup, names
 from weft.slots import PRODUCTS, Site
 from weft.types import Adapted

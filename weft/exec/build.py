@@ -20,7 +20,9 @@ from weft.exec.host import available_memory, cpu_count, parse_size
 from weft.hub import resolve_draft
 from weft.models import checkpoint_dtype, load_config
 from weft.models.families import read
-from weft.models.layout import weights_bytes, workspace_bytes
+from weft.models.formats import WeightFormat
+from weft.models.gguf.header import is_gguf
+from weft.models.layout import quantized, tensor_shapes, weights_bytes, workspace_bytes
 from weft.models.spec import DecoderSpec, all_groups, dtype_bytes
 from weft.ops.choice import Choice, choose
 from weft.recipe import merged
@@ -61,7 +63,9 @@ class EngineConfig:
     lora        adapters to load before the first request, as "NAME=FOLDER"
     max_loras   adapters that may be loaded at once
     lora_memory bytes set aside for them; None sets nothing aside, and they may take what the plan leaves over
-    ops         auto, ref or cpu (weft's own kernels).  isa: auto, avx512, avx2 or portable
+    ops         auto, ref or cpu (weft's own kernels).  isa: auto, or one of this machine: avx512_vnni, avx512, avx2, portable
+    weights     auto (as they are), float, int8, or int4, with a group of inputs that share a scale: int4:128 (`WeightFormat.parse`)
+    activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact
     """
 
     model: Path | Mapping[str, Any]
@@ -83,6 +87,8 @@ class EngineConfig:
     lora_memory: int | None = None
     ops: str = "auto"
     isa: str = "auto"
+    weights: str = "auto"
+    activations: str = "float"
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -122,7 +128,8 @@ def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -
 class Setup:
     """Everything that is decided before anything is allocated.
 
-    draft: the second model, where the stack asks for one.  ops: who computes each model.
+    draft: the second model, where the stack asks for one.  ops: who computes each model.  formats: of the target's fused weights
+    that are kept in few bits (where the reference operations compute, that they are rounded to).
     """
 
     config: EngineConfig
@@ -137,6 +144,12 @@ class Setup:
     plan: MemoryPlan
     ops: Mapping[str, Choice]
     draft: DecoderSpec | None = None
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+
+    @property
+    def weights_name(self) -> str:
+        """Number format of the matrices."""
+        return " and ".join(sorted({str(format) for format in self.formats.values()})) or self.dtype
 
     @property
     def specs(self) -> dict[str, DecoderSpec]:
@@ -192,7 +205,17 @@ def prepare(config: EngineConfig) -> Setup:
     stack = build_stack(config.techniques)
     draft = _second(stack, spec)
     specs = {"target": spec} if draft is None else {"target": spec, "draft": draft}
-    ops = {name: choose(config.ops, config.isa, one, dtype, device) for name, one in specs.items()}
+    formats = _formats(config, spec, raw)
+    ops = {
+        name: choose(config.ops, config.isa, one, dtype, device, bool(formats) and name == "target")
+        for name, one in specs.items()
+    }
+    if config.weights == "auto" and not ops["target"].panels:
+        formats = {}  # the reference operations keep what a checkpoint's few bits stand for
+    if config.activations == "int8" and not formats:
+        raise ConfigError(
+            "--activations int8 goes with weights of few bits on the kernels: say --weights int8 or int4 too"
+        )
     groups, block_bytes = all_groups(specs, dtype, config.block_tokens, stack.get("kv.store"))
     layered = bool(stack["schedule"].layered)
     if not layered:
@@ -203,8 +226,8 @@ def prepare(config: EngineConfig) -> Setup:
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
     available = _available(device)
     plan = plan_memory(
-        weights_bytes=weights_bytes(spec, dtype, ops["target"].panels),
-        workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples),
+        weights_bytes=weights_bytes(spec, dtype, ops["target"].panels, formats),
+        workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples, ops["target"].panels),
         groups=groups,
         block_bytes=block_bytes,
         rows=rows,
@@ -231,8 +254,32 @@ def prepare(config: EngineConfig) -> Setup:
     return Setup(
         config=config, spec=spec, dtype=dtype, device=device, threads=threads,
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
-        draft=draft, ops=ops,
+        draft=draft, ops=ops, formats=formats,
     )  # fmt: skip
+
+
+def _formats(config: EngineConfig, spec: DecoderSpec, raw: Mapping[str, Any]) -> dict[str, WeightFormat]:
+    """The formats of fused weights that are kept in few bits: what the user says, else what the checkpoint has.
+
+    Raises ConfigError for one that they cannot have, or a checkpoint that cannot be read.
+    """
+    if config.activations not in ("float", "int8"):
+        raise ConfigError(f"--activations is float or int8, got {config.activations!r}")
+    if config.weights == "float":
+        return {}
+    if config.weights == "auto":
+        folder = config.model
+        if config.load != "auto" or not isinstance(folder, Path):
+            return {}
+        if not (is_gguf(folder) or raw.get("quantization_config")):
+            return {}
+        from weft.models.checkpoints.readers import opened
+
+        return opened(folder, spec).formats
+    formats = quantized(spec, WeightFormat.parse(config.weights))
+    for name, format in formats.items():
+        format.groups(tensor_shapes(spec)[name][-1])
+    return formats
 
 
 def _stream(choice: Choice, dtype: str) -> str:
@@ -267,11 +314,12 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
         source = like.decoder
     elif config.load == "auto" and isinstance(config.model, Path):
         source = config.model
-    total = weights_bytes(setup.spec, setup.dtype, setup.ops["target"].panels)
+    total = setup.plan.weights_bytes
     decoder = build_decoder(
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
         groups=setup.groups_of("target"), invariant=config.invariant, seed=config.seed, progress=progress,
-        threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa,
+        threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa, formats=setup.formats,
+        activations=config.activations,
     )  # fmt: skip
     second = None
     if setup.draft is not None:
@@ -288,13 +336,18 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
         stacks = Stacks(setup.stack, {"adapt": adapters})
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
-        vocab=setup.spec.vocab, share=config.share, settings=f"{setup.dtype}".encode(), reach=reach(setup),
+        vocab=setup.spec.vocab, share=config.share, settings=_settings(setup), reach=reach(setup),
         block_bytes=setup.block_bytes,
     )  # fmt: skip
     adapters.serve(engine)
     runtime = Runtime(setup, engine, None, decoder, pool, second, adapters)  # type: ignore[arg-type]
     runtime.executor = TorchExecutor(runtime.decoders, pool, stacks, max_guesses=limits.max_guesses)
     return runtime
+
+
+def _settings(setup: Setup) -> bytes:
+    """What of the set-up changes keys and values, for the salt of the prefix index."""
+    return f"{setup.dtype} {setup.weights_name} {setup.config.activations}".encode()
 
 
 def reach(setup: Setup) -> dict[str, int]:
@@ -319,7 +372,11 @@ def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequ
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
     stream = _stream(choice, dtype)
-    return weights_bytes(draft, dtype, choice.panels) + workspace_bytes(draft, stream, rows, sequences) + laws
+    return (
+        weights_bytes(draft, dtype, choice.panels)
+        + workspace_bytes(draft, stream, rows, sequences, choice.panels)
+        + laws
+    )
 
 
 def make_pool(setup: Setup) -> KVPool:

@@ -29,10 +29,10 @@ Converted = tuple[Backend, dict[str, Any]]
 """A backend, and what tokenizer_config.json would have said (its own words win over these)."""
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CL100K = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
+CL100K = _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_O200K = "|".join(
+O200K = "|".join(
     (
         rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_ENGLISH}?",
         rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_ENGLISH}?",
@@ -57,7 +57,7 @@ _LLAMA3_NAMES = {
 _PUBLIC: dict[str, tuple[str | None, dict[str, int]]] = {
     "r50k_base": (None, {"<|endoftext|>": 50256}),
     "cl100k_base": (
-        _CL100K,
+        CL100K,
         {
             "<|endoftext|>": 100257,
             "<|fim_prefix|>": 100258,
@@ -66,7 +66,7 @@ _PUBLIC: dict[str, tuple[str | None, dict[str, int]]] = {
             "<|endofprompt|>": 100276,
         },
     ),
-    "o200k_base": (_O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
+    "o200k_base": (O200K, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}),
 }
 _GPT2_CLASSES = ("", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast")
 _QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
@@ -136,6 +136,7 @@ def bpe_from_ranks(ranks: dict[bytes, int], pattern: str | None, special: dict[s
 
 
 def _byte_level(backend: Backend, pattern: str | None, *, prefix_space: bool = False) -> None:
+    """Pre-tokenizer and decoder of byte-level BPE.  pattern: what splits text into words; None is GPT-2's."""
     if pattern is None:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=True)
     else:
@@ -157,7 +158,7 @@ def _llama3(path: Path, data: bytes, config: dict[str, Any]) -> Converted:
         )
     special = _llama3_special(config.get("added_tokens_decoder") or {})
     defaults = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "add_bos_token": True}
-    return bpe_from_ranks(ranks, _CL100K, special), defaults
+    return bpe_from_ranks(ranks, CL100K, special), defaults
 
 
 def _llama3_special(listed: dict[str, Any]) -> dict[str, int]:
@@ -200,7 +201,7 @@ def _vocab_and_merges(vocab_path: Path, merges_path: Path, config: dict[str, Any
     qwen = kind in _QWEN2_CLASSES
     if qwen:
         backend.normalizer = normalizers.NFC()
-    _byte_level(backend, _QWEN2 if qwen else None, prefix_space=bool(config.get("add_prefix_space")))
+    _byte_level(backend, QWEN2 if qwen else None, prefix_space=bool(config.get("add_prefix_space")))
     defaults: dict[str, Any] = {}
     if "<|endoftext|>" in vocab:
         backend.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])

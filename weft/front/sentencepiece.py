@@ -18,8 +18,9 @@ from tokenizers import Tokenizer as Backend
 from weft.errors import ConfigError
 
 SPACE = "\u2581"
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-_UNIGRAM, _BPE = 1, 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Kinds of pieces; GGUF counts tokens' kinds the same way."""
+UNIGRAM, BPE = 1, 2
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class SentencePieceModel:
 
     pieces: list[tuple[str, float, int]] = field(default_factory=list)
     """(text, score, kind) by id."""
-    model_type: int = _UNIGRAM
+    model_type: int = UNIGRAM
     byte_fallback: bool = False
     unk_id: int = 0
     bos_id: int = 1
@@ -83,7 +84,7 @@ def parse_model(data: bytes) -> SentencePieceModel:
     model = SentencePieceModel()
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
-            text, score, kind = "", 0.0, _NORMAL
+            text, score, kind = "", 0.0, NORMAL
             for n, v in _fields(value):
                 if n == 1 and isinstance(v, bytes):
                     text = v.decode("utf-8")
@@ -94,7 +95,7 @@ def parse_model(data: bytes) -> SentencePieceModel:
             model.pieces.append((text, score, kind))
         elif number == 2 and isinstance(value, bytes):
             trainer = dict(_fields(value))
-            model.model_type = _signed(trainer.get(3, _UNIGRAM))
+            model.model_type = _signed(trainer.get(3, UNIGRAM))
             model.byte_fallback = bool(trainer.get(35, 0))
             model.unk_id = _signed(trainer.get(40, 0))
             model.bos_id = _signed(trainer.get(41, 1))
@@ -122,8 +123,13 @@ def sentencepiece_bpe(path: Path, data: bytes, config: dict[str, Any]) -> tuple[
         model = parse_model(data)
     except (ValueError, TypeError, struct.error) as e:
         raise ConfigError(f"{path} is not a SentencePiece model ({e}); fetch it again") from e
-    if model.model_type != _BPE:
+    if model.model_type != BPE:
         raise ConfigError(f"{path} is not a BPE model; put the checkpoint's tokenizer.json beside it")
+    return backend_of(path, model, first_only=config.get("legacy") is False)
+
+
+def backend_of(path: Path, model: SentencePieceModel, *, first_only: bool = False) -> tuple[Backend, dict[str, Any]]:
+    """The same from a model's fields.  path: the file that errors name."""
     vocab = {text: i for i, (text, _, _) in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
         raise ConfigError(f"{path} lists a piece twice; fetch it again")
@@ -137,11 +143,11 @@ def sentencepiece_bpe(path: Path, data: bytes, config: dict[str, Any]) -> tuple[
             byte_fallback=model.byte_fallback,
         )
     )
-    _text_steps(backend, model, first_only=config.get("legacy") is False)
+    _text_steps(backend, model, first_only=first_only)
     backend.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, _, k in model.pieces if k in (_CONTROL, _UNKNOWN)]
+        [AddedToken(t, special=True, normalized=False) for t, _, k in model.pieces if k in (CONTROL, UNKNOWN)]
     )
-    own = [text for text, _, kind in model.pieces if kind == _USER_DEFINED]
+    own = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
     backend.add_tokens([AddedToken(text, special=False, normalized=True) for text in own])
     defaults: dict[str, Any] = {"add_bos_token": True}
     for name in ("bos", "eos", "unk", "pad"):
@@ -153,7 +159,7 @@ def sentencepiece_bpe(path: Path, data: bytes, config: dict[str, Any]) -> tuple[
 
 def _merges(model: SentencePieceModel, vocab: dict[str, int]) -> list[tuple[str, str]]:
     """Each split of each piece, best scores first, as SentencePiece joins the neighbours that score best together."""
-    joins = [(text, score) for text, score, kind in model.pieces if kind in (_NORMAL, _USER_DEFINED)]
+    joins = [(text, score) for text, score, kind in model.pieces if kind in (NORMAL, USER_DEFINED)]
     joins.sort(key=lambda join: -join[1])
     merges: list[tuple[str, str]] = []
     for text, _ in joins:

@@ -14,6 +14,7 @@ from weft.front.detokenize import SequenceText
 from weft.front.files import read_json
 from weft.front.template import ChatTemplate, plain_messages
 from weft.front.tokenizer import Tokenizer
+from weft.models.gguf.header import is_gguf
 from weft.sampling import SamplingParams
 from weft.types import RequestSpec, TokenItem
 
@@ -42,14 +43,13 @@ class ModelText:
 
     @classmethod
     def load(cls, folder: str | Path, *, max_model_len: int | None = None, name: str | None = None) -> ModelText:
-        """Read the text side of the checkpoint in `folder`.  ConfigError names what is missing or wrong."""
+        """Read the text side of the checkpoint in `folder`, or in a GGUF file.  ConfigError names what is missing or wrong."""
         folder = Path(folder)
         called = name or "this model"
         tokenizer = Tokenizer.load(folder)
-        config = read_json(folder / "config.json")
+        config, generation = _described(folder)
         inner = config.get("text_config")
         inner = inner if isinstance(inner, dict) else {}
-        generation = read_json(folder / "generation_config.json")
         vocab = inner.get("vocab_size", config.get("vocab_size", tokenizer.vocab_size))
         if isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < 1:
             raise ConfigError(f"{folder / 'config.json'}: vocab_size must be a positive whole number, not {vocab!r}")
@@ -217,6 +217,15 @@ def sampling_defaults(generation: Mapping[str, Any], path: Path) -> dict[str, An
     except RequestError as e:
         raise ConfigError(f"{path}: {e}; change the file") from e
     return defaults
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and generation_config.json, or what a GGUF file says in their place."""
+    if is_gguf(folder):
+        from weft.front.gguf import described
+
+        return described(folder)
+    return read_json(folder / "config.json"), read_json(folder / "generation_config.json")
 
 
 def _ids(value: Any, path: Path) -> list[int]:

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as Backend
 from weft.errors import ConfigError, RequestError
 from weft.front.decoding import plan_decoder
 from weft.front.files import read_bytes, read_json
+from weft.models.gguf.header import is_gguf
 
 MAX_TEXT_CHARS = 16 << 20
 """Longest text that is tokenized at all, in characters."""
@@ -64,8 +65,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read the tokenizer of the checkpoint in `folder`.  ConfigError names the file that is missing or broken."""
+        """Read the tokenizer of the checkpoint in `folder`, or in a GGUF file.  ConfigError names the file that is missing or broken."""
         folder = Path(folder)
+        if is_gguf(folder):
+            from weft.front.gguf import tokenizer
+
+            return cls(*tokenizer(folder))
         config = read_json(folder / "tokenizer_config.json")
         extra = read_json(folder / "special_tokens_map.json")
         config = {**{k: v for k, v in extra.items() if config.get(k) is None}, **_given(config)}

@@ -5,7 +5,7 @@ The list (`operations.py`) is cut at seams where something hooks in, and nowhere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from weft.errors import ConfigError
 from weft.exec.batch import Batch
 from weft.exec.kvpool import KVPool
 from weft.models.formats import WeightFormat
-from weft.models.layout import arena, buffer_bytes, buffer_shapes, quantized, workspace_bytes
+from weft.models.layout import arena, buffer_bytes, buffer_shapes, workspace_bytes
 from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, filling, head, operations
 from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
@@ -103,7 +103,7 @@ class Decoder:
 
     def _allocate(self) -> tuple[dict[str, Tensor], Tensor]:
         name = str(self.stream_dtype).removeprefix("torch.")
-        shapes = buffer_shapes(self.spec, name, self.max_rows, self.max_samples)
+        shapes = buffer_shapes(self.spec, name, self.max_rows, self.max_samples, self.native is not None)
         sizes = buffer_bytes(shapes)
         offsets, total = arena(sizes)
         memory = torch.zeros(total, dtype=torch.uint8, device=self.device)
@@ -232,6 +232,9 @@ class Decoder:
             if step.dense:
                 assert step.native is not None
                 step.native.place(group, where, pool, at, keep)
+                if pool.store is not None:
+                    layers = sum(self._group_of[layer] == group for layer in range(first, stop))
+                    pool.store.encoded(2 * self.spec.kv_heads * layers * (rows if keep is None else len(keep)))
                 continue
             step.attending[group] = []
             for technique, sequences in techniques:
@@ -343,7 +346,7 @@ def build(
     ops: str = "ref",
     threads: int = 1,
     isa: str = "auto",
-    weights: WeightFormat | None = None,
+    formats: Mapping[str, WeightFormat] | None = None,
     activations: str = "float",
 ) -> Decoder:
     """Allocate, load and get ready to run.
@@ -355,7 +358,7 @@ def build(
     invariant   whether a row's bits may depend on nothing but its own context; by default on a CPU in float32
     progress    called with (bytes loaded, bytes in all)
     ops         ref, or cpu: weft's own kernels, with `threads` threads and the instruction set `isa`, and activations in float32
-    weights     a format of few bits that matrices are rounded to; the reference operations keep what it stands for in `dtype`
+    formats     of fused weights that are kept in few bits; the reference operations keep what they stand for in `dtype`
     activations float, or int8: inputs of products with such weights are rounded to 8 bits, each row with a scale of its own
     Raises ConfigError for a spec, dtype or checkpoint that cannot be used.
     """
@@ -372,7 +375,6 @@ def build(
         assert (source.native is None) == (native is None)
         memory, tensors = source.weights, source.tensors
     else:
-        formats = quantized(spec, weights)
         memory, tensors = allocate(spec, kind, place, native, formats)
         if isinstance(source, str):
             randomize(spec, tensors, seed, progress, formats)

@@ -86,8 +86,10 @@ def padded(rows: int) -> int:
     return -(-rows // PAD_ROWS) * PAD_ROWS
 
 
-def buffer_shapes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int) -> dict[str, tuple[Shape, str]]:
-    """The decoder's named buffers: shape and dtype of each.
+def buffer_shapes(
+    spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int, panels: bool = False
+) -> dict[str, tuple[Shape, str]]:
+    """The decoder's named buffers: shape and dtype of each.  panels: for the kernels, which keep a mixture's rows in some, too.
 
     hidden: the residual stream.  normed: what a projection reads.  projected: what attention or MLP adds to the stream.
     picked: final-normed rows whose logits are wanted.
@@ -102,6 +104,8 @@ def buffer_shapes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int
     shapes["gate_up"] = (rows, 2 * inner), dtype
     shapes["gated"] = (rows, inner), dtype
     shapes["router"] = (rows, max((layer.experts.num for layer in spec.layers if layer.experts), default=0)), dtype
+    if panels:
+        shapes.update(_pairs(spec, rows))
     shapes["picked"] = (samples, width), dtype
     shapes["logits"] = (samples, spec.vocab), "float32"
     if dtype != "float32":
@@ -109,15 +113,31 @@ def buffer_shapes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int
     return shapes
 
 
+def _pairs(spec: DecoderSpec, rows: int) -> dict[str, tuple[Shape, str]]:
+    """Where the kernels compute a mixture of experts: for each pair of a row and one of its experts."""
+    found = [layer.experts for layer in spec.layers if layer.experts is not None]
+    if not found:
+        return {}
+    each, inner = rows * max(e.top_k for e in found), max(e.intermediate for e in found)
+    return {
+        "shares": ((each,), "float32"),
+        "ids": ((2 * each,), "float32"),  # whole numbers of 8 bytes
+        "pair_inputs": ((each, spec.width), "float32"),
+        "pair_gate_up": ((each, 2 * inner), "float32"),
+        "pair_gated": ((each, inner), "float32"),
+        "pair_outputs": ((each, spec.width), "float32"),
+    }
+
+
 def buffer_bytes(shapes: Mapping[str, tuple[Shape, str]]) -> dict[str, int]:
     """Bytes of each buffer."""
     return {name: math.prod(shape) * dtype_bytes(dtype) for name, (shape, dtype) in shapes.items()}
 
 
-def workspace_bytes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int) -> int:
+def workspace_bytes(spec: DecoderSpec, dtype: str, max_rows: int, max_samples: int, panels: bool = False) -> int:
     """Bytes of the decoder's buffers, exactly as they are allocated."""
     name = dtype.removeprefix("torch.")
-    return arena(buffer_bytes(buffer_shapes(spec, name, max_rows, max_samples)))[1]
+    return arena(buffer_bytes(buffer_shapes(spec, name, max_rows, max_samples, panels)))[1]
 
 
 def arena(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
@@ -159,9 +179,9 @@ def stored_bytes(
     """
     size, found = dtype_bytes(dtype), {}
     for name, shape in tensor_shapes(spec).items():
-        if panels and len(shape) == 2:
+        if panels and len(shape) > 1:
             format = (formats or {}).get(name, size)
-            found[name] = -(-shape[0] // PANEL) * panel_bytes(shape[1], format)
+            found[name] = math.prod(shape[:-2]) * -(-shape[-2] // PANEL) * panel_bytes(shape[-1], format)
         else:
             found[name] = math.prod(shape) * size
     return found

@@ -39,7 +39,8 @@ class RopeSpec:
     """Rotary position embedding (Su et al., arXiv:2104.09864) over the first `dim` values of a head.
 
     kind    default; linear: every frequency divided by `factor`; llama3: low frequencies divided by `factor`, with a smooth
-            band between wavelengths original / high_factor and original / low_factor; yarn (Peng et al., arXiv:2309.00071)
+            band between wavelengths original / high_factor and original / low_factor; yarn (Peng et al., arXiv:2309.00071);
+            divided: each frequency divided by its own of `divisors` (how GGUF writes down llama3)
     theta   base of the frequencies
     original    positions that the model was first trained on (llama3, yarn)
     beta_fast, beta_slow   rotations over `original` positions where yarn's ramp begins and ends
@@ -47,7 +48,7 @@ class RopeSpec:
     attention_factor       multiplies cosine and sine (yarn's temperature)
     """
 
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "divided"] = "default"
     theta: float = 10000.0
     dim: int
     factor: float = 1.0
@@ -58,6 +59,7 @@ class RopeSpec:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,8 +30,11 @@ class Choice:
         return self.ops == "cpu"
 
 
-def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str) -> Choice:
-    """wanted: auto, ref or cpu.  isa: auto, or an instruction set.  Raises ConfigError for what this machine or model lacks."""
+def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str, few: bool = False) -> Choice:
+    """wanted: auto, ref or cpu.  isa: auto, or an instruction set.  few: whether matrices are kept in few bits.
+
+    Raises ConfigError for what this machine or model lacks.
+    """
     if wanted not in ("auto", "ref", "cpu"):
         raise ConfigError(f"--ops is auto, ref or cpu, got {wanted!r}")
     module = native.module()
@@ -40,7 +43,7 @@ def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str) ->
         raise ConfigError(f"--isa is auto or, on this machine, one of {', '.join(there)}; got {isa!r}")
     if wanted == "ref":
         return Choice("ref", reason="the reference operations were asked for")
-    reason = native.why_not() or _why_not(spec, dtype, device)
+    reason = native.why_not() or _why_not(spec, dtype, device, few)
     if not reason:
         return Choice("cpu", there[0] if isa == "auto" else isa)
     if wanted == "cpu" or isa != "auto":
@@ -48,19 +51,18 @@ def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str) ->
     return Choice("ref", reason=reason)
 
 
-def _why_not(spec: DecoderSpec, dtype: str, device: str) -> str:
+def _why_not(spec: DecoderSpec, dtype: str, device: str, few: bool) -> str:
     """What of a model the kernels do not compute, in a sentence; empty where they compute all of it."""
     if device != "cpu":
         return "the kernels are for CPUs"
     if dtype not in FORMATS:
         return f"the kernels have {' and '.join(FORMATS)}, not {dtype}"
-    if any(layer.experts is not None for layer in spec.layers):
-        return "mixtures of experts run on the reference operations"
     if spec.head_dim > MAX_DIM or spec.heads // spec.kv_heads > MAX_SHARED_HEADS:
         return f"heads have more than {MAX_DIM} values, or there are more than {MAX_SHARED_HEADS} for one kv head"
     attention = spec.heads * spec.head_dim
-    widths = {spec.width, attention, *(layer.intermediate for layer in spec.layers)}
-    if any(width % 2 for width in widths) or attention % PANEL:
+    inner = (layer.intermediate if layer.experts is None else layer.experts.intermediate for layer in spec.layers)
+    widths = {spec.width, attention, *inner}
+    if any(width % (8 if few else 2) for width in widths) or attention % PANEL:
         return "the weights have odd widths"
     if any(layer.activation not in ACTIVATIONS for layer in spec.layers):
         return f"the kernels have {' and '.join(ACTIVATIONS)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 
 class Evict(Protocol):
@@ -57,11 +57,17 @@ class Store(Protocol):
     row_bytes   of a row of `head_dim` values (pure; memory is planned with it)
     encode      [N, head_dim] of the model's dtype to uint8 [N, row_bytes]
     decode      uint8 [N, row_bytes] to float32 [N, head_dim]
+
+    Where `kernels` names an encoding that weft's kernels know (`weft.ops.cpu`: "int8"), they encode and decode in its place, and
+    say with `encoded` how many rows they wrote; empty where there is none.
     """
+
+    kernels: ClassVar[str] = ""
 
     def row_bytes(self, head_dim: int) -> int: ...
     def encode(self, rows: Any) -> Any: ...
     def decode(self, rows: Any) -> Any: ...
+    def encoded(self, rows: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

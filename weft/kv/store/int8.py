@@ -37,6 +37,7 @@ class Int8:
 
     acts: dict[str, int] = field(default_factory=lambda: {"rows_encoded": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = False
+    kernels: ClassVar[str] = "int8"
     traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, effects=frozenset({Effect.REWRITES_KV}), bound=1e-4)
 
     def row_bytes(self, head_dim: int) -> int:
@@ -50,8 +51,11 @@ class Int8:
         # A row of zeros divides 0 by 0 and is stored as zeros.  What is not finite makes the scale so, and the scale makes the
         # whole row so when it is read; the numbers beside it only have to be some.
         q = (x / scale).nan_to_num(0.0, MOST, -MOST).round_().clamp_(-MOST, MOST).to(torch.int8)
-        self.acts["rows_encoded"] += len(rows)
+        self.encoded(len(rows))
         return torch.cat([q.view(torch.uint8), scale.view(torch.uint8)], 1)
+
+    def encoded(self, rows: int) -> None:
+        self.acts["rows_encoded"] += rows
 
     def decode(self, rows: Tensor) -> Tensor:
         import torch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from weft.models.weights import Stored
+    from weft.models.checkpoints.stored import Stored
 
 
 class Files:
@@ -46,9 +46,16 @@ class Files:
             return torch.frombuffer(bytearray(mapped[where.start : where.stop]), dtype=where.dtype).view(where.shape)
         return torch.frombuffer(mapped, dtype=where.dtype, count=count, offset=where.start).view(where.shape)
 
-    def give_back(self, name: str) -> None:
-        """Let the kernel take the pages of a tensor that has been read."""
+    def bytes(self, name: str, start: int, stop: int) -> Tensor:
+        """Bytes [start, stop) of a tensor, uint8; a copy where they do not begin at a multiple of 8, as views of them must."""
         where = self.stored[name]
-        if hasattr(mmap, "MADV_DONTNEED") and where.file in self._maps and where.stop > where.start:
-            start = where.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[where.file].madvise(mmap.MADV_DONTNEED, start, where.stop - start)
+        raw = torch.frombuffer(self._map(where.file), dtype=torch.uint8, count=stop - start, offset=where.start + start)
+        return raw if (where.start + start) % 8 == 0 else raw.clone()
+
+    def give_back(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Let the kernel take the pages of a tensor, or of bytes [start, stop) of it, that have been read."""
+        where = self.stored[name]
+        first, last = where.start + start, where.stop if stop is None else where.start + stop
+        if hasattr(mmap, "MADV_DONTNEED") and where.file in self._maps and last > first:
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[where.file].madvise(mmap.MADV_DONTNEED, page, last - page)

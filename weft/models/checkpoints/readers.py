@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +11,22 @@ import torch
 from torch import Tensor
 
 from weft.errors import ConfigError
+from weft.models import load_config
 from weft.models.checkpoints import unpack
-from weft.models.checkpoints.scheme import Scheme
+from weft.models.checkpoints.scheme import Scheme, scheme
+from weft.models.checkpoints.stored import Stored, catalogue, compare, unexpected
+from weft.models.families import families
+from weft.models.gguf import blocks
+from weft.models.gguf.header import is_gguf
 from weft.models.layout import Part
 from weft.models.quantized import Quantized, WeightFormat
+from weft.models.spec import DecoderSpec
 
 if TYPE_CHECKING:
-    from weft.models.weights import Stored
+    from weft.models.checkpoints.files import Files
 
+WINDOW = 1 << 20
+"""Values that are made of quantized ones at a time."""
 Get = Callable[[str], Tensor]
 Sizes = tuple[int, ...]
 
@@ -32,9 +40,104 @@ class Reader:
     format: WeightFormat | None
     decode: Callable[[Get], Tensor | Quantized]
 
+    def pieces(self, files: Files) -> Iterator[tuple[Part, Tensor | Quantized, int]]:
+        """(what it fills, its values, bytes of the files that they came from), whole or some rows after the other.
+
+        The values last until the next are asked for; the pages that they came from are given back.
+        """
+        yield self.part, self.decode(files.get), self.size(files.stored)
+        for name in self.names:
+            files.give_back(name)
+
+    def size(self, stored: Mapping[str, Stored]) -> int:
+        """Bytes of the files that it reads."""
+        return sum(stored[name].stop - stored[name].start for name in self.names)
+
     def read(self, get: Get) -> Tensor | Quantized:
         """The part, of `part.shape`; may be a view of what `get` gives.  Raises ConfigError where its values cannot be."""
         return self.decode(get)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(Reader):
+    """Reads a tensor of GGUF a few rows at a time."""
+
+    def pieces(self, files: Files) -> Iterator[tuple[Part, Tensor | Quantized, int]]:
+        where = files.stored[self.part.name]
+        if where.type in blocks.PLAIN and not where.pairs:
+            yield from Reader.pieces(self, files)
+            return
+        row_bytes = (where.stop - where.start) // where.shape[0]
+        for first, last in blocks.windows(where.shape, WINDOW, max(1, where.pairs)):
+            shape, start, stop = (last - first, *where.shape[1:]), first * row_bytes, last * row_bytes
+            raw = files.bytes(self.part.name, start, stop)
+            values = self.values(raw, where, shape)
+            yield replace(self.part, first=self.part.first + first, shape=shape), values, stop - start
+            files.give_back(self.part.name, start, stop)
+
+    def values(self, raw: Tensor, where: Stored, shape: Sizes) -> Tensor | Quantized:
+        """Some rows, from their bytes."""
+        if self.format is None:
+            found = blocks.dequantized(raw, where.type, shape)
+            return blocks.unpaired(found, where.pairs) if where.pairs else found
+        few = blocks.quantized(raw, where.type, (shape[0], shape[1]))
+        if not where.pairs:
+            return few
+        values, scales = (blocks.unpaired(x, where.pairs) for x in (few.values, few.scales))
+        offsets = None if few.offsets is None else blocks.unpaired(few.offsets, where.pairs)
+        return replace(few, values=values, scales=scales, offsets=offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint's weights: where its tensors lie, and the readers of all parts, in the order of the files."""
+
+    stored: Mapping[str, Stored]
+    readers: Sequence[Reader]
+
+    @property
+    def size(self) -> int:
+        """Bytes that are read."""
+        return sum(reader.size(self.stored) for reader in self.readers)
+
+    @property
+    def formats(self) -> dict[str, WeightFormat]:
+        """Of the fused weights that are stored in few bits."""
+        return fused({reader.part.name: reader for reader in self.readers})
+
+
+def opened(folder: Path, spec: DecoderSpec) -> Source:
+    """What a folder with safetensors, or a GGUF file, has of a model's weights.
+
+    Raises ConfigError when a tensor is missing, unexpected or of another shape or type (each is named), when a file is missing,
+    truncated or malformed, or when there are only pickle files.
+    """
+    stored = catalogue(folder)
+    parts = list(families()[spec.family].parts(spec))
+    if is_gguf(folder):
+        compare(folder, parts, stored, spec)
+        found: list[Reader] = [_rows(part, stored[part.name]) for part in parts]
+    else:
+        given = scheme(load_config(folder)) if (folder / "config.json").is_file() else None
+        if given is None:
+            compare(folder, parts, stored, spec)
+        by_name = readers(folder, parts, stored, given)
+        found = list(by_name.values())
+        if given is not None:
+            used = {name for reader in found for name in reader.names}
+            unexpected(folder, [name for name in stored if name not in used], spec)
+    found.sort(key=lambda reader: (str(stored[reader.names[0]].file), stored[reader.names[0]].start))
+    return Source(stored, found)
+
+
+def _rows(part: Part, where: Stored) -> Rows:
+    few = where.type not in blocks.PLAIN and len(part.shape) == 2 and not part.target.endswith(".router")
+    format = blocks.format_of(where.type) if few else None
+
+    def decode(get: Get) -> Tensor:
+        return get(part.name)
+
+    return Rows(part, (part.name,), format, decode)
 
 
 def readers(

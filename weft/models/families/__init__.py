@@ -58,6 +58,6 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
             "the checkpoint is quantized (config.json: quantization_config), which weft can't read yet; "
             "use the unquantized checkpoint"
         )
-    result = named[0].spec(Config(config))
+    result = named[0].spec(Config(config, file=str(config.get("gguf_file", "config.json"))))
     assert isinstance(result, DecoderSpec)
     return result

@@ -26,15 +26,16 @@ LIMITS = {
 """Largest values that are believed; beyond them a config is taken for damaged rather than for a plan to allocate."""
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn", "divided")
 
 
 class Config:
     """A view of a `config.json`.  Every reader raises ConfigError naming the key."""
 
-    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], where: str = "", file: str = "config.json") -> None:
         self.values = values
         self.where = where
+        self.file = file
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None
@@ -42,7 +43,7 @@ class Config:
     def refuse(self, key: str, expected: str) -> ConfigError:
         """The error for a key whose value is not what was expected."""
         found = f"is {self.values[key]!r}" if key in self.values else "is missing"
-        return ConfigError(f"config.json: {self.where}{key} {found}; expected {expected}")
+        return ConfigError(f"{self.file}: {self.where}{key} {found}; expected {expected}")
 
     def size(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number from `least` to the key's limit."""
@@ -64,6 +65,14 @@ class Config:
         if positive and value <= 0:
             raise self.refuse(key, "a number above 0")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """So many finite numbers above 0."""
+        values = self.values.get(key)
+        fits = isinstance(values, list) and len(values) == count
+        if not fits or not all(isinstance(v, float) and math.isfinite(v) and v > 0 for v in values or ()):
+            raise ConfigError(f"{self.file}: {self.where}{key} must be {count} numbers above 0")
+        return tuple(values or ())
 
     def optional(self, key: str, default: float | None = None) -> float | None:
         """A finite number above 0, or null for none; `default` where the key is missing."""
@@ -135,7 +144,7 @@ class Config:
             if key in self and not isinstance(self.values[key], dict):
                 raise self.refuse(key, "an object")
         source = "rope_scaling" if self.values.get("rope_scaling") else "rope_parameters"
-        rope = Config(self.values.get(source) or {}, where=f"{source}.")
+        rope = Config(self.values.get(source) or {}, f"{source}.", self.file)
         nested = [key for key, value in rope.values.items() if isinstance(value, dict)]
         if nested:
             raise rope.refuse(nested[0], "one set of numbers for all layers")
@@ -155,6 +164,10 @@ class Config:
     def _scaled(self, rope: Config, kind: Any, plain: RopeSpec) -> RopeSpec:
         if kind == "linear":
             return RopeSpec(kind=kind, theta=plain.theta, dim=plain.dim, factor=rope.number("factor"))
+        if kind == "divided":
+            return RopeSpec(
+                kind=kind, theta=plain.theta, dim=plain.dim, divisors=rope.numbers("divisors", plain.dim // 2)
+            )
         if "original_max_position_embeddings" in self:
             original = self.size("original_max_position_embeddings")
         else:

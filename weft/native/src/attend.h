@@ -49,15 +49,38 @@ inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t 
     return true;
 }
 
+// A kv head's part of an entry: values [d, d + LANES), or one of them.
+struct WideRows {
+    static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 4; }
+    static WEFT_INLINE vf values(const char* row, int d, int) { return load(reinterpret_cast<const float*>(row) + d); }
+    static WEFT_INLINE float value(const char* row, int d, int) { return reinterpret_cast<const float*>(row)[d]; }
+};
+struct HalfRows {  // bfloat16
+    static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 2; }
+    static WEFT_INLINE vf values(const char* row, int d, int) { return widen(reinterpret_cast<const uint16_t*>(row) + d); }
+    static WEFT_INLINE float value(const char* row, int d, int) { return widen_one(reinterpret_cast<const uint16_t*>(row)[d]); }
+};
+struct ByteRows {  // int8, and a float32 behind them that multiplies all
+    static WEFT_INLINE int64_t bytes(int dim) { return dim + 4; }
+    static WEFT_INLINE float scale(const char* row, int dim) {
+        float found;
+        std::memcpy(&found, row + dim, 4);
+        return found;
+    }
+    static WEFT_INLINE vf values(const char* row, int d, int dim) { return bytes_at(row + d) * scale(row, dim); }
+    static WEFT_INLINE float value(const char* row, int d, int dim) {
+        return static_cast<float>(static_cast<int8_t>(row[d])) * scale(row, dim);
+    }
+};
+
+// Bytes of a layer's keys in a block, and where they begin.
 template <class T>
-WEFT_INLINE float value(const T* p) {
-    if constexpr (sizeof(T) == 4) return *p;
-    else return widen_one(*p);
+WEFT_INLINE int64_t layer_bytes(const Attend& a, const Place& place) {
+    return place.block_tokens * a.kv_heads * T::bytes(a.dim);
 }
 template <class T>
-WEFT_INLINE vf values(const T* p) {
-    if constexpr (sizeof(T) == 4) return load(p);
-    else return widen(p);
+WEFT_INLINE int64_t keys_at(const Attend& a, const Place& place) {
+    return 2 * a.layer * layer_bytes<T>(a, place);
 }
 
 // Keys of a tile as [D][E].
@@ -66,13 +89,13 @@ void transposed(const Tile_& tile, int64_t offset, int dim, float* out) {
     for (int d = 0; d < dim; d += LANES) {
         const int wide = dim - d < LANES ? dim - d : LANES;
         for (int e = 0; e < KEY_TILE; e++) {
-            const T* row = reinterpret_cast<const T*>(tile.rows[e] + offset) + d;
+            const char* row = tile.rows[e] + offset;
             if (wide == LANES) {
                 float some[LANES];
-                store(some, values(row));
+                store(some, T::values(row, d, dim));
                 for (int i = 0; i < LANES; i++) out[(d + i) * KEY_TILE + e] = some[i];
             } else {
-                for (int i = 0; i < wide; i++) out[(d + i) * KEY_TILE + e] = value(row + i);
+                for (int i = 0; i < wide; i++) out[(d + i) * KEY_TILE + e] = T::value(row, d + i, dim);
             }
         }
     }
@@ -101,7 +124,7 @@ void mix(const Tile_& tile, int64_t offset, const float* weights, int dim, float
         vf total[R];
         for (int r = 0; r < R; r++) total[r] = load(mixed + r * dim + d);
         for (int e = 0; e < KEY_TILE; e++) {
-            const vf v = values(reinterpret_cast<const T*>(tile.rows[e] + offset) + d);
+            const vf v = T::values(tile.rows[e] + offset, d, dim);
             for (int r = 0; r < R; r++) total[r] += v * weights[r * KEY_TILE + e];
         }
         for (int r = 0; r < R; r++) store(mixed + r * dim + d, total[r]);
@@ -109,8 +132,7 @@ void mix(const Tile_& tile, int64_t offset, const float* weights, int dim, float
     for (; d < dim; d++)
         for (int r = 0; r < R; r++)
             for (int e = 0; e < KEY_TILE; e++)
-                mixed[r * dim + d] +=
-                    value(reinterpret_cast<const T*>(tile.rows[e] + offset) + d) * weights[r * KEY_TILE + e];
+                mixed[r * dim + d] += T::value(tile.rows[e] + offset, d, dim) * weights[r * KEY_TILE + e];
 }
 
 // The unfinished softmax of M pairs.
@@ -167,7 +189,7 @@ void one_tile(const Attend& a, const Place& place, const Queries& queries, int r
     const int each = a.heads / a.kv_heads, pairs = rows * each;
     alignas(64) float keys[MAX_DIM * KEY_TILE];
     alignas(64) float found[QUERY_ROWS * KEY_TILE];
-    transposed<T>(tile, a.key_offset + head_bytes, a.dim, keys);
+    transposed<T>(tile, keys_at<T>(a, place) + head_bytes, a.dim, keys);
     int m = 0;
     for (; m + 6 <= pairs; m += 6) scores<6>(queries.q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
     for (; m < pairs; m++) scores<1>(queries.q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
@@ -204,11 +226,12 @@ void one_tile(const Attend& a, const Place& place, const Queries& queries, int r
         }
         state.total[m] += sum(added);
     }
+    const int64_t values_at = keys_at<T>(a, place) + layer_bytes<T>(a, place);
     m = 0;
     for (; m + 6 <= pairs; m += 6)
-        mix<T, 6>(tile, a.value_offset + head_bytes, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
+        mix<T, 6>(tile, values_at + head_bytes, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
     for (; m < pairs; m++)
-        mix<T, 1>(tile, a.value_offset + head_bytes, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
+        mix<T, 1>(tile, values_at + head_bytes, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
 }
 
 inline void write(const Attend& a, const Item& item, int64_t row, int head, float total, const float* mixed) {
@@ -220,8 +243,7 @@ inline void write(const Attend& a, const Item& item, int64_t row, int head, floa
 template <class T>
 void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, float* partials) {
     const int each = a.heads / a.kv_heads, pairs = item.rows * each;
-    const int64_t head_bytes = static_cast<int64_t>(item.kv_head) * a.dim * sizeof(T);
-    const int64_t row_bytes = static_cast<int64_t>(a.kv_heads) * a.dim * sizeof(T);
+    const int64_t head_bytes = item.kv_head * T::bytes(a.dim), row_bytes = a.kv_heads * T::bytes(a.dim);
     const int64_t s = item.sequence, guesses = seen.tree_rows ? seen.tree_rows[s] : 0;
     Queries queries;
     queries.tree_first = guesses ? place.first[s] + place.lengths[s] - guesses : -1;
@@ -263,8 +285,9 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
 }
 
 inline void attend(const Attend& a, const Place& place, const Seen& seen, const Item& item, float* partials) {
-    if (a.stored == Format::F32) attend_in<float>(a, place, seen, item, partials);
-    else attend_in<uint16_t>(a, place, seen, item, partials);
+    if (place.stored == Format::F32) attend_in<WideRows>(a, place, seen, item, partials);
+    else if (place.stored == Format::BF16) attend_in<HalfRows>(a, place, seen, item, partials);
+    else attend_in<ByteRows>(a, place, seen, item, partials);
 }
 
 // Items that follow each other and have the same rows and head are chunks of one result, in ascending order.
@@ -288,28 +311,52 @@ inline void merge(const Attend& a, const Item* items, int64_t count, const float
     }
 }
 
-// Keys and values [T, kv_heads, D], rows `stride` apart, to their slots.
-inline void store_rows(const Attend& a, const Place& place, const float* k, const float* v, int64_t stride, int64_t rows,
-                       Share share) {
+// One head's values as bytes and the scale behind them.  Of values that are not finite the scale is not finite either, and makes
+// not-a-number of all when they are read.
+inline void write_bytes(const float* x, int dim, char* to) {
+    float most = 0.0f, strange = 0.0f;
+    for (int i = 0; i < dim; i++) {
+        most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+        strange += x[i] * 0.0f;
+    }
+    const float scale = most / 127.0f + strange;
+    for (int i = 0; i < dim; i++) {
+        const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+        float whole = scale > 0.0f ? (x[i] / scale + magic) - magic : 0.0f;
+        whole = whole < 127.0f ? whole : 127.0f;
+        to[i] = static_cast<char>(static_cast<int8_t>(whole > -127.0f ? whole : -127.0f));
+    }
+    std::memcpy(to + dim, &scale, 4);
+}
+
+WEFT_INLINE void write_row(const float* x, int dim, char* to, WideRows) { std::memcpy(to, x, static_cast<size_t>(dim) * 4); }
+WEFT_INLINE void write_row(const float* x, int dim, char* to, HalfRows) {
+    for (int i = 0; i < dim; i++) reinterpret_cast<uint16_t*>(to)[i] = narrow_one(x[i]);
+}
+WEFT_INLINE void write_row(const float* x, int dim, char* to, ByteRows) { write_bytes(x, dim, to); }
+
+template <class T>
+void store_in(const Attend& a, const Place& place, const float* k, const float* v, int64_t stride, int64_t rows, Share share) {
     int64_t from, to;
     share.range(rows, 1, from, to);
-    const int64_t count = static_cast<int64_t>(a.kv_heads) * a.dim;
+    const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place), values = keys + layer_bytes<T>(a, place);
     for (int64_t row = from; row < to; row++) {
         const int64_t slot = place.slots[row];
         if (slot < 0) continue;  // a row that is not kept
-        char* block = place.arena + slot / place.block_tokens * place.block_bytes;
-        const int64_t offset = slot % place.block_tokens * count;
-        for (int which = 0; which < 2; which++) {
-            const float* x = (which ? v : k) + row * stride;
-            char* to_layer = block + (which ? a.value_offset : a.key_offset);
-            if (a.stored == Format::F32) {
-                std::memcpy(reinterpret_cast<float*>(to_layer) + offset, x, static_cast<size_t>(count) * 4);
-            } else {
-                uint16_t* narrow = reinterpret_cast<uint16_t*>(to_layer) + offset;
-                for (int64_t i = 0; i < count; i++) narrow[i] = narrow_one(x[i]);
-            }
+        char* mine = place.arena + slot / place.block_tokens * place.block_bytes + slot % place.block_tokens * a.kv_heads * one;
+        for (int head = 0; head < a.kv_heads; head++) {
+            write_row(k + row * stride + head * a.dim, a.dim, mine + keys + head * one, T{});
+            write_row(v + row * stride + head * a.dim, a.dim, mine + values + head * one, T{});
         }
     }
+}
+
+// Keys and values [T, kv_heads, D], rows `stride` apart, to their slots.
+inline void store_rows(const Attend& a, const Place& place, const float* k, const float* v, int64_t stride, int64_t rows,
+                       Share share) {
+    if (place.stored == Format::F32) store_in<WideRows>(a, place, k, v, stride, rows, share);
+    else if (place.stored == Format::BF16) store_in<HalfRows>(a, place, k, v, stride, rows, share);
+    else store_in<ByteRows>(a, place, k, v, stride, rows, share);
 }
 
 }  // namespace weft::WEFT_ISA

@@ -14,7 +14,7 @@ const Kernels* WEFT_TABLE() {
     static const Kernels table{
         WEFT_NAME, isa::linear,  isa::norm,       isa::rope,   isa::gated, isa::add,  isa::softcap,
         isa::embed, isa::store_rows, isa::attend, isa::merge, isa::pack,
-        isa::pack_values,
+        isa::read, isa::arithmetic, isa::pack_values,
     };
     return &table;
 #endif

@@ -104,6 +104,7 @@ struct Place {
     const int32_t* positions = nullptr;  // [blocks, positions_stride], the logical position of each entry
     int64_t block_bytes = 0, positions_stride = 0;
     int block_tokens = 0;
+    Format stored = Format::F32;  // of keys and values; I8 for bytes with a float32 scale behind each kv head's
     const int64_t* tables = nullptr;  // [S, table_width]
     const int64_t* first = nullptr;   // [S], entries dropped at the table's head
     const int64_t* lengths = nullptr; // [S], entries in the table, this step's rows included
@@ -125,8 +126,7 @@ struct Attend {
     int64_t q_stride, out_stride;
     int heads, kv_heads, dim;
     float scale, softcap;  // softcap 0 for none
-    int64_t key_offset, value_offset;  // of the layer inside a block, bytes
-    Format stored;
+    int layer;             // among those of its KV group, in whose blocks all keys of a layer come first, then its values
 };
 
 struct Seen {
@@ -162,6 +162,8 @@ struct Kernels {
     void (*attend)(const Attend&, const Place&, const Seen&, const Item&, float* partials);
     void (*merge)(const Attend&, const Item* items, int64_t count, const float* partials, Seen, Share);
     void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);
+    uint32_t (*read)(const char* from, int64_t bytes, Share);
+    double (*arithmetic)(int64_t turns, bool bytes);
     void (*pack_values)(const Weight&, const Values&, int64_t n, int64_t first, Share);
 };
 

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "experts.h"
 #include "program.h"
 
 namespace nb = nanobind;
@@ -80,12 +81,25 @@ int64_t pick(Program& p, uintptr_t x, int64_t stride, uintptr_t out, int64_t wid
     });
 }
 
+// Each expert's rows with its own weight; x and out by pair.
+int64_t expert_products(Program& p, const std::vector<Weight>& weights, uintptr_t x, int64_t x_stride, uintptr_t out,
+                        int64_t out_stride, bool narrow) {
+    return p.add([&kernels = p.kernels(), weights, from = at<float>(x), x_stride, to = at<float>(out), out_stride,
+                  narrow](Step& s, Share share) {
+        for (size_t e = 0; e < weights.size(); e++) {
+            const int64_t first = s.first_pair[e], rows = s.first_pair[e + 1] - first;
+            if (rows)
+                kernels.linear(Linear{from + first * x_stride, weights[e], nullptr, to + first * out_stride, x_stride, out_stride,
+                                      narrow}, rows, share);
+        }
+    });
+}
+
 Attend attend_of(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads, int kv_heads, int dim,
-                 float scale, float softcap, int64_t key_offset, int64_t value_offset, int stored) {
+                 float scale, float softcap, int layer) {
     if (dim > MAX_DIM || heads % kv_heads || heads / kv_heads > QUERY_ROWS)
         throw std::invalid_argument("heads of at most 256 values, and at most 32 of them for each kv head");
-    return Attend{at<float>(q), at<float>(out), q_stride, out_stride, heads, kv_heads, dim, scale, softcap,
-                  key_offset, value_offset, static_cast<Format>(stored)};
+    return Attend{at<float>(q), at<float>(out), q_stride, out_stride, heads, kv_heads, dim, scale, softcap, layer};
 }
 
 }  // namespace
@@ -97,6 +111,15 @@ NB_MODULE(_native, m) {
             new (self) Weight(weight_of(panels, n, k, format, group, offsets));
         }, nb::arg("panels"), nb::arg("n"), nb::arg("k"), nb::arg("format"), nb::arg("group") = 0, nb::arg("offsets") = false)
         .def_prop_ro("panel_bytes", &Weight::panel_bytes);
+    nb::class_<Experts>(m, "Experts")
+        .def("__init__", [](Experts* self, uintptr_t router, int64_t router_stride, uintptr_t shares, uintptr_t ids, uintptr_t x,
+                            int64_t x_stride, uintptr_t out, int64_t out_stride, uintptr_t gathered, uintptr_t results,
+                            int64_t width, int num, int top_k, bool normalize) {
+            if (num < 1 || top_k < 1 || top_k > num) throw std::invalid_argument("no such mixture");
+            new (self) Experts{at<float>(router), at<float>(shares), at<int64_t>(ids), at<float>(x), at<float>(out),
+                               at<float>(gathered), at<float>(results), router_stride, x_stride, out_stride, width, num, top_k,
+                               normalize};
+        });
     nb::class_<Step>(m, "Step")
         .def(nb::init<>())
         .def("rows", [](Step& s, int64_t rows, uintptr_t tokens, int64_t wanted, uintptr_t picked, uintptr_t positions,
@@ -110,10 +133,11 @@ NB_MODULE(_native, m) {
         })
         .def("place", [](Step& s, size_t group, uintptr_t arena, int64_t block_bytes, uintptr_t positions,
                          int64_t positions_stride, int block_tokens, uintptr_t tables, int64_t table_width, uintptr_t first,
-                         uintptr_t lengths, uintptr_t slots, int64_t window) {
+                         uintptr_t lengths, uintptr_t slots, int64_t window, int stored) {
             if (s.places.size() <= group) s.places.resize(group + 1), s.items.resize(group + 1);
+            if (stored < 0 || stored > static_cast<int>(Format::I8)) throw std::invalid_argument("no such rows");
             s.places[group] = Place{at<char>(arena), at<int32_t>(positions), block_bytes, positions_stride, block_tokens,
-                                    at<int64_t>(tables), at<int64_t>(first), at<int64_t>(lengths), at<int64_t>(slots),
+                                    static_cast<Format>(stored), at<int64_t>(tables), at<int64_t>(first), at<int64_t>(lengths), at<int64_t>(slots),
                                     table_width, window};
         })
         .def("plan", &Step::plan);
@@ -132,17 +156,15 @@ NB_MODULE(_native, m) {
         .def("embed", &embed)
         .def("pick", &pick)
         .def("store", [](Program& p, size_t group, uintptr_t k, uintptr_t v, int64_t stride, int kv_heads, int dim,
-                         int64_t key_offset, int64_t value_offset, int stored) {
-            const Attend a = attend_of(0, 0, 0, 0, kv_heads, kv_heads, dim, 1, 0, key_offset, value_offset, stored);
+                         int layer) {
+            const Attend a = attend_of(0, 0, 0, 0, kv_heads, kv_heads, dim, 1, 0, layer);
             return p.add([&kernels = p.kernels(), a, group, keys = at<float>(k), values = at<float>(v), stride](Step& s, Share share) {
                 kernels.store(a, s.places[group], keys, values, stride, s.rows, share);
             });
         })
         .def("attend", [](Program& p, size_t group, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads,
-                          int kv_heads, int dim, float scale, float softcap, int64_t key_offset, int64_t value_offset,
-                          int stored) {
-            const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, key_offset,
-                                       value_offset, stored);
+                          int kv_heads, int dim, float scale, float softcap, int layer) {
+            const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, layer);
             return p.add([&p, a, group](Step& s, Share share) {
                 const auto& items = s.items[group];
                 const auto count = static_cast<int64_t>(items.size());
@@ -152,6 +174,36 @@ NB_MODULE(_native, m) {
                 p.kernels().merge(a, items.data(), count, s.partials.data(), s.seen, share);
             });
         })
+        .def("route", [](Program& p, const Experts& a) {
+            return p.add([a](Step& s, Share share) { route(a, s.rows, share); });
+        })
+        .def("gather", [](Program& p, const Experts& a) {
+            return p.add([&p, a](Step& s, Share share) {
+                if (share.index == 0) arrange(a, s);
+                p.pool().meet();
+                gather(a, s, share);
+            });
+        })
+        .def("expert_products", &expert_products)
+        .def("expert_gated", [](Program& p, uintptr_t x, uintptr_t out, int64_t inner, int activation) {
+            const Gated a{at<float>(x), at<float>(out), inner, 2 * inner, inner, static_cast<Activation>(activation)};
+            return p.add([&kernels = p.kernels(), a](Step& s, Share share) {
+                kernels.gated(a, static_cast<int64_t>(s.pair_row.size()), share);
+            });
+        })
+        .def("combine", [](Program& p, const Experts& a) {
+            return p.add([a](Step& s, Share share) { combine(a, s, share); });
+        })
+        .def("arithmetic", [](Program& p, int64_t turns, bool bytes) {
+            std::atomic<double> done{0.0};
+            p.pool().run([&](Share) { done += p.kernels().arithmetic(turns, bytes); });
+            return done.load();
+        }, nb::call_guard<nb::gil_scoped_release>())
+        .def("read", [](Program& p, uintptr_t from, int64_t bytes) {
+            std::atomic<uint32_t> found{0};
+            p.pool().run([&](Share share) { found ^= p.kernels().read(at<char>(from), bytes, share); });
+            return found.load();
+        }, nb::call_guard<nb::gil_scoped_release>())
         .def("pack", [](Program& p, const Weight& w, uintptr_t source, int kind, int64_t n, int64_t first) {
             p.pool().run([&](Share share) { p.kernels().pack(w, at<void>(source), kind, n, first, share); });
         }, nb::call_guard<nb::gil_scoped_release>())

@@ -171,6 +171,34 @@ void narrow_in(const Linear& a, int64_t rows, Share share) {
     }
 }
 
+// Arithmetic alone, in registers: 12 sums that do not wait for each other, `turns` times; with bytes, or with floats.  Returns how
+// many operations (an addition or a product of two numbers) that was, less nothing that a compiler could leave out.
+inline double arithmetic(int64_t turns, bool bytes) {
+    constexpr int SUMS = 12;
+    if (bytes) {
+        vi total[SUMS] = {};
+        vu weights[SUMS];
+        for (int i = 0; i < SUMS; i++) weights[i] = vu{} + 0x01020304u * static_cast<uint32_t>(i + 1);
+        for (int64_t turn = 0; turn < turns; turn++) {
+            const vi inputs = vi{} + static_cast<int32_t>(turn);
+            for (int i = 0; i < SUMS; i++) total[i] = dot4(total[i], weights[i], inputs);
+        }
+        int32_t odd = 0;
+        for (int i = 0; i < SUMS; i++) odd |= total[i][0];
+        return (odd == 1 ? 1.0 : 0.0) + 8.0 * LANES * SUMS * static_cast<double>(turns);
+    }
+    vf total[SUMS];
+    for (int i = 0; i < SUMS; i++) total[i] = all(static_cast<float>(i));
+    const vf weight = all(0.999f);
+    for (int64_t turn = 0; turn < turns; turn++)
+        for (int i = 0; i < SUMS; i++) {
+            total[i] = total[i] * weight + weight;
+        }
+    float odd = 0.0f;
+    for (int i = 0; i < SUMS; i++) odd += total[i][0];
+    return (odd == 1.0f ? 1.0 : 0.0) + 2.0 * LANES * SUMS * static_cast<double>(turns);
+}
+
 inline void linear(const Linear& a, int64_t rows, Share share) {
     if (rows <= 0) return;
     switch (a.weight.format) {

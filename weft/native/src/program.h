@@ -39,6 +39,7 @@ struct Step {
     std::vector<std::vector<Item>> items;
     std::vector<Angles> angles;        // by rotary embedding
     std::vector<float> partials;
+    std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
 
     void plan(size_t group, int64_t sequences, int heads, int kv_heads, int dim, int threads);
 };

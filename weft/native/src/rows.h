@@ -102,4 +102,19 @@ inline void softcap(float* x, int64_t count, float cap, Share share) {
     }
 }
 
+// The exclusive or of all words, which is to say: every byte read once.
+inline uint32_t read(const char* from, int64_t bytes, Share share) {
+    int64_t first, stop;
+    share.range(bytes, 4096, first, stop);
+    vu found[8] = {};
+    int64_t at = first;
+    for (; at + 8 * LANES * 4 <= stop; at += 8 * LANES * 4)
+        for (int i = 0; i < 8; i++) found[i] ^= load_bits(from + at + i * LANES * 4);
+    uint32_t rest = 0;
+    for (; at < stop; at++) rest ^= static_cast<uint8_t>(from[at]);
+    for (int i = 0; i < 8; i++)
+        for (int lane = 0; lane < LANES; lane++) rest ^= found[i][lane];
+    return rest;
+}
+
 }  // namespace weft::WEFT_ISA

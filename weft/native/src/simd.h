@@ -28,6 +28,12 @@ WEFT_INLINE vu load_bits(const void* p) { return *reinterpret_cast<const vu_any*
 WEFT_INLINE vf all(float x) { return x - vf{}; }  // subtracting zero is nothing to a compiler, adding it is not
 WEFT_INLINE vf select(vi where, vf yes, vf no) { return where ? yes : no; }
 
+typedef int8_t vb __attribute__((vector_size(WEFT_LANES)));
+typedef int8_t vb_any __attribute__((vector_size(WEFT_LANES), aligned(1), may_alias));
+WEFT_INLINE vf bytes_at(const char* p) {
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi), vf);
+}
+
 // bfloat16 is the upper half of a float.
 WEFT_INLINE vf widen(const uint16_t* p) {
     const vh half = *reinterpret_cast<const vh_any*>(p);

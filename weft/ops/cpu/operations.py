@@ -19,12 +19,13 @@ from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.panels import FORMATS, Panels
 from weft.ops.ref.attention_plan import ancestors
-from weft.types import GroupSpec
 
 if TYPE_CHECKING:
     from weft.exec.batch import Batch, GroupBatch
     from weft.exec.kvpool import KVPool
 
+STORES = {"int8": 2}
+"""Encodings of a `kv.store` that the kernels read and write (`Store.kernels`), and what they call them."""
 MAX_GUESSES = 64
 """Guesses of a tree that the kernels know apart."""
 
@@ -88,6 +89,7 @@ class NativeStep:
     def place(self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None) -> None:
         """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: the rows that are stored."""
         shape, spec = pool.groups[at], self._native.spec
+        stored = FORMATS[pool.dtype] if pool.store is None else STORES[pool.store.kernels]
         positions, slots = pool.positions(at), where.slots_T
         if keep is not None:
             slots = torch.full_like(slots, -1).index_copy_(0, keep, slots[keep])
@@ -95,7 +97,7 @@ class NativeStep:
         self._step.place(
             group, pool.arena.data_ptr(), pool.block_bytes, positions.data_ptr(), positions.stride(0), shape.block_tokens,
             where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
-            slots.data_ptr(), shape.window or 0,
+            slots.data_ptr(), shape.window or 0, stored,
         )  # fmt: skip
         self._step.plan(group, self._sequences, spec.heads, spec.kv_heads, spec.head_dim, self._native.program.threads)
 
@@ -122,7 +124,8 @@ class Native:
     def attends(self, batch: Batch, pool: KVPool) -> bool:
         """Whether the kernels compute the attention of this step, if it is dense."""
         guesses = max((len(parents) for parents in batch.trees.values()), default=0)
-        return batch.mass is None and pool.store is None and guesses <= MAX_GUESSES
+        known = pool.store is None or getattr(pool.store, "kernels", "") in STORES
+        return batch.mass is None and known and guesses <= MAX_GUESSES
 
     def finish(self, last: Run, count: int) -> None:
         """Run the operations of the head, which end with `last`, for the first rows of the buffer `picked`."""
@@ -180,11 +183,11 @@ def operations(m: Material, native: Native) -> list[Operation]:
     found = [Operation(0, _embed(m, native), Seam.INPUTS, lambda step: (hidden[: step.rows],))]
     for index, layer in enumerate(m.spec.layers):
         found += _attention(m, native, index, layer)
-        found += _mlp(m, native, index, layer)
+        found += _mlp(m, native, index, layer) if layer.experts is None else _experts(m, native, index, layer)
         output = _add(m, native, layer, "norm_mlp_out")
         found.append(Operation(index, output, Seam.OUTPUT, lambda step: (hidden[: step.rows],)))
     pick = native.program.pick(hidden.data_ptr(), hidden.stride(0), m.buffers["picked"].data_ptr(), m.spec.width)
-    runs = (native.call(pick), *head(m, native))
+    runs: tuple[Run, ...] = (native.call(pick), *head(m, native))
     found.append(Operation(last, runs, Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
     return found
 
@@ -245,13 +248,6 @@ def _normed(m: Material, native: Native, index: int, weight: Tensor | None) -> t
     return normed, [Operation(index, (native.norm(m, hidden, weight, normed),))]
 
 
-def offsets(group: GroupSpec, spec: DecoderSpec, index: int, itemsize: int) -> tuple[int, int]:
-    """Bytes from a block's start to the keys and to the values of a layer."""
-    one = group.block_tokens * spec.kv_heads * spec.head_dim * itemsize
-    at = 2 * group.layers.index(index) * one
-    return at, at + one
-
-
 def _attention(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
     spec, qkv, program = m.spec, m.buffers["qkv"], native.program
     heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
@@ -259,7 +255,7 @@ def _attention(m: Material, native: Native, index: int, layer: LayerSpec) -> lis
     q, k, v = split[:, :heads], split[:, heads:-kv_heads], split[:, -kv_heads:]
     attended = m.buffers["attended"]
     group = m.group_of[index]
-    where = *offsets(m.groups[group], spec, index, m.dtype.itemsize), FORMATS[m.dtype]
+    place = m.groups[group].layers.index(index)
     shaped = attended.view(-1, heads, dim)
     # The program's order is the order in which operations are made here: only then are they run as one.
     x, found = _normed(m, native, index, m.weight(layer, "norm_attention"))
@@ -267,11 +263,11 @@ def _attention(m: Material, native: Native, index: int, layer: LayerSpec) -> lis
     turned = tuple(native.turn(m, split[:, :-kv_heads], layer, heads, kv_heads))
     views = (q, k, v)
     found.append(Operation(index, turned, Seam.QKV, lambda step: tuple(view[: step.rows] for view in views)))
-    call = native.call(program.store(group, k.data_ptr(), v.data_ptr(), qkv.stride(0), kv_heads, dim, *where))
+    call = native.call(program.store(group, k.data_ptr(), v.data_ptr(), qkv.stride(0), kv_heads, dim, place))
     found.append(Operation(index, (store(m, index, k, v),), dense=(call,)))
     call = native.call(program.attend(
         group, q.data_ptr(), qkv.stride(0), attended.data_ptr(), attended.stride(0), heads, kv_heads, dim,
-        layer.query_scale, layer.attention_softcap or 0.0, *where,
+        layer.query_scale, layer.attention_softcap or 0.0, place,
     ))  # fmt: skip
     seen = lambda step: (shaped[: step.rows],)
     found.append(Operation(index, (attend(m, index, layer, q, shaped),), Seam.ATTENTION, seen, dense=(call,)))
@@ -292,6 +288,38 @@ def _mlp(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Oper
     return [
         *norm, up, Operation(index, (native.call(activate),), Seam.GATE, lambda step: (gated[: step.rows],)), down,
     ]  # fmt: skip
+
+
+def _experts(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
+    program, buffers, width, experts = native.program, m.buffers, m.spec.width, layer.experts
+    assert experts is not None
+    num, each, inner, rows = experts.num, experts.top_k, experts.intermediate, buffers["router"].shape[0]
+    router = buffers["router"].flatten()[: rows * num].view(rows, num)
+    shares = buffers["shares"][: rows * each].view(rows, each)
+    ids = buffers["ids"].view(torch.int64)[: rows * each].view(rows, each)
+    gate_up, gated = (buffers[name].data_ptr() for name in ("pair_gate_up", "pair_gated"))
+    inputs, outputs = (buffers[name].data_ptr() for name in ("pair_inputs", "pair_outputs"))
+    x, norm = _normed(m, native, index, m.weight(layer, "norm_mlp"))
+    product = native.linear(m, x, m.weight(layer, "router"), None, router)
+    mixture = native.module.Experts(
+        router.data_ptr(), num, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), x.stride(0), buffers["projected"].data_ptr(),
+        width, inputs, outputs, width, num, each, experts.normalize,
+    )  # fmt: skip
+    up, down = ([part.weight for part in m.weight(layer, f"experts_{name}").parts] for name in ("gate_up", "down"))
+    routed = native.call(program.route(mixture))
+    runs = (
+        native.call(program.gather(mixture)),
+        native.call(program.expert_products(up, inputs, width, gate_up, 2 * inner, native.narrow)),
+        native.call(program.expert_gated(gate_up, gated, inner, ACTIVATIONS[layer.activation])),
+        native.call(program.expert_products(down, gated, inner, outputs, width, native.narrow)),
+        native.call(program.combine(mixture)),
+    )
+    return [
+        *norm,
+        Operation(index, (product,)),
+        Operation(index, (routed,), Seam.GATE, lambda step: (shares[: step.rows], ids[: step.rows])),
+        Operation(index, runs),
+    ]
 
 
 def filling(m: Material, native: Native, index: int) -> Callable[[Step, int], None]:

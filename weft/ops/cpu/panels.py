@@ -25,6 +25,8 @@ BITS = {8: 2, 4: 3}
 """The same for whole numbers of so many bits."""
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Number formats that are packed without a detour."""
+WINDOW = 1 << 20
+"""Values that are rounded at a time."""
 HALF_LIMIT = 65504.0
 """The largest float16."""
 
@@ -72,7 +74,11 @@ class Panels:
         if width != self.shape[1] or first + count > self.shape[0]:
             raise InvariantError(f"{tuple(source.shape)} at {first} is no part of {self.shape}")
         if not isinstance(self.format, torch.dtype):
-            return self._pack_values(source if isinstance(source, Quantized) else quantize(source, self.format), first)
+            if isinstance(source, Quantized):
+                return self._pack_values(source, first)
+            for at in range(0, count, step := max(1, WINDOW // width)):
+                self._pack_values(quantize(source[at : at + step], self.format), first + at)
+            return None
         if isinstance(source, Quantized):
             source = source.dequantized()
         if source.dtype not in SOURCES:
@@ -111,3 +117,22 @@ class Panels:
         step.rows(outs, tokens.data_ptr(), 0, 0, 0, 0, 0, 0)
         program.run(index, index + 1, step)
         return out.to(self.format) if isinstance(self.format, torch.dtype) else out
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A weight [E, N, K]: the panels of each of E experts."""
+
+    parts: tuple[Panels, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.parts), *self.parts[0].shape
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def unpacked(self) -> Tensor:
+        """[E, N, K], a copy."""
+        return torch.stack([part.unpacked() for part in self.parts])

@@ -40,6 +40,8 @@ def frequencies(rope: RopeSpec) -> Tensor:
         return plain
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "divided":
+        return plain / torch.tensor(rope.divisors)
     if rope.kind == "llama3":
         turns = rope.original / (2 * math.pi / plain)
         mix = ((turns - rope.low_factor) / (rope.high_factor - rope.low_factor)).clamp(0.0, 1.0)
