@@ -43,6 +43,11 @@ FORMATS = {
 UP = "model.layers.0.mlp.up_proj"
 
 
+@pytest.fixture(autouse=True)
+def ops() -> None:
+    """No decoder runs here: one time is enough."""
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf8"))
     return found
@@ -171,6 +176,9 @@ def test_packing_is_undone(bits: int, width: int) -> None:
     assert words.dtype is torch.int32
     assert words.shape == (5, -(-width * bits // 32))
     assert torch.equal(unpacked(words, bits)[:, :width], values)
+    column = values[:, :1].t()  # one row whose values lie apart
+    assert torch.equal(unpacked(packed(column, bits), bits)[:, :5], column)
+    assert torch.equal(unpacked(words[:, :1].t().contiguous().t(), bits), unpacked(words, bits)[:, : 32 // bits])
 
 
 def test_larger_groups_repeat_their_scales() -> None:

@@ -25,7 +25,7 @@ AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
     """uint8 [R, 32 / b * C] of int32 [R, C]: values of `bits` bits, the lowest bits first."""
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.contiguous().view(-1).view(torch.uint8).view(words.shape[0], -1)
     if bits == 8:
         return octets
     return torch.stack((octets & 15, octets >> 4), -1).view(octets.shape[0], -1)
@@ -38,7 +38,7 @@ def packed(values: Tensor, bits: int) -> Tensor:
         values = torch.nn.functional.pad(values, (0, -width % per_word))
     if bits == 4:
         values = values[:, ::2] | values[:, 1::2] << 4
-    return values.contiguous().view(torch.int32)
+    return values.contiguous().view(-1).view(torch.int32).view(values.shape[0], -1)
 
 
 def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, form: WeightFormat, name: str) -> Quantized:
