@@ -8,6 +8,11 @@ ARGS ?=
 TORCH ?= auto
 TORCH_INDEX ?=
 PIP_ARGS ?=
+ONLY ?=
+SHAPES ?=
+FORMATS ?=
+BATCH ?=
+ROUNDS ?=
 
 # The first Python of at least 3.11 that runs; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
@@ -18,12 +23,13 @@ INSTALL = $(if $(strip $(PYTHON)),$(PYTHON),$(error weft needs Python 3.11 or ne
 	tools/install.py --torch "$(TORCH)" --torch-index "$(TORCH_INDEX)" --pip-args "$(PIP_ARGS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test test-long check format install install-test clean
+.PHONY: help serve chat test test-long check format install install-test rivals clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "  settings: HOST, PORT, MODEL (bundled, a folder or a hub id), ARGS (more flags of weft serve),"
-	@echo "            PYTHON, TORCH (auto, cpu, cuda), TORCH_INDEX (URL), PIP_ARGS"
+	@echo "            PYTHON, TORCH (auto, cpu, cuda), TORCH_INDEX (URL), PIP_ARGS; of rivals:"
+	@echo "            ONLY, SHAPES, FORMATS, BATCH, ROUNDS"
 
 serve: install ## install, then serve the bundled model on 127.0.0.1:8000
 	@exec $(BIN)/weft serve "$(MODEL)" --host "$(HOST)" --port "$(PORT)" $(ARGS)
@@ -48,6 +54,11 @@ install: ## make .venv and install weft, once
 
 install-test: ## the same with the test tools
 	@$(INSTALL) --extra test
+
+rivals: install ## measure weft beside other engines (each in an environment of its own); takes long
+	@exec $(BIN)/python -m bench.rivals $(if $(ONLY),--only "$(ONLY)") $(if $(SHAPES),--shapes "$(SHAPES)") \
+		$(if $(FORMATS),--formats "$(FORMATS)") $(if $(BATCH),--batch "$(BATCH)") $(if $(ROUNDS),--rounds "$(ROUNDS)") \
+		$(if $(PIP_ARGS),--pip-args="$(PIP_ARGS)") $(ARGS)
 
 clean: ## remove .venv and every cache
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,7 +48,7 @@ WORDS = frozenset({"ready", "needs", "COMMAND"})
 """What may follow `weft` and is no command: lines that it prints, and the stand-in for any command."""
 EXAMPLES = frozenset(
     "weft/kv/evict/lfu.py bench/SLOT/NAME.py bench/results/SLOT-NAME.json bench/results/test-long.json "
-    "bench/results/pairs.json".split()
+    "bench/results/pairs.json bench/results/rivals.json bench/results/rivals.md bench/results/rivals.svg".split()
 )
 """Files that a page tells the reader to write, or that a command makes."""
 UNSEEN = {"--max-num-seqs": "64", "--max-num-batched-tokens": "512", "--weights-seed": "0"}

@@ -28,7 +28,7 @@ from weft.models import load_spec
 from weft.models.layout import weights_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = sorted(p for p in (ROOT / "bench").glob("*/*.py") if p.name != "__init__.py")
+BENCHMARKS = sorted(p for p in (ROOT / "bench").glob("*/*.py") if p.name != "__init__.py" and p.parent.name != "rivals")
 RESULTS = sorted(p for p in (ROOT / "bench" / "results").glob("*.json") if p.name not in NOT_RESULTS)
 BLOCK = 16
 

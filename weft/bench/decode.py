@@ -54,11 +54,12 @@ class DecodeBench:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One batch, once.  steps: pure decode steps, with the tokens that each gave."""
+    """One batch, once.  steps: pure decode steps, with the tokens that each gave.  tokens: of each sequence, by its request."""
 
     prefill_s: float
     ttft_s: list[float]
     steps: list[tuple[StepTimes, int]]
+    tokens: dict[int, list[int]]
 
 
 def find_shape(name: str) -> Path:
@@ -144,16 +145,24 @@ def run(
 
 
 def phase(runtime: Runtime, batch: int, prompt: int, new: int, seed: int, ids: Iterator[int], tell: Tick) -> Phase:
-    """Compute `batch` prompts up to their first tokens, then decode them together to their ends."""
-    engine, executor = runtime.engine, runtime.executor
-    draw = random.Random(seed)
-    vocab = runtime.setup.spec.vocab
+    """`decode` of random prompts."""
+    draw, vocab = random.Random(seed), runtime.setup.spec.vocab
+    prompts = [[draw.randrange(vocab) for _ in range(prompt)] for _ in range(batch)]
+    return decode(runtime, prompts, new, ids, tell)
+
+
+def decode(
+    runtime: Runtime, prompts: Sequence[Sequence[int]], new: int, ids: Iterator[int], tell: Tick = lambda text: None
+) -> Phase:
+    """Compute the prompts up to their first tokens, then decode them together to their ends, `new` tokens each."""
+    engine, executor, batch = runtime.engine, runtime.executor, len(prompts)
     began = time.perf_counter()
-    for _ in range(batch):
-        tokens = tuple(draw.randrange(vocab) for _ in range(prompt))
+    for prompt in prompts:
         sampling = SamplingSpec(temperature=0.0, max_tokens=new)
-        _refuse(engine.add(RequestSpec(id=next(ids), items=(TokenItem(tokens),), sampling=sampling), time.monotonic()))
-    waiting = {r.id for r in engine.requests()}
+        items = (TokenItem(tuple(prompt)),)
+        _refuse(engine.add(RequestSpec(id=next(ids), items=items, sampling=sampling), time.monotonic()))
+    tokens: dict[int, list[int]] = {r.id: [] for r in engine.requests()}
+    waiting = set(tokens)
     ttft_s: list[float] = []
     while waiting:
         tell(f"batch {batch}: prompts")
@@ -163,6 +172,7 @@ def phase(runtime: Runtime, batch: int, prompt: int, new: int, seed: int, ids: I
         for event in events:
             if isinstance(event, Tokens):
                 ttft_s.append(now)
+                tokens[event.id] += event.tokens
                 waiting.discard(event.id)
                 engine.park(event.id)
     prefill_s = time.perf_counter() - began
@@ -173,10 +183,12 @@ def phase(runtime: Runtime, batch: int, prompt: int, new: int, seed: int, ids: I
         tell(f"batch {batch}: decode")
         events, times = step(engine, executor)
         _refuse(events)
-        got = [len(event.tokens) for event in events if isinstance(event, Tokens)]
+        got = [event for event in events if isinstance(event, Tokens)]
+        for event in got:
+            tokens[event.id] += event.tokens
         if len(got) == batch:
-            steps.append((times, sum(got)))
-    return Phase(prefill_s, ttft_s, steps)
+            steps.append((times, sum(len(event.tokens) for event in got)))
+    return Phase(prefill_s, ttft_s, steps, tokens)
 
 
 def _refuse(events: Sequence[Event]) -> None:
