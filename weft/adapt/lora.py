@@ -95,7 +95,12 @@ class LoRA:
     @classmethod
     def trial(cls, folder: Path) -> dict[str, Any]:
         """An adapter with weights of noise for the bundled model, in `folder`."""
-        return {"name": "trial", "path": str(_write_trial(folder))}
+        return {"name": "trial", "path": str(_write_trial(folder, 0.2))}
+
+    @classmethod
+    def neutral(cls, folder: Path) -> dict[str, Any]:
+        """The same with a B of zeros, as an adapter is before it is trained."""
+        return {"name": "neutral", "path": str(_write_trial(folder, 0.0))}
 
     # ------------------------------------------------------------------ use
 
@@ -199,8 +204,8 @@ def _fuse(parts: list[tuple[Site, Tensor, Tensor]], scale: float, sites: Mapping
     return torch.cat([a for _, a, _ in parts]), fused
 
 
-def _write_trial(folder: Path) -> Path:
-    """An adapter of rank 4 on all seven modules of the bundled model's eight layers."""
+def _write_trial(folder: Path, size: float) -> Path:
+    """An adapter of rank 4 on all seven modules of the bundled model's eight layers.  size: of the values in B."""
     import json
 
     import torch
@@ -216,7 +221,7 @@ def _write_trial(folder: Path) -> Path:
         for module, (inputs, outputs) in shapes.items():
             name = f"base_model.model.model.layers.{layer}.{module}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * inputs**-0.5
-            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.2
+            tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * size
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", "target_modules": list(TARGETS)}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf8")
     save_file(tensors, folder / "adapter_model.safetensors")

@@ -57,7 +57,7 @@ class FlexPrefill:
     )
     per_request: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, Any]] = {"block": 32, "minimum": 32, "representatives": 8}
-    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, effects=frozenset({Effect.REWRITES_KV}), bound=0.02)
+    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, effects=frozenset({Effect.REWRITES_KV}), bound=0.002)
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1 or not self.tau >= 0 or self.block < 1 or self.minimum < 0:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from weft.compose import Verdict, compose, traits_of
 from weft.config import build_stack
-from weft.conform.checks import SLACK, alike, as_alone, beside, equal_tokens, fits, own_acts, within
+from weft.conform.checks import REDEFINED_SLACK, SLACK, alike, as_alone, beside, equal_tokens, fits, own_acts, within
 from weft.conform.lab import Lab, stack
 from weft.errors import ComposeError
 from weft.registry import Part, lookup, names
@@ -54,7 +54,8 @@ def pairs() -> list[Pair]:
 
 def parts_of(lab: Lab, pair: Pair, wide: bool = False) -> list[Part]:
     """The two at their trials' arguments, with what either needs beside it."""
-    own = [lab.part(*pair.one, wide), lab.part(*pair.other, wide)]
+    kind = "wide_trial" if wide else "trial"
+    own = [lab.part(*pair.one, kind), lab.part(*pair.other, kind)]
     slots = {p.slot for p in own}
     more = {p.slot: p for part in own for p in beside(part)[1:] if p.slot not in slots}
     return [*own, *more.values()]
@@ -118,7 +119,8 @@ def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
     if traits.fidelity is Fidelity.APPROX:
         bounds = [t.bound for t in (traits, *others) if t.bound is not None]
         exact = [p for p, t in zip(rest, others, strict=True) if t.bound is None]
-        return within(lab, parts, exact, SLACK * sum(bounds))
+        slack = REDEFINED_SLACK if any(Effect.REDEFINES in t.effects for t in others) else SLACK
+        return within(lab, parts, exact, slack * sum(bounds))
     if Fidelity.SAME_LAW not in (traits.fidelity, *(t.fidelity for t in others)):
         return equal_tokens(lab, parts, rest)
     if traits.fidelity is Fidelity.EXACT:

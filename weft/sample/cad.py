@@ -30,6 +30,7 @@ class CAD:
     beta: float = 0.0
     acts: dict[str, int] = field(default_factory=lambda: {"rows_contrasted": 0}, init=False, compare=False)
     companions: ClassVar[int] = 1
+    neutral: ClassVar[dict[str, object]] = {"alpha": 0.0}
     per_request: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.REDEFINES, Effect.ONE_AT_A_TIME}))
 

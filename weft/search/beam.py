@@ -59,6 +59,8 @@ class Beam:
         default_factory=lambda: {"candidates": 0, "forks": 0, "tokens_discarded": 0}, init=False, compare=False
     )
     per_request: ClassVar[bool] = True
+    neutral: ClassVar[dict[str, object]] = {"width": 1}
+    neutral_law: ClassVar[dict[str, object]] = {"temperature": 0.0}
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.REDEFINES, Effect.ONE_AT_A_TIME}))
 
     def __post_init__(self) -> None:

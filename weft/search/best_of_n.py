@@ -40,6 +40,7 @@ class BestOfN:
         default_factory=lambda: {"candidates": 0, "forks": 0, "tokens_discarded": 0}, init=False, compare=False
     )
     per_request: ClassVar[bool] = True
+    neutral: ClassVar[dict[str, object]] = {"n": 1}
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.REDEFINES}))
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ class MuE:
     traits: ClassVar[Traits] = Traits(
         fidelity=Fidelity.APPROX,
         effects=frozenset({Effect.SKIPS_LAYERS, Effect.REWRITES_KV, Effect.DYNAMIC_SHAPES}),
-        bound=0.4,
+        bound=0.23,
     )
 
     def __post_init__(self) -> None:

@@ -47,11 +47,12 @@ class H2O:
     observe: int | None = 256
     acts: dict[str, int] = field(default_factory=lambda: {"cuts": 0, "entries_dropped": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
-    trial: ClassVar[dict[str, object]] = {"heavy": 32, "recent": 32, "every": 16, "observe": 32}
+    trial: ClassVar[dict[str, object]] = {"heavy": 32, "recent": 32, "every": 16, "observe": 64}
     wide_trial: ClassVar[dict[str, object]] = {"heavy": 64, "recent": 64, "every": 32, "observe": 32}
+    beats: ClassVar[str] = "kv.compress=random(chosen=32, recent=32, every=16)"
     traits: ClassVar[Traits] = Traits(
         fidelity=Fidelity.APPROX,
-        bound=0.08,
+        bound=0.045,
         needs=frozenset({Trait.ATTENTION_MASS}),
         effects=frozenset({Effect.DROPS_TOKENS, Effect.RAGGED_HEADS, Effect.PER_REQUEST_STATE}),
     )

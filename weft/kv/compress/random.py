@@ -37,7 +37,7 @@ class Random:
     per_request: ClassVar[bool] = True
     trial: ClassVar[dict[str, object]] = {"chosen": 32, "recent": 32, "every": 16}
     wide_trial: ClassVar[dict[str, object]] = {"chosen": 64, "recent": 64, "every": 32}
-    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, bound=0.07, effects=frozenset({Effect.DROPS_TOKENS}))
+    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, bound=0.037, effects=frozenset({Effect.DROPS_TOKENS}))
 
     def __post_init__(self) -> None:
         if self.chosen < 0 or self.recent < 1 or self.every < 1 or self.seed < 0:

@@ -35,7 +35,7 @@ class Recent:
     per_request: ClassVar[bool] = True
     trial: ClassVar[dict[str, object]] = {"window": 64, "every": 16}
     wide_trial: ClassVar[dict[str, object]] = {"window": 128, "every": 32}
-    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, bound=0.06, effects=frozenset({Effect.DROPS_TOKENS}))
+    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, bound=0.035, effects=frozenset({Effect.DROPS_TOKENS}))
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.every < 1:

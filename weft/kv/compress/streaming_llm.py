@@ -39,10 +39,11 @@ class StreamingLLM:
     every: int = 128
     acts: dict[str, int] = field(default_factory=lambda: {"cuts": 0, "entries_dropped": 0}, init=False, compare=False)
     per_request: ClassVar[bool] = True
-    trial: ClassVar[dict[str, object]] = {"sinks": 4, "window": 60, "every": 16}
+    trial: ClassVar[dict[str, object]] = {"sinks": 16, "window": 48, "every": 16}
     wide_trial: ClassVar[dict[str, object]] = {"sinks": 4, "window": 124, "every": 32}
+    beats: ClassVar[str] = "kv.compress=recent(window=64, every=16)"
     traits: ClassVar[Traits] = Traits(
-        fidelity=Fidelity.APPROX, bound=0.06, effects=frozenset({Effect.DROPS_TOKENS, Effect.REINDEXES_POSITIONS})
+        fidelity=Fidelity.APPROX, bound=0.04, effects=frozenset({Effect.DROPS_TOKENS, Effect.REINDEXES_POSITIONS})
     )
 
     def __post_init__(self) -> None:
