@@ -37,7 +37,7 @@ from tools.pages import (
     written,
 )
 from weft.errors import ConfigError
-from weft.features import FIELDS, REQUIRED, Feature, feature
+from weft.features import FIELDS, REQUIRED, Feature, feature, features
 from weft.traits import Effect, Fidelity, Trait, Traits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +92,16 @@ def test_a_page_says_what_the_file_says() -> None:
     assert "`weft serve --with 'draft=ngram'`" in text
     assert "yes, laid over the server's stack" in text
     assert "what a stack has that names none" in page(feature("schedule", "fcfs"), None)
+
+
+def test_another_answer_on_purpose_is_never_called_the_same_tokens() -> None:
+    redefining = [f for f in features() if Effect.REDEFINES in f.traits.effects]
+    assert len(redefining) >= 4
+    for f in redefining:
+        text = page(f, None)
+        assert "| answers | EXACT, redefined: another answer on purpose, and true to its own definition of it |" in text
+        assert "the same tokens as without it" not in text
+        assert "| EXACT, redefined |" in index([f], {})
 
 
 def test_pays_is_a_field_that_may_be_left_out() -> None:
