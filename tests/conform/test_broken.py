@@ -159,19 +159,22 @@ def test_an_approximation_that_does_nothing_does_not_pass(lab: Lab) -> None:
 
 
 def copy_of(slot: str, broken: type) -> Lab:
-    """A laboratory in which a broken copy, with the same arguments, stands in the slot."""
+    """A laboratory in which a broken copy, with the same arguments, stands for the technique that it breaks."""
 
     def change(real: Any) -> Any:
+        if not isinstance(real, broken.__mro__[1]):
+            return real
         return broken(**{f.name: getattr(real, f.name) for f in fields(real) if f.init})
 
     return Lab(with_part(slot, change))
 
 
 class Least(FlexPrefill):
-    """Of the blocks that may be left out it takes as many as it should, and those that get least attention."""
+    """Takes as many blocks as it should, and those that get least attention."""
 
     def _cover(self, shares: Any, least: int) -> Any:
-        return FlexPrefill._cover(self, shares.max() - shares, least)
+        count = FlexPrefill._cover(self, shares, least).sum(-1, keepdim=True)
+        return shares.argsort(dim=-1).argsort(dim=-1) < count
 
 
 class Ends(FlexPrefill):

@@ -8,7 +8,6 @@ Every part still does what it counts, unless the verdict says that it has nothin
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import itertools
@@ -19,6 +18,7 @@ from pathlib import Path
 from weft.compose import Verdict, compose, traits_of
 from weft.config import build_stack
 from weft.conform.checks import REDEFINED_SLACK, SLACK, alike, as_alone, beside, equal_tokens, fits, own_acts, within
+from weft.conform.code import code
 from weft.conform.lab import Lab, stack
 from weft.errors import ComposeError
 from weft.registry import Part, lookup, names
@@ -141,17 +141,8 @@ def digest(pair: Pair) -> str:
     for slot, name in (pair.one, pair.other):
         module = inspect.getmodule(lookup(slot, name))
         assert module is not None
-        h.update(_code(inspect.getsource(module)))
+        h.update(code(inspect.getsource(module)))
         common = Path(module.__file__ or "").with_name("_common.py")
         if common.is_file():
-            h.update(_code(common.read_text(encoding="utf8")))
+            h.update(code(common.read_text(encoding="utf8")))
     return h.hexdigest()
-
-
-def _code(source: str) -> bytes:
-    """What a file says to Python: without comments, and without the docstrings of the file, its classes and functions."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree).encode()
