@@ -263,19 +263,20 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(harness, "read_gb_s", lambda threads, device: 10.0)
-    assert main("draft=again", "bench.draft.again", measure, ["A note."], ["--quick"]) == 0
+    assert main("draft=again", "bench.draft.ngram", measure, ["A note."], ["--quick"]) == 0
     assert not (tmp_path / "results").exists(), "--quick writes nothing"
     assert "x 1.00" in capsys.readouterr().out
     out = tmp_path / "other.json"
-    assert main("draft=again", "bench.draft.again", measure, ["A note."], ["--quick", "--json", "--out", str(out)]) == 0
+    assert main("draft=again", "bench.draft.ngram", measure, ["A note."], ["--quick", "--json", "--out", str(out)]) == 0
     printed, kept = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert printed.keys() == kept.keys()
-    assert kept["command"] == f"python -m bench.draft.again --quick --json --out {out}"
+    assert kept["command"] == f"python -m bench.draft.ngram --quick --json --out {out}"
     assert kept["notes"] == ["A note."]
+    assert kept["code"] == harness.code_digest("bench.draft.ngram")
     assert kept["machine"].keys() == {"cpu", "cores", "torch", "python", "busy"}
     assert kept["comparisons"][0]["cases"][1]["name"] == "again"
     monkeypatch.setattr(harness, "rss_bytes", lambda model, case, threads: 7)
-    assert main("draft=again", "bench.draft.again", measure, argv=["--rounds", "1"]) == 0
+    assert main("draft=again", "bench.draft.ngram", measure, argv=["--rounds", "1"]) == 0
     kept = json.loads((tmp_path / "results" / "draft-again.json").read_text())
     assert kept["comparisons"][0]["rounds"] == 1
     assert kept["comparisons"][0]["cases"][0]["median"]["rss_peak_bytes"] == 7
@@ -337,11 +338,8 @@ def test_a_perfect_draft_is_right_every_time(model: Model, null: Case, monkeypat
                                              clean_registry: None) -> None:  # fmt: skip
     monkeypatch.setattr(harness, "read_gb_s", lambda threads, device: 10.0)
     plugin = tmp_path / "oracle.py"
-    plugin.write_text(
-        (ROOT / "bench" / "oracle.py")
-        .read_text()
-        .replace("Path(__file__).resolve().parents[1]", f"Path({str(tmp_path)!r})")
-    )
+    source, root = (ROOT / "bench" / "oracle.py").read_text(), "Path(__file__).resolve().parents[1]"
+    plugin.write_text(source.replace(root, f"Path({str(tmp_path)!r})"))
     monkeypatch.setattr(oracle, "ANSWERS", tmp_path / ".cache" / "oracle")
     monkeypatch.setattr(oracle, "FILE", plugin)
     known = oracle.perfect(model, replace(null, sampling={"temperature": 0.8}), "test", 3)
