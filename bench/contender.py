@@ -23,6 +23,7 @@ from weft.errors import CapacityError, ConfigError, EngineError
 from weft.exec.build import EngineConfig, Setup, build, prepare, with_limits
 from weft.exec.host import peak_rss_bytes
 from weft.exec.thread import step
+from weft.registry import load_plugin
 from weft.types import Event, Finished, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +60,8 @@ class Case:
     seats       sequences that one prompt takes at once, where a search or a contrast makes it more than n
     own         parts that each prompt lays over the stack, in turns: prompt i has own[i % len(own)]
     companions  a second context for each prompt, where the stack contrasts
+    plugins     files that register techniques which no installation has, such as a draft that knows the answer
+    bound       whether it stands for the most that can be had, and not for the technique as it is used
     apart       whether a wave's prompts are all computed, and parked, before any of its sequences decodes.  Then prefill and
                 decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the
                 pool, since parked sequences then lose their blocks, and their prompts are computed again as part of decoding
@@ -78,6 +81,8 @@ class Case:
     companions: Sequence[Sequence[int]] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = True
+    plugins: Sequence[str] = ()
+    bound: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -228,6 +233,8 @@ class Contender:
 
 def setup(model: Model, case: Case, threads: int) -> Setup:
     """What the case's engine is built from.  The pool holds the batch at once, unless the case says how much memory there is."""
+    for file in case.plugins:
+        load_plugin(file)
     longest = max(len(p) for p in (*case.prompts, *case.companions))
     batch = case.together * max(case.n, case.seats, 1 + bool(case.companions))
     weights = "random" if model.folder.is_file() else "auto"

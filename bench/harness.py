@@ -18,6 +18,8 @@ its own.
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import os
 import platform
@@ -32,6 +34,7 @@ from typing import Any
 
 from bench.contender import ROOT, Case, Contender, Model, Run, rss_bytes
 from weft.bench.limit import read_by, read_gb_s
+from weft.conform.code import code
 from weft.errors import ConfigError, EngineError
 from weft.exec.build import Setup
 from weft.exec.host import cpu_count, format_size
@@ -47,6 +50,8 @@ FEWER_ROUNDS = 3
 LARGE = 300_000_000
 """Parameters of a model that is large."""
 DONE = object()
+SHARED = frozenset({"bench.harness", "bench.contender"})
+"""What every benchmark is run by; a result is not out of date because that changed."""
 
 Tick = Callable[[str], None]
 """Called with what is being done."""
@@ -188,6 +193,7 @@ def _told(
         "ratio_spread": {key: [min(v), max(v)] for key, v in ratios.items()},
         "of_limit": median(values["decode_tok_s"]) / (null.case.together * limit_steps_s),
         "same_tokens": _same(mine.runs[-1].tokens, null.runs[-1].tokens),
+        "bound": mine.case.bound,
         "acts": {act: (count - acts.get(act, 0)) / len(ours) for act, count in mine.acts().items()},
     }
 
@@ -276,6 +282,7 @@ def main(
     result = {
         "technique": technique,
         "command": " ".join(["python", "-m", module, *given]),
+        "code": code_digest(module),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": {**machine(), "busy": [before, _busy()]},
         "comparisons": comparisons,
@@ -286,6 +293,23 @@ def main(
         write(out, result)
     print(json.dumps(result, indent=2) if flags.json else table(result))
     return 0
+
+
+def code_digest(module: str) -> str:
+    """Changes with what a benchmark does, and with the loads that it takes from others; not with its notes and docstrings."""
+    files = [_file(module)]
+    for node in ast.walk(ast.parse(files[0].read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bench.") and node.module not in SHARED:
+            files.append(_file(node.module or ""))
+    h = hashlib.blake2b(digest_size=12)
+    for file in files:
+        h.update(code(file.read_text(encoding="utf8"), without=("NOTES", "MORE")))
+    return h.hexdigest()
+
+
+def _file(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:

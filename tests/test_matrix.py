@@ -47,6 +47,18 @@ def test_a_page_that_was_edited_is_noticed(monkeypatch, tmp_path) -> None:  # ty
     assert matrix.main(["--check"]) == 1
 
 
+def test_an_unknown_flag_is_refused_and_nothing_is_written(monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(matrix, "PAGE", tmp_path / "matrix.md")
+    with pytest.raises(SystemExit) as error:
+        matrix.main(["--chek"])
+    assert error.value.code == 2
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(matrix.sys, "argv", ["matrix", "--write"])
+    with pytest.raises(SystemExit):
+        matrix.main()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def refused(clean_registry: None) -> pairs.Pair:
     """Two techniques, of which one needs a word that nobody gives."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from tools.pages import (
     written,
 )
 from weft.errors import ConfigError
-from weft.features import FIELDS, REQUIRED, Feature, feature
+from weft.features import FIELDS, REQUIRED, Feature, feature, features
+from weft.registry import lookup
+from weft.slots import SLOTS
 from weft.traits import Effect, Fidelity, Trait, Traits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,11 +97,44 @@ def test_a_page_says_what_the_file_says() -> None:
     assert "what a stack has that names none" in page(feature("schedule", "fcfs"), None)
 
 
+def test_every_technique_but_a_null_says_plainly_where_it_pays() -> None:
+    silent = [
+        f"{f.slot}={f.name}"
+        for f in features()
+        if "Pays" not in f.fields
+        and SLOTS[f.slot].null != f.name
+        and lookup(f.slot, f.name).__module__.startswith("weft.")
+    ]
+    assert silent == [], "give the heads of their files a field Pays, which says where it pays or that it does not"
+
+
+def test_a_bound_is_on_the_page_and_not_in_the_index() -> None:
+    result = measured()
+    for comparison in result["comparisons"]:
+        comparison["cases"].append({**comparison["cases"][1], "name": "all of it", "bound": True,
+                                    "ratio": {"decode_tok_s": 9.0}, "ratio_spread": {"decode_tok_s": [9.0, 9.0]}})  # fmt: skip
+    assert list(verdicts(result)) == list(verdicts(measured()))
+    assert "| small, prose, batch 4 | all of it (bound) | 9.00 faster |" in "\n".join(judged(result))
+    ngram = feature("draft", "ngram")
+    assert index([ngram], {"draft=ngram": result}) == index([ngram], {"draft=ngram": measured()})
+    assert "| all of it (bound) | 100.0 |" in row(result["comparisons"][0]["cases"][-1] | {"ratio": {}}, apart=False)
+
+
+def test_another_answer_on_purpose_is_never_called_the_same_tokens() -> None:
+    redefining = [f for f in features() if Effect.REDEFINES in f.traits.effects]
+    assert len(redefining) >= 4
+    for f in redefining:
+        text = page(f, None)
+        assert "| answers | EXACT, redefined: another answer on purpose, and true to its own definition of it |" in text
+        assert "the same tokens as without it" not in text
+        assert "| EXACT, redefined |" in index([f], {})
+
+
 def test_pays_is_a_field_that_may_be_left_out() -> None:
     assert "Pays" in FIELDS
     assert "Pays" not in REQUIRED
-    f = feature("kv.offload", "host")
-    assert "Pays" not in f.fields
+    f = feature("draft", "ngram")
+    f = replace(f, fields={key: text for key, text in f.fields.items() if key != "Pays"})
     assert "Not known: nothing was measured yet." in page(f, None)
     assert "It is the null of its slot" in page(feature("kv.evict", "lru"), None)
 
@@ -298,7 +334,7 @@ def test_first_tokens_and_slow_steps_are_told_where_prompts_and_decoding_mix() -
 def test_what_it_does_to_answers_is_told(tmp_path: Path) -> None:
     record = {
         "with": "draft=ngram(guesses=2)", "model": "small", "length": 512, "kl_mean": 0.0123, "kl_ci95": [0.01, 0.015],
-        "top1": 0.934, "ppl_ratio": 1.02, "recall": None, "recall_reference": 0.4, "output_len_ratio": 1.1,
+        "top1": 0.934, "ppl_ratio": 1.02, "recall": None, "recall_reference": 0.4, "output_len_ratio": 1.1, "output_ended": 0.75,
         "speed_ratio": 0.9, "kv_bytes_ratio": 0.25,
     }  # fmt: skip
     assert read_fidelity(tmp_path) == {}
@@ -307,10 +343,12 @@ def test_what_it_does_to_answers_is_told(tmp_path: Path) -> None:
     assert near == {"draft=ngram": [record]}
     assert read_results(tmp_path) == {}
     line = (
-        "| small, 512 | `draft=ngram(guesses=2)` | 0.012 (0.01 to 0.015) | 93.4% | 1.020 | does not count (0.40) | 1.10 | 0.90 "
-        "| 0.25 |"
+        "| small, 512 | `draft=ngram(guesses=2)` | 0.012 (0.01 to 0.015) | 93.4% | 1.020 | does not count (0.40) "
+        "| 1.10 (75% end) | 0.90 | 0.25 |"
     )
     assert line in "\n".join(divergences(near["draft=ngram"]))
     assert line in page(feature("draft", "ngram"), None, near["draft=ngram"])
     assert "What it does to answers" not in page(feature("draft", "ngram"), None)
+    for silent in ({**record, "output_ended": None}, {**record, "output_len_ratio": None, "output_ended": 0.0}):
+        assert "| not known | 0.90 |" in "\n".join(divergences([silent])), "answers that were all cut short say nothing"
     assert "| 0.75 (0.90) |" in "\n".join(divergences([{**record, "recall": 0.75, "recall_reference": 0.9}]))

@@ -6,6 +6,7 @@ python -m tools.matrix --check    # exit 1 where the page is not what would be w
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def rows(found: Sequence[Feature]) -> list[str]:
         for j, other in enumerate(found):
             said = verdict(one, other) if j < i else None
             cells.append(MARKS[said.verdict] if said else ("." if j < i else ""))
-        lines.append(f"| {i + 1} | `{one.slot}={one.name}` | {one.traits.fidelity.value} | {' | '.join(cells)} |")
+        lines.append(f"| {i + 1} | `{one.slot}={one.name}` | {one.traits.answers} | {' | '.join(cells)} |")
     return lines
 
 
@@ -53,7 +54,7 @@ def page(found: Sequence[Feature]) -> str:
         "stack, and generated tests hold every pair to it (`tests/conform/test_pairs.py`).",
         "",
         "`+` goes together, `o` does at a cost or with one of them idle, `x` is refused, `.` is the same slot, which takes one",
-        "technique. A pair is as faithful as the weaker of the two.",
+        "technique. A pair is as faithful as the weaker of the two; redefined: to an answer that is another one on purpose.",
         "",
         *rows(found),
         "",
@@ -74,9 +75,13 @@ def shown() -> list[Feature]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m tools.matrix", description="Write docs/matrix.md.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where the page is not as it would be"
+    )
+    check = parser.parse_args(argv).check
     text = page(shown())
-    if "--check" in arguments:
+    if check:
         if PAGE.is_file() and PAGE.read_text(encoding="utf8") == text:
             return 0
         print(f"{PAGE.name} is out of date: run python -m tools.matrix", file=sys.stderr)

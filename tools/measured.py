@@ -109,8 +109,12 @@ def judged(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"| load | | {' | '.join(ASPECTS[key][0] for key in keys)} |"
     yield "|---" * (2 + len(keys)) + "|"
     for where, rounds, case in loads(result):
-        cells = [where, case["name"], *(_judged(case, key, rounds) for key in keys)]
+        cells = [where, named(case), *(_judged(case, key, rounds) for key in keys)]
         yield f"| {' | '.join(cell(c) for c in cells)} |"
+
+
+def named(case: Mapping[str, Any]) -> str:
+    return f"{case['name']} (bound)" if case.get("bound") else case["name"]
 
 
 def _judged(case: Mapping[str, Any], key: str, rounds: int) -> str:
@@ -140,12 +144,12 @@ def verdict(case: Mapping[str, Any], key: str, rounds: int) -> str:
 def loads(result: Mapping[str, Any], own: bool = False) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
     """(load in words, rounds, case) of every case but the nulls.  own: only those with the technique itself in their stack.
 
-    Others are bounds and controls, which a page shows beside it.
+    Others are bounds and controls, which a page shows beside it; a case of the technique that is marked as a bound is one too.
     """
     for c in result["comparisons"]:
         null, *others = (({part.partition("(")[0] for part in case["stack"]}, case) for case in c["cases"])
         for parts, case in others:
-            if not own or result["technique"] in parts - null[0]:
+            if not own or (result["technique"] in parts - null[0] and not case.get("bound")):
                 yield f"{c['model']}, {c['title']}, batch {c['load']['batch']}", c["rounds"], case
 
 
@@ -201,7 +205,7 @@ def row(case: Mapping[str, Any], apart: bool = True) -> str:
     peak = mid.get("rss_peak_bytes")
     acts = ", ".join(f"{act.rpartition('.')[2]} {count:g}" for act, count in case["acts"].items() if count)
     cells = [
-        case["name"],
+        named(case),
         f"{mid['decode_tok_s']:.1f}",
         _times(case, "decode_tok_s"),
         _times(case, "decode_tok_cpu_s"),
@@ -230,8 +234,11 @@ def divergences(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A table of `weft fidelity`: each record a line."""
     yield "    python -m bench.fidelity"
     yield (
-        "Beside the reference path, along prose that the model has not read, and asked for facts hidden in it. A recall counts "
-        "where the reference path itself recalls at least 0.8; speed and KV are of the whole run, prompts included."
+        "Beside the reference path, along prose that the model has not read, and asked for facts hidden in it. KL, first choice "
+        "and perplexity are means over the last quarter of each window, at most its last 64 tokens, where most has been dropped "
+        "or skipped: a bound that is stated over a longer stretch of text may lie below them. A recall counts where the "
+        "reference path itself recalls at least 0.8; speed and KV are of the whole run, prompts included. The length of answers "
+        "is told where some of the reference's end by themselves."
     )
     lines = [
         "| model, tokens | stack | mean KL, nats (95 % interval) | same first choice | perplexity | recall (reference) | "
@@ -244,10 +251,17 @@ def divergences(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         cells = [
             f"{r['model']}, {r['length']}", f"`{r['with']}`", f"{r['kl_mean']:.2g} ({low:.2g} to {high:.2g})",
             f"{r['top1']:.1%}", f"{r['ppl_ratio']:.3f}", f"{recall} ({r['recall_reference']:.2f})",
-            f"{r['output_len_ratio']:.2f}", f"{r['speed_ratio']:.2f}", f"{r['kv_bytes_ratio']:.2f}",
+            _length(r), f"{r['speed_ratio']:.2f}", f"{r['kv_bytes_ratio']:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cell(c) for c in cells)} |")
     yield "\n".join(lines)
+
+
+def _length(record: Mapping[str, Any]) -> str:
+    """Of answers; nothing where none of the reference's ends, or where a record is from before that was looked at."""
+    if record.get("output_ended") is None or record["output_len_ratio"] is None:
+        return "not known"
+    return f"{record['output_len_ratio']:.2f} ({record['output_ended']:.0%} end)"
 
 
 # ---------------------------------------------------------------------------------------------- text

@@ -31,6 +31,8 @@ FIDELITY = {
     Fidelity.SAME_LAW: "tokens drawn from the same distribution",
     Fidelity.APPROX: "near those without it",
 }
+REDEFINED = "another answer on purpose, and true to its own definition of it"
+"""Instead of the fidelity's words, where an effect says that the answer is another one."""
 TRAITS: Mapping[str, str] = {
     Trait.WINDOW_QUERIES: "the queries of a prompt's last positions",
     Trait.ATTENTION_MASS: "how much attention each entry of the cache gets",
@@ -150,14 +152,15 @@ def page(f: Feature, result: Mapping[str, Any] | None, near: Sequence[Mapping[st
 def facts(f: Feature, module: str) -> str:
     null = SLOTS[f.slot].null == f.name
     bound = f.traits.bound
-    answers = FIDELITY[f.traits.fidelity]
+    redefines = Effect.REDEFINES in f.traits.effects
+    answers = REDEFINED if redefines else FIDELITY[f.traits.fidelity]
     if bound is not None:
         answers += f", by a mean KL divergence below {bound:g} nats a token with {_trial(f)}"
     alone = bool(getattr(lookup(f.slot, f.name), "per_request", False))
     rows = [
         ("slot", f"`{f.slot}`: {SLOTS[f.slot].question}"),
         ("paper", f.paper + (f" (catalogue {', '.join(f.catalogue)})" if f.catalogue else "")),
-        ("answers", f"{f.traits.fidelity.value}: {answers}"),
+        ("answers", f"{f.traits.answers}: {answers}"),
         ("use", "what a stack has that names none" if null else f"`weft serve --with '{f.slot}={f.name}'`"),
         ("for one request", "yes, laid over the server's stack" if alone else "no, it belongs to the whole server"),
         ("source", f"[{module}](../../{module})"),
@@ -228,7 +231,7 @@ def index(own: Iterable[Feature], measured: Mapping[str, Mapping[str, Any]]) -> 
             for f in mine:
                 name = f"[{f.name}]({f.slot}-{f.name}.md)" + (" (default)" if slot.null == f.name else "")
                 gain = gained(measured.get(f"{f.slot}={f.name}"))
-                cells = [name, plain(f.summary), f.traits.fidelity.value, f.paper, gain]
+                cells = [name, plain(f.summary), f.traits.answers, f.paper, gain]
                 lines.append(f"| {' | '.join(cell(c) for c in cells)} |")
             parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from weft.errors import ComposeError
-from weft.registry import Part, lookup
+from weft.registry import Part, lookup, parse
 from weft.slots import SLOTS
-from weft.traits import Effect, Fidelity, Trait, Traits
+from weft.traits import Effect, Fidelity, Trait, Traits, told
 
 CORE_GIVES: frozenset[Trait] = frozenset(
     {Trait.ATTENTION_MASS, Trait.BOUNDED_KV, Trait.READS_HISTORY, Trait.ROLLBACK, Trait.SECOND_MODEL}
@@ -39,6 +39,13 @@ class Verdict:
     """The largest READS_HISTORY(w): a prefix hit ends at least so many tokens before the prompt's end."""
     effects: frozenset[Effect] = frozenset()
     """Everything that any part does."""
+    redefines: tuple[str, ...] = ()
+    """Parts that give another answer on purpose: fidelity is meant against what they define, not against the plain answer."""
+
+    @property
+    def answers(self) -> str:
+        """The fidelity as a reader is told it."""
+        return told(self.fidelity, self.effects)
 
 
 def traits_of(part: Part) -> Traits:
@@ -71,10 +78,13 @@ def compose(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Ver
         if Effect.EXTRA_PASS in traits.effects:
             reasons.append(Reason("extra pass", (str(part),), f"{part} costs an extra pass over the prompt"))
     reasons += _without_guesses(declared)
+    reasons += _without_company(declared)
     fidelity = max((t.fidelity for _, t in declared), default=Fidelity.EXACT)
     verdict: Literal["ok", "cost", "refused"] = "refused" if refused else "cost" if reasons else "ok"
     history = max((t.history for _, t in declared), default=0)
-    return Verdict(verdict, fidelity, tuple(reasons), history, frozenset(e for _, t in declared for e in t.effects))
+    effects = frozenset(e for _, t in declared for e in t.effects)
+    redefines = tuple(str(part) for part, t in declared if Effect.REDEFINES in t.effects)
+    return Verdict(verdict, fidelity, tuple(reasons), history, effects, redefines)
 
 
 def _without_guesses(declared: Sequence[tuple[Part, Traits]]) -> list[Reason]:
@@ -90,6 +100,19 @@ def _without_guesses(declared: Sequence[tuple[Part, Traits]]) -> list[Reason]:
         for one in alone
         for other in guessing
     ]
+
+
+def _without_company(declared: Sequence[tuple[Part, Traits]]) -> list[Reason]:
+    """Parts whose class names `beside` have nothing to do where those slots hold their null: said, since it would never show."""
+    held = {part.slot: part.name for part, _ in declared}
+    found = []
+    for part, _ in declared:
+        for wanted in map(parse, getattr(lookup(part.slot, part.name), "beside", ())):
+            null = SLOTS[wanted.slot].null
+            if held.get(wanted.slot, null) == null:
+                text = f"{part} has nothing to do while the slot {wanted.slot} is at its default; add one, such as {wanted}"
+                found.append(Reason("nothing to do", (str(part),), text))
+    return found
 
 
 def require(parts: Sequence[Part], gives: frozenset[Trait] = frozenset()) -> Verdict:

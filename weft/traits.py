@@ -89,8 +89,18 @@ class Traits:
     history: int = 0
     bound: float | None = None
 
+    @property
+    def answers(self) -> str:
+        """The fidelity as a reader is told it: with a word where it is meant against the part's own definition."""
+        return told(self.fidelity, self.effects)
+
     def __post_init__(self) -> None:
         if self.bound is not None and (self.fidelity is not Fidelity.APPROX or not self.bound > 0):
             raise ValueError("a bound on KL is a positive number, and belongs to fidelity APPROX")
         if self.history < 0 or bool(self.history) != (Trait.READS_HISTORY in self.needs):
             raise ValueError("history > 0 goes with needing READS_HISTORY, and only with it")
+
+
+def told(fidelity: Fidelity, effects: frozenset[Effect]) -> str:
+    """A fidelity, followed by "redefined" where the answer is another one on purpose: EXACT alone means the plain answer."""
+    return f"{fidelity.value}, redefined" if Effect.REDEFINES in effects else fidelity.value

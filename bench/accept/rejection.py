@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.harness import Case, Options, encode, main
+from bench.oracle import perfect
 from bench.texts import OPENINGS
 
 BATCHES = (1, 4)
@@ -23,6 +24,7 @@ NOTES = (
     "The draft is the one that ships with weft, and so is its noise: for the race it draws by the target's own, so that the two "
     "agree about as often as their laws overlap; for rejection by noise of its own. The null keeps the seed's tokens, rejection "
     "keeps their law alone.",
+    "Perfect draft: it knows the race's answer and costs nothing, so that every guess stands: no rule accepts more.",
 )
 
 
@@ -35,9 +37,9 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
                     name="race", prompts=prompts, techniques=(DRAFT,), sampling=law,
                     max_new=12 if options.quick else 32, batch=batch,
                 )  # fmt: skip
-                yield options.compare(
-                    model, race, [replace(race, name="rejection", techniques=(DRAFT, "accept=rejection"))], title
-                )
+                rejection = replace(race, name="rejection", techniques=(DRAFT, "accept=rejection"))
+                known = perfect(model, race, f"rejection-{model.folder.name}-{title}-{batch}", 4, options.threads)
+                yield options.compare(model, race, [rejection, known], title)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ RANK = 16
 BATCH = 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NOTES = (
+    "Bound: loaded, unused. An adapter adds work to every product that it changes, and can at best add none.",
     f"Adapters of rank {RANK} on all seven modules, with weights of noise; answers differ from the null's on purpose.",
     "Loaded, unused: eight adapters are loaded and nobody asks for one. One for all: every sequence of the batch has the same. "
     "Eight: each sequence has another, so each product is followed by eight pairs of small ones.",

@@ -21,6 +21,7 @@ LENGTH = 512
 """Tokens of the context; its companion is the question alone."""
 ASKED = {False: 64, True: 16}
 NOTES = (
+    "Bound of the cost: twice the rows of a decode step, and the KV of the companion; below that no contrast can go.",
     "Overhead: prose of 512 tokens is continued, eight sequences at once, and the companion is its last sentence. Tokens a "
     "second are of decoding alone.",
     "Faithful answers: four made-up numbers stand in prose, one is asked for, and the companion is the question without the "

@@ -27,6 +27,7 @@ NOTES = (
     "The paper's gain is in the weights of mixtures of experts, which chunks read again and again. small-moe is one (32 experts, "
     "of which a row goes to 4) with random weights, so its rows spread over the experts more evenly than a trained one's; the "
     "other models are dense.",
+    "Bound of slow steps: a step with decodes alone, which no schedule that computes prompts beside them can reach.",
     "prefill_first computes whole prompts, in chunks of all the rows there are, while no sequence decodes.",
 )
 EXPERTS = Model("small-moe (random weights)", ROOT / "bench" / "shapes" / "small-moe.json", large=True)

@@ -17,6 +17,8 @@ WIDTHS = (2, 8)
 LENGTH = 256
 """Tokens of the prompt."""
 NOTES = (
+    "Bound of memory: with W beams, a prompt of P tokens and N new ones, at least P + N of W (P + N) entries are held, 1 / W, "
+    "where all beams have their answer in common; of time, W times fewer rows of the prompt.",
     "The null is as many greedy requests with the same prompt as there are beams, each of which computes it. Tokens a second "
     "count every token that a row was computed for, over the whole time, prompts included.",
     "Equal tokens are not expected: greedy decoding is the null, and beam search is for finding something likelier.",

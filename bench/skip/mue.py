@@ -31,7 +31,9 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
             null = Case(
                 name="all layers", prompts=prompts[: max(batch, 2)], max_new=16 if options.quick else 48, batch=batch
             )
-            half = replace(null, name="half", techniques=(f"skip=mue(after=({layers // 2},), threshold=0.5)",))
+            half = replace(
+                null, name="half", techniques=(f"skip=mue(after=({layers // 2},), threshold=0.5)",), bound=True
+            )
             late = replace(null, name="late", techniques=(f"skip=mue(after=({layers - 1},), threshold=0.965)",))
             never = replace(
                 null, name="asked, nobody leaves", techniques=(f"skip=mue(after=({layers // 2},), threshold=1.0)",)

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -30,6 +31,45 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield server
         assert server.end(signal.SIGTERM) == 0
         assert "Traceback" not in server.err.read_text()
+
+
+def test_a_recipe_and_shadow_checks_from_the_command_line(tmp_path: Path) -> None:
+    """The recipe's stack serves, beside what --with lays over it, and every request is checked on the reference path."""
+    recipe = tmp_path / "small.toml"
+    recipe.write_text('[stack]\n"kv.store" = "int8"\ndraft = "ngram(guesses=2)"\n')
+    flags = ("--recipe", str(recipe), "--with", "draft=ngram(guesses=3)", "--shadow", "1", "--shadow-alarm", "1e-9")
+    with Serving(tmp_path, "--port", "0", *SMALL[:2], "--memory", "900M", "--max-model-len", "256", *flags) as server:
+        url = server.url()
+        body = {"prompt": "The sea was calm. The sea was", "max_tokens": 12, "seed": 1, "weft": {"label": True}}
+        status, answer = ask(f"{url}/v1/completions", body)
+        assert status == 200
+        assert {"kv.store=int8", "draft=ngram(guesses=3)"} <= set(answer["weft"]["stack"])
+        assert (answer["weft"]["fidelity"], answer["weft"]["redefines"]) == ("APPROX", [])
+        until = time.monotonic() + 60
+        while (told := metrics(url))["weft:shadow_requests_total"] < 1:
+            assert time.monotonic() < until, told
+            time.sleep(0.1)
+        assert told["weft:shadow_tokens_total"] == 12
+        assert 0 < told["weft:shadow_kl_mean"] < 1e-3, "int8 moves the laws a little"
+        assert told["weft:shadow_alarm"] == 1
+        assert server.end(signal.SIGTERM) == 0
+    for wrong, said in (
+        (("--shadow", "2"), "shadow"),
+        (("--recipe", "/nowhere.toml"), "nowhere"),
+        (("--shadow-alarm", "1"), "needs --shadow"),
+    ):
+        done = weft("serve", *SMALL, "--port", "0", *wrong)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Those without labels, by name."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+        lines = response.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return {name.partition("{")[0]: float(value) for name, value in pairs}
 
 
 def test_adapters_from_the_command_line(tmp_path: Path) -> None:

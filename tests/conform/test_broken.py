@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import torch
 
 from weft.accept.rejection import Rejection
+from weft.adapt.lora import LoRA
+from weft.attention.flexprefill import FlexPrefill
 from weft.config import Stack
 from weft.conform import checks, pairs
-from weft.conform.checks import approx, equal_tokens, exact, same_law
+from weft.conform.checks import approx, equal_tokens, exact, keeps, recalls, redefines, same_law
 from weft.conform.lab import Lab
 from weft.exec import sampler
+from weft.kv.compress.h2o import H2O
+from weft.kv.compress.recent import Recent
+from weft.kv.compress.streaming_llm import StreamingLLM
 from weft.registry import Part
-from weft.slots import Verify
+from weft.sample.cad import CAD
+from weft.search.beam import Beam
+from weft.search.best_of_n import BestOfN
+from weft.skip.mue import MuE
+from weft.slots import Kept, Verify
 from weft.traits import Fidelity, Traits
 
 
@@ -146,6 +156,215 @@ def test_an_approximation_that_does_nothing_does_not_pass(lab: Lab) -> None:
     assert "bound" in checks.within(lab, [part], [], 0.06)
     with pytest.raises(AssertionError, match="did nothing"):
         checks.within(lab, [idle], [], 0.06)
+
+
+def copy_of(slot: str, broken: type) -> Lab:
+    """A laboratory in which a broken copy, with the same arguments, stands for the technique that it breaks."""
+
+    def change(real: Any) -> Any:
+        if not isinstance(real, broken.__mro__[1]):
+            return real
+        return broken(**{f.name: getattr(real, f.name) for f in fields(real) if f.init})
+
+    return Lab(with_part(slot, change))
+
+
+class Least(FlexPrefill):
+    """Takes as many blocks as it should, and those that get least attention."""
+
+    def _cover(self, shares: Any, least: int) -> Any:
+        count = FlexPrefill._cover(self, shares, least).sum(-1, keepdim=True)
+        return shares.argsort(dim=-1).argsort(dim=-1) < count
+
+
+class Ends(FlexPrefill):
+    """Sees the first block and its own, and nothing between."""
+
+    def choose(self, query: Any, keys: Any, means: Any, first: int, softcap: float | None = None) -> Any:
+        chosen = FlexPrefill.choose(self, query, keys, means, first, softcap)
+        chosen[:, 1 : first // self.block] = False
+        return chosen
+
+
+class Lot(MuE):
+    """As many rows leave, whatever the cosine says."""
+
+    def rows(self, view: Any) -> Any:
+        leave = (view.before.float().sum(-1) * 1e4).long() % 5 < 3
+        self.acts["rows_asked"] += len(leave)
+        self.acts["rows_exited"] += int(leave.sum())
+        return leave
+
+
+class Oldest(Recent):
+    """A window at the wrong end, and the newest entry."""
+
+    def keep(self, view: Any) -> Kept:
+        indices = Recent.keep(self, view).indices
+        return Kept(torch.cat((torch.arange(len(indices) - 1), indices[-1:])))
+
+
+@pytest.mark.parametrize(
+    ("slot", "name", "broken"),
+    [
+        ("attention", "flexprefill", Least),
+        ("attention", "flexprefill", Ends),
+        ("skip", "mue", Lot),
+        ("kv.compress", "recent", Oldest),
+    ],
+)
+def test_an_approximation_that_goes_wrong_exceeds_its_bound(lab: Lab, slot: str, name: str, broken: type) -> None:
+    part = lab.part(slot, name)
+    assert "bound" in approx(lab, part)
+    with pytest.raises(AssertionError, match="exceeds"):
+        approx(copy_of(slot, broken), part)
+
+
+# ------------------------------------------------------------------------------------------ what a compression keeps
+
+
+class Light(H2O):
+    """Keeps the entries that got least attention."""
+
+    def keep(self, view: Any) -> Kept:
+        older = view.entries - self.recent
+        chosen = view.mass[:, :, :older].sort(dim=2, stable=True).indices[:, :, : self.heavy].sort(dim=2).values
+        newest = torch.arange(older, view.entries).expand(*chosen.shape[:2], self.recent)
+        return Kept(torch.cat((chosen, newest), 2))
+
+
+class Blind(H2O):
+    """Keeps entries whatever attention they got."""
+
+    def keep(self, view: Any) -> Kept:
+        older = view.entries - self.recent
+        lot = torch.Generator().manual_seed(view.length)
+        chosen = torch.randperm(older, generator=lot)[: self.heavy].sort().values
+        return Kept(torch.cat((chosen, torch.arange(older, view.entries))))
+
+
+class Still(StreamingLLM):
+    """Leaves the keys of its sinks where they were."""
+
+    def keep(self, view: Any) -> Kept:
+        return Kept(StreamingLLM.keep(self, view).indices)
+
+
+class TooFar(StreamingLLM):
+    """Turns the keys of its sinks one position too far."""
+
+    def keep(self, view: Any) -> Kept:
+        kept = StreamingLLM.keep(self, view)
+        assert kept.rotate is not None
+        return Kept(kept.indices, (kept.rotate[0] + 1, *kept.rotate[1:]))
+
+
+class Later(StreamingLLM):
+    """Takes for its sinks what stands ten entries after the beginning."""
+
+    def keep(self, view: Any) -> Kept:
+        kept = StreamingLLM.keep(self, view)
+        gone = view.entries - self.sinks - self.window
+        late = min(10, gone)
+        indices = kept.indices + late * (torch.arange(len(kept.indices)) < self.sinks)
+        return Kept(indices, (gone - late, 0, self.sinks))
+
+
+class Forgets(Recent):
+    """Drops the newest entry."""
+
+    def keep(self, view: Any) -> Kept:
+        return Kept(Recent.keep(self, view).indices - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "said"),
+    [
+        ("h2o", Light, r"0\.\d+ times the attention"),
+        ("h2o", Blind, r"0\.\d+ times the attention"),
+        ("streaming_llm", Still, "no key was turned"),
+        ("streaming_llm", TooFar, "leave a gap"),
+        ("recent", Forgets, "the newest entry was dropped"),
+    ],
+)
+def test_a_compression_that_keeps_the_wrong_entries_is_seen(lab: Lab, name: str, broken: type, said: str) -> None:
+    part = lab.part("kv.compress", name)
+    assert "cuts" in keeps(lab, part)
+    with pytest.raises(AssertionError, match=said):
+        keeps(copy_of("kv.compress", broken), part)
+
+
+@pytest.mark.parametrize(("name", "broken"), [("h2o", Blind), ("streaming_llm", Later)])
+def test_a_compression_that_forgets_what_it_should_keep_is_seen(lab: Lab, name: str, broken: type) -> None:
+    part = lab.part("kv.compress", name)
+    assert "over the answers" in recalls(lab, part)
+    with pytest.raises(AssertionError, match=r"at most 0\.5 times"):
+        recalls(copy_of("kv.compress", broken), part)
+
+
+# ------------------------------------------------------------------------------------------ another answer on purpose
+
+
+class Always(CAD):
+    """Contrasts, whatever alpha says."""
+
+    def warp(self, logits: Any) -> Any:
+        return 1.5 * logits[0] - 0.5 * logits[1]
+
+
+class Never(CAD):
+    """Does not contrast."""
+
+    def warp(self, logits: Any) -> Any:
+        return logits[0]
+
+
+class Wider(Beam):
+    """One beam too many."""
+
+    def begin(self, request: Any) -> Any:
+        return Beam(width=self.width + 1).begin(request)
+
+
+class OneMore(BestOfN):
+    """One candidate too many."""
+
+    def begin(self, request: Any) -> Any:
+        return BestOfN(n=self.n + 1).begin(request)
+
+
+class Leaks(LoRA):
+    """Adds a little of the input beside the adapter's product."""
+
+    def apply(self, layer: int, product: str, x: Any) -> Any:
+        delta = LoRA.apply(self, layer, product, x)
+        return None if delta is None else delta + 0.01 * x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("slot", "name", "broken", "said"),
+    [
+        ("sample", "cad", Always, r"request \d+\.\d+: token"),
+        ("sample", "cad", Never, "gives the answers that there are without it"),
+        ("search", "beam", Wider, r"request \d+\.\d+: token"),
+        ("search", "best_of_n", OneMore, r"request \d+\.\d+: token"),
+        ("adapt", "lora", Leaks, r"request \d+\.\d+: token"),
+    ],
+)
+def test_another_answer_than_its_definition_s_is_seen(lab: Lab, slot: str, name: str, broken: type, said: str) -> None:
+    part = lab.part(slot, name)
+    assert "are equal" in redefines(lab, part)
+    with pytest.raises(AssertionError, match=said):
+        redefines(copy_of(slot, broken), part)
+
+
+def test_another_answer_without_neutral_arguments_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = lab.part("sample", "cad")
+    monkeypatch.setattr(CAD, "neutral", None)
+    assert "its own tests" in redefines(lab, part)
+    monkeypatch.delattr(CAD, "neutral")
+    with pytest.raises(AssertionError, match="names arguments under which it changes nothing"):
+        redefines(lab, part)
 
 
 # ------------------------------------------------------------------------------------------ company and simulation

@@ -20,7 +20,8 @@ from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 
 KEYS = {
-    "kl_mean", "kl_ci95", "top1", "ppl_ratio", "recall", "recall_reference", "output_len_ratio", "speed_ratio", "kv_bytes_ratio",
+    "kl_mean", "kl_ci95", "top1", "ppl_ratio", "recall", "recall_reference", "output_len_ratio", "output_ended",
+    "speed_ratio", "kv_bytes_ratio",
 }  # fmt: skip
 
 
@@ -111,6 +112,11 @@ def test_a_recall_counts_where_the_reference_recalls_enough() -> None:
     assert m.counted(0.5, 0.79) is None
 
 
+def test_lengths_say_something_where_answers_end() -> None:
+    assert m.ratio((30.0, 0.5), (20.0, 0.25)) == 1.5
+    assert m.ratio((160.0, 0.0), (160.0, 0.0)) is None
+
+
 # ------------------------------------------------------------------------------------------ laws
 
 
@@ -142,7 +148,8 @@ def test_an_exact_technique_changes_nothing() -> None:
         "the bundled model recalls at a quarter of the length that it was trained on"
     )
     assert found["recall"] == found["recall_reference"]
-    assert found["fidelity"] == "EXACT"
+    assert (found["fidelity"], found["redefines"]) == ("EXACT", [])
+    assert found["output_ended"] >= 0.5, "answers that are all cut short have one length, whatever is done to them"
     assert found["acts"]["draft=ngram.proposed"] > 0
 
 
@@ -161,6 +168,7 @@ def test_what_drops_all_but_the_newest_forgets(tmp_path: Path) -> None:
     assert 0 < found["kv_bytes_ratio"] < 0.6
     assert found["recall"] < found["recall_reference"]
     assert found["acts"]["kv.compress=recent.entries_dropped"] > 0
+    assert abs(found["output_len_ratio"] - 1) > 0.02, "what is wrecked answers at another length"
     assert found["fidelity"] == "APPROX"
 
 

@@ -25,6 +25,10 @@ def test_a_label_says_what_made_the_answer(url: str, route: str) -> None:
     assert "draft=ngram(guesses=2)" in told["weft"]["stack"]
     assert "schedule=fcfs" in told["weft"]["stack"]
     assert told["weft"]["fidelity"] == "EXACT"
+    assert told["weft"]["redefines"] == []
+    searching = {"label": True, "with": ["search=beam(width=2)"]}
+    beam = ask(url, route, weft=searching).json()["weft"]
+    assert (beam["fidelity"], beam["redefines"]) == ("EXACT", ["search=beam(width=2)"])
     other = ask(url, route, weft={"label": True}).json()["weft"]
     assert not [part for part in other["stack"] if part.startswith("draft=ngram")]
 

@@ -6,16 +6,17 @@ import importlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import contender, harness
+from bench import contender, harness, oracle
 from bench.contender import Case, Contender, Model, Run, rss_bytes
 from bench.harness import Options, bundled, compare, encode, grown, main
 from bench.texts import OPENINGS, PARAGRAPHS
@@ -103,7 +104,7 @@ def test_the_keys_are_those_of_the_document(found: dict[str, Any]) -> None:
     assert of_case == found["cases"][0].keys()
     assert of_figure - {"ttft_s", "step_p95_s"} == found["cases"][0]["median"].keys()
     holds = section.split("The file holds")[1].split("`limit` is")[0]
-    told = {"technique", "command", "date", "machine", "notes", *found}
+    told = {"technique", "command", "code", "date", "machine", "notes", *found}
     assert set(re.findall(r"`(\w+)`", holds)) == told
 
 
@@ -262,19 +263,20 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
 def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(harness, "read_gb_s", lambda threads, device: 10.0)
-    assert main("draft=again", "bench.draft.again", measure, ["A note."], ["--quick"]) == 0
+    assert main("draft=again", "bench.draft.ngram", measure, ["A note."], ["--quick"]) == 0
     assert not (tmp_path / "results").exists(), "--quick writes nothing"
     assert "x 1.00" in capsys.readouterr().out
     out = tmp_path / "other.json"
-    assert main("draft=again", "bench.draft.again", measure, ["A note."], ["--quick", "--json", "--out", str(out)]) == 0
+    assert main("draft=again", "bench.draft.ngram", measure, ["A note."], ["--quick", "--json", "--out", str(out)]) == 0
     printed, kept = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert printed.keys() == kept.keys()
-    assert kept["command"] == f"python -m bench.draft.again --quick --json --out {out}"
+    assert kept["command"] == f"python -m bench.draft.ngram --quick --json --out {out}"
     assert kept["notes"] == ["A note."]
+    assert kept["code"] == harness.code_digest("bench.draft.ngram")
     assert kept["machine"].keys() == {"cpu", "cores", "torch", "python", "busy"}
     assert kept["comparisons"][0]["cases"][1]["name"] == "again"
     monkeypatch.setattr(harness, "rss_bytes", lambda model, case, threads: 7)
-    assert main("draft=again", "bench.draft.again", measure, argv=["--rounds", "1"]) == 0
+    assert main("draft=again", "bench.draft.ngram", measure, argv=["--rounds", "1"]) == 0
     kept = json.loads((tmp_path / "results" / "draft-again.json").read_text())
     assert kept["comparisons"][0]["rounds"] == 1
     assert kept["comparisons"][0]["cases"][0]["median"]["rss_peak_bytes"] == 7
@@ -299,6 +301,56 @@ def test_every_benchmark_runs(path: Path, tmp_path: Path) -> None:
     slot, _, name = result["technique"].partition("=")
     assert (slot.replace(".", "_"), name) == (path.parent.name, path.stem)
     assert result["command"].startswith(f"python -m bench.{path.parent.name}.{path.stem} ")
+
+
+def stale(results: Iterable[Path]) -> list[str]:
+    """Kept results whose benchmark does something else by now; one without a digest is from before they were kept."""
+    kept = [json.loads(path.read_text(encoding="utf8")) for path in results]
+    return [r["command"] for r in kept if "code" in r and r["code"] != harness.code_digest(r["command"].split()[2])]
+
+
+def test_no_kept_result_is_of_a_benchmark_that_has_changed_since() -> None:
+    assert stale(RESULTS) == [], "run these again, or keep what they did"
+
+
+def test_a_benchmark_that_changes_makes_its_result_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results", "shapes"))
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    digest = harness.code_digest("bench.kv_compress.h2o")
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps({"command": "python -m bench.kv_compress.h2o --rounds 3", "code": digest}))
+    own, loads = tmp_path / "bench" / "kv_compress" / "h2o.py", tmp_path / "bench" / "loads.py"
+    source = own.read_text()
+    own.write_text(
+        "# A comment.\n" + source.replace("NOTES = (", 'NOTES = (\n    "One more.",').replace("beside the", "and the")
+    )
+    assert own.read_text() != source
+    assert stale([kept]) == [], "words are no change"
+    own.write_text(source.replace("heavy=64", "heavy=96"))
+    assert stale([kept]) == ["python -m bench.kv_compress.h2o --rounds 3"]
+    own.write_text(source)
+    loads.write_text(loads.read_text().replace("else (800, 40)", "else (700, 40)"))
+    assert stale([kept]) == ["python -m bench.kv_compress.h2o --rounds 3"], "its load comes from another file"
+    assert harness.code_digest("bench.kv_offload.host") != digest, "a folder's own file is read as well"
+
+
+def test_a_perfect_draft_is_right_every_time(model: Model, null: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                             clean_registry: None) -> None:  # fmt: skip
+    monkeypatch.setattr(harness, "read_gb_s", lambda threads, device: 10.0)
+    plugin = tmp_path / "oracle.py"
+    source, root = (ROOT / "bench" / "oracle.py").read_text(), "Path(__file__).resolve().parents[1]"
+    plugin.write_text(source.replace(root, f"Path({str(tmp_path)!r})"))
+    monkeypatch.setattr(oracle, "ANSWERS", tmp_path / ".cache" / "oracle")
+    monkeypatch.setattr(oracle, "FILE", plugin)
+    known = oracle.perfect(model, replace(null, sampling={"temperature": 0.8}), "test", 3)
+    assert known.bound
+    found = compare(model, replace(null, sampling={"temperature": 0.8}), [known], rounds=1, memory=False)["cases"][1]
+    assert found["bound"]
+    assert found["same_tokens"] == 1
+    assert found["acts"]["draft=oracle.accepted"] == found["acts"]["draft=oracle.proposed"] > 0
+    assert found["median"]["tok_per_step"] > 3
+    with pytest.raises(ConfigError, match="is missing"):
+        oracle.Oracle(answers="../no")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -173,7 +173,7 @@ NULLS = ["schedule=fcfs", "kv.evict=lru", "draft=none", "accept=race"]
 
 def test_compose_of_nothing_is_the_default_stack() -> None:
     said = answer("compose")
-    assert said == {"verdict": "ok", "fidelity": "EXACT", "reasons": [], "stack": NULLS}
+    assert said == {"verdict": "ok", "fidelity": "EXACT", "redefines": [], "reasons": [], "stack": NULLS}
 
 
 def test_compose_says_ok_with_the_completed_stack() -> None:
@@ -182,9 +182,29 @@ def test_compose_says_ok_with_the_completed_stack() -> None:
     assert said["stack"] == ["schedule=layered(groups=2)", "draft=ngram", "kv.evict=lru", "accept=race"]
 
 
+def test_another_answer_on_purpose_is_told_beside_the_fidelity() -> None:
+    said = answer("compose", "sample=cad(alpha=0.3)", "draft=none")
+    assert (said["fidelity"], said["redefines"]) == ("EXACT", ["sample=cad(alpha=0.3)"])
+    assert "EXACT, redefined" in run("compose", "search=beam").stdout
+    assert "redefined" not in run("compose", "draft=ngram").stdout
+    lines = run("features").stdout.splitlines()
+    told = {name: next(x for x in lines if f"{name} " in x) for name in ("sample=cad", "adapt=lora", "draft=ngram")}
+    assert ["redefined" in line for line in told.values()] == [True, True, False]
+
+
+def test_a_part_that_can_never_act_is_told() -> None:
+    """Rejection weighs guesses, and the default draft makes none."""
+    said = answer("compose", "accept=rejection")
+    assert said["verdict"] == "cost"
+    assert [r["text"] for r in said["reasons"]] == [
+        "accept=rejection has nothing to do while the slot draft is at its default; add one, such as draft=ngram"
+    ]
+    assert answer("compose", "accept=rejection", "draft=speculative_sampling")["verdict"] == "ok"
+
+
 def test_a_refused_stack_ends_in_1_with_its_reasons() -> None:
     said = answer("compose", "schedule=fcfs", "schedule=layered", code=1)
-    assert set(said) == {"verdict", "fidelity", "reasons", "stack"}
+    assert set(said) == {"verdict", "fidelity", "redefines", "reasons", "stack"}
     assert said["verdict"] == "refused"
     (reason,) = said["reasons"]
     assert set(reason) == {"rule", "parts", "text"}

@@ -7,6 +7,9 @@ Rule     p the target's law at a guess x, q the law that x was drawn from.  From
 Shapes   p: ids and probabilities of the truncated law; q [guesses, vocab] float32
 Units    probabilities, after temperature, truncation, bias and penalties of the request
 Cost     the law of each row that is reached: O(vocab)
+Pays     at temperature 1, with a draft that is drawn from its own law: it accepts more than the race, and decodes up to half as
+         fast again.  At temperature 0.8 and top-p 0.95 the race, which shares its noise with the draft, accepts as much: there
+         rejection is as fast or up to a fifth slower, and gives up that a seed means the same tokens
 Differs  a guess whose law is not told was certain (q = 1 there), as prompt lookup's are; of several guesses that follow the same
          token the first is weighed alone.  The noise is a function of seed, output index and token, so a run repeats; tokens
          are not those of the race, and depend on what was guessed

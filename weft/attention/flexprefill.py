@@ -9,7 +9,9 @@ Rule     exact = mean over representative rows of softmax(q k), summed by key bl
 Shapes   q [rows, H, D], keys [E, KV, D]; the choice is bool [KV, key blocks]
 Units    block, minimum, representatives: tokens.  gamma: share of the attention.  tau: of sqrt(JS), natural logarithms
 Cost     for each block of rows, `representatives` rows of dense scores, and reading the keys once; no state
-Pays     for prompts of thousands of tokens
+Pays     for prompts of thousands of tokens, where fewer of their own blocks are looked at than they have: 1.13 times the speed
+         at 3,600 tokens with gamma=0.9 and minimum=256.  The default minimum of 1,024 was not timed, and what answers it gives
+         was looked at up to 960 tokens, where it changes next to nothing
 Differs  prompts come in chunks, so each block of rows has representatives of its own, its last rows, where the paper takes the
          last block of the whole prompt for all; shares are taken for each block of rows, where the paper flattens them over
          all; query heads of one kv head see the union of what each chose, since their keys are read together; key blocks are
@@ -57,7 +59,7 @@ class FlexPrefill:
     )
     per_request: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, Any]] = {"block": 32, "minimum": 32, "representatives": 8}
-    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, effects=frozenset({Effect.REWRITES_KV}), bound=0.02)
+    traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, effects=frozenset({Effect.REWRITES_KV}), bound=0.002)
 
     def __post_init__(self) -> None:
         if not 0 < self.gamma <= 1 or not self.tau >= 0 or self.block < 1 or self.minimum < 0:

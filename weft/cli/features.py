@@ -32,9 +32,7 @@ def features(*, plugin: Plugins = None, json_: Json = False) -> None:
     for f in found:
         null = "  [dim](default)[/]" if SLOTS[f.slot].null == f.name else ""
         paper = f"{f.paper} [dim]{' '.join(f.catalogue)}[/]"
-        grid.add_row(
-            f"{f.slot}={f.name}{null}", f.traits.fidelity.value, f.summary.partition(": ")[2] or f.summary, paper
-        )
+        grid.add_row(f"{f.slot}={f.name}{null}", f.traits.answers, f.summary.partition(": ")[2] or f.summary, paper)
     stdout().print(grid)
 
 
@@ -57,11 +55,11 @@ def compose(
     verdict = decide(stack)
     if json_:
         reasons = [{"rule": r.rule, "parts": list(r.parts), "text": r.text} for r in verdict.reasons]
-        answer = {"verdict": verdict.verdict, "fidelity": verdict.fidelity.value, "reasons": reasons}
-        print(json.dumps({**answer, "stack": [str(p) for p in stack]}, indent=2))
+        answer = {"verdict": verdict.verdict, "fidelity": verdict.fidelity.value, "redefines": list(verdict.redefines)}
+        print(json.dumps({**answer, "reasons": reasons, "stack": [str(p) for p in stack]}, indent=2))
     else:
         console = stdout()
-        console.print(f"{VERDICT[verdict.verdict]}, {verdict.fidelity.value}: {' '.join(str(p) for p in stack)}")
+        console.print(f"{VERDICT[verdict.verdict]}, {verdict.answers}: {' '.join(str(p) for p in stack)}")
         for reason in verdict.reasons:
             console.print(f"  {reason.text}")
     if verdict.verdict == "refused":

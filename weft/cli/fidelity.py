@@ -18,10 +18,17 @@ from weft.errors import ConfigError
 
 if TYPE_CHECKING:
     from weft.fidelity.measure import Path as Asked
+    from weft.fidelity.recall import Question
     from weft.front.text import ModelText
 
 LEARNED_TOKENS = 1024
 """Context on which the bundled model, and what is grown from it, was trained; answers beyond it are nobody's."""
+TURNS = (
+    "Tom has 12 apples and buys 7 more. How many apples does he have?",
+    "Who was there?",
+    "A book costs $3. How much do 4 books cost?",
+)
+"""What is asked after prose, beside facts that stand in it, where the length of answers is taken."""
 LEAST_TOKENS = 24
 """A text of fewer says nothing."""
 
@@ -77,11 +84,13 @@ def measure(
     """The record of `weft fidelity --json`.  Raises ConfigError and CapacityError."""
     from weft.fidelity import measure as m
 
-    reference, stack, text, name, learned = _paths(model, flags, length + max(new, 64))
+    reference, stack, text, name, learned = _paths(model, flags, length + max(new, m.LONGEST))
     prose = _prose(text, texts)
     windows = _windows(prose, length)
     record: dict[str, Any] = {"model": name, "stack": [str(p) for p in stack.runtime.setup.stack.parts]}
-    record |= {"fidelity": stack.runtime.setup.stack.verdict.fidelity.value, "length": length, "windows": len(windows)}
+    verdict = stack.runtime.setup.stack.verdict
+    record |= {"fidelity": verdict.fidelity.value, "redefines": list(verdict.redefines)}
+    record |= {"length": length, "windows": len(windows)}
     good = length <= learned
     if good:
         with _note(f"{len(windows)} windows of text along both paths"):
@@ -93,11 +102,12 @@ def measure(
         with _note(f"{questions} questions about facts in {length} tokens of prose"):
             record |= _recall(reference, stack, text, prose, length, questions)
     cut = [ids for ids, _ in windows][: m.BATCH]
-    record["output_len_ratio"] = None
+    record |= {"output_len_ratio": None, "output_ended": None}
     if good:
-        with _note("lengths of answers"):
-            mine, theirs = (m.lengths(path, cut, text.eos_ids, 64) for path in (stack, reference))
-            record["output_len_ratio"] = mine / theirs
+        asked = _turns(text, prose, length)
+        with _note(f"lengths of {len(asked)} answers"):
+            mine, theirs = (m.lengths(path, asked, text.eos_ids) for path in (stack, reference))
+            record |= {"output_len_ratio": m.ratio(mine, theirs), "output_ended": theirs[1]}
     record["speed_ratio"], record["kv_bytes_ratio"] = m.race(reference, stack, cut, new, rounds, _tell)
     record["acts"] = stack.runtime.engine.stats.acts
     return record
@@ -161,19 +171,42 @@ def _recall(
     reference: Asked, stack: Asked, text: ModelText, prose: Sequence[Sequence[int]], length: int, count: int
 ) -> dict[str, Any]:
     from weft.fidelity import measure as m
+
+    asked = _questions(text, [i for ids in prose for i in ids], length, count)
+    theirs = m.recall(reference, asked, text.tokenizer.decode, text.eos_ids)
+    mine = m.recall(stack, asked, text.tokenizer.decode, text.eos_ids)
+    return {"recall": m.counted(mine, theirs), "recall_reference": theirs}
+
+
+def _questions(text: ModelText, filler: Sequence[int], length: int, count: int, seed: int = 9) -> list[Question]:
     from weft.fidelity.recall import questions
 
-    filler = [i for ids in prose for i in ids]
-    asked = questions(
+    return questions(
         lambda words: text.tokenizer.encode(words, add_special=False),
         lambda words: text.chat_ids([{"role": "user", "content": words}]),
         filler,
         length,
         count,
+        seed,
     )
-    theirs = m.recall(reference, asked, text.tokenizer.decode, text.eos_ids)
-    mine = m.recall(stack, asked, text.tokenizer.decode, text.eos_ids)
-    return {"recall": m.counted(mine, theirs), "recall_reference": theirs}
+
+
+def _turns(text: ModelText, prose: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Prompts of `length` tokens whose answers end: of half a fact is asked for, of half something else.
+
+    Prose alone for a model that does not chat.
+    """
+    from weft.fidelity import measure as m
+
+    filler = [i for ids in prose for i in ids]
+    found: list[list[int]] = []
+    if text.has_chat_template:
+        found += [list(q.ids) for q in _questions(text, filler, length, m.ANSWERS // 2, seed=10)]
+    for i in range(m.ANSWERS - len(found)):
+        turn = text.chat_ids([{"role": "user", "content": TURNS[i % len(TURNS)]}]) if text.has_chat_template else []
+        start, room = 97 * i, max(1, length - len(turn))
+        found.append([*(filler[(start + j) % len(filler)] for j in range(room)), *turn])
+    return found
 
 
 def _note(words: str) -> Any:
@@ -206,7 +239,11 @@ def _print(record: dict[str, Any]) -> None:
             record["recall"],
             f"of facts; the reference path {_figure(asked)}",
         ),
-        ("length of answers", record["output_len_ratio"], "times the reference's"),
+        (
+            "length of answers",
+            record["output_len_ratio"],
+            f"times the reference's, {_figure(record['output_ended'])} of which end",
+        ),
         ("speed", record["speed_ratio"], "times the reference's, medians in turns"),
         ("KV bytes", record["kv_bytes_ratio"], "times the reference's, at the peak"),
     )

@@ -28,6 +28,7 @@ from weft.exec.thread import step
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.registry import Part, lookup
+from weft.slots import Kept
 from weft.types import Event, Finished, Item, Rejected, RequestSpec, TokenItem, Tokens
 
 MAX_STEPS = 20_000
@@ -52,6 +53,53 @@ class Outcome:
     hit_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one cut left of a sequence's entries.
+
+    newest: whether the newest stays in every head.  turned: whether keys were turned.  closed: whether the positions of what
+    stays then run on without a gap up to the newest.  kept: share of the entries that stay; mass_kept: the share of attention
+    that those got, mean over layers and heads, where it was counted.
+    """
+
+    newest: bool
+    turned: bool
+    closed: bool
+    kept: float
+    mass_kept: float
+
+    @classmethod
+    def of(cls, view: Any, kept: Kept) -> Cut:
+        indices = kept.indices.long().cpu()
+        stay = indices.shape[-1]
+        positions = view.positions.cpu()[indices].clone()
+        if kept.rotate is not None:
+            delta, first, stop = kept.rotate
+            positions[..., first:stop] += delta
+        share = 0.0
+        if view.mass is not None:
+            here = view.mass.gather(2, indices.expand(*view.mass.shape[:2], stay)).sum(2)
+            share = float((here / view.mass.sum(2)).mean())
+        closed = positions == torch.arange(view.length - stay, view.length)
+        newest = bool((indices[..., -1] == view.entries - 1).all())
+        return cls(newest, kept.rotate is not None, bool(closed.all()), stay / view.entries, share)
+
+
+class Watched:
+    """A compression whose cuts are noted."""
+
+    def __init__(self, real: Any, found: list[Cut]) -> None:
+        self._real, self._found = real, found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def keep(self, view: Any) -> Kept:
+        kept: Kept = self._real.keep(view)
+        self._found.append(Cut.of(view, kept))
+        return kept
+
+
 class Lab:
     """Runs stacks.  alter: a change of a stack before it is built in (the tests of the tests put broken copies there)."""
 
@@ -61,7 +109,7 @@ class Lab:
         self.alter = alter
         self._folder = Path(tempfile.mkdtemp(prefix="weft-conform-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._trials: dict[tuple[str, str, bool], Part] = {}
+        self._trials: dict[tuple[str, str, str], Part] = {}
         self._outcomes: dict[tuple[str, ...], Outcome] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -69,20 +117,21 @@ class Lab:
 
     # ------------------------------------------------------------------ stacks
 
-    def part(self, slot: str, name: str, wide: bool = False) -> Part:
+    def part(self, slot: str, name: str, kind: str = "trial") -> Part:
         """A technique with the arguments of its trial: small budgets, under which it has to work at once.
 
-        A class says them as `trial`: a mapping, or a function of a folder of its own in which it may write files.  wide: those of
-        `wide_trial`, where it has one: budgets that leave a technique beside it something to do.
+        A class says them as `trial`: a mapping, or a function of a folder of its own in which it may write files.  kind: also
+        `wide_trial`, budgets that leave a technique beside it something to do (else those of the trial), and `neutral`, with
+        which it changes nothing.
         """
-        key = slot, name, wide
+        key = slot, name, kind
         if key not in self._trials:
             cls = lookup(slot, name)
-            if wide and not hasattr(cls, "wide_trial"):
+            if kind == "wide_trial" and not hasattr(cls, kind):
                 return self.part(slot, name)
-            trial = getattr(cls, "wide_trial" if wide else "trial", {})
+            trial = getattr(cls, kind, {})
             if callable(trial):
-                place = self._folder / f"{slot}-{name}{'-wide' * wide}"
+                place = self._folder / f"{slot}-{name}-{kind}"
                 place.mkdir()
                 trial = trial(place)
             self._trials[key] = Part(slot, name, tuple(dict(trial).items()))
@@ -174,6 +223,21 @@ class Lab:
             for spec in specs
         ]
         return found, self.send(runtime, [sent])
+
+    def cuts(self, parts: Sequence[Part]) -> list[Cut]:
+        """What the stack's compression kept at every cut of the workload."""
+        found: list[Cut] = []
+
+        def watched(stack: Stack) -> Stack:
+            stack = stack if self.alter is None else self.alter(stack)
+            real = stack.instances.get("kv.compress")
+            if real is None:
+                return stack
+            return replace(stack, instances={**stack.instances, "kv.compress": Watched(real, found)})
+
+        lab = Lab(watched)
+        lab.send(lab.runtime(parts), self.workload(parts).rounds)
+        return found
 
     # ------------------------------------------------------------------ simulated
 

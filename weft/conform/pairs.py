@@ -8,7 +8,6 @@ Every part still does what it counts, unless the verdict says that it has nothin
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import itertools
@@ -18,7 +17,8 @@ from pathlib import Path
 
 from weft.compose import Verdict, compose, traits_of
 from weft.config import build_stack
-from weft.conform.checks import SLACK, alike, as_alone, beside, equal_tokens, fits, own_acts, within
+from weft.conform.checks import REDEFINED_SLACK, SLACK, alike, as_alone, beside, equal_tokens, fits, own_acts, within
+from weft.conform.code import code
 from weft.conform.lab import Lab, stack
 from weft.errors import ComposeError
 from weft.registry import Part, lookup, names
@@ -54,7 +54,8 @@ def pairs() -> list[Pair]:
 
 def parts_of(lab: Lab, pair: Pair, wide: bool = False) -> list[Part]:
     """The two at their trials' arguments, with what either needs beside it."""
-    own = [lab.part(*pair.one, wide), lab.part(*pair.other, wide)]
+    kind = "wide_trial" if wide else "trial"
+    own = [lab.part(*pair.one, kind), lab.part(*pair.other, kind)]
     slots = {p.slot for p in own}
     more = {p.slot: p for part in own for p in beside(part)[1:] if p.slot not in slots}
     return [*own, *more.values()]
@@ -118,7 +119,8 @@ def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
     if traits.fidelity is Fidelity.APPROX:
         bounds = [t.bound for t in (traits, *others) if t.bound is not None]
         exact = [p for p, t in zip(rest, others, strict=True) if t.bound is None]
-        return within(lab, parts, exact, SLACK * sum(bounds))
+        slack = REDEFINED_SLACK if any(Effect.REDEFINES in t.effects for t in others) else SLACK
+        return within(lab, parts, exact, slack * sum(bounds))
     if Fidelity.SAME_LAW not in (traits.fidelity, *(t.fidelity for t in others)):
         return equal_tokens(lab, parts, rest)
     if traits.fidelity is Fidelity.EXACT:
@@ -139,17 +141,8 @@ def digest(pair: Pair) -> str:
     for slot, name in (pair.one, pair.other):
         module = inspect.getmodule(lookup(slot, name))
         assert module is not None
-        h.update(_code(inspect.getsource(module)))
+        h.update(code(inspect.getsource(module)))
         common = Path(module.__file__ or "").with_name("_common.py")
         if common.is_file():
-            h.update(_code(common.read_text(encoding="utf8")))
+            h.update(code(common.read_text(encoding="utf8")))
     return h.hexdigest()
-
-
-def _code(source: str) -> bytes:
-    """What a file says to Python: without comments, and without the docstrings of the file, its classes and functions."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree).encode()

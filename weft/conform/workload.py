@@ -41,6 +41,12 @@ QUESTIONS = (
 )
 
 
+FACTS = {("Anna", "boat"): "4711", ("Tom", "lamp"): "0382", ("Mary", "clock"): "9265", ("Jack", "ring"): "1870"}
+"""Owner and thing to the number that is told, in the words that the bundled model was taught with."""
+ASKED, BETWEEN = 2, 120
+"""How often a fact is asked for before it is asked for again, and tokens of prose in between."""
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     """rounds: requests that are sent together, each round after the one before has ended.  Seeds are distinct."""
@@ -84,3 +90,21 @@ def workload(encode: object, tokens: int = 24, companions: Sequence[tuple[int, .
             )
         sent.append(tuple(specs))
     return Workload(tuple(sent))
+
+
+def asked_again(encode: object) -> tuple[list[RequestSpec], dict[int, tuple[int, ...]]]:
+    """(requests, the answer of each by its id): a fact, questions about it that are answered, prose, and the question again.
+
+    What matters is in the first tokens, and rows were looking at it before the prose came.
+    """
+    assert callable(encode)
+    prose = [token for text in PROSE for token in encode(text)]
+    specs, answers = [], {}
+    for i, ((owner, thing), number) in enumerate(FACTS.items()):
+        question, answer = f"<|user|>What is the number of {owner}'s {thing}?<|end|><|assistant|>", f"{number}<|end|>"
+        told = encode(f"The number of {owner}'s {thing} is {number}.\n\n" + (question + answer) * ASKED)
+        ids = (*told, *prose[40 * i : 40 * i + BETWEEN], *encode(question))
+        law = SamplingSpec(temperature=0.0, max_tokens=1)
+        specs.append(RequestSpec(id=i + 1, items=(TokenItem(ids),), sampling=law, seed=i))
+        answers[i + 1] = tuple(encode(answer))
+    return specs, answers

@@ -29,6 +29,10 @@ from weft.types import Event, Finished, Item, Rejected, RequestSpec, SamplingSpe
 Progress = Callable[[str], None]
 BATCH = 8
 """Requests that are sent together."""
+LONGEST = 96
+"""Tokens after which an answer whose length is taken is cut short."""
+ANSWERS = 12
+"""Answers whose lengths are taken."""
 KEPT_BYTES = 256 << 20
 """The reference's laws are kept for the stack in groups of prompts that stay below this size."""
 
@@ -161,11 +165,12 @@ def recall(
     return right / len(questions)
 
 
-def lengths(path: Path, prompts: Sequence[Sequence[int]], stops: Sequence[int], most: int) -> float:
-    """Mean tokens of an answer under the model's own law, seeded."""
-    law = SamplingSpec(temperature=0.7, top_p=0.95, max_tokens=most, stop_ids=tuple(stops))
+def lengths(path: Path, prompts: Sequence[Sequence[int]], stops: Sequence[int]) -> tuple[float, float]:
+    """(mean tokens of an answer, share of answers that end by themselves) under the model's own law, seeded."""
+    law = SamplingSpec(temperature=0.7, top_p=0.95, max_tokens=LONGEST, stop_ids=tuple(stops))
     specs = [path.spec(ids, law, i) for i, ids in enumerate(prompts)]
-    return fmean(len(tokens) for tokens in path.send(specs).tokens.values())
+    found = path.send(specs).tokens.values()
+    return fmean(map(len, found)), fmean(tokens[-1] in law.stop_ids for tokens in found)
 
 
 def race(
@@ -197,9 +202,14 @@ def summary(scores: Sequence[Sequence[Scores]]) -> dict[str, Any]:
     }
 
 
+def ratio(mine: tuple[float, float], theirs: tuple[float, float]) -> float | None:
+    """Of lengths; None where no answer of the reference ends by itself, so that all are as long as they may be."""
+    return mine[0] / theirs[0] if theirs[1] > 0 else None
+
+
 def counted(found: float, reference: float) -> float | None:
     """A stack's recall, where the reference path recalls enough for it to mean something."""
     return found if reference >= LEAST else None
 
 
-__all__ = ["Path", "Scores", "compare", "counted", "interval", "lengths", "race", "recall", "summary"]
+__all__ = ["Path", "Scores", "compare", "counted", "interval", "lengths", "race", "ratio", "recall", "summary"]

@@ -6,6 +6,9 @@ Rule     candidates i = 0 .. n - 1 are drawn as the sequences of an ordinary req
 Units    n, keep: sequences; scores in nats, per token or in all
 Cost     n answers' decoding; the prompt is computed once and its KV shared.  A candidate is stopped early once no continuation
          could bring it among the best: its sum only falls, and its mean never exceeds sum / (most tokens)
+Pays     where an answer that the model itself finds likelier is worth n times the decoding: beside 4 requests it is 1.4 to 1.7
+         times as fast with prompts of 256 tokens, and no faster with prompts of 32.  Nothing is told before the choice is made,
+         so the first token comes as late as the last
 Differs  nothing.  Fidelity is meant against the rule: candidate i is, token for token, what sequence i of a request for n draws.
          Stop strings cut the text of what is returned; the engine, which chooses, knows no text and scores what it drew
 Raises   ValueError unless n >= 1, 0 <= keep <= n and by is "mean" or "sum"; RequestError for a request for other than `keep`
@@ -40,6 +43,7 @@ class BestOfN:
         default_factory=lambda: {"candidates": 0, "forks": 0, "tokens_discarded": 0}, init=False, compare=False
     )
     per_request: ClassVar[bool] = True
+    neutral: ClassVar[dict[str, object]] = {"n": 1}
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.REDEFINES}))
 
     def __post_init__(self) -> None:

@@ -44,11 +44,13 @@ def _laid_over(own: Sequence[Part], server: Sequence[str]) -> list[Part]:
 
 
 def label(fields: Fields, server: Sequence[str], model: Sequence[str] = ()) -> dict[str, Any] | None:
-    """What an answer says of itself, where the request asks for it: its stack, and how faithful that is.
+    """What an answer says of itself, where the request asks for it: its stack, how faithful that is, and whether to itself.
 
     server, model: as for `techniques`.
     """
     if fields.weft is None or not fields.weft.label:
         return None
     parts = _laid_over([parse(text) for text in techniques(fields, server, model)], server)
-    return {"stack": [str(part) for part in parts], "fidelity": compose(parts).fidelity.value}
+    verdict = compose(parts)
+    told = {"stack": [str(part) for part in parts], "fidelity": verdict.fidelity.value}
+    return {**told, "redefines": list(verdict.redefines)}

@@ -8,6 +8,9 @@ Units    disk, memory: sizes such as "1GiB"; lookahead: waiting requests; hits: 
          bytes_moved: bytes between pool and tier, both ways
 Cost     one copy, one BLAKE2 sum and one write of a block when it is saved, and a read and a sum when it is loaded, inside the
          step; a thread that reads ahead.  Writes go to the page cache, and to the disk when the kernel decides
+Pays     as a tier in memory does, where there is more to keep than memory: with four documents in turns and room for one,
+         prompts are computed at 1.9 and 2.2 times the speed.  The file was in the page cache then; a disk that is read cold was
+         not measured
 Differs  single blocks are moved, where the paper moves whole conversations, and they stay in the file when they are loaded; the
          file keeps the blocks used last, where the paper looks at the queue for that, too; nothing is overlapped with layers
 Raises   ValueError for a size that cannot be read, and for hits or lookahead < 0; ConfigError where the folder cannot be used
