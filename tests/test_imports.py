@@ -23,7 +23,8 @@ TECHNIQUES = frozenset(
     "bundle".split()
 )
 # What each part of weft may import from weft, besides itself.  exec.batch and exec.kvpool (what a decoder reads) and models.spec
-# (what it is) are data; who computes on them may name them.  models.gguf reads headers, which hold tokenizers too.  hub says where a second model's files are.
+# (what it is) are data; who computes on them may name them.  models.gguf reads headers, which hold
+# tokenizers too.  hub says where a second model's files are.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "core": VOCABULARY,
     "sim": VOCABULARY | {"core"},

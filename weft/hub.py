@@ -44,7 +44,8 @@ def resolve(model: str | os.PathLike[str] | None, *, progress: bool = True, weig
 
     weights: False fetches no more of a hub model than its small JSON files (a memory plan needs only those).
 
-    model: a folder; a file that ends in .gguf; a hub id such as "Qwen/Qwen3-0.6B", with "@REVISION" for a branch, tag or commit; None or "bundled"
+    model: a folder; a file that ends in .gguf; a hub id such as "Qwen/Qwen3-0.6B", with "@REVISION" for a branch, tag or commit;
+    None or "bundled"
     for the model that comes with weft.  A hub model is fetched into the hub's own cache, under the token of its own
     configuration, and is read from the cache when there is no network.
     Raises ConfigError saying what to do: no such folder, a file, no config.json, no such model, no access, no network.
@@ -84,7 +85,7 @@ def resolve_draft(model: str, *, progress: bool = True, weights: bool = True) ->
 
 
 def model_id(model: str | os.PathLike[str] | None) -> str:
-    """The name that a model is served under: weft-tiny for the bundled one, a folder's (or a GGUF file's) own name, or the hub id."""
+    """The name that a model is served under: weft-tiny for the bundled one, a folder's or a file's own name, or the hub id."""
     if model is None or model == BUNDLED:
         return BUNDLED_ID
     name = os.fspath(model)

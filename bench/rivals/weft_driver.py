@@ -13,7 +13,7 @@ from typing import Any
 from bench.rivals.protocol import Loaded, Measured, main
 from weft.bench.decode import DecodeBench, decode, make_room, ready
 from weft.exec.build import EngineConfig, Runtime, Setup
-from weft.models.layout import quantized, stored_bytes, tensor_shapes
+from weft.models.layout import stored_bytes, tensor_shapes
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -39,7 +39,7 @@ class Weft:
         setup = make_room(config, DecodeBench(batches=(batch,), prompt=length - 2, new=2))
         self.runtime, ready_s = ready(setup)
         ops = setup.ops["target"]
-        inputs = f", inputs {setup.config.activations}" if setup.weights is not None else ""
+        inputs = f", inputs {setup.config.activations}" if setup.formats else ""
         found = Loaded(
             version=importlib.metadata.version("weft"), kind=f"{setup.weights_name}{inputs}", kv_bytes=kv_bytes(setup),
             info={"ops": ops.ops, "isa": ops.isa, "ready_s": ready_s, "kv": setup.dtype},
@@ -62,8 +62,7 @@ def kv_bytes(setup: Setup) -> float:
 def keep(setup: Setup, found: Loaded) -> None:
     """Count the stored tensors into body, head and experts; an embedding that is no head is looked up, not read."""
     spec = setup.spec
-    formats = quantized(spec, setup.weights)
-    sizes = stored_bytes(spec, setup.dtype, setup.ops["target"].panels, formats)
+    sizes = stored_bytes(spec, setup.dtype, setup.ops["target"].panels, setup.formats)
     shapes = tensor_shapes(spec)
     for name, size in sizes.items():
         weights = 1

@@ -36,7 +36,7 @@ def load_config(path: Path | str) -> dict[str, Any]:
 
 
 def load_spec(path: Path | str) -> DecoderSpec:
-    """The decoder that a model folder (a config file, a GGUF file) describes.  Raises ConfigError naming the key that is wrong."""
+    """The decoder that a folder, a config file or a GGUF file describes.  Raises ConfigError naming the key that is wrong."""
     from weft.models.families import read
 
     return read(load_config(path))

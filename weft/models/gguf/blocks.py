@@ -180,7 +180,7 @@ def format_of(type: str) -> WeightFormat:
 
 
 def unpaired(rows: Tensor, head: int) -> Tensor:
-    """Rows of queries or keys in the order 0, 1, 2, ... of each head, from 0, d/2, 1, d/2 + 1, ...; whole heads of `head` rows."""
+    """Rows of queries or keys in the order 0, 1, 2, ... of each head, from 0, d/2, 1, d/2 + 1, ...; head: rows of one."""
     tail = rows.shape[1:]
     return rows.view(-1, head // 2, 2, *tail).transpose(1, 2).reshape(rows.shape)
 
