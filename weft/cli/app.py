@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="MODEL is a folder, a .gguf file, a Hugging Face id, or nothing for the bundled one.  weft COMMAND --help lists flags.",
+    epilog="MODEL is a folder, a .gguf file, a Hugging Face id, or nothing (the bundled one).  weft COMMAND --help lists flags.",
 )
 
 

@@ -65,7 +65,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read the tokenizer of a checkpoint's folder, or of a GGUF file.  ConfigError names the file that is missing or broken."""
+        """The tokenizer of a checkpoint's folder, or of a GGUF file.  ConfigError names the file that is missing or broken."""
         folder = Path(folder)
         if is_gguf(folder):
             from weft.front.gguf import tokenizer
