@@ -164,7 +164,10 @@ def test_a_bound_is_told() -> None:
         traits=Traits(fidelity=Fidelity.APPROX, bound=0.02),
     )  # fmt: skip
     text = page(loose, None)
-    assert "APPROX: near those without it, by a mean KL divergence below 0.02 nats a token with its defaults" in text
+    assert (
+        "APPROX: near those without it, by a mean KL divergence below 0.02 nats a token with its defaults over the prose"
+        in text
+    )
     assert "(catalogue 001-2)" in text
 
 

@@ -155,7 +155,9 @@ def facts(f: Feature, module: str) -> str:
     redefines = Effect.REDEFINES in f.traits.effects
     answers = REDEFINED if redefines else FIDELITY[f.traits.fidelity]
     if bound is not None:
-        answers += f", by a mean KL divergence below {bound:g} nats a token with {_trial(f)}"
+        answers += (
+            f", by a mean KL divergence below {bound:g} nats a token with {_trial(f)} over the prose of `weft conform`"
+        )
     alone = bool(getattr(lookup(f.slot, f.name), "per_request", False))
     rows = [
         ("slot", f"`{f.slot}`: {SLOTS[f.slot].question}"),

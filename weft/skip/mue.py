@@ -14,6 +14,8 @@ Differs  rows of the prompt never leave (the paper's encoder), and generated one
          quarters of them.  The paper trains every layer's output with the task's loss; nothing is trained here, and a model
          that was not loses by it: on novels that the bundled one has not read, two thirds of the rows leave after layer 7 of 8
          at 0.965, at a mean KL of 0.30 nats, and two fifths after layer 6 at 0.98, at 0.40
+Bound    on novels that the bundled model has not read, 48 tokens after 80 of prompt, after=(7,), threshold=0.965: a mean KL of
+         at most 0.33 nat (0.29 and 0.28 measured)
 Raises   ValueError unless `after` ascends from 2 on and 0 < threshold <= 1
 """
 
