@@ -15,11 +15,12 @@ from torch import Tensor
 
 from weft.convert.awq import Changes
 from weft.convert.passes import Along
+from weft.models.checkpoints.stored import catalogue
 from weft.models.families import families
 from weft.models.formats import WeightFormat
 from weft.models.layout import Part, quantized
 from weft.models.quantized import quantize
-from weft.models.weights import _catalogue, _place
+from weft.models.weights import _place
 
 
 class Judged:
@@ -27,7 +28,7 @@ class Judged:
 
     def __init__(self, folder: Path, along: Along) -> None:
         self.along = along
-        spec, stored = along.decoder.spec, _catalogue(folder)
+        spec, stored = along.decoder.spec, catalogue(folder)
         self.parts: list[Part] = list(families()[spec.family].parts(spec))
         self.norm_dtypes: Mapping[str, torch.dtype] = {
             part.target: stored[part.name].dtype for part in self.parts if len(part.shape) == 1
