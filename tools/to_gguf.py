@@ -89,7 +89,7 @@ def shape(writer: Any, architecture: str, config: Mapping[str, Any]) -> None:
     if config.get("sliding_window") and config["model_type"] == "mistral":
         writer.add_sliding_window(config["sliding_window"])
     if architecture == "qwen3moe":
-        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_count(config.get("num_local_experts", config.get("num_experts")))
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -157,7 +157,15 @@ def test_touching_tensors_and_gaps_are_fine(tmp_path: Path) -> None:
 
 def test_what_lies_cost(tmp_path: Path) -> None:
     """Counts that a file cannot hold cost neither time nor memory."""
-    for name in ("tensors", "keys", "many keys", "key length", "array count", "array past the end", "size wraps in 64 bits"):
+    for name in (
+        "tensors",
+        "keys",
+        "many keys",
+        "key length",
+        "array count",
+        "array past the end",
+        "size wraps in 64 bits",
+    ):
         given, _ = LIES[name]
         path = tmp_path / "x.gguf"
         path.write_bytes(given if isinstance(given, bytes) else given.bytes())

@@ -120,7 +120,7 @@ def tokenizer(path: Path) -> tuple[Backend, dict[str, Any]]:
     """A backend, and what tokenizer_config.json would have said.  Raises ConfigError naming the key that is wrong."""
     metadata = read(path).metadata
     vocabulary = _Vocabulary(path, metadata)
-    named = {
+    named: dict[str, Any] = {
         f"{role}_token": vocabulary.tokens[i] for role, key in ROLES.items() if (i := vocabulary.id(key)) is not None
     }
     if vocabulary.model == "llama":
