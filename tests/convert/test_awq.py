@@ -103,9 +103,12 @@ def test_inputs_are_those_of_the_products(bundled: Path, text: ModelText) -> Non
 def test_rows_are_kept_evenly(bundled: Path, text: ModelText, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(awq, "ROWS", 30)
     along = Along(bundled, load_spec(bundled), 64, wanted=False)
-    gathered = gather(along, windows(text.tokenizer.encode(STORY, add_special=False), 50, 3))
-    assert gathered["0.qkv"].count == 150
-    assert sum(len(rows) for rows in gathered["0.qkv"].rows) == 30
+    found = windows(text.tokenizer.encode(STORY, add_special=False), 47, 3)
+    few = torch.cat(gather(along, found)["3.qkv"].rows)
+    monkeypatch.setattr(awq, "ROWS", 1000)
+    every = gather(along, found)["3.qkv"]
+    assert every.count == 141
+    torch.testing.assert_close(few, torch.cat(every.rows)[::4])
 
 
 @pytest.mark.parametrize("name", ["llama_bias_tied", "gemma2", "qwen3_moe", "qwen2"])
@@ -124,6 +127,37 @@ def test_folding_alone_changes_nothing(name: str, checkpoint: Callable[[str], Ch
     assert len(moved) >= 4
     for window in found:
         torch.testing.assert_close(law(changed, window), law(plain, window), rtol=1e-4, atol=1e-4)
+
+
+def test_shared_heads_are_scaled_by_their_mean(checkpoint: Callable[[str], Checkpoint]) -> None:
+    """`v` gives up one scale for all query heads that read it."""
+    folder = checkpoint("llama_bias_tied").folder
+    spec = load_spec(folder)
+    share, dim = spec.heads // spec.kv_heads, spec.head_dim
+    assert share > 1
+    along = Along(folder, spec, 32, wanted=False)
+    judged = Judged(folder, along)
+    changes = calibrate(along, noise(spec.vocab), WeightFormat(4, 16), judged.norm_dtypes)
+    gathered = gather(along, noise(spec.vocab))
+    (key,) = [key for key, alpha in changes.chosen.items() if key.endswith(".out") and alpha > 0][:1]
+    mean = gathered[key].mean.view(spec.heads, dim)
+    wide = torch.cat([mean[h // share * share : (h // share + 1) * share].mean(0) for h in range(spec.heads)])
+    s = wide ** changes.chosen[key]
+    torch.testing.assert_close(changes.inputs[key], s / (s.max() * s.min()).sqrt())
+
+
+def test_norms_of_16_bits_are_rounded_first(bundled: Path, text: ModelText, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What W takes is what a bfloat16 norm really gives up: the logits stay, though its weights are rounded."""
+    monkeypatch.setattr(awq, "ALPHAS", (0.5,))
+    monkeypatch.setattr(awq, "SHRINKS", (1.0,))
+    spec = load_spec(bundled)
+    plain, changed = Along(bundled, spec, 64), Along(bundled, spec, 64)
+    judged = Judged(bundled, changed)
+    found = windows(text.tokenizer.encode(STORY, add_special=False), 64, 1)
+    changes = calibrate(plain, found, INT4, judged.norm_dtypes)
+    assert changes.norms["0.norm_mlp"].dtype is torch.bfloat16
+    judged.put(None, Changes(changes.inputs, changes.outputs, changes.norms))
+    torch.testing.assert_close(law(changed, found[0]), law(plain, found[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_divergence_is_less_than_of_rounding(bundled: Path, text: ModelText) -> None:
@@ -160,6 +194,9 @@ def test_a_calibrated_checkpoint_is_what_was_judged(checkpoint: Callable[[str], 
     convert(folder, tmp_path, form, changes.applied)
     judged.put(form, changes)
     found = read_back(tmp_path)
+    loaded = Along(tmp_path, load_spec(tmp_path), 32)
+    for name, tensor in loaded.decoder.tensors.items():
+        torch.testing.assert_close(tensor, along.decoder.tensors[name], rtol=0, atol=0, msg=name)
     for part in judged.parts:
         value = found[part.name]
         if not isinstance(value, torch.Tensor):

@@ -22,11 +22,11 @@ from weft.errors import CapacityError, ConfigError
 from weft.models.checkpoints.files import Files
 from weft.models.checkpoints.readers import fused, readers
 from weft.models.checkpoints.scheme import scheme
+from weft.models.checkpoints.stored import catalogue
 from weft.models.families import families, read
 from weft.models.formats import WeightFormat
 from weft.models.layout import quantized
 from weft.models.quantized import Quantized, quantize
-from weft.models.weights import _catalogue
 
 DENSE = Path(__file__).parents[1] / "models" / "packed" / "dense"
 FORMATS = ("int8", "int8:16:zero", "int4", "int4:0", "int4:16:zero", "int4:32:zero")
@@ -36,8 +36,9 @@ def read_back(folder: Path) -> dict[str, Any]:
     """Every part of a converted checkpoint."""
     config = config_of(folder)
     found = scheme(config)
-    spec = read({key: value for key, value in config.items() if key != "quantization_config"})
-    stored = _catalogue(folder)
+    spec = read(config)
+    assert ("lm_head" in config["quantization_config"]["ignore"]) == spec.tied
+    stored = catalogue(folder)
     all_of = readers(folder, list(families()[spec.family].parts(spec)), stored, found)
     assert {name for reader in all_of.values() for name in reader.names} == set(stored)
     few = {reader.format for reader in all_of.values() if reader.format}

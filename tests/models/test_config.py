@@ -178,9 +178,11 @@ def test_unknown_architecture_lists_the_known() -> None:
         read(config(architectures=..., model_type="rwkv"))
 
 
-def test_quantized_is_refused() -> None:
-    with pytest.raises(ConfigError, match="quantized"):
-        read(config(quantization_config={"quant_method": "gptq", "bits": 4}))
+def test_quantized_is_refused_where_it_cannot_be_read() -> None:
+    with pytest.raises(ConfigError, match="quantized with 'bitsandbytes'"):
+        read(config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}))
+    four = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+    assert read(config(quantization_config=four)) == read(config())
 
 
 def test_code_in_the_checkpoint_is_ignored(tmp_path: Path) -> None:

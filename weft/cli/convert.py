@@ -27,7 +27,7 @@ def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.", show_default=False)],
     *,
-    weights: Annotated[
+    few: Annotated[
         str,
         typer.Option(
             "--weights",
@@ -45,7 +45,7 @@ def convert(
     """Write a checkpoint whose matrices have few bits, as compressed-tensors packs them; everything else is copied."""
     from weft.models.formats import WeightFormat
 
-    form = WeightFormat.parse(weights)
+    form = WeightFormat.parse(few)
     text = None if awq is None else _read(awq)
     record = run(model, out, form, text)
     if json_:

@@ -27,6 +27,7 @@ from weft.models.checkpoints.stored import INDEX, SINGLE, Stored, catalogue, com
 from weft.models.checkpoints.unpack import packed
 from weft.models.families import families, read
 from weft.models.formats import WeightFormat
+from weft.models.gguf.header import is_gguf
 from weft.models.layout import Part, quantized
 from weft.models.quantized import quantize
 
@@ -102,6 +103,8 @@ def convert(
     Embedding, head and experts are matrices; routers, norms and biases stay as they are.  Memory: one tensor.
     Raises ConfigError for a checkpoint that cannot be read, is quantized, or whose rows the groups don't divide.
     """
+    if is_gguf(folder):
+        raise ConfigError(f"{folder} is a GGUF file; weft convert takes a folder with config.json and safetensors")
     config = load_config(folder)
     spec = read(config)
     if config.get("quantization_config"):

@@ -39,7 +39,8 @@ def families() -> dict[str, ModuleType]:
 def read(config: Mapping[str, Any]) -> DecoderSpec:
     """The decoder that a `config.json` describes.
 
-    Raises ConfigError for an unknown architecture (naming the known ones), a quantized checkpoint, or a value that is missing
+    Raises ConfigError for an unknown architecture (naming the known ones), weights stored in few bits as weft can't read
+    them, or a value that is missing
     or cannot be.
     """
     known = families()
@@ -53,11 +54,10 @@ def read(config: Mapping[str, Any]) -> DecoderSpec:
         shown = ", ".join(map(str, architectures or [config.get("model_type")]))
         listing = ", ".join(sorted(family.ARCHITECTURE for family in known.values()))
         raise ConfigError(f"the architecture {shown} is not supported; weft runs {listing}")
-    if config.get("quantization_config"):
-        raise ConfigError(
-            "the checkpoint is quantized (config.json: quantization_config), which weft can't read yet; "
-            "use the unquantized checkpoint"
-        )
+    if config.get("quantization_config") is not None:
+        from weft.models.checkpoints.scheme import scheme  # which reads config.json as families do
+
+        scheme(config)
     result = named[0].spec(Config(config, file=str(config.get("gguf_file", "config.json"))))
     assert isinstance(result, DecoderSpec)
     return result
