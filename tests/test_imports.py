@@ -22,15 +22,17 @@ TECHNIQUES = frozenset(
     "schedule kv attention draft accept weights adapt skip resident sample constrain search context route place "
     "bundle".split()
 )
-# What each part of weft may import from weft, besides itself.  exec.batch and exec.kvpool (what a decoder reads) and models.spec
-# (what it is) are data; who computes on them may name them.  models.gguf reads headers, which hold
-# tokenizers too.  hub says where a second model's files are.
+# What each part of weft may import from weft, besides itself.  exec.batch and exec.kvpool (what a decoder reads) and models.spec,
+# layout, formats and quantized (what it is, and how its weights lie in memory) are data; who computes on them may name them.
+# models.gguf reads headers, which hold tokenizers too.  hub says where a second model's files are.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "core": VOCABULARY,
     "sim": VOCABULARY | {"core"},
     "exec": VOCABULARY | {"core", "models", "ops", "hub"},
-    "models": VOCABULARY | {"ops", "exec.batch", "exec.kvpool"},
-    "ops": VOCABULARY | {"exec.batch", "exec.kvpool", "models.spec"},
+    "models": VOCABULARY | {"ops", "native", "exec.batch", "exec.kvpool"},
+    "ops": VOCABULARY
+    | {"native", "exec.batch", "exec.kvpool"}
+    | {f"models.{name}" for name in ("spec", "layout", "formats", "quantized")},
     "front": VOCABULARY | {"core.events", "models.gguf"},
     "native": frozenset(),
 }

@@ -17,8 +17,8 @@ from weft.models.formats import WeightFormat
 from weft.models.layout import quantized, weights_bytes
 from weft.models.spec import DecoderSpec
 from weft.ops.choice import choose
-from weft.ops.cpu import operations as cpu
-from weft.ops.cpu.operations import Call
+from weft.models import kernels as cpu
+from weft.models.kernels import Call
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96,

@@ -16,13 +16,13 @@ from weft.core.engine import Engine
 from weft.core.ledger import MemoryPlan, plan_memory
 from weft.core.tiers import memory_bytes, record_bytes, records
 from weft.errors import CapacityError, ConfigError
-from weft.exec.host import available_memory, cpu_count, parse_size
+from weft.exec import choices
+from weft.exec.host import cpu_count, parse_size
 from weft.hub import resolve_draft
-from weft.models import checkpoint_dtype, load_config
+from weft.models import load_config
 from weft.models.families import read
 from weft.models.formats import WeightFormat
-from weft.models.gguf.header import is_gguf
-from weft.models.layout import quantized, tensor_shapes, weights_bytes, workspace_bytes
+from weft.models.layout import weights_bytes, workspace_bytes
 from weft.models.spec import DecoderSpec, all_groups, dtype_bytes
 from weft.ops.choice import Choice, choose
 from weft.recipe import merged
@@ -42,8 +42,6 @@ GUESSED_BYTES = 128 << 20
 """Logits of guesses that a step has room for, beside those of the sequences themselves."""
 SMALL_BYTES = 64 << 20
 """Below this much weight a step's operations are too short to be worth handing to a second thread."""
-FLOAT32_BYTES = 1 << 30
-"""A model whose float32 weights stay below this runs in float32 on a CPU unless asked otherwise: exactness costs it little."""
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)"""
 
@@ -200,12 +198,12 @@ def prepare(config: EngineConfig) -> Setup:
     if not isinstance(config.model, Path) and config.load != "random":
         raise ConfigError("a bare config has no weights: use --load random")
     spec = read(raw)
-    device = _device(config.device)
-    dtype = choose_dtype(config.dtype, raw, spec, device)
+    device = choices.device(config.device)
+    dtype = choices.choose_dtype(config.dtype, raw, spec, device)
     stack = build_stack(config.techniques)
-    draft = _second(stack, spec)
+    draft = choices.second(stack, spec)
     specs = {"target": spec} if draft is None else {"target": spec, "draft": draft}
-    formats = _formats(config, spec, raw)
+    formats = choices.formats(config, spec, raw)
     ops = {
         name: choose(config.ops, config.isa, one, dtype, device, bool(formats) and name == "target")
         for name, one in specs.items()
@@ -224,7 +222,7 @@ def prepare(config: EngineConfig) -> Setup:
     model_max = spec.max_positions
     rows = min(config.max_rows, model_max)
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
-    available = _available(device)
+    available = choices.available(device)
     plan = plan_memory(
         weights_bytes=weights_bytes(spec, dtype, ops["target"].panels, formats),
         workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples, ops["target"].panels),
@@ -256,30 +254,6 @@ def prepare(config: EngineConfig) -> Setup:
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
         draft=draft, ops=ops, formats=formats,
     )  # fmt: skip
-
-
-def _formats(config: EngineConfig, spec: DecoderSpec, raw: Mapping[str, Any]) -> dict[str, WeightFormat]:
-    """The formats of fused weights that are kept in few bits: what the user says, else what the checkpoint has.
-
-    Raises ConfigError for one that they cannot have, or a checkpoint that cannot be read.
-    """
-    if config.activations not in ("float", "int8"):
-        raise ConfigError(f"--activations is float or int8, got {config.activations!r}")
-    if config.weights == "float":
-        return {}
-    if config.weights == "auto":
-        folder = config.model
-        if config.load != "auto" or not isinstance(folder, Path):
-            return {}
-        if not (is_gguf(folder) or raw.get("quantization_config")):
-            return {}
-        from weft.models.checkpoints.readers import opened
-
-        return opened(folder, spec).formats
-    formats = quantized(spec, WeightFormat.parse(config.weights))
-    for name, format in formats.items():
-        format.groups(tensor_shapes(spec)[name][-1])
-    return formats
 
 
 def _stream(choice: Choice, dtype: str) -> str:
@@ -355,19 +329,6 @@ def reach(setup: Setup) -> dict[str, int]:
     return {name: spec.max_positions for name, spec in setup.specs.items()}
 
 
-def _second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
-    """The model that the stack wants beside the target.  Raises ConfigError where its ids are not the target's."""
-    if stack.second is None:
-        return None
-    draft = read(load_config(resolve_draft(stack.second, weights=False)))
-    if draft.vocab != spec.vocab:
-        raise ConfigError(
-            f"the draft model {stack.second} has a vocabulary of {draft.vocab} and the model one of {spec.vocab}: its guesses "
-            "would mean other words; name a smaller model of the same family as model='...'"
-        )
-    return draft
-
-
 def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack) -> int:
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
@@ -409,48 +370,6 @@ def _adapters(setup: Setup, decoder: Decoder) -> AdapterBook:
     return book
 
 
-def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:
-    """The number format of weights, activations and KV.  Raises ConfigError for one that does not run there."""
-    name = wanted.removeprefix("torch.")
-    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}.get(
-        name, name
-    )
-    if name == "auto":
-        name = checkpoint_dtype(dict(raw)) or "bfloat16"
-        if device == "cpu":
-            name = "bfloat16" if name == "float16" else name
-            if weights_bytes(spec, "float32") <= FLOAT32_BYTES:
-                name = "float32"
-    dtype_bytes(name)
-    if name == "float16" and device == "cpu":
-        raise ConfigError("float16 runs on a GPU only; use --dtype bfloat16 or float32 on a CPU")
-    return name
-
-
 def with_limits(setup: Setup, **changes: Any) -> Setup:
     """The same set-up under other step limits (tests and benchmarks)."""
     return replace(setup, limits=replace(setup.limits, **changes))
-
-
-def _device(wanted: str) -> str:
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device is auto, cpu or cuda, got {wanted!r}")
-    if wanted == "cpu" or (wanted == "auto" and not Path("/dev/nvidiactl").exists()):
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if wanted == "cuda":
-        raise ConfigError("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA build of torch")
-    return "cpu"
-
-
-def _available(device: str) -> tuple[int, str]:
-    if device == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info()
-        return int(free), "free memory of the GPU"
-    limit = available_memory()
-    return limit.bytes, limit.source

@@ -16,6 +16,7 @@ from torch import Tensor
 from weft.errors import ConfigError
 from weft.exec.batch import Batch
 from weft.exec.kvpool import KVPool
+from weft.models import kernels as cpu
 from weft.models.formats import WeightFormat
 from weft.models.layout import arena, buffer_bytes, buffer_shapes, workspace_bytes
 from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, filling, head, operations
@@ -24,7 +25,6 @@ from weft.models.weights import Progress, allocate, load, randomize
 from weft.native import module as kernels
 from weft.ops import Ops, choose
 from weft.ops.attention_call import DENSE, AttentionCall, by_technique
-from weft.ops.cpu import operations as cpu
 from weft.ops.ref.attention_mass import WeighingPlan
 from weft.ops.ref.rope import frequencies
 from weft.ops.ref.tiles import (

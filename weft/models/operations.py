@@ -32,7 +32,7 @@ from weft.slots import Attention
 from weft.types import GroupSpec
 
 if TYPE_CHECKING:
-    from weft.ops.cpu.operations import NativeStep
+    from weft.models.kernels import NativeStep
 
 
 class Seam(enum.StrEnum):

@@ -25,7 +25,7 @@ from weft.models.spec import DecoderSpec
 from weft.ops.cpu.panels import Panels, Stacked
 
 if TYPE_CHECKING:
-    from weft.ops.cpu.operations import Native
+    from weft.models.kernels import Native
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
