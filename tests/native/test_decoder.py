@@ -81,7 +81,7 @@ def test_bits_do_not_depend_on_chunks_company_or_threads(isa: str, dtype: str) -
 def test_a_step_without_hooks_is_one_call_beside_the_vectors() -> None:
     """What stands between the two is Python's one look at whether vectors replace embeddings."""
     decoder = bench("cpu").decoder
-    (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True)
+    (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True, alone=True)
     calls = [run for run in segment.runs if isinstance(run, Call)]
     assert [isinstance(run, Call) for run in segment.runs] == [True, False, True]
     assert sum(call.stop - call.first for call in calls) == len(decoder.native.program)

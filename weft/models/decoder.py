@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class Decoder:
         self._head = head(self._material) if native is None else None
         self._fillings: list[Callable[[Step, int], None]] = []
         self._hooks: dict[tuple[Seam, int], list[Hook]] = {}
-        self._segments: dict[tuple[int, int, bool, bool, bool], list[Segment]] = {}
+        self._segments: dict[tuple[int, int, bool, bool, bool, bool], list[Segment]] = {}
 
     @property
     def weights_bytes(self) -> int:
@@ -225,19 +226,21 @@ class Decoder:
         step = self._step(batch, pool, self._ropes(batch))
         step.keep = keep
         techniques = by_technique(batch)
-        plain = all(technique is DENSE for technique, _ in techniques)
-        step.dense = self.native is not None and plain and self.native.attends(batch, pool)
+        step.dense = self.native is not None and self.native.attends(batch, pool)
+        # A sequence's bits must not depend on its company: the kernels compute those without a technique, whoever stands beside.
+        plain = next((members for technique, members in techniques if technique is DENSE), np.empty(0, np.int64))
+        others = [(technique, members) for technique, members in techniques if technique is not DENSE or not step.dense]
+        step.alone = step.dense and not others and batch.mass is None
         for group in sorted({self._group_of[layer] for layer in range(first, stop)}):
             where, at = batch.groups[group], self._place(step, group)
             if step.dense:
                 assert step.native is not None
-                step.native.place(group, where, pool, at, keep)
+                step.native.place(group, where, pool, at, keep, plain)
                 if pool.store is not None:
                     layers = sum(self._group_of[layer] == group for layer in range(first, stop))
                     pool.store.encoded(2 * self.spec.kv_heads * layers * (rows if keep is None else len(keep)))
-                continue
             step.attending[group] = []
-            for technique, sequences in techniques:
+            for technique, sequences in others:
                 call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling)
                 step.attending[group].append((technique, call, technique.plan(call)))
             if batch.mass is not None and pool.groups[at].window is None:
@@ -263,7 +266,7 @@ class Decoder:
         }
 
     def _run(self, step: Step, first: int, stop: int, at_end: bool) -> None:
-        for segment in self._pieces(first, stop, at_end, step.batch.deltas is not None, step.dense):
+        for segment in self._pieces(first, stop, at_end, step.batch.deltas is not None, step.dense, step.alone):
             for run in segment.runs:
                 run(step)
             if segment.hook is not None:
@@ -290,10 +293,16 @@ class Decoder:
         return remove
 
     def _pieces(
-        self, first: int, stop: int, at_end: bool = True, adapted: bool = False, dense: bool = False
+        self,
+        first: int,
+        stop: int,
+        at_end: bool = True,
+        adapted: bool = False,
+        dense: bool = False,
+        alone: bool = False,
     ) -> list[Segment]:
         """The operations of a range of layers as segments, cut at hooked seams and nowhere else.  at_end: and the logits."""
-        key = (first, stop, at_end, adapted, dense)
+        key = (first, stop, at_end, adapted, dense, alone)
         if key in self._segments:
             return self._segments[key]
         left_out = {Seam.LOGITS, *([Seam.INPUTS] if first else [])}
@@ -304,6 +313,8 @@ class Decoder:
         for op in chosen:
             instead = op.adapted if adapted and op.adapted is not None else op.dense if dense else None
             runs.extend(op.runs if instead is None else instead)
+            if dense and not alone:
+                runs.extend(op.others)
             hooks = self._hooks.get((op.seam, op.layer), []) if op.seam is not None else []
             for hook in hooks:
                 segments.append(Segment(cpu.fused(runs), op, hook))

@@ -86,8 +86,11 @@ class NativeStep:
                 counts[s] = len(parents)
         return bits, counts
 
-    def place(self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None) -> None:
-        """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: the rows that are stored."""
+    def place(self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None, plain: Any) -> None:
+        """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: the rows that are stored.
+
+        plain: int64, the sequences whose attention the kernels compute.
+        """
         shape, spec = pool.groups[at], self._native.spec
         stored = FORMATS[pool.dtype] if pool.store is None else STORES[pool.store.kernels]
         positions, slots = pool.positions(at), where.slots_T
@@ -99,7 +102,7 @@ class NativeStep:
             where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
             slots.data_ptr(), shape.window or 0, stored,
         )  # fmt: skip
-        self._step.plan(group, self._sequences, spec.heads, spec.kv_heads, spec.head_dim, self._native.program.threads)
+        self._step.plan(group, plain.tolist(), spec.heads, spec.kv_heads, spec.head_dim, self._native.program.threads)
 
     def run(self, first: int, stop: int) -> None:
         self._native.program.run(first, stop, self._step)
@@ -125,7 +128,7 @@ class Native:
         """Whether the kernels compute the attention of this step, if it is dense."""
         guesses = max((len(parents) for parents in batch.trees.values()), default=0)
         known = pool.store is None or getattr(pool.store, "kernels", "") in STORES
-        return batch.mass is None and known and guesses <= MAX_GUESSES
+        return known and guesses <= MAX_GUESSES
 
     def finish(self, last: Run, count: int) -> None:
         """Run the operations of the head, which end with `last`, for the first rows of the buffer `picked`."""
@@ -270,7 +273,8 @@ def _attention(m: Material, native: Native, index: int, layer: LayerSpec) -> lis
         layer.query_scale, layer.attention_softcap or 0.0, place,
     ))  # fmt: skip
     seen = lambda step: (shaped[: step.rows],)
-    found.append(Operation(index, (attend(m, index, layer, q, shaped),), Seam.ATTENTION, seen, dense=(call,)))
+    rest = attend(m, index, layer, q, shaped)
+    found.append(Operation(index, (rest,), Seam.ATTENTION, seen, dense=(call,), others=(rest,)))
     found.append(_product(m, native, index, attended, layer, "out", m.buffers["projected"]))
     return [*found, Operation(index, _add(m, native, layer, "norm_attention_out"))]
 

@@ -66,7 +66,8 @@ class Step:
     weighing: by the model's group, a plan over the sequences whose attention is summed by entry.
     routed: weights and ids of the experts that the present layer chose.
     keep: rows whose keys and values are stored, where not all are.
-    native: the step as the kernels know it, in a decoder that runs on them.  dense: whether they compute its attention.
+    native: the step as the kernels know it, in a decoder that runs on them.  dense: whether they compute the attention of
+    sequences without a technique in that slot.  alone: whether there are no others.
     """
 
     batch: Batch
@@ -80,6 +81,7 @@ class Step:
     keep: Tensor | None = None
     native: NativeStep | None = None
     dense: bool = False
+    alone: bool = False
 
 
 Run = Callable[[Step], None]
@@ -92,7 +94,8 @@ class Operation:
 
     runs: what it consists of.
     adapted: what runs in its place where the batch has adapters.
-    dense: what runs in its place where the kernels compute the step's attention.
+    dense: what runs in its place where the kernels compute attention.  others: what runs after that for sequences whose
+    attention a technique computes, or is summed up.
     """
 
     layer: int
@@ -101,6 +104,7 @@ class Operation:
     views: Callable[[Step], tuple[Tensor, ...]] | None = None
     adapted: tuple[Run, ...] | None = None
     dense: tuple[Run, ...] | None = None
+    others: tuple[Run, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,17 +25,17 @@ void Program::run(int64_t first, int64_t stop, Step& step) {
 }
 
 // Rows of each sequence in tiles, with each kv head; where that is too little for all threads, chunk by chunk of the entries.
-void Step::plan(size_t group, int64_t sequences, int heads, int kv_heads, int dim, int threads) {
+void Step::plan(size_t group, const std::vector<int64_t>& sequences, int heads, int kv_heads, int dim, int threads) {
     const Place& place = places.at(group);
     const int each = heads / kv_heads, tall = QUERY_ROWS / each;
     const int64_t chunk = static_cast<int64_t>(KEY_TILE) * CHUNK_TILES;
     auto& found = items.at(group);
     found.clear();
     int64_t tiles = 0;
-    for (int64_t s = 0; s < sequences; s++) tiles += (seen.bounds[s + 1] - seen.bounds[s] + tall - 1) / tall;
+    for (const int64_t s : sequences) tiles += (seen.bounds[s + 1] - seen.bounds[s] + tall - 1) / tall;
     const bool apart = threads > 1 && tiles * kv_heads < 4 * threads;
     int64_t floats = 0;
-    for (int64_t s = 0; s < sequences; s++) {
+    for (const int64_t s : sequences) {
         const int64_t begin = place.first[s] / chunk, end = (place.first[s] + place.lengths[s] + chunk - 1) / chunk;
         for (int64_t row = seen.bounds[s]; row < seen.bounds[s + 1]; row += tall) {
             const int64_t left = seen.bounds[s + 1] - row;

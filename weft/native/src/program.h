@@ -41,7 +41,7 @@ struct Step {
     std::vector<float> partials;
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
 
-    void plan(size_t group, int64_t sequences, int heads, int kv_heads, int dim, int threads);
+    void plan(size_t group, const std::vector<int64_t>& sequences, int heads, int kv_heads, int dim, int threads);
 };
 
 class Program {
