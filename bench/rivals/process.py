@@ -49,6 +49,8 @@ class Driver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # Whoever is interrupted does not want to wait.
+        self._late = self._late or kind is not None
         self.close()
 
     def ask(self, message: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

@@ -22,8 +22,7 @@ def environment(
     """The Python of a rival's environment, which is made where it is not there or its recipe has changed.
 
     recipe: `install`, lists of pip's arguments, one after the other; `check`, what Python must be able to run after that; and
-    as needed `uninstall` (what others ask for and nothing here uses), `build_env` and `timeout_s`.
-    pip's words go to `install.log` beside the environment.  Raises RivalError.
+    as needed `build_env` and `timeout_s`.  pip's words go to `install.log` beside the environment.  Raises RivalError.
     """
     folder = cache / name
     venv, made, log = folder / "venv", folder / MADE, folder / "install.log"
@@ -47,8 +46,6 @@ def environment(
         for arguments in recipe["install"]:
             pip = [str(python), "-m", "pip", "install", "--progress-bar", "off", "--no-input", *pip_args, *arguments]
             step(f"installing {label(arguments)}", pip, recipe.get("build_env"))
-        if surplus := recipe.get("uninstall"):
-            step("leaving out what does not fit", [str(python), "-m", "pip", "uninstall", "--yes", *surplus])
         step("looking whether it starts", [str(python), "-c", recipe["check"]])
     except RivalError as error:
         raise RivalError(f"not installed: {error}") from None
@@ -59,10 +56,10 @@ def environment(
 def label(arguments: Sequence[str]) -> str:
     """What a list of pip's arguments installs, in a few words."""
     names = [a for a in arguments if not a.startswith("-")]
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return f"{len(names)} packages" if len(names) > 3 else ", ".join(names)
 
 
 def digest(recipe: Mapping[str, Any]) -> str:
     """Changes when the environment would."""
-    parts = {key: recipe.get(key) for key in ("install", "uninstall", "build_env", "check")}
+    parts = {key: recipe.get(key) for key in ("install", "build_env", "check")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -218,10 +218,10 @@ def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
             (Path(argv[3]) / "bin" / "python").touch()
 
     monkeypatch.setattr(venvs, "run", pretend)
-    recipe = {**RECIPE, "install": [["one==1"], ["two==2", "three==3"]], "uninstall": ["three"]}
+    recipe = {**RECIPE, "install": [["one==1"], ["two==2", "three==3"]]}
     python = venvs.environment("stub", recipe, tmp_path)
     assert python == tmp_path / "stub" / "venv" / "bin" / "python"
-    assert [step[-1] for step in steps[1:]] == ["one==1", "three==3", "three", "print('starts')"]
+    assert [step[-1] for step in steps[1:]] == ["one==1", "three==3", "print('starts')"]
     again = len(steps)
     assert venvs.environment("stub", recipe, tmp_path) == python
     assert len(steps) == again
