@@ -48,21 +48,22 @@ class ModelText:
         called = name or "this model"
         tokenizer = Tokenizer.load(folder)
         config, generation = _described(folder)
+        place = (lambda name: folder) if is_gguf(folder) else folder.joinpath
         inner = config.get("text_config")
         inner = inner if isinstance(inner, dict) else {}
         vocab = inner.get("vocab_size", config.get("vocab_size", tokenizer.vocab_size))
         if isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < 1:
-            raise ConfigError(f"{folder / 'config.json'}: vocab_size must be a positive whole number, not {vocab!r}")
+            raise ConfigError(f"{place('config.json')}: vocab_size must be a positive whole number, not {vocab!r}")
         ends: list[int] = []
         for source, where in ((generation, "generation_config.json"), (config, "config.json"), (inner, "config.json")):
-            ends += _ids(source.get("eos_token_id"), folder / where)
+            ends += _ids(source.get("eos_token_id"), place(where))
         ends += tokenizer.eos_ids
         return cls(
             tokenizer=tokenizer,
             template=ChatTemplate.load(folder, tokenizer, name=called),
             eos_ids=tuple(i for i in dict.fromkeys(ends) if i < vocab),
             vocab_size=vocab,
-            defaults=sampling_defaults(generation, folder / "generation_config.json"),
+            defaults=sampling_defaults(generation, place("generation_config.json")),
             max_model_len=max_model_len,
             name=called,
         )
