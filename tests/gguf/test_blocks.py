@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gguf.kquants import rounded
 from weft.errors import ConfigError
 from weft.models.gguf.blocks import BY_NAME, PLAIN, READERS, dequantized, quantized, unpaired, windows
 from weft.models.gguf.header import TYPES
@@ -78,6 +79,15 @@ def test_integers_keep_the_values(kind: str) -> None:
         bound = (scale * high + offset) * 2.0**-11 * 1.01 + least * (high + 1)
         assert ((got - exact).view(group).abs() <= bound.unsqueeze(-1)).all()
         assert (got - exact).abs().max() > 0, "the bound is not tried"
+
+
+@pytest.mark.parametrize(("kind", "near"), [("Q4_K", 0.09), ("Q5_K", 0.045), ("Q6_K", 0.03)])
+def test_numbers_that_were_rounded_come_back(kind: str, near: float) -> None:
+    """Not only random bytes: ordinary weights, so that a value that landed in a wrong place would show."""
+    values = np.random.default_rng(1).normal(size=(ROWS, WIDTH)).astype(np.float32)
+    raw = torch.from_numpy(rounded(values, kind))
+    found = dequantized(raw, kind, (ROWS, WIDTH)).numpy()
+    assert np.sqrt(np.mean((found - values) ** 2)) < near
 
 
 def test_subnormal_and_negative_factors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests.gguf.forge import ARRAY, F32, STRING, U32, Forge, model
+from tests.gguf.kquants import rounded
 from tests.models import checkpoints
 from tests.models.harness import Rows, bench_for
 from tests.models.test_parity import TOLERANCE, prompt
-from tools.to_gguf import write
+from tools.to_gguf import named, write
 from weft import LLM, SamplingParams
 from weft.errors import ConfigError
 from weft.models import load_config, load_spec, weights
-from weft.models.gguf.blocks import BY_NAME, dequantized
+from weft.models.checkpoints import readers
+from weft.models.gguf.blocks import dequantized, quantized
 from weft.models.gguf.checkpoint import catalogue
 from weft.models.spec import DecoderSpec
 
@@ -96,7 +99,7 @@ def test_quantized_weights_are_those_of_the_gguf_package(
     kind: str, window: int, bundled_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row by row (head by head where rows are in pairs), some rows, or all at once."""
-    monkeypatch.setattr(weights, "WINDOW", window)
+    monkeypatch.setattr(readers, "WINDOW", window)
     path = bundled_gguf(kind)
     spec = load_spec(path)
     found = loaded(spec, path)
@@ -117,30 +120,44 @@ def test_quantized_weights_are_those_of_the_gguf_package(
         assert not torch.equal(found["embed"], want["model.embed_tokens.weight"].float()), "nothing was rounded"
 
 
+def mixed(bundled: Path, path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """The bundled model with K types in the places where llama.cpp's usual mixture (Q4_K_M) has them; Q5_K on one matrix."""
+    stored = named(
+        {k: v.float().numpy() for k, v in load_file(bundled / "model.safetensors").items()}, "llama",
+        json.loads((bundled / "config.json").read_text()),
+    )  # fmt: skip
+    raw = {}
+    for name, values in stored.items():
+        if values.ndim == 2:
+            kind = "Q6_K" if name == "token_embd.weight" or "attn_v" in name or "ffn_down" in name else "Q4_K"
+            kind = "Q5_K" if name == "blk.1.ffn_up.weight" else kind
+            raw[name] = kind, rounded(values, kind)
+    write(bundled, path, raw=raw)
+    return raw
+
+
 def test_k_quants_in_a_model(bundled: Path, tmp_path: Path) -> None:
-    """As in the usual mixtures: K types for matrices, each with its own."""
-    rng = np.random.default_rng(5)
-    raw: dict[str, tuple[str, np.ndarray]] = {}
-    shapes = {
-        "blk.0.attn_q.weight": (256, "Q4_K"),
-        "blk.1.ffn_up.weight": (768, "Q5_K"),
-        "token_embd.weight": (4096, "Q6_K"),
-    }
-    for name, (rows, kind) in shapes.items():
-        blocks = rng.integers(0, 256, (rows, BY_NAME[kind].bytes), dtype=np.uint8)
-        at = 208 if kind == "Q6_K" else 0
-        blocks[:, at : at + 2] = np.full((rows, 1), 0.01, dtype=np.float16).view(np.uint8)
-        if at == 0:
-            blocks[:, 2:4] = np.full((rows, 1), 0.02, dtype=np.float16).view(np.uint8)
-        raw[name] = kind, blocks
+    """Scales are rounded to float16, by at most 2^-11 of each; integers stay what they are."""
     path = tmp_path / "x.gguf"
-    write(bundled, path, "Q8_0", raw=raw)
+    raw = mixed(bundled, path)
     found = loaded(load_spec(path), path)
-    values = {n: gguf.quants.dequantize(b, gguf.GGMLQuantizationType[k]) for n, (k, b) in raw.items()}
-    assert np.array_equal(found["embed"], values["token_embd.weight"])
-    assert np.array_equal(found["1.gate_up"][768:], values["blk.1.ffn_up.weight"])
-    rows = values["blk.0.attn_q.weight"].reshape(4, 32, 2, 256).swapaxes(1, 2).reshape(256, 256)
-    assert np.array_equal(found["0.qkv"][:256], rows)
+    places = {
+        "token_embd": found["embed"],
+        "blk.1.ffn_up": found["1.gate_up"][768:],
+        "blk.3.ffn_gate": found["3.gate_up"][:768],
+    }
+    original = {k: v.float().numpy() for k, v in load_file(bundled / "model.safetensors").items()}
+    for stem, ours in places.items():
+        kind, data = raw[f"{stem}.weight"]
+        exact = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+        kept = quantized(torch.from_numpy(data), kind, exact.shape).dequantized()
+        assert torch.equal(ours, kept)
+        assert np.abs(ours.numpy() - exact).max() <= 2.0**-10 * np.abs(exact).max()
+    embed = original["model.embed_tokens.weight"]
+    assert np.abs(places["token_embd"].numpy() - embed).max() < 0.05 * np.abs(embed).max(), "the values are the model's"
+    rows = gguf.quants.dequantize(raw["blk.0.attn_q.weight"][1], gguf.GGMLQuantizationType.Q4_K)
+    rows = rows.reshape(4, 32, 2, 256).swapaxes(1, 2).reshape(256, 256)
+    assert np.abs(found["0.qkv"][:256].numpy() - rows).max() <= 2.0**-10 * np.abs(rows).max()
 
 
 def answers(model: str | Path, **options: Any) -> list[list[int]]:
@@ -248,7 +265,7 @@ def test_tensors_that_are_refused(tmp_path: Path) -> None:
     cases = [
         (
             model().drop("blk.0.ffn_up.weight"),
-            r"lacks model\.layers\.0\.mlp\.up_proj\.weight, for which its metadata ask",
+            r"lacks model\.layers\.0\.mlp\.up_proj\.weight, which its metadata ask for",
         ),
         (more("blk.0.attn_sinks.weight"), r"has blk\.0\.attn_sinks\.weight, of which its metadata say nothing"),
         (more("blk.00.ffn_up.weight"), "one tensor too many"),
