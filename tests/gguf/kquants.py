@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
+from safetensors.torch import load_file
+
+from tools.to_gguf import named, write
 
 
 def _pack_sixes(scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
@@ -58,3 +64,19 @@ def rounded(values: np.ndarray, kind: str) -> np.ndarray:
     """A matrix [N, K] as bytes [N, bytes of a row]."""
     blocks = _q6(values) if kind == "Q6_K" else _offsets(values, 4 if kind == "Q4_K" else 5)
     return np.ascontiguousarray(blocks).reshape(len(values), -1)
+
+
+def mixed(bundled: Path, path: Path) -> dict[str, tuple[str, np.ndarray]]:
+    """The bundled model with K types in the places where llama.cpp's usual mixture (Q4_K_M) has them; Q5_K on one matrix."""
+    stored = named(
+        {k: v.float().numpy() for k, v in load_file(bundled / "model.safetensors").items()}, "llama",
+        json.loads((bundled / "config.json").read_text()),
+    )  # fmt: skip
+    raw = {}
+    for name, values in stored.items():
+        if values.ndim == 2:
+            kind = "Q6_K" if name == "token_embd.weight" or "attn_v" in name or "ffn_down" in name else "Q4_K"
+            kind = "Q5_K" if name == "blk.1.ffn_up.weight" else kind
+            raw[name] = kind, rounded(values, kind)
+    write(bundled, path, raw=raw)
+    return raw

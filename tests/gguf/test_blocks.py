@@ -8,7 +8,7 @@ import torch
 
 from tests.gguf.kquants import rounded
 from weft.errors import ConfigError
-from weft.models.gguf.blocks import BY_NAME, PLAIN, READERS, dequantized, quantized, unpaired, windows
+from weft.models.gguf.blocks import BY_NAME, EXACT, PLAIN, READERS, dequantized, quantized, unpaired, windows
 from weft.models.gguf.header import TYPES
 
 gguf = pytest.importorskip("gguf")
@@ -25,7 +25,6 @@ FACTORS = {
     "Q6_K": [208],
 }
 """Bytes at which blocks have float16 factors."""
-EXACT = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 FORMATS = {
     "Q8_0": (8, 32, True), "Q4_0": (4, 32, True), "Q4_1": (4, 32, False), "Q5_0": (8, 32, True), "Q5_1": (8, 32, False),
     "Q4_K": (4, 32, False), "Q5_K": (8, 32, False), "Q6_K": (8, 16, True),

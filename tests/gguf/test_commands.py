@@ -13,10 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.cli.running import Serving, weft
+from tests.gguf.kquants import mixed
 from weft import LLM, SamplingParams
 from weft.cli.app import app
 from weft.errors import ConfigError
 from weft.hub import model_id, resolve
+from weft.models.gguf import blocks
 
 HOW = ("--threads", "1", "--memory", "600M", "--max-model-len", "256")
 
@@ -49,6 +51,20 @@ def test_check_compares_with_an_independent_reader(bundled_gguf: Callable[..., P
     assert told["pass"]
     assert told["greedy_equal"]
     assert told["model"] == "tiny-Q8_0"
+
+
+def test_check_of_k_types(bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pass although scales are kept in 16 bits; they do not where weft reads anything else."""
+    path, prompts = tmp_path / "mixed.gguf", tmp_path / "prompts.txt"
+    mixed(bundled, path)
+    prompts.write_text("The sea was calm that morning.\nWhy?\n")
+    how = ("check", str(path), "--prompts", str(prompts), "--json", "--new", "4", *HOW)
+    done = call(*how)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["max_abs_logit_diff"] < 2e-4
+    right = blocks._sixes
+    monkeypatch.setattr(blocks, "_sixes", lambda raw: tuple(x * 1.01 for x in right(raw)))
+    assert call(*how).exit_code == 1
 
 
 def test_check_without_the_package(bundled_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,8 @@ READERS: dict[str, Callable[[Tensor], Blocks]] = {
 }  # fmt: skip
 SYMMETRIC = ("Q8_0", "Q4_0", "Q5_0", "Q6_K")
 """Types without offsets."""
+EXACT = (*PLAIN, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+"""Types that are kept to the last bit: numbers, and integers whose scales and offsets are float16 in the file."""
 READABLE = (*PLAIN, *READERS)
 """Types that weft reads."""
 
