@@ -184,6 +184,10 @@ def test_long_headers_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = Forge([("a", STRING, "x" * 200)]).write(tmp_path / "x.gguf")
     with pytest.raises(ConfigError, match="goes on for more than 100 bytes"):
         read(path)
+    monkeypatch.setattr(header, "MAX_STRING_BYTES", 10)
+    path = Forge([("a", ARRAY, (STRING, ["x" * 10, "y" * 11]))]).write(tmp_path / "z.gguf")
+    with pytest.raises(ConfigError, match="the length of string 1 of a is 11; at most 10"):
+        read(path)
     monkeypatch.setattr(header, "MAX_ITEMS", 3)
     path = Forge([("a", ARRAY, (U32, [1, 2])), ("b", ARRAY, (U32, [1, 2]))]).write(tmp_path / "y.gguf")
     with pytest.raises(ConfigError, match="b brings the metadata to more than 3 values"):
