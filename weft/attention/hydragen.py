@@ -45,14 +45,14 @@ class Hydragen:
         import numpy as np
 
         counts = np.diff(np.asarray(call.batch.bounds, dtype=np.int64))
-        decoding = call.sequences[counts[call.sequences] <= call.tiling.decode]
+        decoding = call.sequences[counts[call.sequences] <= call.few_rows]
         if decoding.size < 2:
             return False, call.tiles()
         first = call.where.first_S.cpu().numpy()
         stood = first + call.where.lengths_S.cpu().numpy() - counts
         block = call.pool.groups[call.group].block_tokens
         tables = call.where.tables_SB.cpu().numpy()[decoding]
-        numbers = same_tiles(tables, first[decoding], stood[decoding], block, call.tiling.keys)
+        numbers = same_tiles(tables, first[decoding], stood[decoding], block, call.key_tile)
         if (numbers < 0).all():
             return False, call.tiles()
         shared = np.full((counts.size, numbers.shape[1]), -1)

@@ -25,7 +25,7 @@ from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.native import module as kernels
 from weft.ops import Ops, choose
-from weft.ops.attention_call import DENSE, AttentionCall, by_technique
+from weft.ops.attention_call import DENSE, AttentionCall, ByKernels, by_technique
 from weft.ops.ref.attention_mass import WeighingPlan
 from weft.ops.ref.rope import frequencies
 from weft.ops.ref.tiles import (
@@ -233,16 +233,20 @@ class Decoder:
         step.alone = step.dense and not others and batch.mass is None
         for group in sorted({self._group_of[layer] for layer in range(first, stop)}):
             where, at = batch.groups[group], self._place(step, group)
+            step.attending[group] = []
+            by_kernels = [ByKernels(plain, 0)]
+            for technique, sequences in others:
+                chunk = self.native.chunk if step.dense and self.native is not None else 0
+                call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling, chunk)
+                step.attending[group].append((technique, call, technique.plan(call)))
+                if call.kernels is not None:
+                    by_kernels.append(call.kernels)
             if step.dense:
                 assert step.native is not None
-                step.native.place(group, where, pool, at, keep, plain)
+                step.native.place(group, where, pool, at, keep, by_kernels)
                 if pool.store is not None:
                     layers = sum(self._group_of[layer] == group for layer in range(first, stop))
                     pool.store.encoded(2 * self.spec.kv_heads * layers * (rows if keep is None else len(keep)))
-            step.attending[group] = []
-            for technique, sequences in others:
-                call = AttentionCall(self.ops, batch, where, pool, at, sequences, self.spec.heads, self._tiling)
-                step.attending[group].append((technique, call, technique.plan(call)))
             if batch.mass is not None and pool.groups[at].window is None:
                 step.weighing[group] = WeighingPlan(batch, where, pool, at, self.spec.heads, self._tiling)
         return step

@@ -23,6 +23,7 @@ from weft.ops.ref.attention_plan import ancestors
 if TYPE_CHECKING:
     from weft.exec.batch import Batch, GroupBatch
     from weft.exec.kvpool import KVPool
+    from weft.ops.attention_call import ByKernels
 
 STORES = {"int8": 2}
 """Encodings of a `kv.store` that the kernels read and write (`Store.kernels`), and what they call them."""
@@ -86,10 +87,12 @@ class NativeStep:
                 counts[s] = len(parents)
         return bits, counts
 
-    def place(self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None, plain: Any) -> None:
+    def place(
+        self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None, plans: Sequence[ByKernels]
+    ) -> None:
         """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: the rows that are stored.
 
-        plain: int64, the sequences whose attention the kernels compute.
+        plans: the sequences whose attention the kernels compute, and which of them read the same key tiles.
         """
         shape, spec = pool.groups[at], self._native.spec
         stored = FORMATS[pool.dtype] if pool.store is None else STORES[pool.store.kernels]
@@ -102,7 +105,17 @@ class NativeStep:
             where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
             slots.data_ptr(), shape.window or 0, stored,
         )  # fmt: skip
-        self._step.plan(group, plain.tolist(), spec.heads, spec.kv_heads, spec.head_dim, self._native.program.threads)
+        sequences = np.concatenate([plan.sequences for plan in plans])
+        chunks = max((0 if plan.shared is None else plan.shared.shape[1]) for plan in plans)
+        shared, row = np.full((len(sequences), chunks), -1, dtype=np.int64), 0
+        for plan in plans:
+            if plan.shared is not None:
+                shared[row : row + len(plan.sequences), : plan.shared.shape[1]] = plan.shared
+            row += len(plan.sequences)
+        self._step.plan(
+            group, sequences.tolist(), shared.ctypes.data if chunks else 0, chunks, spec.heads, spec.kv_heads, spec.head_dim,
+            self._native.program.threads,
+        )  # fmt: skip
 
     def run(self, first: int, stop: int) -> None:
         self._native.program.run(first, stop, self._step)
@@ -116,6 +129,8 @@ class Native:
     ) -> None:
         self.module, self.spec, self.narrow = module, spec, narrow
         self.program = module.Program(threads, isa)
+        self.chunk: int = module.CHUNK
+        """Entries of a key tile that sequences may share."""
         self.ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None))
         self.head = -1
         """The first operation of the head."""

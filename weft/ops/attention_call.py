@@ -34,6 +34,8 @@ class AttentionCall:
     pool, group     the KV pool, and the group's index in it; read entries by `keys`, not from the pool's memory
     sequences       indices of sequences of the batch, ascending.  batch.sequences[s] has `prompt`, the prompt's length
     heads, tiling   query heads, and the sizes of tiles (`tiling.keys`: entries of a key tile)
+    chunk           where weft's kernels compute dense attention: entries of a key tile of theirs, else 0
+    kernels         the plan that was given to them
 
     Of the layer, before each `run`:
     layer           index in the model
@@ -49,6 +51,8 @@ class AttentionCall:
     sequences: Ints
     heads: int
     tiling: Tiling
+    chunk: int = 0
+    kernels: ByKernels | None = None
     layer: int = -1
     q_THD: Tensor = field(default_factory=lambda: torch.empty(0))
     out_THD: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -78,14 +82,30 @@ class AttentionCall:
         heads = rows[:, None] + torch.arange(self.kv_heads, device=blocks.device)
         return self.pool.gather(self.group, self.layer, False, heads)
 
+    @property
+    def key_tile(self) -> int:
+        """Entries of a key tile that `sharing` speaks of."""
+        return self.chunk or self.tiling.keys
+
+    @property
+    def few_rows(self) -> int:
+        """Rows of one sequence that may share key tiles with others'."""
+        return KERNEL_ROWS if self.chunk else self.tiling.decode
+
     # ------------------------------------------------------------------------------------------ plans, once a step
 
-    def tiles(self, units: Ints | None = None) -> AttentionPlan:
+    def tiles(self, units: Ints | None = None) -> AttentionPlan | ByKernels:
         """A plan for `dense` and `sparse`.  units: int64 [T], see AttentionPlan."""
+        if self.chunk and units is None:
+            self.kernels = ByKernels(self.sequences, self.chunk)
+            return self.kernels
         return AttentionPlan(*self._place, only=self._only, units=units)
 
-    def sharing(self, shared_SK: Ints) -> SharedPlan:
-        """A plan for `shared`.  shared_SK: see SharedPlan."""
+    def sharing(self, shared_SK: Ints) -> SharedPlan | ByKernels:
+        """A plan for `shared`.  shared_SK: see SharedPlan; of key tiles of `key_tile` entries."""
+        if self.chunk:
+            self.kernels = ByKernels(self.sequences, self.chunk, shared_SK[self.sequences])
+            return self.kernels
         return SharedPlan(*self._place, shared_SK, only=self._only)
 
     @property
@@ -100,21 +120,45 @@ class AttentionCall:
 
     # ------------------------------------------------------------------------------------------ operations, once a layer
 
-    def dense(self, plan: AttentionPlan) -> None:
+    def dense(self, plan: AttentionPlan | ByKernels) -> None:
         """Every row sees all that it may see."""
+        if isinstance(plan, ByKernels):
+            return  # computed already, with the sequences that have no technique
         self.ops.attention(self.q_THD, self.pool, self.layer, plan, **self._given)
 
     def sparse(self, plan: AttentionPlan, visible_UKB: Tensor, block: int) -> None:
         """Every unit of the plan's rows sees, for each kv head, the visible blocks of that."""
         self.ops.block_sparse_attention(self.q_THD, self.pool, self.layer, plan, visible_UKB, block, **self._given)
 
-    def shared(self, plan: SharedPlan) -> None:
+    def shared(self, plan: SharedPlan | ByKernels) -> None:
         """As `dense`; key tiles that several sequences read are read once."""
+        if isinstance(plan, ByKernels):
+            return
         self.ops.shared_attention(self.q_THD, self.pool, self.layer, plan, **self._given)
 
     @property
     def _given(self) -> dict[str, Any]:
         return {"scale": self.scale, "softcap": self.softcap, "out_THD": self.out_THD}
+
+
+@dataclass(frozen=True, slots=True)
+class ByKernels:
+    """A plan that weft's kernels carry out.  chunk: entries of a key tile.  shared: int64 [sequences, tiles], or None."""
+
+    sequences: Ints
+    chunk: int
+    shared: Ints | None = None
+
+    @property
+    def saved(self) -> int:
+        """Entries of one layer that are not read again, since another's read serves."""
+        if self.shared is None:
+            return 0
+        readers = sum(int((column >= 0).sum()) - len(set(column[column >= 0].tolist())) for column in self.shared.T)
+        return readers * self.chunk
+
+
+KERNEL_ROWS = 8
 
 
 class Dense:

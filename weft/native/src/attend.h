@@ -234,14 +234,14 @@ void one_tile(const Attend& a, const Place& place, const Queries& queries, int r
         mix<T, 1>(tile, values_at + head_bytes, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
 }
 
-inline void write(const Attend& a, const Item& item, int64_t row, int head, float total, const float* mixed) {
-    float* out = a.out + row * a.out_stride + (item.kv_head * (a.heads / a.kv_heads) + head) * a.dim;
+inline void write(const Attend& a, int kv_head, int64_t row, int head, float total, const float* mixed) {
+    float* out = a.out + row * a.out_stride + (kv_head * (a.heads / a.kv_heads) + head) * a.dim;
     const float share = total > 0 ? 1.0f / total : 0.0f;
     for (int d = 0; d < a.dim; d++) out[d] = mixed[d] * share;
 }
 
 template <class T>
-void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, float* partials) {
+void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, float* partials) {
     const int each = a.heads / a.kv_heads, pairs = item.rows * each;
     const int64_t head_bytes = item.kv_head * T::bytes(a.dim), row_bytes = a.kv_heads * T::bytes(a.dim);
     const int64_t s = item.sequence, guesses = seen.tree_rows ? seen.tree_rows[s] : 0;
@@ -249,7 +249,7 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     queries.tree_first = guesses ? place.first[s] + place.lengths[s] - guesses : -1;
     queries.lowest = INT64_MAX, queries.highest = -1;
     for (int r = 0; r < item.rows; r++) {
-        const int64_t row = item.row + r, position = seen.row_positions[row];
+        const int64_t row = rows[item.first + r], position = seen.row_positions[row];
         queries.positions[r] = position;
         queries.tree[r] = seen.tree_bits ? seen.tree_bits[row] : ~uint64_t{0};
         if (position < queries.lowest) queries.lowest = position;
@@ -275,7 +275,7 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     }
     for (int m = 0; m < pairs; m++) {
         if (item.partial < 0) {
-            write(a, item, item.row + m / each, m % each, whole.total[m], whole.mixed + m * a.dim);
+            write(a, item.kv_head, rows[item.first + m / each], m % each, whole.total[m], whole.mixed + m * a.dim);
         } else {
             float* to = partials + item.partial + m * (2 + static_cast<int64_t>(a.dim));
             to[0] = whole.most[m], to[1] = whole.total[m];
@@ -284,30 +284,25 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     }
 }
 
-inline void attend(const Attend& a, const Place& place, const Seen& seen, const Item& item, float* partials) {
-    if (place.stored == Format::F32) attend_in<WideRows>(a, place, seen, item, partials);
-    else if (place.stored == Format::BF16) attend_in<HalfRows>(a, place, seen, item, partials);
-    else attend_in<ByteRows>(a, place, seen, item, partials);
+inline void attend(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows,
+                   float* partials) {
+    if (place.stored == Format::F32) attend_in<WideRows>(a, place, seen, item, rows, partials);
+    else if (place.stored == Format::BF16) attend_in<HalfRows>(a, place, seen, item, rows, partials);
+    else attend_in<ByteRows>(a, place, seen, item, rows, partials);
 }
 
-// Items that follow each other and have the same rows and head are chunks of one result, in ascending order.
-inline void merge(const Attend& a, const Item* items, int64_t count, const float* partials, Seen, Share share) {
-    int64_t at = 0;
-    for (int64_t turn = 0; at < count; turn++) {
-        int64_t stop = at + 1;
-        while (stop < count && items[stop].row == items[at].row && items[stop].kv_head == items[at].kv_head) stop++;
-        if (items[at].partial >= 0 && turn % share.count == share.index) {
-            const int pairs = items[at].rows * (a.heads / a.kv_heads);
-            for (int m = 0; m < pairs; m++) {
-                float most = NEVER, total = 0.0f, mixed[MAX_DIM] = {};
-                for (int64_t i = at; i < stop; i++) {
-                    const float* from = partials + items[i].partial + m * (2 + static_cast<int64_t>(a.dim));
-                    join(most, total, mixed, from[0], from[1], from + 2, a.dim);
-                }
-                write(a, items[at], items[at].row + m / (a.heads / a.kv_heads), m % (a.heads / a.kv_heads), total, mixed);
+inline void merge(const Attend& a, const Joined* joined, int64_t count, const int64_t* places, const float* partials, Share share) {
+    const int each = a.heads / a.kv_heads;
+    for (int64_t i = share.index; i < count; i += share.count) {
+        const Joined& one = joined[i];
+        for (int head = 0; head < each; head++) {
+            float most = NEVER, total = 0.0f, mixed[MAX_DIM] = {};
+            for (int64_t p = one.first; p < one.first + one.parts; p++) {
+                const float* from = partials + places[p] + head * (2 + static_cast<int64_t>(a.dim));
+                join(most, total, mixed, from[0], from[1], from + 2, a.dim);
             }
+            write(a, one.kv_head, one.row, head, total, mixed);
         }
-        at = stop;
     }
 }
 

@@ -113,11 +113,19 @@ struct Place {
     int64_t window = 0;  // 0 for all
 };
 
-// Rows [row, row + rows) of a sequence with one kv head, over key chunks [chunk, chunk_stop).
+// Some rows of the batch with one kv head, over key chunks [chunk, chunk_stop) as `sequence` has them: rows of that sequence, or
+// of several whose tables hold the same blocks there.
 struct Item {
-    int32_t sequence, row, rows, kv_head;
+    int32_t sequence, kv_head;
+    int32_t first, rows;  // in the step's list of rows
     int64_t chunk, chunk_stop;
-    int64_t partial;  // where its unfinished result goes, -1 where it is the whole
+    int64_t partial;      // where its unfinished results go, row by row; -1 where they are the whole
+};
+
+// A row with one kv head whose unfinished results, one for each chunk in ascending order, become its result.
+struct Joined {
+    int32_t row, kv_head;
+    int64_t first, parts;  // in the step's list of places
 };
 
 struct Attend {
@@ -137,7 +145,7 @@ struct Seen {
 };
 
 inline constexpr int KEY_TILE = 32;      // entries whose scores are computed together; tiles begin at absolute multiples
-inline constexpr int CHUNK_TILES = 16;   // key tiles of a chunk, which is an unfinished softmax of its own
+inline constexpr int CHUNK_TILES = 4;    // key tiles of a chunk, which is an unfinished softmax of its own
 inline constexpr int QUERY_ROWS = 32;    // most (row, head) pairs of an item
 inline constexpr int MAX_DIM = 256;
 
@@ -159,18 +167,16 @@ struct Kernels {
     void (*softcap)(float* x, int64_t count, float cap, Share);
     void (*embed)(const Weight&, const int64_t* tokens, float scale, float* out, int64_t stride, int64_t rows, Share);
     void (*store)(const Attend&, const Place&, const float* k, const float* v, int64_t stride, int64_t rows, Share);
-    void (*attend)(const Attend&, const Place&, const Seen&, const Item&, float* partials);
-    void (*merge)(const Attend&, const Item* items, int64_t count, const float* partials, Seen, Share);
+    void (*attend)(const Attend&, const Place&, const Seen&, const Item&, const int32_t* rows, float* partials);
+    void (*merge)(const Attend&, const Joined*, int64_t count, const int64_t* places, const float* partials, Share);
     void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);
     uint32_t (*read)(const char* from, int64_t bytes, Share);
     double (*arithmetic)(int64_t turns, bool bytes);
     void (*pack_values)(const Weight&, const Values&, int64_t n, int64_t first, Share);
 };
 
-// Floats of an unfinished result: for each (row, head) its maximum, its sum, and D mixed values.
-WEFT_SHARED int64_t partial_floats(const Attend& a, int64_t rows) {
-    return rows * (a.heads / a.kv_heads) * (2 + static_cast<int64_t>(a.dim));
-}
+// Floats of an unfinished result of a row with a kv head: for each query head its maximum, its sum, and D mixed values.
+WEFT_SHARED int64_t partial_floats(int heads, int kv_heads, int dim) { return heads / kv_heads * (2 + static_cast<int64_t>(dim)); }
 
 const Kernels* kernels_avx512_vnni();  // null where it was not compiled or the processor lacks it
 const Kernels* kernels_avx512();

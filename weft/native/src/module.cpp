@@ -134,13 +134,16 @@ NB_MODULE(_native, m) {
         .def("place", [](Step& s, size_t group, uintptr_t arena, int64_t block_bytes, uintptr_t positions,
                          int64_t positions_stride, int block_tokens, uintptr_t tables, int64_t table_width, uintptr_t first,
                          uintptr_t lengths, uintptr_t slots, int64_t window, int stored) {
-            if (s.places.size() <= group) s.places.resize(group + 1), s.items.resize(group + 1);
+            if (s.places.size() <= group) s.places.resize(group + 1), s.attending.resize(group + 1);
             if (stored < 0 || stored > static_cast<int>(Format::I8)) throw std::invalid_argument("no such rows");
             s.places[group] = Place{at<char>(arena), at<int32_t>(positions), block_bytes, positions_stride, block_tokens,
                                     static_cast<Format>(stored), at<int64_t>(tables), at<int64_t>(first), at<int64_t>(lengths), at<int64_t>(slots),
                                     table_width, window};
         })
-        .def("plan", &Step::plan);
+        .def("plan", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t shared, int64_t chunks, int heads,
+                        int kv_heads, int dim, int threads) {
+            s.plan(group, sequences, at<int64_t>(shared), chunks, heads, kv_heads, dim, threads);
+        });
     nb::class_<Program>(m, "Program")
         .def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("isa") = "auto")
         .def_prop_ro("isa", [](Program& p) { return p.kernels().name; })
@@ -166,12 +169,13 @@ NB_MODULE(_native, m) {
                           int kv_heads, int dim, float scale, float softcap, int layer) {
             const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, layer);
             return p.add([&p, a, group](Step& s, Share share) {
-                const auto& items = s.items[group];
-                const auto count = static_cast<int64_t>(items.size());
-                for (int64_t i = share.index; i < count; i += share.count)
-                    p.kernels().attend(a, s.places[group], s.seen, items[static_cast<size_t>(i)], s.partials.data());
+                const Attending& all = s.attending[group];
+                for (size_t i = static_cast<size_t>(share.index); i < all.items.size(); i += static_cast<size_t>(share.count))
+                    p.kernels().attend(a, s.places[group], s.seen, all.items[i], all.rows.data(), s.partials.data());
+                if (all.joined.empty()) return;  // the same for every thread
                 p.pool().meet();
-                p.kernels().merge(a, items.data(), count, s.partials.data(), s.seen, share);
+                p.kernels().merge(a, all.joined.data(), static_cast<int64_t>(all.joined.size()), all.places.data(),
+                                  s.partials.data(), share);
             });
         })
         .def("route", [](Program& p, const Experts& a) {
@@ -213,6 +217,7 @@ NB_MODULE(_native, m) {
             if (groups < 1 || w.groups() % groups || w.offsets != (offsets != 0)) throw std::invalid_argument("other groups");
             p.pool().run([&](Share share) { p.kernels().pack_values(w, v, n, first, share); });
         }, nb::call_guard<nb::gil_scoped_release>());
+    m.attr("CHUNK") = KEY_TILE * CHUNK_TILES;
     m.def("isas", [] {
         std::vector<std::string> found;
         for (auto* find : TABLES)

@@ -24,38 +24,126 @@ void Program::run(int64_t first, int64_t stop, Step& step) {
     });
 }
 
-// Rows of each sequence in tiles, with each kv head; where that is too little for all threads, chunk by chunk of the entries.
-void Step::plan(size_t group, const std::vector<int64_t>& sequences, int heads, int kv_heads, int dim, int threads) {
+namespace {
+
+constexpr int64_t CHUNK = static_cast<int64_t>(KEY_TILE) * CHUNK_TILES;
+
+// Chunks of a sequence that have entries.
+void extent(const Place& place, int64_t s, int64_t& begin, int64_t& end) {
+    begin = place.first[s] / CHUNK, end = (place.first[s] + place.lengths[s] + CHUNK - 1) / CHUNK;
+}
+
+}  // namespace
+
+void Step::plan(size_t group, const std::vector<int64_t>& sequences, const int64_t* shared, int64_t chunks, int heads,
+                int kv_heads, int dim, int threads) {
     const Place& place = places.at(group);
-    const int each = heads / kv_heads, tall = QUERY_ROWS / each;
-    const int64_t chunk = static_cast<int64_t>(KEY_TILE) * CHUNK_TILES;
-    auto& found = items.at(group);
-    found.clear();
+    const int tall = QUERY_ROWS / (heads / kv_heads);
+    Attending& found = attending.at(group);
+    found.items.clear(), found.rows.clear(), found.joined.clear(), found.places.clear();
     int64_t tiles = 0;
     for (const int64_t s : sequences) tiles += (seen.bounds[s + 1] - seen.bounds[s] + tall - 1) / tall;
     const bool apart = threads > 1 && tiles * kv_heads < 4 * threads;
+    const int64_t each = partial_floats(heads, kv_heads, dim);
     int64_t floats = 0;
-    for (const int64_t s : sequences) {
-        const int64_t begin = place.first[s] / chunk, end = (place.first[s] + place.lengths[s] + chunk - 1) / chunk;
-        for (int64_t row = seen.bounds[s]; row < seen.bounds[s + 1]; row += tall) {
-            const int64_t left = seen.bounds[s + 1] - row;
+    std::vector<std::vector<int64_t>> parts;  // of each (row, kv head) that is put together, by its place in `joined`
+
+    // Rows [first, first + count) of the list with all kv heads over chunks of a sequence.
+    const auto add = [&](int64_t s, int64_t first, int64_t count, int64_t from, int64_t to, bool whole, int64_t joined) {
+        for (int64_t at = first; at < first + count; at += tall) {
             Item item{};
-            item.sequence = static_cast<int32_t>(s), item.row = static_cast<int32_t>(row);
-            item.rows = static_cast<int32_t>(left < tall ? left : tall);
+            item.sequence = static_cast<int32_t>(s), item.first = static_cast<int32_t>(at);
+            item.rows = static_cast<int32_t>(first + count - at < tall ? first + count - at : tall);
             for (int32_t head = 0; head < kv_heads; head++) {
                 item.kv_head = head;
-                if (!apart || end - begin < 2) {
-                    item.chunk = begin, item.chunk_stop = end, item.partial = -1;
-                    found.push_back(item);
+                if (whole) {
+                    item.chunk = from, item.chunk_stop = to, item.partial = -1;
+                    found.items.push_back(item);
                     continue;
                 }
-                for (int64_t c = begin; c < end; c++) {
+                for (int64_t c = from; c < to; c++) {
                     item.chunk = c, item.chunk_stop = c + 1, item.partial = floats;
-                    floats += static_cast<int64_t>(item.rows) * each * (2 + dim);
-                    found.push_back(item);
+                    found.items.push_back(item);
+                    for (int64_t r = 0; r < item.rows; r++, floats += each)
+                        parts[static_cast<size_t>((joined + at - first + r) * kv_heads + head)].push_back(floats);
                 }
             }
         }
+    };
+    const auto list = [&](int64_t s) {  // a sequence's rows, and where they begin in the list
+        const auto first = static_cast<int64_t>(found.rows.size());
+        for (int64_t row = seen.bounds[s]; row < seen.bounds[s + 1]; row++) found.rows.push_back(static_cast<int32_t>(row));
+        return first;
+    };
+    const auto announce = [&](int64_t s) {  // that a sequence's rows are put together; returns the first one's place
+        const auto first = static_cast<int64_t>(parts.size()) / kv_heads;
+        for (int64_t row = seen.bounds[s]; row < seen.bounds[s + 1]; row++)
+            for (int32_t head = 0; head < kv_heads; head++) {
+                found.joined.push_back(Joined{static_cast<int32_t>(row), head, 0, 0});
+                parts.emplace_back();
+            }
+        return first;
+    };
+
+    std::vector<int64_t> places_of(sequences.size(), -1);
+    for (size_t i = 0; i < sequences.size(); i++) {
+        const int64_t s = sequences[i];
+        bool alone = true;
+        for (int64_t c = 0; shared && c < chunks; c++) alone = alone && shared[static_cast<int64_t>(i) * chunks + c] < 0;
+        if (!alone) {
+            places_of[i] = announce(s);
+            continue;
+        }
+        int64_t begin, end;
+        extent(place, s, begin, end);
+        const int64_t count = seen.bounds[s + 1] - seen.bounds[s], first = list(s);
+        const bool whole = !apart || end - begin < 2;
+        add(s, first, count, begin, end, whole, whole ? 0 : announce(s));
+    }
+    // Chunks that several read, in ascending order, so that each row's parts are.
+    int64_t most = 0;
+    for (size_t i = 0; i < sequences.size(); i++) {
+        int64_t begin, end;
+        extent(place, sequences[i], begin, end);
+        if (places_of[i] >= 0 && end > most) most = end;
+    }
+    for (int64_t c = 0; c < most; c++) {
+        std::vector<bool> done(sequences.size(), false);
+        for (size_t i = 0; i < sequences.size(); i++) {
+            int64_t begin, end;
+            extent(place, sequences[i], begin, end);
+            if (places_of[i] < 0 || done[i] || c < begin || c >= end) continue;
+            const auto number = [&](size_t j) { return c < chunks ? shared[static_cast<int64_t>(j) * chunks + c] : -1; };
+            std::vector<size_t> members{i};
+            for (size_t j = i + 1; number(i) >= 0 && j < sequences.size(); j++)
+                if (places_of[j] >= 0 && number(j) == number(i)) members.push_back(j);
+            // Rows of all members side by side; each goes on where its own parts are.
+            std::vector<int64_t> targets;
+            const auto first = static_cast<int64_t>(found.rows.size());
+            for (const size_t j : members) {
+                done[j] = true;
+                const int64_t s = sequences[j];
+                list(s);
+                for (int64_t r = 0; r < seen.bounds[s + 1] - seen.bounds[s]; r++) targets.push_back(places_of[j] + r);
+            }
+            const auto count = static_cast<int64_t>(targets.size());
+            for (int64_t at = 0; at < count; at += tall)
+                for (int32_t head = 0; head < kv_heads; head++) {
+                    Item item{};
+                    item.sequence = static_cast<int32_t>(sequences[i]), item.kv_head = head;
+                    item.first = static_cast<int32_t>(first + at);
+                    item.rows = static_cast<int32_t>(count - at < tall ? count - at : tall);
+                    item.chunk = c, item.chunk_stop = c + 1, item.partial = floats;
+                    found.items.push_back(item);
+                    for (int64_t r = 0; r < item.rows; r++, floats += each)
+                        parts[static_cast<size_t>(targets[static_cast<size_t>(at + r)] * kv_heads + head)].push_back(floats);
+                }
+        }
+    }
+    for (size_t i = 0; i < parts.size(); i++) {
+        found.joined[i].first = static_cast<int64_t>(found.places.size());
+        found.joined[i].parts = static_cast<int64_t>(parts[i].size());
+        found.places.insert(found.places.end(), parts[i].begin(), parts[i].end());
     }
     if (static_cast<int64_t>(partials.size()) < floats) partials.resize(static_cast<size_t>(floats));
 }

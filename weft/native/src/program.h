@@ -30,18 +30,30 @@ struct Angles {
     const float *cos = nullptr, *sin = nullptr;
 };
 
+// Who computes what of the attention of one KV group.
+struct Attending {
+    std::vector<Item> items;
+    std::vector<int32_t> rows;
+    std::vector<Joined> joined;
+    std::vector<int64_t> places;
+};
+
 struct Step {
     int64_t rows = 0, wanted = 0;      // rows of the batch, and those whose logits are wanted
     const int64_t* tokens = nullptr;   // [T]
     const int64_t* picked = nullptr;   // [wanted]
     Seen seen{};
     std::vector<Place> places;         // by KV group of the model
-    std::vector<std::vector<Item>> items;
+    std::vector<Attending> attending;  // likewise
     std::vector<Angles> angles;        // by rotary embedding
     std::vector<float> partials;
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
 
-    void plan(size_t group, const std::vector<int64_t>& sequences, int heads, int kv_heads, int dim, int threads);
+    // Rows of the sequences in tiles, with each kv head; where that is too little for all threads, chunk by chunk.  shared: for each of
+    // them and each chunk, equal numbers in one chunk where tables hold the same blocks (-1: nobody else's do), [sequences, chunks];
+    // those chunks are read once for all, and every chunk is a result of its own.
+    void plan(size_t group, const std::vector<int64_t>& sequences, const int64_t* shared, int64_t chunks, int heads, int kv_heads,
+              int dim, int threads);
 };
 
 class Program {
