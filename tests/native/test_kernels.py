@@ -79,4 +79,4 @@ def test_bad_calls_are_refused() -> None:
     with pytest.raises(IndexError, match="no such operations"):
         program.run(0, 1, MODULE.Step())
     with pytest.raises(ValueError, match="heads of at most 256"):
-        program.attend(0, 0, 0, 0, 0, 1, 1, 257, 1.0, 0.0, 0, 0, 0)
+        program.attend(0, 0, 0, 0, 0, 1, 1, 257, 1.0, 0.0, 0)

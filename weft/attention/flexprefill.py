@@ -94,7 +94,7 @@ class FlexPrefill:
                 for a, b in itertools.pairwise(edges):
                     found.append(Rows(s, low + a, low + b, entry + a, entry + b))
                     units[low + a : low + b] = len(found)
-        return call.tiles(units), found
+        return call.tiles(units if found else None), found
 
     def run(self, call: Any, plan: tuple[Any, list[Rows]]) -> None:
         tiles, found = plan

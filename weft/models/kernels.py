@@ -23,7 +23,7 @@ from weft.ops.ref.attention_plan import ancestors
 if TYPE_CHECKING:
     from weft.exec.batch import Batch, GroupBatch
     from weft.exec.kvpool import KVPool
-    from weft.ops.attention_call import ByKernels
+    from weft.ops.attention_call import AttentionCall, ByKernels
 
 STORES = {"int8": 2}
 """Encodings of a `kv.store` that the kernels read and write (`Store.kernels`), and what they call them."""
@@ -105,6 +105,10 @@ class NativeStep:
             where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
             slots.data_ptr(), shape.window or 0, stored,
         )  # fmt: skip
+        for plan in plans:
+            if plan.units is not None:
+                plan.sparse = self._sparse(group, plan)
+        plans = [plan for plan in plans if plan.units is None]
         sequences = np.concatenate([plan.sequences for plan in plans])
         chunks = max((0 if plan.shared is None else plan.shared.shape[1]) for plan in plans)
         shared, row = np.full((len(sequences), chunks), -1, dtype=np.int64), 0
@@ -116,6 +120,24 @@ class NativeStep:
             group, sequences.tolist(), shared.ctypes.data if chunks else 0, chunks, spec.heads, spec.kv_heads, spec.head_dim,
             self._native.program.threads,
         )  # fmt: skip
+
+    def _sparse(self, group: int, plan: ByKernels) -> Callable[[AttentionCall, Tensor, int], None]:
+        """Attention of rows in units, a layer at a time."""
+        spec, program = self._native.spec, self._native.program
+        assert plan.units is not None
+        number = self._step.plan_units(
+            group, plan.sequences.tolist(), plan.units.ctypes.data, spec.heads, spec.kv_heads
+        )
+
+        def compute(call: AttentionCall, visible: Tensor, block: int) -> None:
+            seen = visible.contiguous()
+            program.attend_sparse(
+                self._step, number, group, seen.data_ptr(), seen.shape[2], block, call.q_THD.data_ptr(), call.q_THD.stride(0),
+                call.out_THD.data_ptr(), call.out_THD.stride(0), spec.heads, spec.kv_heads, spec.head_dim, call.scale,
+                call.softcap or 0.0, call.pool.groups[call.group].layers.index(call.layer),
+            )  # fmt: skip
+
+        return compute
 
     def run(self, first: int, stop: int) -> None:
         self._native.program.run(first, stop, self._step)

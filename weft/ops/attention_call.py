@@ -8,6 +8,7 @@ K: key tiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +97,8 @@ class AttentionCall:
 
     def tiles(self, units: Ints | None = None) -> AttentionPlan | ByKernels:
         """A plan for `dense` and `sparse`.  units: int64 [T], see AttentionPlan."""
-        if self.chunk and units is None:
-            self.kernels = ByKernels(self.sequences, self.chunk)
+        if self.chunk:
+            self.kernels = ByKernels(self.sequences, self.chunk, units=units)
             return self.kernels
         return AttentionPlan(*self._place, only=self._only, units=units)
 
@@ -123,11 +124,16 @@ class AttentionCall:
     def dense(self, plan: AttentionPlan | ByKernels) -> None:
         """Every row sees all that it may see."""
         if isinstance(plan, ByKernels):
+            assert plan.units is None, "rows in units are computed by `sparse`"
             return  # computed already, with the sequences that have no technique
         self.ops.attention(self.q_THD, self.pool, self.layer, plan, **self._given)
 
-    def sparse(self, plan: AttentionPlan, visible_UKB: Tensor, block: int) -> None:
-        """Every unit of the plan's rows sees, for each kv head, the visible blocks of that."""
+    def sparse(self, plan: AttentionPlan | ByKernels, visible_UKB: Tensor, block: int) -> None:
+        """Every unit of the plan's rows sees, for each kv head, the visible blocks of that.  The plan is one with units."""
+        if isinstance(plan, ByKernels):
+            assert plan.sparse is not None
+            plan.sparse(self, visible_UKB, block)
+            return
         self.ops.block_sparse_attention(self.q_THD, self.pool, self.layer, plan, visible_UKB, block, **self._given)
 
     def shared(self, plan: SharedPlan | ByKernels) -> None:
@@ -141,13 +147,18 @@ class AttentionCall:
         return {"scale": self.scale, "softcap": self.softcap, "out_THD": self.out_THD}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ByKernels:
-    """A plan that weft's kernels carry out.  chunk: entries of a key tile.  shared: int64 [sequences, tiles], or None."""
+    """A plan that weft's kernels carry out.  chunk: entries of a key tile.  shared: int64 [sequences, tiles], or None.
+
+    units: int64 [T] of rows that see blocks of entries, or None.  sparse: what computes those, of one step.
+    """
 
     sequences: Ints
     chunk: int
     shared: Ints | None = None
+    units: Ints | None = None
+    sparse: Callable[[AttentionCall, Tensor, int], None] | None = None
 
     @property
     def saved(self) -> int:

@@ -169,8 +169,20 @@ struct Queries {
     uint64_t tree[QUERY_ROWS];
     int64_t tree_first;             // entry of the sequence's first guess, -1 where it has none
     int64_t lowest, highest;
+    const uint8_t* visible;         // [blocks] of the item's unit and kv head, null for all
+    int64_t block;
     float q[QUERY_ROWS * MAX_DIM];
 };
+
+// Whether some of a tile's entries are visible, and whether not all are.
+inline bool in_sight(const Queries& queries, int64_t start, int64_t stop, bool& partly) {
+    partly = false;
+    if (!queries.visible) return true;
+    bool some = false;
+    const int64_t last = (stop - 1) / queries.block;
+    for (int64_t b = start / queries.block; b <= last; b++) (queries.visible[b] ? some : partly) = true;
+    return some;
+}
 
 inline void hide(const Queries& queries, int row, const Tile_& tile, int64_t start, int64_t window, float* scores) {
     for (int e = 0; e < KEY_TILE; e++) {
@@ -179,13 +191,14 @@ inline void hide(const Queries& queries, int row, const Tile_& tile, int64_t sta
         const int64_t guess = start + e - queries.tree_first;
         if (queries.tree_first >= 0 && guess >= 0 && queries.tree[row] != ~uint64_t{0})
             hidden = hidden || guess >= 64 || !(queries.tree[row] >> guess & 1);
+        if (queries.visible && tile.positions[e] != INT32_MAX) hidden = hidden || !queries.visible[(start + e) / queries.block];
         if (hidden) scores[e] = NEVER;
     }
 }
 
 template <class T>
 void one_tile(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t start,
-              int64_t head_bytes, State& state) {
+              int64_t head_bytes, bool partly, State& state) {
     const int each = a.heads / a.kv_heads, pairs = rows * each;
     alignas(64) float keys[MAX_DIM * KEY_TILE];
     alignas(64) float found[QUERY_ROWS * KEY_TILE];
@@ -193,7 +206,7 @@ void one_tile(const Attend& a, const Place& place, const Queries& queries, int r
     int m = 0;
     for (; m + 6 <= pairs; m += 6) scores<6>(queries.q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
     for (; m < pairs; m++) scores<1>(queries.q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
-    const bool clear = tile.highest <= queries.lowest && (!place.window || queries.highest - tile.lowest < place.window) &&
+    const bool clear = !partly && tile.highest <= queries.lowest && (!place.window || queries.highest - tile.lowest < place.window) &&
                        queries.tree_first < 0 && tile.positions[KEY_TILE - 1] != INT32_MAX && tile.positions[0] != INT32_MAX;
     for (m = 0; m < pairs; m++) {
         float* mine = found + m * KEY_TILE;
@@ -248,6 +261,8 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     Queries queries;
     queries.tree_first = guesses ? place.first[s] + place.lengths[s] - guesses : -1;
     queries.lowest = INT64_MAX, queries.highest = -1;
+    queries.visible = item.unit < 0 ? nullptr : seen.visible + (item.unit * a.kv_heads + item.kv_head) * seen.blocks;
+    queries.block = seen.block;
     for (int r = 0; r < item.rows; r++) {
         const int64_t row = rows[item.first + r], position = seen.row_positions[row];
         queries.positions[r] = position;
@@ -263,11 +278,14 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
         part.clear(pairs, a.dim);
         for (int t = 0; t < CHUNK_TILES; t++) {
             const int64_t start = (chunk * CHUNK_TILES + t) * KEY_TILE;
+            const int64_t end = place.first[s] + place.lengths[s];
             Tile_ tile;
-            if (start >= place.first[s] + place.lengths[s]) break;
+            bool partly;
+            if (start >= end) break;
+            if (!in_sight(queries, start, start + KEY_TILE < end ? start + KEY_TILE : end, partly)) continue;
             if (!locate(place, s, start, row_bytes, tile) || tile.lowest > queries.highest) continue;
             if (place.window && queries.lowest - tile.highest >= place.window && queries.tree_first < 0) continue;
-            one_tile<T>(a, place, queries, item.rows, tile, start, head_bytes, part);
+            one_tile<T>(a, place, queries, item.rows, tile, start, head_bytes, partly, part);
         }
         for (int m = 0; m < pairs; m++)
             join(whole.most[m], whole.total[m], whole.mixed + m * a.dim, part.most[m], part.total[m], part.mixed + m * a.dim,

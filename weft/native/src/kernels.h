@@ -120,6 +120,7 @@ struct Item {
     int32_t first, rows;  // in the step's list of rows
     int64_t chunk, chunk_stop;
     int64_t partial;      // where its unfinished results go, row by row; -1 where they are the whole
+    int32_t unit = -1;    // whose visible blocks they see (`Seen`); -1 for all
 };
 
 // A row with one kv head whose unfinished results, one for each chunk in ascending order, become its result.
@@ -142,6 +143,8 @@ struct Seen {
     const int64_t* bounds;         // [S + 1]
     const uint64_t* tree_bits;     // [T]: the guesses that a row sees, bit i for the i-th, or null where no sequence has a tree
     const int32_t* tree_rows;      // [S]: guesses at a sequence's end
+    const uint8_t* visible = nullptr;  // [units, kv_heads, blocks]: whether the items of a unit see entries [b, b + 1) * block
+    int64_t blocks = 0, block = 1;
 };
 
 inline constexpr int KEY_TILE = 32;      // entries whose scores are computed together; tiles begin at absolute multiples

@@ -143,6 +143,9 @@ NB_MODULE(_native, m) {
         .def("plan", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t shared, int64_t chunks, int heads,
                         int kv_heads, int dim, int threads) {
             s.plan(group, sequences, at<int64_t>(shared), chunks, heads, kv_heads, dim, threads);
+        })
+        .def("plan_units", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t units, int heads, int kv_heads) {
+            return s.plan_units(group, sequences, at<int64_t>(units), heads, kv_heads);
         });
     nb::class_<Program>(m, "Program")
         .def(nb::init<int, const std::string&>(), nb::arg("threads"), nb::arg("isa") = "auto")
@@ -168,16 +171,16 @@ NB_MODULE(_native, m) {
         .def("attend", [](Program& p, size_t group, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads,
                           int kv_heads, int dim, float scale, float softcap, int layer) {
             const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, layer);
-            return p.add([&p, a, group](Step& s, Share share) {
-                const Attending& all = s.attending[group];
-                for (size_t i = static_cast<size_t>(share.index); i < all.items.size(); i += static_cast<size_t>(share.count))
-                    p.kernels().attend(a, s.places[group], s.seen, all.items[i], all.rows.data(), s.partials.data());
-                if (all.joined.empty()) return;  // the same for every thread
-                p.pool().meet();
-                p.kernels().merge(a, all.joined.data(), static_cast<int64_t>(all.joined.size()), all.places.data(),
-                                  s.partials.data(), share);
-            });
+            return p.add([&p, a, group](Step& s, Share share) { p.attend(a, group, s.attending[group], s, share); });
         })
+        .def("attend_sparse", [](Program& p, Step& s, size_t plan, size_t group, uintptr_t visible, int64_t blocks, int64_t block,
+                                 uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads, int kv_heads, int dim,
+                                 float scale, float softcap, int layer) {
+            const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, layer);
+            const Attending& all = s.sparse.at(plan);
+            s.seen.visible = at<uint8_t>(visible), s.seen.blocks = blocks, s.seen.block = block;
+            p.pool().run([&](Share share) { p.attend(a, group, all, s, share); });
+        }, nb::call_guard<nb::gil_scoped_release>())
         .def("route", [](Program& p, const Experts& a) {
             return p.add([a](Step& s, Share share) { route(a, s.rows, share); });
         })

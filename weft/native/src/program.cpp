@@ -24,6 +24,14 @@ void Program::run(int64_t first, int64_t stop, Step& step) {
     });
 }
 
+void Program::attend(const Attend& a, size_t group, const Attending& all, Step& step, Share share) {
+    for (size_t i = static_cast<size_t>(share.index); i < all.items.size(); i += static_cast<size_t>(share.count))
+        kernels_->attend(a, step.places[group], step.seen, all.items[i], all.rows.data(), step.partials.data());
+    if (all.joined.empty()) return;  // the same for every thread
+    pool_.meet();
+    kernels_->merge(a, all.joined.data(), static_cast<int64_t>(all.joined.size()), all.places.data(), step.partials.data(), share);
+}
+
 namespace {
 
 constexpr int64_t CHUNK = static_cast<int64_t>(KEY_TILE) * CHUNK_TILES;
@@ -146,6 +154,25 @@ void Step::plan(size_t group, const std::vector<int64_t>& sequences, const int64
         found.places.insert(found.places.end(), parts[i].begin(), parts[i].end());
     }
     if (static_cast<int64_t>(partials.size()) < floats) partials.resize(static_cast<size_t>(floats));
+}
+
+int64_t Step::plan_units(size_t group, const std::vector<int64_t>& sequences, const int64_t* units, int heads, int kv_heads) {
+    const int tall = QUERY_ROWS / (heads / kv_heads);
+    Attending found;
+    for (const int64_t s : sequences) {
+        int64_t begin, end;
+        extent(places.at(group), s, begin, end);
+        for (int64_t row = seen.bounds[s]; row < seen.bounds[s + 1];) {
+            Item item{};
+            item.sequence = static_cast<int32_t>(s), item.first = static_cast<int32_t>(found.rows.size());
+            item.chunk = begin, item.chunk_stop = end, item.partial = -1, item.unit = static_cast<int32_t>(units[row]);
+            for (; row < seen.bounds[s + 1] && units[row] == item.unit && item.rows < tall; row++, item.rows++)
+                found.rows.push_back(static_cast<int32_t>(row));
+            for (item.kv_head = 0; item.kv_head < kv_heads; item.kv_head++) found.items.push_back(item);
+        }
+    }
+    sparse.push_back(std::move(found));
+    return static_cast<int64_t>(sparse.size()) - 1;
 }
 
 }  // namespace weft

@@ -45,6 +45,7 @@ struct Step {
     Seen seen{};
     std::vector<Place> places;         // by KV group of the model
     std::vector<Attending> attending;  // likewise
+    std::vector<Attending> sparse;     // by number, of rows in units (`plan_units`)
     std::vector<Angles> angles;        // by rotary embedding
     std::vector<float> partials;
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
@@ -54,6 +55,10 @@ struct Step {
     // those chunks are read once for all, and every chunk is a result of its own.
     void plan(size_t group, const std::vector<int64_t>& sequences, const int64_t* shared, int64_t chunks, int heads, int kv_heads,
               int dim, int threads);
+
+    // Rows that each see the blocks of a unit; rows of one unit and sequence that follow each other go together.  Returns the
+    // plan's number.
+    int64_t plan_units(size_t group, const std::vector<int64_t>& sequences, const int64_t* units, int heads, int kv_heads);
 };
 
 class Program {
@@ -67,6 +72,8 @@ class Program {
     }
     // Operations [first, stop), each by all threads, none before the one before it has ended.
     void run(int64_t first, int64_t stop, Step& step);
+    // Attention of a plan's items, by all threads.
+    void attend(const Attend& a, size_t group, const Attending& all, Step& step, Share share);
 
     const Kernels& kernels() const { return *kernels_; }
     Pool& pool() { return pool_; }
