@@ -225,6 +225,7 @@ def _record(
         "threads": setup.threads,
         "weights": setup.weights_name,
         "activations": setup.config.activations,
+        "kv": setup.kv_name,
         "ops": setup.ops["target"].ops,
         "isa": setup.ops["target"].isa,
         "invariant": runtime.decoder.invariant,

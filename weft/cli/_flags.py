@@ -93,6 +93,10 @@ class EngineFlags:
             metavar="FORMAT",
         ),
     ] = None
+    kv: Annotated[
+        str | None,
+        _option("--kv", help="Keys and values: auto (as --dtype), float32, bfloat16 or int8.", metavar="FORMAT"),
+    ] = None
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences computed at once; more wait. (64)", metavar="N")
     ] = None

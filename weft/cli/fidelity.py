@@ -129,7 +129,7 @@ def _paths(model: str | None, flags: EngineFlags, tokens: int) -> tuple[Asked, A
     if config.max_model_len is None:
         config = replace(config, max_model_len=min(max(tokens, 1024), prepare(config).spec.max_positions))
     setup = prepare(config)
-    plain = prepare(replace(config, techniques=()))
+    plain = prepare(replace(config, techniques=(), kv="auto"))
     for each in (plain, setup):
         each.require_fit()
     text = ModelText.load(source, max_model_len=setup.limits.max_model_len, name=name)

@@ -47,6 +47,7 @@ def as_json(setup: Setup, name: str) -> dict[str, Any]:
         "threads": setup.threads,
         "weights": setup.weights_name,
         "activations": setup.config.activations,
+        "kv": setup.kv_name,
         "ops": setup.ops["target"].ops,
         "isa": setup.ops["target"].isa,
         "max_num_seqs": setup.limits.max_num_seqs,

@@ -64,6 +64,7 @@ class EngineConfig:
     ops         auto, ref or cpu (weft's own kernels).  isa: auto, avx512_vnni, avx512, avx2 or portable
     weights     auto (as they are), float, int8, or int4, with inputs that share a scale as in int4:128 (`WeightFormat.parse`)
     activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact
+    kv          auto (as the model's dtype), float32, bfloat16, or int8, which is the technique kv.store=int8
     """
 
     model: Path | Mapping[str, Any]
@@ -87,6 +88,7 @@ class EngineConfig:
     isa: str = "auto"
     weights: str = "auto"
     activations: str = "float"
+    kv: str = "auto"
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -126,13 +128,15 @@ def engine_config(model: Path | Mapping[str, Any], options: Mapping[str, Any]) -
 class Setup:
     """Everything that is decided before anything is allocated.
 
-    draft: the second model, where the stack asks for one.  ops: who computes each model.  formats: of the target's fused weights
-    that are kept in few bits (where the reference operations compute, that they are rounded to).
+    kv_dtype: of keys and values without a `kv.store`.  draft: the second model, where the stack asks for one.  ops: who computes
+    each model.  formats: of the target's fused weights that are kept in few bits (where the reference operations compute, that
+    they are rounded to).
     """
 
     config: EngineConfig
     spec: DecoderSpec
     dtype: str
+    kv_dtype: str
     device: str
     threads: int
     groups: tuple[GroupSpec, ...]
@@ -148,6 +152,12 @@ class Setup:
     def weights_name(self) -> str:
         """Number format of the matrices."""
         return " and ".join(sorted({str(format) for format in self.formats.values()})) or self.dtype
+
+    @property
+    def kv_name(self) -> str:
+        """How keys and values are stored: a number format, or the part that encodes them."""
+        store = next((part for part in self.stack.parts if part.slot == "kv.store"), None)
+        return self.kv_dtype if store is None or self.stack.get("kv.store") is None else str(store)
 
     @property
     def specs(self) -> dict[str, DecoderSpec]:
@@ -200,7 +210,8 @@ def prepare(config: EngineConfig) -> Setup:
     spec = read(raw)
     device = choices.device(config.device)
     dtype = choices.choose_dtype(config.dtype, raw, spec, device)
-    stack = build_stack(config.techniques)
+    kv_dtype, techniques = choices.choose_kv(config.kv, dtype, config.techniques, device)
+    stack = build_stack(techniques)
     draft = choices.second(stack, spec)
     specs = {"target": spec} if draft is None else {"target": spec, "draft": draft}
     formats = choices.formats(config, spec, raw)
@@ -214,7 +225,7 @@ def prepare(config: EngineConfig) -> Setup:
         raise ConfigError(
             "--activations int8 goes with weights of few bits on the kernels: say --weights int8 or int4 too"
         )
-    groups, block_bytes = all_groups(specs, dtype, config.block_tokens, stack.get("kv.store"))
+    groups, block_bytes = all_groups(specs, kv_dtype, config.block_tokens, stack.get("kv.store"))
     layered = bool(stack["schedule"].layered)
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
@@ -250,7 +261,7 @@ def prepare(config: EngineConfig) -> Setup:
         max_guesses=MAX_GUESSES,
     )  # fmt: skip
     return Setup(
-        config=config, spec=spec, dtype=dtype, device=device, threads=threads,
+        config=config, spec=spec, dtype=dtype, kv_dtype=kv_dtype, device=device, threads=threads,
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
         draft=draft, ops=ops, formats=formats,
     )  # fmt: skip
@@ -321,7 +332,7 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
 
 def _settings(setup: Setup) -> bytes:
     """What of the set-up changes keys and values, for the salt of the prefix index."""
-    return f"{setup.dtype} {setup.weights_name} {setup.config.activations}".encode()
+    return f"{setup.dtype} {setup.weights_name} {setup.config.activations} {setup.kv_name}".encode()
 
 
 def reach(setup: Setup) -> dict[str, int]:
@@ -348,7 +359,7 @@ def make_pool(setup: Setup) -> KVPool:
 
     return KVPool(
         setup.groups, setup.specs, blocks=setup.plan.kv_blocks, block_bytes=setup.block_bytes,
-        dtype=getattr(torch, setup.dtype), device=setup.device, store=setup.stack.get("kv.store"),
+        dtype=getattr(torch, setup.kv_dtype), device=setup.device, store=setup.stack.get("kv.store"),
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from weft.models.formats import WeightFormat
 from weft.models.gguf.header import is_gguf
 from weft.models.layout import quantized, tensor_shapes, weights_bytes
 from weft.models.spec import DecoderSpec, dtype_bytes
+from weft.registry import Part, parse
 
 if TYPE_CHECKING:
     from weft.exec.build import EngineConfig
@@ -61,12 +62,39 @@ def second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     return draft
 
 
-def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:
-    """The number format of weights, activations and KV.  Raises ConfigError for one that does not run there."""
-    name = wanted.removeprefix("torch.")
-    name = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}.get(
+def _full_name(dtype: str) -> str:
+    """'bf16' or 'torch.bfloat16' to 'bfloat16'."""
+    name = dtype.removeprefix("torch.")
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "float": "float32", "half": "float16"}.get(
         name, name
     )
+
+
+def choose_kv(
+    wanted: str, dtype: str, techniques: Sequence[str | Part], device: str
+) -> tuple[str, Sequence[str | Part]]:
+    """(number format of keys and values, the techniques with the one that makes bytes of them).  dtype: the model's.
+
+    Raises ConfigError for a format that does not run there, or one beside a technique that has its own.
+    """
+    name = _full_name(wanted)
+    if name == "auto":
+        return dtype, techniques
+    if name not in ("float32", "bfloat16", "float16", "int8"):
+        raise ConfigError(f"--kv is auto, float32, bfloat16 or int8, got {wanted!r}")
+    if name == "float16" and device == "cpu":
+        raise ConfigError("float16 runs on a GPU only; use --kv bfloat16, int8 or float32 on a CPU")
+    for part in techniques:
+        if (parse(part) if isinstance(part, str) else part).slot == "kv.store":
+            raise ConfigError(
+                f"--kv {wanted} and {part} both say how keys and values are stored; leave one of them out"
+            )
+    return (dtype, [*techniques, "kv.store=int8"]) if name == "int8" else (name, techniques)
+
+
+def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device: str) -> str:
+    """The number format of weights and activations, and of KV unless told otherwise.  Raises ConfigError."""
+    name = _full_name(wanted)
     if name == "auto":
         name = checkpoint_dtype(dict(raw)) or "bfloat16"
         if device == "cpu":

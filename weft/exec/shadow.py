@@ -220,6 +220,6 @@ def reference(runtime: Runtime) -> Runtime:
 def _plain(setup: Setup) -> Setup:
     """Without techniques, with the blocks of two sequences of full length: a request's own, and one that it contrasts with."""
     limits = setup.limits
-    plain = prepare(replace(setup.config, techniques=(), max_model_len=limits.max_model_len, max_num_seqs=4))
+    plain = prepare(replace(setup.config, techniques=(), kv="auto", max_model_len=limits.max_model_len, max_num_seqs=4))
     blocks = 2 * blocks_for(plain.groups, limits.max_model_len, plain.limits.max_rows)
     return replace(plain, plan=replace(plain.plan, kv_blocks=blocks, fits=True))

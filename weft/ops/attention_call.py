@@ -175,10 +175,10 @@ KERNEL_ROWS = 8
 class Dense:
     """What computes the sequences whose stack has no technique in the slot."""
 
-    def plan(self, call: AttentionCall) -> AttentionPlan:
+    def plan(self, call: AttentionCall) -> AttentionPlan | ByKernels:
         return call.tiles()
 
-    def run(self, call: AttentionCall, plan: AttentionPlan) -> None:
+    def run(self, call: AttentionCall, plan: AttentionPlan | ByKernels) -> None:
         call.dense(plan)
 
 
