@@ -1,0 +1,226 @@
+"""Each operation of the kernels by itself, beside what this machine can do: products of every format and row count, attention,
+and what stands between them.
+
+    python -m bench.operations [--json] [--threads 2] [--isa auto] [--only product]
+
+An operation runs over so many different weights, or keys and values, that no cache holds them, and they are read from memory as
+in a step.  `limit_s` is the longer of two times: bytes over the bandwidth, and multiplications and additions over the arithmetic
+in registers, both measured in the same run by the same threads.  Writes bench/results/operations.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+from bench.harness import RESULTS, machine, write
+
+SPREAD = 256 << 20
+"""Bytes that an operation's weights take together, at least."""
+SECONDS, ROUNDS = 0.3, 3
+"""Of one round, at least; rounds, whose median is told."""
+SHAPES = {"qkv": (1152, 896), "gate_up": (9728, 896), "down": (896, 4864)}
+"""Outputs and inputs of the products of a layer of Qwen2.5-0.5B; the head's is that of `gate_up` many times over."""
+FORMATS = ("float32", "bfloat16", "int8", "int8:32", "int4:32", "int4:128:zero")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 64, 16
+CONTEXTS = ((1, 512), (1, 8192), (8, 1024), (8, 8192), (32, 1024))
+"""Sequences, and entries of each."""
+TURNS = 20_000_000
+
+
+class Bench:
+    """One program whose operations are timed; what they point to is kept."""
+
+    def __init__(self, module: Any, threads: int, isa: str) -> None:
+        self.module, self.program = module, module.Program(threads, isa)
+        self.kept: list[Any] = []
+        self.bytes_s = 0.0
+        self.operations_s = {False: self._arithmetic(False), True: self._arithmetic(True)}
+
+    def _arithmetic(self, whole: bool) -> float:
+        began = time.perf_counter()
+        return float(self.program.arithmetic(TURNS, whole)) / (time.perf_counter() - began)
+
+    def seconds(self, first: int, stop: int, step: Any) -> float:
+        """Of one of the operations [first, stop), which are alike."""
+        found = []
+        for round_ in range(ROUNDS + 1):
+            began, turns = time.perf_counter(), 0
+            while turns == 0 or (round_ and time.perf_counter() - began < SECONDS):
+                self.program.run(first, stop, step)
+                turns += 1
+            found.append((time.perf_counter() - began) / turns / (stop - first))
+        return median(found[1:])
+
+    def record(
+        self, name: str, seconds: float, read: float, operations: float, whole: bool, **more: Any
+    ) -> dict[str, Any]:
+        limit = max(read / self.bytes_s, operations / self.operations_s[whole])
+        return {
+            "operation": name, **more, "seconds": seconds, "limit_s": limit, "fraction": limit / seconds,
+            "gb_s": read / seconds / 1e9, "gop_s": operations / seconds / 1e9,
+        }  # fmt: skip
+
+
+def products(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One row to a long prompt, in each format; with inputs of 8 bits where that has a kernel."""
+    import torch
+
+    from weft.models.formats import WeightFormat
+    from weft.models.layout import PANEL, panel_bytes
+    from weft.ops.cpu.panels import Panels
+
+    for name, (outs, width) in SHAPES.items():
+        weight = torch.randn(outs, width) / width**0.5
+        x, out = torch.randn(max(ROWS), width), torch.empty(max(ROWS), outs)
+        for text in FORMATS:
+            format: Any = getattr(torch, text, None)
+            whole = not isinstance(format, torch.dtype)
+            format = WeightFormat.parse(text) if whole else format
+            size = outs // PANEL * panel_bytes(width, format if whole else format.itemsize)
+            copies = -(-SPREAD // size)
+            memory = torch.empty(copies, size, dtype=torch.uint8)
+            panels = [Panels(m, (outs, width), format, bench.program, bench.module) for m in memory]
+            panels[0].pack(weight)
+            memory[1:] = memory[0]
+            for narrow in (False, True) if whole else (False,):
+                for rows in ROWS:
+                    step = bench.module.Step()
+                    step.rows(rows, 0, 0, 0, 0, 0, 0, 0)
+                    some = panels if rows < 64 else panels[:4]
+                    at = [
+                        bench.program.linear(
+                            p.weight, x.data_ptr(), x.stride(0), 0, out.data_ptr(), out.stride(0), False, narrow
+                        )
+                        for p in some
+                    ]
+                    seconds = bench.seconds(at[0], at[-1] + 1, step)
+                    yield bench.record(
+                        "product", seconds, size, 2.0 * rows * outs * width, narrow, shape=name, weights=text,
+                        activations="int8" if narrow else "float", rows=rows,
+                    )  # fmt: skip
+
+
+def attention(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A row of each sequence over its own context, and a chunk of a prompt."""
+    import torch
+
+    for kv in ("float32", "bfloat16", "int8"):
+        entry = DIM + 4 if kv == "int8" else DIM * getattr(torch, kv).itemsize
+        cases = [(s, c, 1) for s, c in CONTEXTS] + [(1, 1024, 512), (1, 8192, 512)]
+        for sequences, context, rows in cases:
+            blocks = sequences * context // BLOCK
+            layer = 2 * BLOCK * KV_HEADS * entry
+            layers = -(-SPREAD // (blocks * layer)) if rows == 1 else 1
+            arena = torch.zeros(blocks, layers * layer, dtype=torch.uint8)
+            if kv == "int8":
+                arena.view(-1, entry)[:, :DIM].random_(0, 255)
+                arena.view(-1, entry)[:, DIM:] = torch.tensor([0.01]).view(torch.uint8)
+            else:
+                arena.view(getattr(torch, kv)).normal_()
+            step = bench.module.Step()
+            total = sequences * rows
+            positions = (context - rows + torch.arange(rows)).repeat(sequences)
+            bounds = torch.arange(sequences + 1) * rows
+            held = torch.arange(context, dtype=torch.int32).view(-1, BLOCK).repeat(sequences, 1)
+            tables = torch.arange(blocks).view(sequences, -1)
+            first, lengths, slots = (
+                torch.zeros(sequences, dtype=torch.int64),
+                torch.full((sequences,), context),
+                torch.full((total,), -1),
+            )
+            q, out = torch.randn(total, HEADS * DIM), torch.empty(total, HEADS * DIM)
+            step.rows(total, 0, 0, 0, positions.data_ptr(), bounds.data_ptr(), 0, 0)
+            step.place(
+                0, arena.data_ptr(), arena.stride(0), held.data_ptr(), BLOCK, BLOCK, tables.data_ptr(), tables.stride(0),
+                first.data_ptr(), lengths.data_ptr(), slots.data_ptr(), 0, {"float32": 0, "bfloat16": 1, "int8": 2}[kv],
+            )  # fmt: skip
+            step.plan(0, list(range(sequences)), 0, 0, HEADS, KV_HEADS, DIM, bench.program.threads)
+            at = [
+                bench.program.attend(
+                    0, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), HEADS, KV_HEADS, DIM, DIM**-0.5, 0.0, i
+                )
+                for i in range(layers)
+            ]
+            seconds = bench.seconds(at[0], at[-1] + 1, step)
+            pairs = sequences * sum(range(context - rows + 1, context + 1))
+            yield bench.record(
+                "attention", seconds, blocks * layer, 4.0 * pairs * HEADS * DIM, False, kv=kv, sequences=sequences,
+                context=context, rows=rows,
+            )  # fmt: skip
+
+
+def between(bench: Bench) -> Iterator[dict[str, Any]]:
+    """What works on the stream itself, whose rows lie in a cache: its limit is of memory, which it may pass."""
+    import torch
+
+    width, inner = 896, 4864
+    x, y, wide = torch.randn(512, width), torch.randn(512, width), torch.randn(512, 2 * inner)
+    weight, cos = torch.ones(width), torch.ones(512, DIM // 2)
+    p = bench.program
+    made: dict[str, tuple[Callable[[], int], int]] = {
+        "norm": (
+            lambda: p.norm(x.data_ptr(), width, weight.data_ptr(), y.data_ptr(), width, 1, width, 1e-6, False),
+            8 * width,
+        ),
+        "add": (lambda: p.add(x.data_ptr(), y.data_ptr(), width, width), 12 * width),
+        "rope": (lambda: p.rope(x.data_ptr(), width, HEADS, DIM, DIM // 2, 0), 8 * width),
+        "gated": (lambda: p.gated(wide.data_ptr(), 2 * inner, wide.data_ptr(), 2 * inner, inner, 0), 12 * inner),
+    }
+    for name, (make, row_bytes) in made.items():
+        at = make()
+        for rows in (1, 32, 512):
+            step = bench.module.Step()
+            step.rows(rows, 0, 0, 0, 0, 0, 0, 0)
+            step.angles(0, cos.data_ptr(), cos.data_ptr())
+            seconds = bench.seconds(at, at + 1, step)
+            yield bench.record(name, seconds, rows * row_bytes, 0.0, False, rows=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", default="auto")
+    parser.add_argument("--only", choices=("product", "attention", "between"))
+    parser.add_argument("--json", action="store_true", help="print the record, and write no file")
+    options = parser.parse_args()
+    from weft import native
+    from weft.bench.limit import read_gb_s
+
+    module = native.module()
+    if module is None:
+        sys.exit("weft's kernels are not built here; see CONTRIBUTING.md")
+    bench = Bench(module, options.threads, options.isa)
+    parts = {"product": products, "attention": attention, "between": between}
+    found = []
+    for name, part in parts.items():
+        if options.only in (None, name):
+            bench.bytes_s = read_gb_s(options.threads) * 1e9
+            for record in part(bench):
+                found.append(record)
+                if not options.json:
+                    said = " ".join(f"{v}" for k, v in record.items() if not isinstance(v, float))
+                    print(
+                        f"{said:<42} {record['seconds'] * 1e6:10.1f} us  {record['gb_s']:6.1f} GB/s  "
+                        f"{record['gop_s']:7.1f} Gop/s  {record['fraction']:5.2f} of the limit",
+                        flush=True,
+                    )
+    told = {
+        "benchmark": "operations", "machine": machine(), "threads": options.threads, "isa": bench.program.isa,
+        "read_gb_s": bench.bytes_s / 1e9, "float_gop_s": bench.operations_s[False] / 1e9,
+        "int8_gop_s": bench.operations_s[True] / 1e9, "results": found,
+    }  # fmt: skip
+    if options.json:
+        print(json.dumps(told))
+    elif options.only is None:
+        write(RESULTS / "operations.json", told)
+
+
+if __name__ == "__main__":
+    main()
