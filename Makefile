@@ -23,7 +23,7 @@ INSTALL = $(if $(strip $(PYTHON)),$(PYTHON),$(error weft needs Python 3.11 or ne
 	tools/install.py --torch "$(TORCH)" --torch-index "$(TORCH_INDEX)" --pip-args "$(PIP_ARGS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat test test-long check format install install-test rivals clean
+.PHONY: help serve chat test test-long sanitize check format install install-test rivals clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ test: install-test ## install with the test tools, then every check and test
 
 test-long: install-test ## tests that take minutes; the outcome is kept in bench/results/test-long.json
 	@$(BIN)/python -m tools.checks --long
+
+sanitize: install-test ## tests of the kernels with checks of memory and of undefined behaviour in them
+	@$(BIN)/python -m tools.sanitize
 
 check: install-test ## style and types only
 	@$(BIN)/python -m tools.checks --only style,format,types

@@ -20,7 +20,7 @@ from weft.exec.kvpool import KVPool
 from weft.models import kernels as cpu
 from weft.models.formats import WeightFormat
 from weft.models.layout import arena, buffer_bytes, buffer_shapes, workspace_bytes
-from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, filling, head, operations
+from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, Weighing, filling, head, operations
 from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.native import module as kernels
@@ -248,8 +248,19 @@ class Decoder:
                     layers = sum(self._group_of[layer] == group for layer in range(first, stop))
                     pool.store.encoded(2 * self.spec.kv_heads * layers * (rows if keep is None else len(keep)))
             if batch.mass is not None and pool.groups[at].window is None:
-                step.weighing[group] = WeighingPlan(batch, where, pool, at, self.spec.heads, self._tiling)
+                step.weighing[group] = self._weighing(step, group, at)
         return step
+
+    def _weighing(self, step: Step, group: int, at: int) -> Weighing:
+        """What sums attention by entry in a group; `at` is its index in the pool."""
+        batch, pool = step.batch, step.pool
+        if step.dense:
+            assert step.native is not None
+            return step.native.weighing(group, batch, pool, at)
+        plan = WeighingPlan(batch, batch.groups[group], pool, at, self.spec.heads, self._tiling)
+        return lambda q, layer, scale, softcap: self.ops.attention_mass(
+            q, pool, layer, plan, scale=scale, softcap=softcap
+        )
 
     def _place(self, step: Step, group: int) -> int:
         """Store positions in a group, and remember where its keys go; returns the group's index in the pool."""

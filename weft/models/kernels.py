@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from weft.models.operations import Material, Operation, Run, Seam, Step, attend, store
+from weft.models.operations import Material, Operation, Run, Seam, Step, Weighing, attend, store
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.panels import FORMATS, Panels
+from weft.ops.ref.attention_mass import QUANTA
 from weft.ops.ref.attention_plan import ancestors
 
 if TYPE_CHECKING:
@@ -138,6 +139,22 @@ class NativeStep:
             )  # fmt: skip
 
         return compute
+
+    def weighing(self, group: int, batch: Batch, pool: KVPool, at: int) -> Weighing:
+        """What sums attention by entry in a group of the model, of the step's rows that count."""
+        spec, asked, shape = self._native.spec, batch.mass, pool.groups[at]
+        assert asked is not None
+        entries = batch.groups[group].tables_SB.shape[1] * shape.block_tokens
+
+        def weigh(q: Tensor, layer: int, scale: float, softcap: float | None) -> Tensor:
+            found = torch.zeros(asked.count, spec.kv_heads, entries, dtype=torch.int64)
+            self._native.program.weigh(
+                self._step, group, asked.sums_T.data_ptr(), found.data_ptr(), entries, q.data_ptr(), q.stride(0), spec.heads,
+                spec.kv_heads, spec.head_dim, scale, softcap or 0.0, shape.layers.index(layer),
+            )  # fmt: skip
+            return found.double().div_(QUANTA)
+
+        return weigh
 
     def run(self, first: int, stop: int) -> None:
         self._native.program.run(first, stop, self._step)

@@ -26,7 +26,6 @@ from weft.exec.kvpool import KVPool
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops import Ops
 from weft.ops.attention_call import AttentionCall
-from weft.ops.ref.attention_mass import WeighingPlan
 from weft.ops.ref.basic import Slabs
 from weft.slots import Attention
 from weft.types import GroupSpec
@@ -55,6 +54,7 @@ class Seam(enum.StrEnum):
 
 
 Hook = Callable[[Batch, tuple[Tensor, ...]], None]
+Weighing = Callable[[Tensor, int, float, float | None], Tensor]
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Step:
 
     attending, stored: by the model's group, who computes attention with which plan, and the rows of memory that take the batch's
     keys.
-    weighing: by the model's group, a plan over the sequences whose attention is summed by entry.
+    weighing: by the model's group, what sums attention by entry: queries, layer, scale, soft cap to float64 [sums, KV, entries].
     routed: weights and ids of the experts that the present layer chose.
     keep: rows whose keys and values are stored, where not all are.
     native: the step as the kernels know it, in a decoder that runs on them.  dense: whether they compute the attention of
@@ -76,7 +76,7 @@ class Step:
     ropes: dict[RopeSpec, tuple[Tensor, Tensor]]
     attending: dict[int, list[tuple[Attention, AttentionCall, Any]]] = field(default_factory=dict)
     stored: dict[int, Tensor] = field(default_factory=dict)
-    weighing: dict[int, WeighingPlan] = field(default_factory=dict)
+    weighing: dict[int, Weighing] = field(default_factory=dict)
     routed: tuple[Tensor, Tensor] | None = None
     keep: Tensor | None = None
     native: NativeStep | None = None
@@ -252,7 +252,7 @@ def store(m: Material, index: int, k: Tensor, v: Tensor) -> Run:
 
 def attend(m: Material, index: int, layer: LayerSpec, q: Tensor, attended: Tensor) -> Run:
     """Attention of a layer, each sequence's by the technique of its stack: from q to attended, [max rows, H, D]."""
-    group, ops = m.group_of[index], m.ops
+    group = m.group_of[index]
 
     def run(step: Step) -> None:
         for technique, call, plan in step.attending[group]:
@@ -261,8 +261,8 @@ def attend(m: Material, index: int, layer: LayerSpec, q: Tensor, attended: Tenso
             technique.run(call, plan)
         mass = step.batch.mass
         if mass is not None and group in step.weighing:
-            given = {"scale": layer.query_scale, "softcap": layer.attention_softcap}
-            mass.found[index] = ops.attention_mass(q[: step.rows], step.pool, index, step.weighing[group], **given)
+            found = step.weighing[group](q[: step.rows], index, layer.query_scale, layer.attention_softcap)
+            mass.found[index] = found
 
     return run
 

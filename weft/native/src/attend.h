@@ -196,12 +196,12 @@ inline void hide(const Queries& queries, int row, const Tile_& tile, int64_t sta
     }
 }
 
+// Scores of an item's pairs with a tile, [M, E], -inf where a row does not see an entry.
 template <class T>
-void one_tile(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t start,
-              int64_t head_bytes, bool partly, State& state) {
+void score(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t start,
+           int64_t head_bytes, bool partly, float* found) {
     const int each = a.heads / a.kv_heads, pairs = rows * each;
     alignas(64) float keys[MAX_DIM * KEY_TILE];
-    alignas(64) float found[QUERY_ROWS * KEY_TILE];
     transposed<T>(tile, keys_at<T>(a, place) + head_bytes, a.dim, keys);
     int m = 0;
     for (; m + 6 <= pairs; m += 6) scores<6>(queries.q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
@@ -214,6 +214,18 @@ void one_tile(const Attend& a, const Place& place, const Queries& queries, int r
             for (int v = 0; v < KEY_TILE; v += LANES)
                 store(mine + v, a.softcap * hyperbolic_tangent(load(mine + v) / a.softcap));
         if (!clear) hide(queries, m / each, tile, start, place.window, mine);
+    }
+}
+
+template <class T>
+void one_tile(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t start,
+              int64_t head_bytes, bool partly, State& state) {
+    const int pairs = rows * (a.heads / a.kv_heads);
+    alignas(64) float found[QUERY_ROWS * KEY_TILE];
+    score<T>(a, place, queries, rows, tile, start, head_bytes, partly, found);
+    int m;
+    for (m = 0; m < pairs; m++) {
+        float* mine = found + m * KEY_TILE;
         vf high = load(mine);
         for (int v = LANES; v < KEY_TILE; v += LANES) high = larger(high, load(mine + v));
         const float before = state.most[m], now = top(high);
@@ -253,12 +265,9 @@ inline void write(const Attend& a, int kv_head, int64_t row, int head, float tot
     for (int d = 0; d < a.dim; d++) out[d] = mixed[d] * share;
 }
 
-template <class T>
-void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, float* partials) {
-    const int each = a.heads / a.kv_heads, pairs = item.rows * each;
-    const int64_t head_bytes = item.kv_head * T::bytes(a.dim), row_bytes = a.kv_heads * T::bytes(a.dim);
+inline void ask(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, Queries& queries) {
+    const int each = a.heads / a.kv_heads;
     const int64_t s = item.sequence, guesses = seen.tree_rows ? seen.tree_rows[s] : 0;
-    Queries queries;
     queries.tree_first = guesses ? place.first[s] + place.lengths[s] - guesses : -1;
     queries.lowest = INT64_MAX, queries.highest = -1;
     queries.visible = item.unit < 0 ? nullptr : seen.visible + (item.unit * a.kv_heads + item.kv_head) * seen.blocks;
@@ -272,6 +281,14 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
         const float* q = a.q + row * a.q_stride + item.kv_head * each * a.dim;
         for (int i = 0; i < each * a.dim; i++) queries.q[r * each * a.dim + i] = q[i] * a.scale;
     }
+}
+
+template <class T>
+void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, float* partials) {
+    const int each = a.heads / a.kv_heads, pairs = item.rows * each;
+    const int64_t s = item.sequence, head_bytes = item.kv_head * T::bytes(a.dim), row_bytes = a.kv_heads * T::bytes(a.dim);
+    Queries queries;
+    ask(a, place, seen, item, rows, queries);
     State whole, part;
     whole.clear(pairs, a.dim);
     for (int64_t chunk = item.chunk; chunk < item.chunk_stop; chunk++) {

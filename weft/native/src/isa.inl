@@ -2,6 +2,7 @@
 #include "attend.h"
 #include "narrow.h"
 #include "rows.h"
+#include "weigh.h"
 
 namespace weft {
 
@@ -13,7 +14,7 @@ const Kernels* WEFT_TABLE() {
     namespace isa = WEFT_ISA;
     static const Kernels table{
         WEFT_NAME, isa::linear,  isa::norm,       isa::rope,   isa::gated, isa::add,  isa::softcap,
-        isa::embed, isa::store_rows, isa::attend, isa::merge, isa::pack,
+        isa::embed, isa::store_rows, isa::attend, isa::merge, isa::weigh, isa::pack,
         isa::read, isa::arithmetic, isa::pack_values,
     };
     return &table;

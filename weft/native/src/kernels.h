@@ -160,6 +160,13 @@ struct Values {
     int shift;
 };
 
+// Where attention that entries get is added up, in parts of 2^-30: out [sums, kv_heads, entries], and each row's sum [T], -1 for none.
+struct Weigh {
+    const int64_t* sums;
+    int64_t* out;
+    int64_t entries;
+};
+
 struct Kernels {
     const char* name;
     void (*linear)(const Linear&, int64_t rows, Share);
@@ -172,6 +179,7 @@ struct Kernels {
     void (*store)(const Attend&, const Place&, const float* k, const float* v, int64_t stride, int64_t rows, Share);
     void (*attend)(const Attend&, const Place&, const Seen&, const Item&, const int32_t* rows, float* partials);
     void (*merge)(const Attend&, const Joined*, int64_t count, const int64_t* places, const float* partials, Share);
+    void (*weigh)(const Attend&, const Place&, const Seen&, const Weigh&, const Item&, const int32_t* rows);
     void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);
     uint32_t (*read)(const char* from, int64_t bytes, Share);
     double (*arithmetic)(int64_t turns, bool bytes);

@@ -17,6 +17,7 @@ static_assert(ROW_BLOCK % TILE_ROWS == 0);
 template <class W>
 inline constexpr int64_t INPUT_BLOCK = W::VALUES == 1 ? 1024 : 2048;  // inputs whose part of a panel stays there: whole groups
 static_assert(ROW_BLOCK * 2048 <= INPUTS_SCRATCH);
+inline constexpr int64_t STRETCH = 256;  // inputs whose part of a tile's panels stays in the first cache while tile follows tile
 
 // What a tile computes: outputs from n on, over lines [line, line + lines) of panels that begin at `panel`.
 struct Part {
@@ -162,16 +163,21 @@ inline void summed(const Linear& a, int64_t first, int64_t rows, float* out) {
         }
 }
 
-// Calls `run` (tile height, panels beside each other, first row, first panel) for rows [0, rows) and panels [from, to).
+// Calls `run` (tile height, panels beside each other, first row, first panel, inputs [begin, end)) for rows [0, rows), panels
+// [from, to) and all inputs, of which several tiles take a stretch before they take the next.
 template <class Run>
-WEFT_INLINE void each_tile(int64_t rows, int64_t from, int64_t to, const Run& run) {
+WEFT_INLINE void each_tile(int64_t rows, int64_t from, int64_t to, int64_t inputs, const Run& run) {
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;  // of nearly equal height
+    const int64_t stretch = tiles > 1 ? STRETCH : inputs;
     for (int64_t p = from; p < to;) {
         const int64_t wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
         const int64_t count = p + wide <= to ? wide : 1;
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t top = rows * t / tiles;
-            run(static_cast<int>(rows * (t + 1) / tiles - top), static_cast<int>(count), top, p);
+        for (int64_t begin = 0; begin < inputs; begin += stretch) {
+            const int64_t end = begin + stretch < inputs ? begin + stretch : inputs;
+            for (int64_t t = 0; t < tiles; t++) {
+                const int64_t top = rows * t / tiles;
+                run(static_cast<int>(rows * (t + 1) / tiles - top), static_cast<int>(count), top, p, begin, end);
+            }
         }
         p += count;
     }
@@ -196,12 +202,13 @@ void linear_in(const Linear& a, int64_t rows, Share share) {
             const float* inputs = share.scratch;
             if (count == 1) inputs = a.x + first * a.x_stride + input;
             else turned(a, first, count, (count + TILE_ROWS - 1) / TILE_ROWS, input, wide, share.scratch);
-            each_tile(count, from, to, [&](int tall, int panels, int64_t top, int64_t p) {
+            each_tile(count, from, to, wide, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
                 const Tile run = panels == 1             ? tile_of<W, 1, TILE_ROWS>(tall)
                                  : panels == TILE_PANELS ? tile_of<W, TILE_PANELS, TILE_ROWS>(tall)
                                                          : tile_of<W, FEW_PANELS, 2>(tall);
-                run(a, Part{inputs + top * wide, sums + top * w.groups(), a.out + (first + top) * a.out_stride, w.panel(p),
-                            input / W::VALUES, wide / W::VALUES, p * PANEL, input == 0, input + wide == w.k});
+                run(a, Part{inputs + top * wide + begin * tall, sums + top * w.groups(), a.out + (first + top) * a.out_stride,
+                            w.panel(p), (input + begin) / W::VALUES, (end - begin) / W::VALUES, p * PANEL, input + begin == 0,
+                            input + end == w.k});
             });
         }
     }

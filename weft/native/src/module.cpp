@@ -181,6 +181,11 @@ NB_MODULE(_native, m) {
             s.seen.visible = at<uint8_t>(visible), s.seen.blocks = blocks, s.seen.block = block;
             p.pool().run([&](Share share) { p.attend(a, group, all, s, share); });
         }, nb::call_guard<nb::gil_scoped_release>())
+        .def("weigh", [](Program& p, const Step& s, size_t group, uintptr_t sums, uintptr_t out, int64_t entries, uintptr_t q,
+                         int64_t q_stride, int heads, int kv_heads, int dim, float scale, float softcap, int layer) {
+            const Attend a = attend_of(q, q_stride, 0, 0, heads, kv_heads, dim, scale, softcap, layer);
+            p.weigh(a, group, Weigh{at<int64_t>(sums), at<int64_t>(out), entries}, s);
+        }, nb::call_guard<nb::gil_scoped_release>())
         .def("route", [](Program& p, const Experts& a) {
             return p.add([a](Step& s, Share share) { route(a, s.rows, share); });
         })

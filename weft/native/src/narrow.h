@@ -58,6 +58,41 @@ inline float largest(const float* x, int64_t count) {
     return found + strange;
 }
 
+// x * fine to the nearest whole number of at most 127 in magnitude; 127 for what is no number.
+WEFT_INLINE vi nearest(vf x, float fine) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    vf whole = (x * fine + magic) - magic;
+    whole = whole < 127.0f ? whole : vf{} + 127.0f;
+    return __builtin_convertvector(whole > -127.0f ? whole : vf{} - 127.0f, vi);
+}
+
+// Inputs [i, end) of a row as words that lie `high` apart; returns their sum.
+inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, int32_t* words, int64_t high) {
+    vi totals = vi{};
+    int32_t total = 0;
+    for (; i + LANES <= end; i += LANES) {
+        const vi whole = nearest(load(x + i), fine);
+        totals += whole;
+        int32_t packed[LANES / 4];
+        const vb bytes = __builtin_convertvector(whole, vb);
+        std::memcpy(packed, &bytes, LANES);
+        for (int q = 0; q < LANES / 4; q++) words[(i / 4 + q) * high] = packed[q];
+    }
+    for (; i < end; i += 4) {
+        float some[LANES] = {};
+        for (int j = 0; j < 4; j++) some[j] = x[i + j];
+        const vi whole = nearest(load(some), fine);
+        uint32_t word = 0;
+        for (int j = 0; j < 4; j++) {
+            total += whole[j];
+            word |= (static_cast<uint32_t>(whole[j]) & 0xffu) << 8 * j;
+        }
+        words[i / 4 * high] = static_cast<int32_t>(word);
+    }
+    for (int j = 0; j < LANES; j++) total += totals[j];
+    return total;
+}
+
 inline void rounded(const Linear& a, int64_t first, int64_t rows, const Rounded& to) {
     const int64_t k = a.weight.k, groups = a.weight.groups(), group = a.weight.group;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -68,22 +103,8 @@ inline void rounded(const Linear& a, int64_t first, int64_t rows, const Rounded&
             const float most = largest(x, k), fine = most > 1.0e-36f ? 127.0f / most : 0.0f;
             to.scales[start + r] = most / 127.0f;  // NaN shows in the outputs
             int32_t* words = to.words + start * (k / 4) + r;
-            for (int64_t g = 0; g < groups; g++) {
-                int32_t total = 0;
-                for (int64_t i = g * group; i < (g + 1) * group; i += 4) {
-                    uint32_t word = 0;
-                    for (int j = 0; j < 4; j++) {
-                        const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-                        float whole = (x[i + j] * fine + magic) - magic;
-                        whole = whole < 127.0f ? whole : 127.0f;
-                        const auto q = static_cast<int32_t>(whole > -127.0f ? whole : -127.0f);
-                        total += q;
-                        word |= (static_cast<uint32_t>(q) & 0xffu) << 8 * j;
-                    }
-                    words[i / 4 * high] = static_cast<int32_t>(word);
-                }
-                to.sums[(start + r) * groups + g] = total;
-            }
+            for (int64_t g = 0; g < groups; g++)
+                to.sums[(start + r) * groups + g] = round_group(x, g * group, (g + 1) * group, fine, words, high);
         }
     }
 }
@@ -161,7 +182,7 @@ void narrow_in(const Linear& a, int64_t rows, Share share) {
     for (int64_t first = 0; first < rows; first += high) {
         const int64_t count = rows - first < high ? rows - first : high;
         rounded(a, first, count, inputs);
-        each_tile(count, from, to, [&](int tall, int panels, int64_t top, int64_t p) {
+        each_tile(count, from, to, STRETCH, [&](int tall, int panels, int64_t top, int64_t p, int64_t, int64_t) {
             const NarrowTile run = panels == 1             ? narrow_tile_of<W, 1, TILE_ROWS>(tall)
                                    : panels == TILE_PANELS ? narrow_tile_of<W, TILE_PANELS, TILE_ROWS>(tall)
                                                            : narrow_tile_of<W, FEW_PANELS, 2>(tall);

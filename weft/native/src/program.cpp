@@ -32,6 +32,34 @@ void Program::attend(const Attend& a, size_t group, const Attending& all, Step& 
     kernels_->merge(a, all.joined.data(), static_cast<int64_t>(all.joined.size()), all.places.data(), step.partials.data(), share);
 }
 
+void Program::weigh(const Attend& a, size_t group, const Weigh& to, const Step& step) {
+    const Place& place = step.places.at(group);
+    const int tall = QUERY_ROWS / (a.heads / a.kv_heads);
+    std::vector<int32_t> rows;
+    std::vector<std::pair<int64_t, int64_t>> bounds;  // of each sequence with rows that count, in `rows`
+    std::vector<int32_t> sequences;
+    for (int64_t row = 0, s = 0; row < step.rows; row++) {
+        while (row >= step.seen.bounds[s + 1]) s++;
+        if (to.sums[row] < 0) continue;
+        const auto at = static_cast<int64_t>(rows.size());
+        if (sequences.empty() || sequences.back() != s) sequences.push_back(static_cast<int32_t>(s)), bounds.emplace_back(at, at);
+        rows.push_back(static_cast<int32_t>(row));
+        bounds.back().second = at + 1;
+    }
+    const auto count = static_cast<int64_t>(sequences.size()) * a.kv_heads;
+    pool_.run([&](Share share) {  // a sequence and a kv head are one thread's, so that no two add to one sum
+        for (int64_t i = share.index; i < count; i += share.count) {
+            const auto [low, high] = bounds[static_cast<size_t>(i / a.kv_heads)];
+            for (int64_t at = low; at < high; at += tall) {
+                Item item{};
+                item.sequence = sequences[static_cast<size_t>(i / a.kv_heads)], item.kv_head = static_cast<int32_t>(i % a.kv_heads);
+                item.first = static_cast<int32_t>(at), item.rows = static_cast<int32_t>(high - at < tall ? high - at : tall);
+                kernels_->weigh(a, place, step.seen, to, item, rows.data());
+            }
+        }
+    });
+}
+
 namespace {
 
 constexpr int64_t CHUNK = static_cast<int64_t>(KEY_TILE) * CHUNK_TILES;

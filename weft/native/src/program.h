@@ -72,6 +72,8 @@ class Program {
     }
     // Operations [first, stop), each by all threads, none before the one before it has ended.
     void run(int64_t first, int64_t stop, Step& step);
+    // What each entry of a group's tables gets of the attention of rows that count.
+    void weigh(const Attend& a, size_t group, const Weigh& to, const Step& step);
     // Attention of a plan's items, by all threads.
     void attend(const Attend& a, size_t group, const Attending& all, Step& step, Share share);
 

@@ -1,0 +1,61 @@
+"""The kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer built into the kernels.
+
+    python -m tools.sanitize [TESTS ...]        (default: tests/native)
+
+Builds the extension once more, with checks, in .cache/sanitized, and runs the tests in a process that loads that one.  A read or
+a write outside of an object, or an overflow, ends the run with its place in the source.  Needs g++ and what the package is built
+with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / ".cache" / "sanitized"
+NAME = "weft.native._native"
+MARK = "WEFT_SANITIZED"
+
+
+def main(tests: list[str]) -> int:
+    if MARK in os.environ:
+        return _run(os.environ[MARK], tests)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    for command in (
+        ["cmake", "-S", str(ROOT / "weft" / "native"), "-B", str(BUILD), "-G", "Ninja", "-DWEFT_SANITIZE=ON",
+         f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", str(BUILD)],
+    ):  # fmt: skip
+        subprocess.run(command, check=True)
+    extension = next(BUILD.glob("_native*.so"))
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+    checks = {
+        "LD_PRELOAD": library.stdout.strip(),  # it must come before everything else, and Python was not built with it
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # what Python keeps to its end is no leak
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        MARK: str(extension),
+    }
+    own = [sys.executable, "-m", "tools.sanitize", *tests]
+    return subprocess.run(own, cwd=ROOT, env={**os.environ, **checks}, check=False).returncode
+
+
+def _run(extension: str, tests: list[str]) -> int:
+    spec = importlib.util.spec_from_file_location(NAME, extension)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[NAME] = module
+    import pytest
+
+    from weft import native
+
+    assert native.module() is module
+    return int(pytest.main(["-q", "-p", "no:xdist", "-p", "no:cacheprovider", *(tests or ["tests/native"])]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
