@@ -49,9 +49,9 @@ def test_one_wrong_token_in_two_hundred_is_seen(lab: Lab, monkeypatch: pytest.Mo
     broken.run([])  # the reference, before anything is broken
     draw, drawn = sampler.draw, 0
 
-    def wrong(logits: Any, rows: Any) -> list[int]:
+    def wrong(logits: Any, rows: Any, *more: Any) -> list[int]:
         nonlocal drawn
-        winners = draw(logits, rows)
+        winners = draw(logits, rows, *more)
         for i in range(len(winners)):
             drawn += 1
             if drawn % 200 == 0:

@@ -55,6 +55,7 @@ class Ahead:
         results: Sequence[WorkResult],
     ) -> None:
         self.name, self._decoder, self._gather, self._run = name, decoder, gather, forward
+        self.program = decoder.program
         told = {w.request: fact.tokens for w, fact in zip(works, results, strict=True) if w.model != name and w.samples}
         self.followers: dict[int, Follower] = {}
         self._behind: dict[int, Follower] = {}
@@ -150,17 +151,11 @@ class Calls:
         if not rows:
             return []
         described = [self._row(self._asks[i][1], guesses) for i, guesses in rows]
-        finite = torch.isfinite(logits.amax(-1)).tolist()
-        good = [n for n, ok in enumerate(finite) if ok]
-        mine = logits if len(good) == len(rows) else logits[good]
-        tokens = iter(sampler.draw(mine, [described[n] for n in good]))
+        tokens = sampler.draw(logits, described, self._ahead.program)
         out: list[tuple[int, Tensor | None]] = []
         for n, (i, _) in enumerate(rows):
-            if not finite[n]:
-                out.append((-1, None))
-                continue
-            law = dense_law(logits[n], described[n]) if self._asks[i][1].independent else None
-            out.append((next(tokens), law))
+            wanted = tokens[n] >= 0 and self._asks[i][1].independent
+            out.append((tokens[n], dense_law(logits[n], described[n]) if wanted else None))
         return out
 
     def _row(self, ask: Ask, guesses: Sequence[int]) -> sampler.Row:

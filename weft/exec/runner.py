@@ -56,7 +56,7 @@ class TorchExecutor:
         offload = self.stacks.base.get("kv.offload")
         self.tiers = None if offload is None else TierStore(offload, pool)
         self._gather = Gather(self.mirror, pool, self._members)
-        self._sampling = Sampling(self.mirror, pool, self._members, max_guesses)
+        self._sampling = Sampling(self.mirror, pool, self._members, max_guesses, self.decoders[TARGET].program)
         self._compression = Compression(self.mirror, pool, self._members)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,15 +57,32 @@ def gumbel(seed: int, output: int, ids: Ints) -> Floats:
     return g
 
 
-def draw(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
-    """The winner of each row; `rows[i]` describes logits_NV[i], which is not changed.  float32, any device."""
-    winners = logits_NV.argmax(-1).tolist() if any(plain(r.sampling, r.output) for r in rows) else [0] * len(rows)
-    for i, row in enumerate(rows):
-        if not plain(row.sampling, row.output):
-            winners[i] = _draw_one(logits_NV[i].float().cpu(), row)
-        if row.forced is not None:
-            winners[i] = row.forced
-    return winners
+def draw(logits_NV: Tensor, rows: Sequence[Row], program: Any = None) -> list[int]:
+    """The winner of each row, -1 where its greatest logit is no finite number.
+
+    `rows[i]` describes logits_NV[i], which is not changed; any device.  program: of weft's kernels, whose threads then draw.
+    """
+    if program is not None and logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1:
+        winners = _by_kernels(logits_NV, rows, program)
+    else:
+        greatest, index = logits_NV.max(-1)
+        winners = index.where(greatest.isfinite(), -1).tolist()
+        for i, row in enumerate(rows):
+            if winners[i] >= 0 and not plain(row.sampling, row.output):
+                winners[i] = _draw_one(logits_NV[i].float().cpu(), row)
+    return [w if w < 0 or row.forced is None else row.forced for w, row in zip(winners, rows, strict=True)]
+
+
+def _by_kernels(logits_NV: Tensor, rows: Sequence[Row], program: Any) -> list[int]:
+    first, stride = logits_NV.data_ptr(), logits_NV.stride(0) * logits_NV.element_size()
+    changed = {i: adjust(logits_NV[i].clone(), r) for i, r in enumerate(rows) if _adjusts(r.sampling, r.output)}
+    where = [changed[i].data_ptr() if i in changed else first + i * stride for i in range(len(rows))]
+    laws = [row.sampling for row in rows]
+    drawn: list[int] = program.draw(
+        where, logits_NV.shape[1], [s.temperature for s in laws], [s.top_k for s in laws], [s.top_p for s in laws],
+        [s.min_p for s in laws], [noise.row_key(row.seed, row.output) for row in rows],
+    )  # fmt: skip
+    return drawn
 
 
 def plain(s: SamplingSpec, output: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -52,10 +53,13 @@ class Verified:
 class Sampling:
     """Draws, accepts and proposes for the sequences of a mirror.  members: the pool's groups of each model.
 
-    max_guesses: of one sequence that a plan would have verified.
+    max_guesses: of one sequence that a plan would have verified.  program: of weft's kernels, which draw then.
     """
 
-    def __init__(self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]], max_guesses: int) -> None:
+    def __init__(
+        self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]], max_guesses: int, program: Any = None
+    ) -> None:
+        self._program = program
         self.mirror, self.pool, self.groups = mirror, pool, pool.groups
         self._max_guesses = max_guesses
         self._members = members
@@ -76,8 +80,7 @@ class Sampling:
         )
         leads = self._leads(works, wanted)
         self._warp(works, wanted, leads, sampled_NV)
-        finite = torch.isfinite(sampled_NV.amax(-1)).tolist() if index else []
-        winners = self._draw(sampled_NV, rows, leads)
+        winners, finite = self._draw(sampled_NV, rows, leads)
         at = 0
         for w in wanted:
             mine = slice(at, at + w.sampled)
@@ -113,12 +116,14 @@ class Sampling:
                     sampled_NV[i] = technique.warp(sampled_NV[members[i]].float())
             at += w.sampled
 
-    def _draw(self, sampled_NV: Tensor, rows: Sequence[sampler.Row], leads: list[int]) -> list[int]:
+    def _draw(self, sampled_NV: Tensor, rows: Sequence[sampler.Row], leads: list[int]) -> tuple[list[int], list[bool]]:
+        """(token of each row, whether its own logits are finite)."""
         own = [i for i, lead in enumerate(leads) if lead == i]
         if len(own) == len(leads):
-            return sampler.draw(sampled_NV, rows) if rows else []
-        drawn = dict(zip(own, sampler.draw(sampled_NV[own], [rows[i] for i in own]), strict=True))
-        return [drawn[lead] for lead in leads]
+            winners = sampler.draw(sampled_NV, rows, self._program) if rows else []
+            return winners, [w >= 0 for w in winners]
+        drawn = dict(zip(own, sampler.draw(sampled_NV[own], [rows[i] for i in own], self._program), strict=True))
+        return [drawn[lead] for lead in leads], sampled_NV.amax(-1).isfinite().tolist()
 
     def propose(self, works: Sequence[Work], results: list[WorkResult], ahead: Ahead | None = None) -> None:
         """Guesses for the next plan, for every sequence that got a token; each technique is asked once.

@@ -21,7 +21,7 @@ from weft.models import kernels as cpu
 from weft.models.formats import WeightFormat
 from weft.models.layout import arena, buffer_bytes, buffer_shapes, workspace_bytes
 from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, Weighing, filling, head, operations
-from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes
+from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes, group_of_layers
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.native import module as kernels
 from weft.ops import Ops, choose
@@ -38,7 +38,7 @@ from weft.ops.ref.tiles import (
     slabs_for,
     whole,
 )
-from weft.types import GroupKind, GroupSpec
+from weft.types import GroupSpec
 
 __all__ = ["Decoder", "Hook", "Seam", "build", "workspace_bytes"]
 
@@ -81,7 +81,7 @@ class Decoder:
         self.ops = ops
         self.weights = memory
         self._buffers, self._workspace = self._allocate()
-        self._group_of = _group_of_layers(spec, groups)
+        self._group_of = group_of_layers(spec, groups)
         self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
         self._tiling = self._attention_tiling()
         self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
@@ -152,6 +152,11 @@ class Decoder:
                 self._buffers["hidden"][:rows].copy_(hidden)
             self._run(step, first, stop, at_end)
         return self._buffers["logits"][:wanted] if at_end else self._buffers["hidden"][:rows]
+
+    @property
+    def program(self) -> Any:
+        """Of weft's kernels, where they compute this model, else None."""
+        return None if self.native is None else self.native.program
 
     # ------------------------------------------------------------------------------------------ in stretches
 
@@ -343,18 +348,6 @@ class Decoder:
     def segments(self) -> int:
         """Segments of a whole pass: 1 where nothing hooks in."""
         return len(self._pieces(0, len(self.spec.layers)))
-
-
-def _group_of_layers(spec: DecoderSpec, groups: Sequence[GroupSpec]) -> dict[int, int]:
-    """The group that holds each layer's keys and values."""
-    found: dict[int, int] = {}
-    for index, group in enumerate(groups):
-        if group.kind in (GroupKind.FULL, GroupKind.WINDOW):
-            found.update(dict.fromkeys(group.layers, index))
-    for index, layer in enumerate(spec.layers):
-        if index not in found or groups[found[index]].window != layer.window:
-            raise ConfigError(f"no KV group with window {layer.window} holds layer {index}")
-    return found
 
 
 def build(

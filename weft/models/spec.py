@@ -9,7 +9,7 @@ A layer id says where a layer stands (and whose KV it has); a weight id says whi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -250,3 +250,15 @@ def all_groups(
             for g in mine
         ]
     return groups, block_bytes
+
+
+def group_of_layers(spec: DecoderSpec, groups: Sequence[GroupSpec]) -> dict[int, int]:
+    """The group that holds each layer's keys and values.  Raises ConfigError where a layer has none."""
+    found: dict[int, int] = {}
+    for index, group in enumerate(groups):
+        if group.kind in (GroupKind.FULL, GroupKind.WINDOW):
+            found.update(dict.fromkeys(group.layers, index))
+    for index, layer in enumerate(spec.layers):
+        if index not in found or groups[found[index]].window != layer.window:
+            raise ConfigError(f"no KV group with window {layer.window} holds layer {index}")
+    return found

@@ -2,6 +2,7 @@
 #include "attend.h"
 #include "narrow.h"
 #include "rows.h"
+#include "sample.h"
 #include "weigh.h"
 
 namespace weft {
@@ -15,7 +16,7 @@ const Kernels* WEFT_TABLE() {
     static const Kernels table{
         WEFT_NAME, isa::linear,  isa::norm,       isa::rope,   isa::gated, isa::add,  isa::softcap,
         isa::embed, isa::store_rows, isa::attend, isa::merge, isa::weigh, isa::pack,
-        isa::read, isa::arithmetic, isa::pack_values,
+        isa::draw, isa::read, isa::arithmetic, isa::pack_values,
     };
     return &table;
 #endif

@@ -167,6 +167,15 @@ struct Weigh {
     int64_t entries;
 };
 
+// A row of logits and the law that a token of it is drawn from.  temperature 0: the likeliest; top_k 0 and top_p 1: no truncation.
+struct Draw {
+    const float* logits;
+    int64_t vocab;
+    double temperature, top_p, min_p;
+    int64_t top_k;
+    uint64_t key;  // of the noise
+};
+
 struct Kernels {
     const char* name;
     void (*linear)(const Linear&, int64_t rows, Share);
@@ -181,6 +190,7 @@ struct Kernels {
     void (*merge)(const Attend&, const Joined*, int64_t count, const int64_t* places, const float* partials, Share);
     void (*weigh)(const Attend&, const Place&, const Seen&, const Weigh&, const Item&, const int32_t* rows);
     void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);
+    void (*draw)(const Draw*, int64_t count, int64_t* ids, Share);
     uint32_t (*read)(const char* from, int64_t bytes, Share);
     double (*arithmetic)(int64_t turns, bool bytes);
     void (*pack_values)(const Weight&, const Values&, int64_t n, int64_t first, Share);

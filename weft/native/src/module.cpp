@@ -206,6 +206,20 @@ NB_MODULE(_native, m) {
         .def("combine", [](Program& p, const Experts& a) {
             return p.add([a](Step& s, Share share) { combine(a, s, share); });
         })
+        .def("draw", [](Program& p, const std::vector<uintptr_t>& logits, int64_t vocab, const std::vector<double>& temperature,
+                        const std::vector<int64_t>& top_k, const std::vector<double>& top_p, const std::vector<double>& min_p,
+                        const std::vector<uint64_t>& keys) {
+            const size_t count = logits.size();
+            if (vocab < 1 || vocab > INT32_MAX || temperature.size() != count || top_k.size() != count || top_p.size() != count ||
+                min_p.size() != count || keys.size() != count)
+                throw std::invalid_argument("one of each for each row");
+            std::vector<Draw> rows;
+            for (size_t i = 0; i < count; i++)
+                rows.push_back(Draw{at<float>(logits[i]), vocab, temperature[i], top_p[i], min_p[i], top_k[i], keys[i]});
+            std::vector<int64_t> ids(count);
+            p.pool().run([&](Share share) { p.kernels().draw(rows.data(), static_cast<int64_t>(count), ids.data(), share); });
+            return ids;
+        }, nb::call_guard<nb::gil_scoped_release>())
         .def("arithmetic", [](Program& p, int64_t turns, bool bytes) {
             std::atomic<double> done{0.0};
             p.pool().run([&](Share) { done += p.kernels().arithmetic(turns, bytes); });

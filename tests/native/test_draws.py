@@ -1,0 +1,83 @@
+"""Tokens drawn by the kernels are those that the reference draws, whatever the law; both race by the same noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.exec.test_sampler import GRID
+from tests.native.machine import ISAS, MODULE
+from weft.exec import sampler
+from weft.exec.sampler import Row
+from weft.types import SamplingSpec
+
+EMPTY = np.empty(0, np.int64)
+WIDTHS = (1, 7, 50, 129, 4096, 151_936)
+
+
+def logits_of(rows: int, vocab: int, spread: float, seed: int) -> Tensor:
+    found = spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+    found[::3] = found[::3].round()  # ties, also of what is kept last
+    return found
+
+
+def rows_of(count: int, **law: object) -> list[Row]:
+    return [Row(SamplingSpec(**law), 977 * i, i % 5, EMPTY, 0) for i in range(count)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("vocab", WIDTHS)
+def test_draws_are_the_reference_s(isa: str, vocab: int) -> None:
+    program = MODULE.Program(2, isa)
+    count = 3 if vocab > 10_000 else 12
+    laws = GRID[:: 7 if vocab > 10_000 else 1]
+    for n, (temperature, top_k, top_p, min_p) in enumerate(laws):
+        for spread in (0.0, 0.1, 4.0):
+            logits = logits_of(count, vocab, spread, n)
+            rows = rows_of(count, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+            assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows), (rows[0].sampling, spread)
+
+
+def test_greedy_rows_penalties_bans_and_forced_tokens() -> None:
+    program = MODULE.Program(1)
+    logits = logits_of(5, 300, 2.0, 5)
+    history = np.array([3, 3, 250, -1, 7])
+    laws = [
+        SamplingSpec(temperature=0.0), SamplingSpec(temperature=0.0, repetition_penalty=1.3, logit_bias={250: 50.0}),
+        SamplingSpec(presence_penalty=1.0, frequency_penalty=0.5), SamplingSpec(stop_ids=(1, 2), min_tokens=9), SamplingSpec(),
+    ]  # fmt: skip
+    rows = [Row(law, 11, 2, history, 2, forced=42 if i == 4 else None) for i, law in enumerate(laws)]
+    before = logits.clone()
+    wide = torch.zeros(5, 512)
+    wide[:, :300] = logits
+    got = sampler.draw(wide[:, :300], rows, program)
+    assert got == sampler.draw(logits, rows)
+    assert got[0] == int(logits[0].argmax())
+    assert got[1] == 250
+    assert got[4] == 42
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("isa", ["", *ISAS])
+def test_rows_without_a_finite_greatest_logit_have_no_winner(isa: str) -> None:
+    program = MODULE.Program(1, isa) if isa else None
+    logits = torch.zeros(6, 100)
+    logits[0, 99], logits[1, 3], logits[2] = float("nan"), float("inf"), float("-inf")
+    logits[3, :98], logits[4, 17] = float("-inf"), float("-inf")
+    for law in ({}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.9}):
+        found = sampler.draw(logits, rows_of(6, **law), program)
+        assert found[:3] == [-1, -1, -1]
+        assert found[3] in (98, 99)
+        assert 0 <= found[4] < 100
+        assert found[4] != 17
+
+
+def test_tiny_and_huge_temperatures() -> None:
+    program = MODULE.Program(1)
+    logits = torch.tensor([[1e4, -1e4, 9999.0, 1e4]])
+    tiny = {sampler.draw(logits, [Row(SamplingSpec(temperature=1e-40), s, 0, EMPTY, 0)], program)[0] for s in range(40)}
+    assert tiny == {0, 3}
+    huge = {sampler.draw(logits, [Row(SamplingSpec(temperature=1e30), s, 0, EMPTY, 0)], program)[0] for s in range(60)}
+    assert huge == {0, 1, 2, 3}
