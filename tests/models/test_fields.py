@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.models.checkpoints import Checkpoint
 from tests.models.harness import Rows, bench_for
@@ -33,6 +34,10 @@ MUTATIONS: dict[tuple[type, str], tuple[str, Change]] = {
     (RopeSpec, "beta_slow"): ("llama_yarn", lambda r: {"beta_slow": 0.3}),
     (RopeSpec, "truncate"): ("llama_yarn", lambda r: {"truncate": True}),
     (RopeSpec, "attention_factor"): ("llama_yarn", lambda r: {"attention_factor": 1.0}),
+    (RopeSpec, "divisors"): (
+        "llama",
+        lambda r: {"kind": "divided", "divisors": tuple(1.0 + i for i in range(r.dim // 2))},
+    ),
     (ExpertSpec, "num"): ("qwen3_moe", lambda e: {"num": e.num - 1}),
     (ExpertSpec, "top_k"): ("qwen3_moe", lambda e: {"top_k": 1}),
     (ExpertSpec, "normalize"): ("qwen3_moe", lambda e: {"normalize": False}),
@@ -112,6 +117,11 @@ def test_right_values_keep_it(variant: str, checkpoint: Callable[[str], Checkpoi
     assert distance(load_spec(reference.folder), reference) < TOLERANCE
 
 
+def memory(weight: Any) -> Tensor:
+    """Of a weight as the reference operations keep it, or in panels."""
+    return weight if isinstance(weight, Tensor) else weight.memory
+
+
 def test_layers_may_share_weights(checkpoint: Callable[[str], Checkpoint]) -> None:
     """A layer that reads another's weights has its own keys and values, and gives what a copy of the weights gives."""
     reference = checkpoint("llama")
@@ -119,11 +129,11 @@ def test_layers_may_share_weights(checkpoint: Callable[[str], Checkpoint]) -> No
     whole = bench_for(spec, reference.folder, invariant=False)
     for name, tensor in whole.decoder.tensors.items():
         if name.startswith("2."):
-            tensor.copy_(whole.decoder.tensors["1." + name[2:]])
+            memory(tensor).copy_(memory(whole.decoder.tensors["1." + name[2:]]))
     tied = replace(spec, layers=(*spec.layers[:2], replace(spec.layers[2], weights=1)))
     shared = bench_for(tied, "random", invariant=False)
     assert shared.decoder.weights_bytes < whole.decoder.weights_bytes
     for name, tensor in shared.decoder.tensors.items():
-        tensor.copy_(whole.decoder.tensors[name])
+        memory(tensor).copy_(memory(whole.decoder.tensors[name]))
     tokens = prompt(6)
     assert torch.equal(shared.run([Rows("a", tokens, 0)])[0], whole.run([Rows("a", tokens, 0)])[0])

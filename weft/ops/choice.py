@@ -66,4 +66,6 @@ def _why_not(spec: DecoderSpec, dtype: str, device: str, few: bool) -> str:
         return "the weights have odd widths"
     if any(layer.activation not in ACTIVATIONS for layer in spec.layers):
         return f"the kernels have {' and '.join(ACTIVATIONS)}"
+    if any(layer.attention != "softmax" for layer in spec.layers):
+        return "the kernels compute softmax attention"
     return ""
