@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from tests.core.world import LAYERS, MAX_LEN, VOCAB, Executor, groups, one_step, run, sequences_of
+from tests.core.world import LAYERS, MAX_LEN, VOCAB, Executor, Going, groups, one_step, run, sequences_of
 from weft.config import Limits, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
 from weft.core.planning import Planning
 from weft.slots import StepView
-from weft.types import Event, Finished, GroupSpec, Preempted, RequestSpec, SamplingSpec, TokenItem, Tokens, WorkResult
+from weft.types import (
+    Event,
+    Finished,
+    GroupSpec,
+    MediaItem,
+    Preempted,
+    RequestSpec,
+    SamplingSpec,
+    TokenItem,
+    Tokens,
+    WorkResult,
+)
 
 POLICIES = ("fcfs", "prefill_first", "layered(groups=4, least=2)")
 
@@ -201,3 +213,22 @@ def test_nobody_yields_for_room_that_a_commit_brings() -> None:
     assert not engine.requests()
     assert worst <= 1
     assert engine.stats.preemptions > 0
+
+
+def test_a_prompt_that_becomes_plain_text_needs_no_more_room() -> None:
+    """A draft does not follow a prompt with an item that is no text, and does not begin to when the item is cut away."""
+    kinds, stack = groups(models=2), build_stack()
+    stack = replace(stack, instances={**stack.instances, "draft": Going()})
+    limits = Limits(max_model_len=MAX_LEN, max_num_seqs=6, max_rows=8, max_samples=6)
+    blocks = blocks_for([g for g in kinds if g.model == "target"], MAX_LEN, 8)
+    engine = Engine(kinds, blocks, limits, stack, models=("target", "draft"), layers=LAYERS, vocab=VOCAB)
+    executor = Executor(kinds, random.Random(0))
+    items = (TokenItem((1, 2, 3, 4)), MediaItem(kind="image", rows=2, digest=b"1234"), TokenItem((5, 6)))
+    given = RequestSpec(id=0, items=items, sampling=SamplingSpec(max_tokens=MAX_LEN), seed=0)
+    assert engine.add(given, 0.0) == []
+    one_step(engine, executor, 0.0)
+    engine.truncate(0, 4)
+    for now in range(1, 200):
+        if engine.has_work:
+            one_step(engine, executor, float(now))
+    assert not engine.has_work, f"stuck: {engine.stats}"
