@@ -77,7 +77,7 @@ class Teller:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            said = "" if crash is None else f": {crash.message.splitlines()[0][:200]}"
+            said = "" if crash is None else ": " + crash.message.partition("\n")[0][:200]
             self.terminal.write_line(f"\n{report.when} of {report.nodeid} failed{said}")
 
 
