@@ -14,7 +14,7 @@ from weft.exec.host import format_size
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FIDELITY = "fidelity.json"
-NOT_RESULTS = frozenset({"test-long.json", "pairs.json", FIDELITY})
+NOT_RESULTS = frozenset({"test-long.json", "pairs.json", "pairs-cuda.json", "decode-cuda.json", FIDELITY})
 """Files in bench/results that are no technique's."""
 CLEAR = 0.03
 """A ratio nearer to 1 than this is no difference, whatever the rounds say."""

@@ -179,7 +179,7 @@ def prepare(config: EngineConfig) -> Setup:
     if not isinstance(config.model, Path) and config.load != "random":
         raise ConfigError("a bare config has no weights: use --load random")
     spec = read(raw)
-    device = _device(config.device)
+    device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, raw, spec, device)
     stack = build_stack(config.techniques)
     draft = _second(stack, spec)
@@ -356,7 +356,8 @@ def with_limits(setup: Setup, **changes: Any) -> Setup:
     return replace(setup, limits=replace(setup.limits, **changes))
 
 
-def _device(wanted: str) -> str:
+def choose_device(wanted: str) -> str:
+    """cpu or cuda.  Raises ConfigError for another word, and for cuda where no GPU answers."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device is auto, cpu or cuda, got {wanted!r}")
     if wanted == "cpu" or (wanted == "auto" and not Path("/dev/nvidiactl").exists()):
