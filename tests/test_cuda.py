@@ -1,4 +1,5 @@
-"""The same engine on a GPU: logits near the CPU's, the same bookkeeping, half precision.  Skips where no GPU answers."""
+"""The same engine on a GPU: logits near the CPU's, the same bookkeeping, half precision, and every technique keeps what it
+declares.  Skips where no GPU answers."""
 
 from __future__ import annotations
 
@@ -6,6 +7,10 @@ import pytest
 import torch
 
 from weft import LLM, SamplingParams
+from weft.conform.checks import conform
+from weft.conform.lab import Lab
+from weft.registry import names
+from weft.slots import SLOTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device answers")
 PROMPTS = ["Once upon a time, there was a little", "The captain looked at the", "It rained"]
@@ -38,3 +43,17 @@ def test_layer_split_prompts_and_seeds() -> None:
         split = [o.outputs[0].token_ids for o in gpu.generate(PROMPTS, law)]
     with LLM(dtype="float32", device="cuda", memory="4GiB") as gpu:
         assert [o.outputs[0].token_ids for o in gpu.generate(PROMPTS, law)] == split
+
+
+@pytest.fixture(scope="session")
+def lab() -> Lab:
+    return Lab(device="cuda")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("text", [f"{slot}={name}" for slot in SLOTS for name in names(slot)])
+def test_a_technique_conforms(lab: Lab, text: str) -> None:
+    slot, _, name = text.partition("=")
+    results = list(conform(lab, slot, name))
+    assert len(results) >= 6
+    assert [f"{r.test}: {r.text}" for r in results if not r.ok] == []

@@ -14,7 +14,9 @@ from weft.exec.host import format_size
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FIDELITY = "fidelity.json"
-NOT_RESULTS = frozenset({"test-long.json", "pairs.json", "quantization.json", "rivals.json", FIDELITY})
+NOT_RESULTS = frozenset(
+    "test-long.json pairs.json pairs-cuda.json decode-cuda.json quantization.json rivals.json operations.json".split()
+) | {FIDELITY}
 """Files in bench/results that are no technique's."""
 CLEAR = 0.03
 """A ratio nearer to 1 than this is no difference, whatever the rounds say."""

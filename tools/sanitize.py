@@ -45,7 +45,8 @@ def main(tests: list[str]) -> int:
 
 def _run(extension: str, tests: list[str]) -> int:
     spec = importlib.util.spec_from_file_location(NAME, extension)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.modules[NAME] = module

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -35,6 +36,10 @@ ENTRY_POINTS = "weft.techniques"
 """Group of entry points in which an installed package names its techniques: "SLOT:NAME" = "its.module"."""
 _REGISTERED: dict[tuple[str, str], type] = {}
 MAX_TEXT = 4096
+SOURCE = "<technique>"
+"""The name under which Python reads a part.  What it doubts there, such as "1if", is refused: by one filter for good, as a filter
+that comes and goes with each part would be changed for every thread of the process."""
+warnings.filterwarnings("error", module=re.escape(SOURCE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +175,7 @@ def parse_call(call: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
     """'name' or 'name(a=1, b="x")' to (name, arguments).  Only literals; nothing is evaluated."""
     unreadable = ConfigError(f"cannot read {_quoted(call)}; write name or name(argument=value, ...)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what Python doubts, such as "1if", is refused
-            node = ast.parse(call, mode="eval").body
+        node = ast.parse(call, SOURCE, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError, Warning):
         raise unreadable from None
     if isinstance(node, ast.Name):

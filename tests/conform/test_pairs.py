@@ -10,11 +10,12 @@ import hashlib
 import json
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from weft.conform import pairs
 from weft.conform.checks import DRAWS
@@ -76,26 +77,40 @@ def test_a_pair_is_tested_anew_when_either_file_changes(monkeypatch: pytest.Monk
     assert pairs.digest(pair) != before
 
 
-def entry(pair: pairs.Pair) -> dict[str, Any]:
+def entry(pair: pairs.Pair, device: str, draws: int) -> dict[str, Any]:
     """The ledger's record of a pair, tested in a process that keeps one laboratory."""
     global LAB
-    LAB = LAB or Lab()
+    LAB = LAB or Lab(device=device)
     began = time.monotonic()
     try:
-        text, ok = pairs.check(LAB, pair, DRAWS), True
+        text, ok = pairs.check(LAB, pair, draws), True
     except Exception as error:
         text, ok = f"{type(error).__name__}: {error}", False
     took = round(time.monotonic() - began, 1)
     return {"ok": ok, "digest": pairs.digest(pair) if ok else "", "text": text, "seconds": took}
 
 
+def all_pairs(ledger: Path, device: str, draws: int) -> None:
+    """Test every pair, over all cores; the ledger grows as they end."""
+    told: dict[str, dict[str, Any]] = {}
+    ledger.parent.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(max(1, int(cpu_count().cores)), multiprocessing.get_context("spawn")) as workers:
+        names = {workers.submit(entry, pair, device, draws): str(pair) for pair in pairs.pairs()}
+        for ended in as_completed(names):
+            told[names[ended]] = ended.result()
+            ledger.write_text(json.dumps({"pairs": dict(sorted(told.items()))}, indent=1) + "\n")
+    assert [f"{name}: {record['text']}" for name, record in told.items() if not record["ok"]] == []
+
+
 @pytest.mark.long
 @pytest.mark.timeout(4 * 3600)
 def test_all_pairs() -> None:
-    every = pairs.pairs()
-    with ProcessPoolExecutor(max(1, int(cpu_count().cores)), multiprocessing.get_context("spawn")) as workers:
-        told = dict(zip(map(str, every), workers.map(entry, every, chunksize=4), strict=True))
-    wrong = [f"{name}: {record['text']}" for name, record in told.items() if not record["ok"]]
-    LEDGER.parent.mkdir(exist_ok=True)
-    LEDGER.write_text(json.dumps({"pairs": told}, indent=1) + "\n")
-    assert wrong == []
+    all_pairs(LEDGER, "cpu", DRAWS)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4 * 3600)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device answers")
+def test_all_pairs_on_a_gpu() -> None:
+    """With the draws that see a sampler go wrong: the law itself is that of the CPU."""
+    all_pairs(LEDGER.with_name("pairs-cuda.json"), "cuda", pairs.PAIR_DRAWS)

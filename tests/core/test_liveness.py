@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from tests.core.world import LAYERS, MAX_LEN, VOCAB, Executor, groups, one_step, run, sequences_of
+from tests.core.world import LAYERS, MAX_LEN, VOCAB, Executor, Going, groups, one_step, run, sequences_of
 from weft.config import Limits, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
 from weft.core.planning import Planning
 from weft.slots import StepView
-from weft.types import Event, Finished, GroupSpec, Preempted, RequestSpec, SamplingSpec, TokenItem, Tokens, WorkResult
+from weft.types import (
+    Event,
+    Finished,
+    GroupSpec,
+    MediaItem,
+    Preempted,
+    RequestSpec,
+    SamplingSpec,
+    TokenItem,
+    Tokens,
+    WorkResult,
+)
 
 POLICIES = ("fcfs", "prefill_first", "layered(groups=4, least=2)")
 
@@ -33,13 +46,18 @@ def make(
     specs: Sequence[GroupSpec] | None = None,
     in_flight: int = 1,
     share: bool = True,
+    draft: Any = None,
     **limits: int,
 ) -> tuple[Engine, Executor]:
     kinds = list(specs) if specs is not None else groups()
     bounds = Limits(**{"max_model_len": MAX_LEN, "max_num_seqs": 6, "max_rows": 8, "max_samples": 6, **limits})
+    stack = build_stack([f"schedule={policy}"])
+    if draft is not None:
+        stack = replace(stack, instances={**stack.instances, "draft": draft})
+    models = tuple(dict.fromkeys(g.model for g in kinds))
     engine = Engine(
-        kinds, blocks, bounds, build_stack([f"schedule={policy}"]), layers=LAYERS, vocab=VOCAB, in_flight=in_flight, share=share
-    )  # fmt: skip
+        kinds, blocks, bounds, stack, models=models, layers=LAYERS, vocab=VOCAB, in_flight=in_flight, share=share
+    )
     return engine, Executor(kinds, random.Random(0))
 
 
@@ -201,3 +219,16 @@ def test_nobody_yields_for_room_that_a_commit_brings() -> None:
     assert not engine.requests()
     assert worst <= 1
     assert engine.stats.preemptions > 0
+
+
+def test_a_prompt_that_becomes_plain_text_needs_no_more_room() -> None:
+    """A draft does not follow a prompt with an item that is no text, and does not begin to when the item is cut away."""
+    kinds = groups(models=2)
+    blocks = blocks_for([g for g in kinds if g.model == "target"], MAX_LEN, 8)
+    engine, executor = make(blocks, specs=kinds, draft=Going())
+    items = (TokenItem((1, 2, 3, 4)), MediaItem(kind="image", rows=2, digest=b"1234"), TokenItem((5, 6)))
+    given = RequestSpec(id=0, items=items, sampling=SamplingSpec(max_tokens=MAX_LEN), seed=0)
+    assert engine.add(given, 0.0) == []
+    one_step(engine, executor, 0.0)
+    engine.truncate(0, 4)
+    run(engine, executor, [], most=200)

@@ -16,20 +16,26 @@ def ask(url: str, route: str = "completions", **body: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/{route}", json={**given, "max_tokens": 8, "seed": 3, **body}, timeout=60)
 
 
+def label(answer: httpx.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()["weft"]
+    return found
+
+
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 def test_a_label_says_what_made_the_answer(url: str, route: str) -> None:
     plain = ask(url, route).json()
     assert "weft" not in plain
-    told = ask(url, route, weft={"label": True, "with": ["draft=ngram(guesses=2)"]}).json()
-    assert told["choices"] == plain["choices"], "an exact technique changes no token"
-    assert "draft=ngram(guesses=2)" in told["weft"]["stack"]
-    assert "schedule=fcfs" in told["weft"]["stack"]
-    assert told["weft"]["fidelity"] == "EXACT"
-    assert told["weft"]["redefines"] == []
-    searching = {"label": True, "with": ["search=beam(width=2)"]}
-    beam = ask(url, route, weft=searching).json()["weft"]
+    told = ask(url, route, weft={"label": True, "with": ["draft=ngram(guesses=2)"]})
+    said = label(told)
+    assert told.json()["choices"] == plain["choices"], "an exact technique changes no token"
+    assert "draft=ngram(guesses=2)" in said["stack"]
+    assert "schedule=fcfs" in said["stack"]
+    assert said["fidelity"] == "EXACT"
+    assert said["redefines"] == []
+    beam = label(ask(url, route, weft={"label": True, "with": ["search=beam(width=2)"]}))
     assert (beam["fidelity"], beam["redefines"]) == ("EXACT", ["search=beam(width=2)"])
-    other = ask(url, route, weft={"label": True}).json()["weft"]
+    other = label(ask(url, route, weft={"label": True}))
     assert not [part for part in other["stack"] if part.startswith("draft=ngram")]
 
 

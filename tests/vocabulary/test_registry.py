@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,37 @@ def test_anything_but_literals_by_name_is_refused(call: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(f"schedule={call}")
     assert len(str(caught.value)) < 500  # a message repeats what it refuses, but not all of a huge text
+
+
+DOUBTFUL = """
+import warnings
+from weft.errors import ConfigError
+from weft.registry import parse
+before = list(warnings.filters)
+for text in ("f(a=1if 1else 2)", "f(a=1if)", r"f(a='\\d')"):
+    try:
+        print("read", parse("schedule=" + text))
+    except ConfigError:
+        print("refused")
+assert warnings.filters == before
+"""
+
+
+def test_what_python_doubts_is_refused_under_the_filters_of_a_plain_process() -> None:
+    done = subprocess.run([sys.executable, "-c", DOUBTFUL], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("refused\n" * 3, "")
+
+
+def test_reading_a_part_changes_nothing_for_other_threads() -> None:
+    """Two threads that each put the filters of warnings back leave those of one of them behind."""
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert len(set(pool.map(parse, ["draft=ngram(guesses=2)"] * 4000))) == 1
+    finally:
+        sys.setswitchinterval(interval)
+    assert warnings.filters == before
 
 
 @pytest.mark.parametrize("text", ["", "=", "schedule", "schedule=", "schedule= ", "=fcfs", "schedule:fcfs", "fcfs()"])

@@ -86,7 +86,7 @@ def measure(
 
     reference, stack, text, name, learned = _paths(model, flags, length + max(new, m.LONGEST))
     prose = _prose(text, texts)
-    windows = _windows(prose, length)
+    windows, filler = _windows(prose, length), [i for ids in prose for i in ids]
     record: dict[str, Any] = {"model": name, "stack": [str(p) for p in stack.runtime.setup.stack.parts]}
     verdict = stack.runtime.setup.stack.verdict
     record |= {"fidelity": verdict.fidelity.value, "redefines": list(verdict.redefines)}
@@ -100,11 +100,11 @@ def measure(
     record |= {"recall": None, "recall_reference": None}
     if good and questions and text.has_chat_template:
         with _note(f"{questions} questions about facts in {length} tokens of prose"):
-            record |= _recall(reference, stack, text, prose, length, questions)
+            record |= _recall(reference, stack, text, filler, length, questions)
     cut = [ids for ids, _ in windows][: m.BATCH]
     record |= {"output_len_ratio": None, "output_ended": None}
     if good:
-        asked = _turns(text, prose, length)
+        asked = _turns(text, filler, length)
         with _note(f"lengths of {len(asked)} answers"):
             mine, theirs = (m.lengths(path, asked, text.eos_ids) for path in (stack, reference))
             record |= {"output_len_ratio": m.ratio(mine, theirs), "output_ended": theirs[1]}
@@ -168,11 +168,11 @@ def _windows(prose: Sequence[Sequence[int]], length: int) -> list[tuple[list[int
 
 
 def _recall(
-    reference: Asked, stack: Asked, text: ModelText, prose: Sequence[Sequence[int]], length: int, count: int
+    reference: Asked, stack: Asked, text: ModelText, filler: Sequence[int], length: int, count: int
 ) -> dict[str, Any]:
     from weft.fidelity import measure as m
 
-    asked = _questions(text, [i for ids in prose for i in ids], length, count)
+    asked = _questions(text, filler, length, count)
     theirs = m.recall(reference, asked, text.tokenizer.decode, text.eos_ids)
     mine = m.recall(stack, asked, text.tokenizer.decode, text.eos_ids)
     return {"recall": m.counted(mine, theirs), "recall_reference": theirs}
@@ -191,14 +191,13 @@ def _questions(text: ModelText, filler: Sequence[int], length: int, count: int, 
     )
 
 
-def _turns(text: ModelText, prose: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+def _turns(text: ModelText, filler: Sequence[int], length: int) -> list[list[int]]:
     """Prompts of `length` tokens whose answers end: of half a fact is asked for, of half something else.
 
     Prose alone for a model that does not chat.
     """
     from weft.fidelity import measure as m
 
-    filler = [i for ids in prose for i in ids]
     found: list[list[int]] = []
     if text.has_chat_template:
         found += [list(q.ids) for q in _questions(text, filler, length, m.ANSWERS // 2, seed=10)]

@@ -75,6 +75,7 @@ def conform(
     ],
     *,
     plugin: Plugins = None,
+    place: Annotated[str, typer.Option("--device", help="cpu or cuda.", metavar="NAME")] = "cpu",
     json_: Json = False,
 ) -> None:
     """Run the generated tests of a technique on the bundled model; exit status 1 when one fails."""
@@ -92,7 +93,7 @@ def conform(
     failed = False
     told: list[dict[str, Any]] = []
     for slot, name in chosen:
-        rows = _run(slot, name, quiet=json_)
+        rows = _run(slot, name, place, quiet=json_)
         failed |= not all(row["ok"] for row in rows)
         told += rows
     if json_:
@@ -101,7 +102,7 @@ def conform(
         raise typer.Exit(1)
 
 
-def _run(slot: str, name: str, *, quiet: bool) -> list[dict[str, Any]]:
+def _run(slot: str, name: str, device: str, *, quiet: bool) -> list[dict[str, Any]]:
     """The tests of one technique, told as they end."""
     from weft.conform.checks import conform as tests
     from weft.conform.lab import Lab
@@ -112,7 +113,7 @@ def _run(slot: str, name: str, *, quiet: bool) -> list[dict[str, Any]]:
     if not quiet:
         console.print(f"[bold]{slot}={name}[/]")
     began, rows = time.monotonic(), []
-    for result in tests(Lab(), slot, name):
+    for result in tests(Lab(device=device), slot, name):
         rows.append(
             {
                 "technique": f"{slot}={name}",

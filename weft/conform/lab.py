@@ -21,6 +21,7 @@ from weft.core.engine import Engine
 from weft.core.ledger import blocks_for
 from weft.core.noise import child_seed
 from weft.errors import EngineError
+from weft.exec import choices
 from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.exec.mirror import Mirrored
 from weft.exec.null import NullExecutor, reference
@@ -101,12 +102,16 @@ class Watched:
 
 
 class Lab:
-    """Runs stacks.  alter: a change of a stack before it is built in (the tests of the tests put broken copies there)."""
+    """Runs stacks, in float32 and with bits that depend on nothing but a sequence's own context.
 
-    def __init__(self, alter: Callable[[Stack], Stack] | None = None) -> None:
+    alter: a change of a stack before it is built in (the tests of the tests put broken copies there).  device: cpu or cuda.
+    """
+
+    def __init__(self, alter: Callable[[Stack], Stack] | None = None, device: str = "cpu") -> None:
         self.model = resolve(None)
         self.tokenizer = Tokenizer.load(self.model)
         self.alter = alter
+        self.device = choices.device(device)
         self._folder = Path(tempfile.mkdtemp(prefix="weft-conform-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._trials: dict[tuple[str, str, str], Part] = {}
@@ -139,11 +144,15 @@ class Lab:
 
     def setup(self, parts: Sequence[Part], **changes: Any) -> Setup:
         """An engine that is small: steps of few rows, and a pool that a handful of the requests fill."""
-        given: dict[str, Any] = {"max_model_len": 768, "max_num_seqs": 8, "max_rows": 192}
-        config = EngineConfig(
-            model=self.model, dtype="float32", device="cpu", threads=1, techniques=list(parts), **{**given, **changes}
-        )
-        return prepare(config)
+        given: dict[str, Any] = {
+            "max_model_len": 768,
+            "max_num_seqs": 8,
+            "max_rows": 192,
+            "threads": 1,
+            "invariant": True,
+        }
+        place: dict[str, Any] = {"model": self.model, "dtype": "float32", "device": self.device}
+        return prepare(EngineConfig(techniques=list(parts), **place, **{**given, **changes}))
 
     def runtime(self, parts: Sequence[Part], *, roomy: bool = False, **changes: Any) -> Runtime:
         setup = self.setup(parts, **changes)
@@ -210,7 +219,7 @@ class Lab:
         found: Laws = {}
 
         def probe(sequence: Mirrored, output: int, logits_V: Tensor) -> None:
-            found[sequence.seed, output] = logits_V.float().clone()
+            found[sequence.seed, output] = logits_V.float().cpu().clone()
 
         runtime.executor.watch(probe)
         sent = [
@@ -235,7 +244,7 @@ class Lab:
                 return stack
             return replace(stack, instances={**stack.instances, "kv.compress": Watched(real, found)})
 
-        lab = Lab(watched)
+        lab = Lab(watched, self.device)
         lab.send(lab.runtime(parts), self.workload(parts).rounds)
         return found
 

@@ -68,7 +68,7 @@ class Membership:
         """Whether models beside the target compute this request: a draft model only what it guesses for."""
         if not self._drafts:
             return True
-        return request.link is None and not request.spans and request.stack["draft"].model is not None
+        return request.link is None and request.followed and request.stack["draft"].model is not None
 
     def link(self, number: int, members: list[Request]) -> None:
         for r in members:

@@ -56,10 +56,10 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "companions", "computed", "context", "cut", "draft", "fanned", "generation", "given",
-        "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output", "partial", "planned",
-        "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed", "settings", "single", "source",
-        "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "arrival", "cached_tokens", "companions", "computed", "context", "cut", "draft", "fanned", "followed", "generation",
+        "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output", "partial",
+        "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed", "settings", "single",
+        "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +106,8 @@ class Request:
         self.tile = stack.tile
         """Rows of the prompt that are computed together, from an absolute multiple of it on."""
         self.cut: CutRule | None = None
+        self.followed = not self.spans
+        """Whether models beside the target may compute it; decided for life, so that what it needs at most does not grow."""
         self.single = stack.single
         """Whether it takes no guesses."""
         self.link: int | None = None

@@ -11,9 +11,9 @@ Units    guesses: tokens
 Cost     a pass of the draft model for each guess, over all sequences at once; its weights and KV; guessed rows of the target
          that are thrown away
 Pays     for single sequences, where the draft costs little beside the target and a step of several rows hardly more than one of
-         a single row: on the 135M shape up to twice the speed, on the bundled model itself up to a fifth more.  Not in batches
-         of four, but for two guesses on the 135M shape, and not on the 0.5B shape on plain operations (0.82 to 0.95), where a
-         step of several rows costs twice a step of one
+         a single row: on the 135M shape up to twice the speed, on the bundled model itself up to 1.3 times.  In batches of four
+         with two guesses on the 135M shape (1.11 to 1.33), else hardly or not; and not on the 0.5B shape on plain operations
+         (0.84 to 0.90), where a step of several rows costs twice a step of one
 Differs  a guess is drawn by the noise of the very token that it guesses, so that under accept=race it stands exactly when the
          target's law gives that token too: seeds keep their tokens.  Under an accept that weighs laws it is drawn by noise of
          its own, as in the paper.  Guesses end at an end id.  adapt starts at `guesses`, where BASS starts at 7, and a sequence
