@@ -127,7 +127,9 @@ def test_layers_may_share_weights(checkpoint: Callable[[str], Checkpoint], tmp_p
     (file,) = reference.glob("*.safetensors")
     tensors = load_file(file)
     once = {name: tensor for name, tensor in tensors.items() if ".layers.2." not in name}
-    twice = {name: once.get(name.replace(".layers.2.", ".layers.1."), tensor).clone() for name, tensor in tensors.items()}
+    twice = {
+        name: once.get(name.replace(".layers.2.", ".layers.1."), tensor).clone() for name, tensor in tensors.items()
+    }
     benches = []
     for name, one, weights in (("once", tied, once), ("twice", spec, twice)):
         folder = shutil.copytree(reference, tmp_path / name)
