@@ -111,6 +111,8 @@ def attention(bench: Bench) -> Iterator[dict[str, Any]]:
     """A row of each sequence over its own context, and a chunk of a prompt."""
     import torch
 
+    from weft.exec.kvpool import host_memory
+
     for kv in ("float32", "bfloat16", "int8"):
         entry = DIM + 4 if kv == "int8" else DIM * getattr(torch, kv).itemsize
         cases = [(s, c, 1) for s, c in CONTEXTS] + [(1, 1024, 512), (1, 8192, 512)]
@@ -118,7 +120,7 @@ def attention(bench: Bench) -> Iterator[dict[str, Any]]:
             blocks = sequences * context // BLOCK
             layer = 2 * BLOCK * KV_HEADS * entry
             layers = -(-SPREAD // (blocks * layer)) if rows == 1 else 1
-            arena = torch.zeros(blocks, layers * layer, dtype=torch.uint8)
+            arena = host_memory(blocks * layers * layer, torch.device("cpu")).view(blocks, layers * layer)
             if kv == "int8":
                 arena.view(-1, entry)[:, :DIM].random_(0, 255)
                 arena.view(-1, entry)[:, DIM:] = torch.tensor([0.01]).view(torch.uint8)
@@ -161,7 +163,7 @@ def between(bench: Bench) -> Iterator[dict[str, Any]]:
     import torch
 
     width, inner = 896, 4864
-    x, y, wide = torch.randn(512, width), torch.randn(512, width), torch.randn(512, 2 * inner)
+    x, y, wide, narrow = (torch.randn(512, n) for n in (width, width, 2 * inner, inner))
     weight, cos = torch.ones(width), torch.ones(512, DIM // 2)
     p = bench.program
     made: dict[str, tuple[Callable[[], int], int]] = {
@@ -171,7 +173,7 @@ def between(bench: Bench) -> Iterator[dict[str, Any]]:
         ),
         "add": (lambda: p.add(x.data_ptr(), y.data_ptr(), width, width), 12 * width),
         "rope": (lambda: p.rope(x.data_ptr(), width, HEADS, DIM, DIM // 2, 0), 8 * width),
-        "gated": (lambda: p.gated(wide.data_ptr(), 2 * inner, wide.data_ptr(), 2 * inner, inner, 0), 12 * inner),
+        "gated": (lambda: p.gated(wide.data_ptr(), 2 * inner, narrow.data_ptr(), inner, inner, 0), 12 * inner),
     }
     for name, (make, row_bytes) in made.items():
         at = make()

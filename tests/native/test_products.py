@@ -189,6 +189,27 @@ def test_panels_of_few_bits_take_parts_of_other_formats_exactly(data: st.DataObj
         assert torch.equal(made.unpacked(), torch.cat(wanted))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("text", FEW)
+def test_floats_are_rounded_as_the_reference_rounds_them(machine: Machine, text: str, dtype: torch.dtype) -> None:
+    """To the bit: groups of zeros, ties of the largest magnitude and of the nearest value, and outputs that fill no panel too."""
+    format = WeightFormat.parse(text)
+    source = random(7, 37, 256) * torch.logspace(-3, 2, 37)[:, None]
+    source[3] = 0.0
+    source[5, ::2], source[5, 1::2] = 2.0, -2.0
+    source[6, ::2], source[6, 1::2] = -2.0, 2.0
+    source[7] = torch.arange(256) / 2 - 60
+    source[8] = source[8].abs()
+    source = source.to(dtype)
+    wanted, made = empty(machine.program, 40, 256, format), empty(machine.program, 40, 256, format)
+    wanted.pack(quantize(source, format), 2)
+    made.pack(source, 2)
+    assert torch.equal(made.memory, wanted.memory)
+    source[9, 200] = float("inf")
+    with pytest.raises(ConfigError, match="too large or not finite"):
+        made.pack(source, 2)
+
+
 def test_panels_refuse_what_they_cannot_hold() -> None:
     program = MODULE.Program(1)
     with pytest.raises(InvariantError, match="do not fit"):

@@ -33,7 +33,7 @@ COPY_BLOCKS = 64
 """Blocks that one COPY moves at a time, so that its scratch stays small."""
 
 
-def _memory(size_bytes: int, device: torch.device) -> Tensor:
+def host_memory(size_bytes: int, device: torch.device) -> Tensor:
     """uint8 zeros; on a CPU without touching the pages."""
     if device.type != "cpu":
         return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
@@ -80,9 +80,9 @@ class KVPool:
         self.bytes = pool_bytes(groups, blocks, block_bytes)
         for group in groups:
             self._check(group)
-        self.arena = _memory(blocks * block_bytes, self.device).view(blocks, block_bytes)
+        self.arena = host_memory(blocks * block_bytes, self.device).view(blocks, block_bytes)
         widest = max(group.block_tokens for group in groups)
-        self._positions = _memory(blocks * widest * 4, self.device).view(torch.int32).view(blocks, widest)
+        self._positions = host_memory(blocks * widest * 4, self.device).view(torch.int32).view(blocks, widest)
 
     def index_of(self, group: GroupSpec) -> int:
         """The pool's group of that model and name: rows may be stored otherwise than the decoder was told."""

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from weft.models.formats import WeightFormat
 
-__all__ = ["Quantized", "WeightFormat", "assembled", "quantize"]
+__all__ = ["Quantized", "WeightFormat", "assembled", "offset_grid", "quantize", "symmetric_grid"]
 
 SCALE_EXPONENT = 7
 """The largest scale of a weight is stored as a number of about 2 to this power."""
+_NOTHING = torch.empty(0, 0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,19 @@ def assembled(values: Tensor, scales: Tensor, offsets: Tensor | None, format: We
     return Quantized(values, narrow(scales), None if offsets is None else narrow(offsets), format, unit)
 
 
+def symmetric_grid(largest: Tensor, format: WeightFormat) -> Quantized:
+    """A grid without values for groups whose value of the largest magnitude is `largest`, float32 [N, G]."""
+    return assembled(_NOTHING, -largest / (format.levels // 2), None, format)
+
+
+def offset_grid(low: Tensor, high: Tensor, format: WeightFormat) -> Quantized:
+    """A grid without values for groups that span low to high, float32 [N, G]."""
+    low, high, top = low.clamp(max=0), high.clamp(min=0), format.levels - 1
+    scales = assembled(_NOTHING, (high - low) / top, None, format).steps()
+    zeros = (-low / torch.where(scales == 0, 1.0, scales)).round_().clamp_(0, top)
+    return assembled(_NOTHING, scales, -zeros * scales, format)
+
+
 def quantize(weight: Tensor, format: WeightFormat) -> Quantized:
     """Round to nearest: float [N, K], each group on the grid that just holds it.
 
@@ -80,15 +94,10 @@ def quantize(weight: Tensor, format: WeightFormat) -> Quantized:
     rows, width = weight.shape
     grouped = weight.float().view(rows, format.groups(width), -1)
     half, top = format.levels // 2, format.levels - 1
-    empty = torch.zeros(rows, width, dtype=torch.uint8)
     if format.symmetric:
-        largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        grid = assembled(empty, -largest / half, None, format)
+        grid = symmetric_grid(grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1), format)
     else:
-        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scales = assembled(empty, (high - low) / top, None, format).steps()
-        zeros = (-low / torch.where(scales == 0, 1.0, scales)).round_().clamp_(0, top)
-        grid = assembled(empty, scales, -zeros * scales, format)
+        grid = offset_grid(grouped.amin(-1), grouped.amax(-1), format)
     # Values are rounded to the grid as it is stored.
     step = grid.steps().unsqueeze(-1)
     base = -half * step if grid.offsets is None else (grid.offsets.float() * grid.unit).unsqueeze(-1)

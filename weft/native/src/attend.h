@@ -11,129 +11,13 @@
 
 #include "kernels.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace weft::WEFT_ISA {
 
 inline constexpr float NEVER = -std::numeric_limits<float>::infinity();
-inline constexpr int TILE_PARTS = KEY_TILE / LANES;
 
-// Where one tile's entries lie; what a row may not see of them has the greatest position there is.
-struct Tile_ {
-    const char* rows[KEY_TILE];  // of the block of each entry, at its offset; entries that do not exist stand for one that does
-    int32_t positions[KEY_TILE];
-    int32_t lowest, highest;
-};
-
-// Entries [start, start + E), counted from the sequence's entry 0.  row_bytes: of all kv heads' keys of one entry.
-inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t row_bytes, Tile_& tile) {
-    const int64_t first = place.first[sequence], length = place.lengths[sequence];
-    const int64_t* table = place.tables + sequence * place.table_width;
-    const char* some = nullptr;
-    tile.lowest = INT32_MAX;
-    tile.highest = -1;
-    for (int e = 0; e < KEY_TILE; e++) {
-        const int64_t entry = start + e - first;
-        tile.rows[e] = nullptr;
-        tile.positions[e] = INT32_MAX;
-        if (entry < 0 || entry >= length) continue;
-        const int64_t block = table[entry / place.block_tokens], offset = entry % place.block_tokens;
-        tile.rows[e] = some = place.arena + block * place.block_bytes + offset * row_bytes;
-        const int32_t position = place.positions[block * place.positions_stride + offset];
-        tile.positions[e] = position;
-        if (position < tile.lowest) tile.lowest = position;
-        if (position > tile.highest) tile.highest = position;
-    }
-    if (!some) return false;
-    for (int e = 0; e < KEY_TILE; e++)
-        if (!tile.rows[e]) tile.rows[e] = some;
-    return true;
-}
-
-// A kv head's part of an entry: values [d, d + LANES), or one of them.
-struct WideRows {
-    static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 4; }
-    static WEFT_INLINE vf values(const char* row, int d, int) { return load(reinterpret_cast<const float*>(row) + d); }
-    static WEFT_INLINE float value(const char* row, int d, int) { return reinterpret_cast<const float*>(row)[d]; }
-};
-struct HalfRows {  // bfloat16
-    static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 2; }
-    static WEFT_INLINE vf values(const char* row, int d, int) { return widen(reinterpret_cast<const uint16_t*>(row) + d); }
-    static WEFT_INLINE float value(const char* row, int d, int) { return widen_one(reinterpret_cast<const uint16_t*>(row)[d]); }
-};
-struct ByteRows {  // int8, and a float32 behind them that multiplies all
-    static WEFT_INLINE int64_t bytes(int dim) { return dim + 4; }
-    static WEFT_INLINE float scale(const char* row, int dim) {
-        float found;
-        std::memcpy(&found, row + dim, 4);
-        return found;
-    }
-    static WEFT_INLINE vf values(const char* row, int d, int dim) { return bytes_at(row + d) * scale(row, dim); }
-    static WEFT_INLINE float value(const char* row, int d, int dim) {
-        return static_cast<float>(static_cast<int8_t>(row[d])) * scale(row, dim);
-    }
-};
-
-// Bytes of a layer's keys in a block, and where they begin.
-template <class T>
-WEFT_INLINE int64_t layer_bytes(const Attend& a, const Place& place) {
-    return place.block_tokens * a.kv_heads * T::bytes(a.dim);
-}
-template <class T>
-WEFT_INLINE int64_t keys_at(const Attend& a, const Place& place) {
-    return 2 * a.layer * layer_bytes<T>(a, place);
-}
-
-// Keys of a tile as [D][E].
-template <class T>
-void transposed(const Tile_& tile, int64_t offset, int dim, float* out) {
-    for (int d = 0; d < dim; d += LANES) {
-        const int wide = dim - d < LANES ? dim - d : LANES;
-        for (int e = 0; e < KEY_TILE; e++) {
-            const char* row = tile.rows[e] + offset;
-            if (wide == LANES) {
-                float some[LANES];
-                store(some, T::values(row, d, dim));
-                for (int i = 0; i < LANES; i++) out[(d + i) * KEY_TILE + e] = some[i];
-            } else {
-                for (int i = 0; i < wide; i++) out[(d + i) * KEY_TILE + e] = T::value(row, d + i, dim);
-            }
-        }
-    }
-}
-
-// Scores of R rows of q [R, D] with keys [D][E].
-template <int R>
-void scores(const float* q, const float* keys, int dim, float* out) {
-    vf total[R][TILE_PARTS];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < TILE_PARTS; v++) total[r][v] = vf{};
-    for (int d = 0; d < dim; d++)
-        for (int v = 0; v < TILE_PARTS; v++) {
-            const vf key = load(keys + d * KEY_TILE + v * LANES);
-            for (int r = 0; r < R; r++) total[r][v] += key * q[r * dim + d];
-        }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < TILE_PARTS; v++) store(out + r * KEY_TILE + v * LANES, total[r][v]);
-}
-
-// mixed [R, D] += weights [R, E] times values of a tile, LANES dimensions at a time.
-template <class T, int R>
-void mix(const Tile_& tile, int64_t offset, const float* weights, int dim, float* mixed) {
-    int d = 0;
-    for (; d + LANES <= dim; d += LANES) {
-        vf total[R];
-        for (int r = 0; r < R; r++) total[r] = load(mixed + r * dim + d);
-        for (int e = 0; e < KEY_TILE; e++) {
-            const vf v = T::values(tile.rows[e] + offset, d, dim);
-            for (int r = 0; r < R; r++) total[r] += v * weights[r * KEY_TILE + e];
-        }
-        for (int r = 0; r < R; r++) store(mixed + r * dim + d, total[r]);
-    }
-    for (; d < dim; d++)
-        for (int r = 0; r < R; r++)
-            for (int e = 0; e < KEY_TILE; e++)
-                mixed[r * dim + d] += T::value(tile.rows[e] + offset, d, dim) * weights[r * KEY_TILE + e];
-}
+static_assert(QUERY_ROWS % LANES == 0);
 
 // The unfinished softmax of M pairs.
 struct State {
@@ -141,7 +25,7 @@ struct State {
     float mixed[QUERY_ROWS * MAX_DIM];
 
     void clear(int pairs, int dim) {
-        for (int m = 0; m < pairs; m++) most[m] = NEVER, total[m] = 0.0f;
+        for (int m = 0; m < QUERY_ROWS; m++) most[m] = NEVER, total[m] = 0.0f;
         std::memset(mixed, 0, static_cast<size_t>(pairs) * dim * 4);
     }
 };
@@ -163,7 +47,7 @@ inline void join(float& most, float& total, float* mixed, float next_most, float
     most = high;
 }
 
-// What the rows of an item see, and their scaled queries [M, D].
+// What the rows of an item see, and their scaled queries [kv_heads, M, D].
 struct Queries {
     int64_t positions[QUERY_ROWS];  // of each row
     uint64_t tree[QUERY_ROWS];
@@ -184,79 +68,89 @@ inline bool in_sight(const Queries& queries, int64_t start, int64_t stop, bool& 
     return some;
 }
 
-inline void hide(const Queries& queries, int row, const Tile_& tile, int64_t start, int64_t window, float* scores) {
+inline void hide(const Queries& queries, int row, const Tile_& tile, int64_t window, float* scores) {
     for (int e = 0; e < KEY_TILE; e++) {
         const int64_t gap = queries.positions[row] - tile.positions[e];
         bool hidden = gap < 0 || (window && gap >= window);
-        const int64_t guess = start + e - queries.tree_first;
+        const int64_t guess = tile.start + e - queries.tree_first;
         if (queries.tree_first >= 0 && guess >= 0 && queries.tree[row] != ~uint64_t{0})
             hidden = hidden || guess >= 64 || !(queries.tree[row] >> guess & 1);
-        if (queries.visible && tile.positions[e] != INT32_MAX) hidden = hidden || !queries.visible[(start + e) / queries.block];
+        if (queries.visible && tile.positions[e] != INT32_MAX) hidden = hidden || !queries.visible[(tile.start + e) / queries.block];
         if (hidden) scores[e] = NEVER;
     }
 }
 
-// Scores of an item's pairs with a tile, [M, E], -inf where a row does not see an entry.
+// Scores of an item's pairs with one kv head, whose queries are `q`, with a tile: [M, E], -inf where a row does not see an entry.
 template <class T>
-void score(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t start,
-           int64_t head_bytes, bool partly, float* found) {
+void score(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t head_bytes, const float* q,
+           float* found) {
     const int each = a.heads / a.kv_heads, pairs = rows * each;
     alignas(64) float keys[MAX_DIM * KEY_TILE];
     transposed<T>(tile, keys_at<T>(a, place) + head_bytes, a.dim, keys);
-    int m = 0;
-    for (; m + 6 <= pairs; m += 6) scores<6>(queries.q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
-    for (; m < pairs; m++) scores<1>(queries.q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
-    const bool clear = !partly && tile.highest <= queries.lowest && (!place.window || queries.highest - tile.lowest < place.window) &&
+    each_part<SCORE_ROWS>(pairs, [&](auto count, int m) {
+        scores<count.value>(q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
+    });
+    const bool clear = !tile.partly && tile.highest <= queries.lowest && (!place.window || queries.highest - tile.lowest < place.window) &&
                        queries.tree_first < 0 && tile.positions[KEY_TILE - 1] != INT32_MAX && tile.positions[0] != INT32_MAX;
-    for (m = 0; m < pairs; m++) {
+    for (int m = 0; m < pairs; m++) {
         float* mine = found + m * KEY_TILE;
         if (a.softcap > 0)
             for (int v = 0; v < KEY_TILE; v += LANES)
                 store(mine + v, a.softcap * hyperbolic_tangent(load(mine + v) / a.softcap));
-        if (!clear) hide(queries, m / each, tile, start, place.window, mine);
+        if (!clear) hide(queries, m / each, tile, place.window, mine);
     }
 }
 
+// next: the tile after it, or null.
 template <class T>
-void one_tile(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t start,
-              int64_t head_bytes, bool partly, State& state) {
-    const int pairs = rows * (a.heads / a.kv_heads);
+void one_tile(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Tile_& tile,
+              const Tile_* next, State& state) {
+    const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each;  // pairs of a kv head, and of all
+    const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place) + item.kv_head * one, values = keys + layer_bytes<T>(a, place);
     alignas(64) float found[QUERY_ROWS * KEY_TILE];
-    score<T>(a, place, queries, rows, tile, start, head_bytes, partly, found);
-    int m;
-    for (m = 0; m < pairs; m++) {
+    want(tile, values, item.kv_heads * one);
+    for (int h = 0; h < item.kv_heads; h++)
+        score<T>(a, place, queries, item.rows, tile, (item.kv_head + h) * one, queries.q + h * each * a.dim,
+                 found + h * each * KEY_TILE);
+    if (next) want(*next, keys, item.kv_heads * one);
+    // Maxima of all pairs, and what becomes of their earlier sums, before any weight: pairs do not wait for each other so.
+    float most[QUERY_ROWS], share[QUERY_ROWS];
+    for (int m = 0; m < pairs; m++) {
+        vf high = load(found + m * KEY_TILE);
+        for (int v = LANES; v < KEY_TILE; v += LANES) high = larger(high, load(found + m * KEY_TILE + v));
+        most[m] = top(high);
+    }
+    for (int m = pairs; m % LANES; m++) most[m] = NEVER;
+    for (int m = 0; m < pairs; m += LANES) {
+        const vf before = load(state.most + m), now = larger(load(most + m), before);
+        store(most + m, now);
+        store(share + m, exponential(before - now));  // exactly 1 where nothing changed
+        store(state.most + m, now);
+    }
+    for (int m = 0; m < pairs; m++) {
         float* mine = found + m * KEY_TILE;
-        vf high = load(mine);
-        for (int v = LANES; v < KEY_TILE; v += LANES) high = larger(high, load(mine + v));
-        const float before = state.most[m], now = top(high);
-        const float most = now > before ? now : before;
-        if (most == NEVER) {
+        if (most[m] == NEVER) {
             std::memset(mine, 0, KEY_TILE * 4);
             continue;
         }
         vf added = vf{};
         for (int v = 0; v < KEY_TILE; v += LANES) {
-            const vf weight = exponential(load(mine + v) - most);
+            const vf weight = exponential(load(mine + v) - most[m]);
             store(mine + v, weight);
             added += weight;
         }
-        if (most != before) {
-            float share[LANES] = {};
-            share[0] = before - most;
-            store(share, exponential(load(share)));
-            state.total[m] *= share[0];
-            float* mixed = state.mixed + m * a.dim;
-            for (int d = 0; d < a.dim; d++) mixed[d] *= share[0];
-            state.most[m] = most;
-        }
-        state.total[m] += sum(added);
+        state.total[m] = state.total[m] * share[m] + sum(added);
     }
-    const int64_t values_at = keys_at<T>(a, place) + layer_bytes<T>(a, place);
-    m = 0;
-    for (; m + 6 <= pairs; m += 6)
-        mix<T, 6>(tile, values_at + head_bytes, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
-    for (; m < pairs; m++)
-        mix<T, 1>(tile, values_at + head_bytes, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
+    for (int m = 0; m < pairs; m++) {
+        if (most[m] == NEVER || share[m] == 1.0f) continue;
+        float* mixed = state.mixed + m * a.dim;
+        for (int d = 0; d < a.dim; d++) mixed[d] *= share[m];
+    }
+    for (int h = 0; h < item.kv_heads; h++)
+        each_part<MIX_ROWS>(each, [&](auto count, int m) {
+            m += h * each;
+            mix<T, count.value>(tile, values + h * one, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
+        });
 }
 
 inline void write(const Attend& a, int kv_head, int64_t row, int head, float total, const float* mixed) {
@@ -278,39 +172,71 @@ inline void ask(const Attend& a, const Place& place, const Seen& seen, const Ite
         queries.tree[r] = seen.tree_bits ? seen.tree_bits[row] : ~uint64_t{0};
         if (position < queries.lowest) queries.lowest = position;
         if (position > queries.highest) queries.highest = position;
-        const float* q = a.q + row * a.q_stride + item.kv_head * each * a.dim;
-        for (int i = 0; i < each * a.dim; i++) queries.q[r * each * a.dim + i] = q[i] * a.scale;
+        for (int h = 0; h < item.kv_heads; h++) {
+            const float* q = a.q + row * a.q_stride + (item.kv_head + h) * each * a.dim;
+            float* mine = queries.q + (h * item.rows + r) * each * a.dim;
+            for (int i = 0; i < each * a.dim; i++) mine[i] = q[i] * a.scale;
+        }
     }
 }
 
+// The tiles of an item of which some row sees something, one after the other.
+template <class T>
+struct Walk {
+    const Place& place;
+    const Queries& queries;
+    const Item& item;
+    int64_t start, stop, row_bytes;
+
+    Walk(const Attend& a, const Place& place, const Queries& queries, const Item& item)
+        : place(place), queries(queries), item(item), start(item.chunk * CHUNK_TILES * KEY_TILE),
+          stop(item.chunk_stop * CHUNK_TILES * KEY_TILE), row_bytes(a.kv_heads * T::bytes(a.dim)) {
+        const int64_t end = place.first[item.sequence] + place.lengths[item.sequence];
+        if (stop > end) stop = end;
+    }
+    bool next(Tile_& tile) {
+        for (; start < stop; start += KEY_TILE) {
+            if (!in_sight(queries, start, start + KEY_TILE < stop ? start + KEY_TILE : stop, tile.partly)) continue;
+            if (!locate(place, item.sequence, start, row_bytes, tile) || tile.lowest > queries.highest) continue;
+            if (place.window && queries.lowest - tile.highest >= place.window && queries.tree_first < 0) continue;
+            start += KEY_TILE;
+            return true;
+        }
+        return false;
+    }
+};
+
 template <class T>
 void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, float* partials) {
-    const int each = a.heads / a.kv_heads, pairs = item.rows * each;
-    const int64_t s = item.sequence, head_bytes = item.kv_head * T::bytes(a.dim), row_bytes = a.kv_heads * T::bytes(a.dim);
+    const int each = a.heads / a.kv_heads, pairs = item.kv_heads * item.rows * each;
     Queries queries;
     ask(a, place, seen, item, rows, queries);
     State whole, part;
     whole.clear(pairs, a.dim);
-    for (int64_t chunk = item.chunk; chunk < item.chunk_stop; chunk++) {
-        part.clear(pairs, a.dim);
-        for (int t = 0; t < CHUNK_TILES; t++) {
-            const int64_t start = (chunk * CHUNK_TILES + t) * KEY_TILE;
-            const int64_t end = place.first[s] + place.lengths[s];
-            Tile_ tile;
-            bool partly;
-            if (start >= end) break;
-            if (!in_sight(queries, start, start + KEY_TILE < end ? start + KEY_TILE : end, partly)) continue;
-            if (!locate(place, s, start, row_bytes, tile) || tile.lowest > queries.highest) continue;
-            if (place.window && queries.lowest - tile.highest >= place.window && queries.tree_first < 0) continue;
-            one_tile<T>(a, place, queries, item.rows, tile, start, head_bytes, partly, part);
-        }
+    const auto close = [&] {
         for (int m = 0; m < pairs; m++)
             join(whole.most[m], whole.total[m], whole.mixed + m * a.dim, part.most[m], part.total[m], part.mixed + m * a.dim,
                  a.dim);
+    };
+    Walk<T> walk(a, place, queries, item);
+    Tile_ tiles[2];
+    int64_t chunk = -1;
+    bool more = walk.next(tiles[0]);
+    for (int turn = 0; more; turn ^= 1) {
+        const Tile_& tile = tiles[turn];
+        more = walk.next(tiles[turn ^ 1]);
+        if (const int64_t mine = tile.start / (CHUNK_TILES * KEY_TILE); mine != chunk) {
+            if (chunk >= 0) close();
+            part.clear(pairs, a.dim);
+            chunk = mine;
+        }
+        one_tile<T>(a, place, queries, item, tile, more ? &tiles[turn ^ 1] : nullptr, part);
     }
+    if (chunk >= 0) close();
     for (int m = 0; m < pairs; m++) {
         if (item.partial < 0) {
-            write(a, item.kv_head, rows[item.first + m / each], m % each, whole.total[m], whole.mixed + m * a.dim);
+            const int h = m / (item.rows * each), r = m / each % item.rows;
+            write(a, item.kv_head + h, rows[item.first + r], m % each, whole.total[m], whole.mixed + m * a.dim);
         } else {
             float* to = partials + item.partial + m * (2 + static_cast<int64_t>(a.dim));
             to[0] = whole.most[m], to[1] = whole.total[m];

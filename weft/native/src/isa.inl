@@ -1,6 +1,7 @@
 // The table of one instruction set: a file that defines WEFT_ISA, WEFT_LANES and WEFT_TABLE and includes this is all it takes.
 #include "attend.h"
 #include "narrow.h"
+#include "round.h"
 #include "rows.h"
 #include "sample.h"
 #include "weigh.h"
@@ -16,7 +17,7 @@ const Kernels* WEFT_TABLE() {
     static const Kernels table{
         WEFT_NAME, isa::linear,  isa::norm,       isa::rope,   isa::gated, isa::add,  isa::softcap,
         isa::embed, isa::store_rows, isa::attend, isa::merge, isa::weigh, isa::pack,
-        isa::draw, isa::read, isa::arithmetic, isa::pack_values,
+        isa::draw, isa::read, isa::arithmetic, isa::pack_values, isa::spans, isa::pack_rounded,
     };
     return &table;
 #endif

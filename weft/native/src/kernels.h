@@ -23,7 +23,8 @@ namespace weft {
 inline constexpr int PANEL = 16;
 inline constexpr int LINE_BYTES = 64;
 inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048, SUMS_SCRATCH = 192 * 512;  // floats: inputs of a block of rows, sums of groups
-inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH;
+inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of weights
+inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + OPENED_SCRATCH;
 
 enum class Format : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 enum class Activation : int { SILU = 0, GELU_TANH = 1 };
@@ -113,7 +114,7 @@ struct Place {
     int64_t window = 0;  // 0 for all
 };
 
-// Some rows of the batch with one kv head, over key chunks [chunk, chunk_stop) as `sequence` has them: rows of that sequence, or
+// Some rows of the batch with a kv head, or a few that follow each other, over key chunks [chunk, chunk_stop) as `sequence` has them: rows of that sequence, or
 // of several whose tables hold the same blocks there.
 struct Item {
     int32_t sequence, kv_head;
@@ -121,6 +122,7 @@ struct Item {
     int64_t chunk, chunk_stop;
     int64_t partial;      // where its unfinished results go, row by row; -1 where they are the whole
     int32_t unit = -1;    // whose visible blocks they see (`Seen`); -1 for all
+    int32_t kv_heads = 1; // one where the item has a unit; with all rows they are at most QUERY_ROWS pairs
 };
 
 // A row with one kv head whose unfinished results, one for each chunk in ascending order, become its result.
@@ -160,6 +162,12 @@ struct Values {
     int shift;
 };
 
+// Floats of inputs to be rounded, row-major [n, K]; kind: 0 float32, 1 bfloat16.
+struct Source {
+    const void* values;
+    int kind;
+};
+
 // Where attention that entries get is added up, in parts of 2^-30: out [sums, kv_heads, entries], and each row's sum [T], -1 for none.
 struct Weigh {
     const int64_t* sums;
@@ -194,6 +202,8 @@ struct Kernels {
     uint32_t (*read)(const char* from, int64_t bytes, Share);
     double (*arithmetic)(int64_t turns, bool bytes);
     void (*pack_values)(const Weight&, const Values&, int64_t n, int64_t first, Share);
+    void (*spans)(const Source&, int64_t n, int64_t k, int64_t group, float* low, float* high, Share);
+    void (*pack_rounded)(const Weight&, const Source&, const float* scales, const float* offsets, int64_t n, int64_t first, Share);
 };
 
 // Floats of an unfinished result of a row with a kv head: for each query head its maximum, its sum, and D mixed values.

@@ -17,7 +17,9 @@ static_assert(ROW_BLOCK % TILE_ROWS == 0);
 template <class W>
 inline constexpr int64_t INPUT_BLOCK = W::VALUES == 1 ? 1024 : 2048;  // inputs whose part of a panel stays there: whole groups
 static_assert(ROW_BLOCK * 2048 <= INPUTS_SCRATCH);
+inline constexpr int64_t OPENED_TILES = 2;  // more tiles than that share weights that were made floats once
 inline constexpr int64_t STRETCH = 256;  // inputs whose part of a tile's panels stays in the first cache while tile follows tile
+static_assert(STRETCH * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 
 // What a tile computes: outputs from n on, over lines [line, line + lines) of panels that begin at `panel`.
 struct Part {
@@ -27,57 +29,89 @@ struct Part {
     const char* panel;
     int64_t line, lines, n;
     bool begin, end;  // whether nothing was added up before, and whether it is the last
+    const float* opened = nullptr;  // those lines as floats, [inputs, panels * PANEL], where several tiles read them
 };
+
+// Asks memory for what P panels hold AHEAD lines after `line`, or for the beginning of the next P: the processor's own prefetching
+// ends at every page, and rows keep it from looking far.  Worth a third of the speed where weights come from memory.
+inline constexpr int64_t AHEAD = 32;
+template <int P>
+WEFT_INLINE void ask_for(const char* panel, int64_t stride, int64_t line, int64_t lines) {
+    const int64_t at = line + AHEAD, more = at < lines ? at * LINE_BYTES : P * stride + (at - lines) * LINE_BYTES;
+    for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * stride + more);
+}
 
 // Between a tile's part of the outputs and memory that ends at N.
 template <int R, int P>
-WEFT_INLINE void fetch(const Linear& a, const Part& part, float (&totals)[R][P * PANEL]) {
+WEFT_INLINE void fetch(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
+    const int64_t left = a.weight.n - part.n;
     for (int r = 0; r < R; r++) {
         const float* from = part.out + r * a.out_stride + part.n;
-        const int64_t left = a.weight.n - part.n;
-        for (int i = 0; i < P * PANEL; i++) totals[r][i] = part.begin || i >= left ? 0.0f : from[i];
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) {
+                const int at = p * PANEL + v * LANES;
+                totals[r][p][v] = part.begin ? vf{} : at + LANES <= left ? load(from + at) : some(from + at, left - at);
+            }
     }
 }
 template <int R, int P>
-WEFT_INLINE void put(const Linear& a, const Part& part, const float (&totals)[R][P * PANEL]) {
+WEFT_INLINE void put(const Linear& a, const Part& part, const vf (&totals)[R][P][PARTS]) {
+    const int64_t left = a.weight.n - part.n;
     for (int r = 0; r < R; r++) {
         float* to = part.out + r * a.out_stride + part.n;
-        const int64_t left = a.weight.n - part.n < P * PANEL ? a.weight.n - part.n : P * PANEL;
-        if (left == P * PANEL) {
-            for (int i = 0; i < P * PANEL; i += LANES) {
-                vf found = load(&totals[r][i]);
-                if (part.end && a.bias) found += load(a.bias + part.n + i);
-                store(to + i, found);
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) {
+                const int at = p * PANEL + v * LANES;
+                const float* bias = part.end && a.bias ? a.bias + part.n + at : nullptr;
+                vf found = totals[r][p][v];
+                if (at + LANES <= left) {
+                    if (bias) found += load(bias);
+                    store(to + at, found);
+                } else {
+                    for (int64_t i = 0; i < left - at; i++) to[at + i] = found[i] + (bias ? bias[i] : 0.0f);
+                }
             }
-        } else {
-            for (int64_t i = 0; i < left; i++) to[i] = totals[r][i] + (part.end && a.bias ? a.bias[part.n + i] : 0.0f);
-        }
     }
 }
 
 // totals = totals + found * scale (+ sum * offset) of one group, `sums` a row's sums of inputs, `stride` apart.
 template <class W, int R, int P>
 WEFT_INLINE void settle(const Weight& w, const char* panel, int64_t group, const vf (&found)[R][P][PARTS], const float* sums,
-                        int64_t stride, float (&totals)[R][P * PANEL]) {
+                        int64_t stride, vf (&totals)[R][P][PARTS]) {
     for (int p = 0; p < P; p++)
         for (int v = 0; v < PARTS; v++) {
             const char* mine = panel + p * w.panel_bytes();
+            __builtin_prefetch(mine + P * w.panel_bytes() + w.line_bytes() + group * w.scale_stride());
             const vf scale = scales<W>(w, mine, group, v), fine = scale * (1.0f / W::UNIT);
             const vf offset = w.offsets ? offsets<W>(w, mine, group, v) + scale * static_cast<float>(W::HALF) : vf{};
             for (int r = 0; r < R; r++) {
-                float* to = &totals[r][p * PANEL + v * LANES];
-                vf total = load(to) + found[r][p][v] * fine;
-                if (w.offsets) total += offset * sums[r * stride + group];
-                store(to, total);
+                totals[r][p][v] += found[r][p][v] * fine;
+                if (w.offsets) totals[r][p][v] += offset * sums[r * stride + group];
             }
         }
 }
 
-template <class W, int R, int P>
+// Lines of P panels as floats, which costs as much as a third of what a tile computes with them.
+template <class W, int P>
+void open_lines(const Weight& w, const char* panel, int64_t line, int64_t lines, float* out) {
+    for (int64_t at = 0; at < lines; at++) {
+        ask_for<P>(panel, w.panel_bytes(), line + at, w.k / W::VALUES);
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) {
+                const vu word = load_bits(panel + p * w.panel_bytes() + (line + at) * LINE_BYTES + v * LANES * 4);
+#pragma GCC unroll 8
+                for (int i = 0; i < W::VALUES; i++)
+                    store(out + ((at * W::VALUES + i) * P + p) * PANEL + v * LANES, W::value(word, i));
+            }
+    }
+}
+
+// OPENED: whether the weights come as floats.
+template <class W, int R, int P, bool OPENED>
 void tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
     const int64_t stride = w.panel_bytes();
-    alignas(64) float totals[R][P * PANEL];
+    vf totals[R][P][PARTS];
     fetch<R, P>(a, part, totals);
     const bool grouped = W::SCALED && w.grouped();
     const int64_t step = grouped ? w.group / W::VALUES : part.lines;
@@ -85,17 +119,21 @@ void tile(const Linear& a, const Part& part) {
         vf total[R][P][PARTS];
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) total[r][p][v] = grouped ? vf{} : load(&totals[r][p * PANEL + v * LANES]);
+                for (int v = 0; v < PARTS; v++) total[r][p][v] = grouped ? vf{} : totals[r][p][v];
         for (int64_t line = first; line < first + step; line++) {
             const float* x = part.x + line * W::VALUES * R;
+            if (!OPENED) ask_for<P>(part.panel, stride, part.line + line, w.k / W::VALUES);
             vu words[P][PARTS];
-            for (int p = 0; p < P; p++)
+            for (int p = 0; p < P && !OPENED; p++)
                 for (int v = 0; v < PARTS; v++)
                     words[p][v] = load_bits(part.panel + p * stride + (part.line + line) * LINE_BYTES + v * LANES * 4);
-            for (int i = 0; i < W::VALUES; i++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < W::VALUES; i++) {  // shifts are constants then
+                const float* opened = OPENED ? part.opened + (line * W::VALUES + i) * P * PANEL : nullptr;
                 vf weight[P][PARTS];
                 for (int p = 0; p < P; p++)
-                    for (int v = 0; v < PARTS; v++) weight[p][v] = W::value(words[p][v], i);
+                    for (int v = 0; v < PARTS; v++)
+                        weight[p][v] = OPENED ? load(opened + p * PANEL + v * LANES) : W::value(words[p][v], i);
                 for (int r = 0; r < R; r++) {
                     const vf input = all(x[i * R + r]);  // read once for all panels: registers are what a tile is short of
                     for (int p = 0; p < P; p++)
@@ -111,7 +149,7 @@ void tile(const Linear& a, const Part& part) {
         }
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) store(&totals[r][p * PANEL + v * LANES], total[r][p][v]);
+                for (int v = 0; v < PARTS; v++) totals[r][p][v] = total[r][p][v];
     }
     if constexpr (W::SCALED) {
         if (!grouped && part.end) {
@@ -119,8 +157,8 @@ void tile(const Linear& a, const Part& part) {
             for (int r = 0; r < R; r++)
                 for (int p = 0; p < P; p++)
                     for (int v = 0; v < PARTS; v++) {
-                        total[r][p][v] = load(&totals[r][p * PANEL + v * LANES]);
-                        store(&totals[r][p * PANEL + v * LANES], vf{});
+                        total[r][p][v] = totals[r][p][v];
+                        totals[r][p][v] = vf{};
                     }
             settle<W, R, P>(w, part.panel, 0, total, part.sums, 1, totals);
         }
@@ -130,12 +168,12 @@ void tile(const Linear& a, const Part& part) {
 
 using Tile = void (*)(const Linear&, const Part&);
 
-template <class W, int P, int R>
+template <class W, int P, int R, bool OPENED = false>
 constexpr Tile tile_of(int rows) {
     if constexpr (R == 1) {
-        return tile<W, 1, P>;
+        return tile<W, 1, P, OPENED>;
     } else {
-        return rows == R ? tile<W, R, P> : tile_of<W, P, R - 1>(rows);
+        return rows == R ? tile<W, R, P, OPENED> : tile_of<W, P, R - 1, OPENED>(rows);
     }
 }
 
@@ -193,7 +231,7 @@ void linear_in(const Linear& a, int64_t rows, Share share) {
     int64_t high = ROW_BLOCK;
     if (w.offsets)
         while (high > 1 && high * w.groups() > SUMS_SCRATCH) high /= 2;
-    float* sums = share.scratch + INPUTS_SCRATCH;
+    float *sums = share.scratch + INPUTS_SCRATCH, *opened = sums + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
         const int64_t count = rows - first < high ? rows - first : high;
         if (w.offsets) summed(a, first, count, sums);
@@ -203,12 +241,18 @@ void linear_in(const Linear& a, int64_t rows, Share share) {
             if (count == 1) inputs = a.x + first * a.x_stride + input;
             else turned(a, first, count, (count + TILE_ROWS - 1) / TILE_ROWS, input, wide, share.scratch);
             each_tile(count, from, to, wide, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
+                Part part{inputs + top * wide + begin * tall, sums + top * w.groups(), a.out + (first + top) * a.out_stride,
+                          w.panel(p), (input + begin) / W::VALUES, (end - begin) / W::VALUES, p * PANEL, input + begin == 0,
+                          input + end == w.k};
+                if (W::VALUES > 1 && count > OPENED_TILES * TILE_ROWS && panels == TILE_PANELS) {
+                    if (top == 0) open_lines<W, TILE_PANELS>(w, part.panel, part.line, part.lines, opened);
+                    part.opened = opened;
+                    return tile_of<W, TILE_PANELS, TILE_ROWS, true>(tall)(a, part);
+                }
                 const Tile run = panels == 1             ? tile_of<W, 1, TILE_ROWS>(tall)
                                  : panels == TILE_PANELS ? tile_of<W, TILE_PANELS, TILE_ROWS>(tall)
                                                          : tile_of<W, FEW_PANELS, 2>(tall);
-                run(a, Part{inputs + top * wide + begin * tall, sums + top * w.groups(), a.out + (first + top) * a.out_stride,
-                            w.panel(p), (input + begin) / W::VALUES, (end - begin) / W::VALUES, p * PANEL, input + begin == 0,
-                            input + end == w.k});
+                run(a, part);
             });
         }
     }

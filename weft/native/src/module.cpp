@@ -238,6 +238,17 @@ NB_MODULE(_native, m) {
             const Values v{at<uint8_t>(values), at<float>(scales), at<float>(offsets), groups, shift};
             if (groups < 1 || w.groups() % groups || w.offsets != (offsets != 0)) throw std::invalid_argument("other groups");
             p.pool().run([&](Share share) { p.kernels().pack_values(w, v, n, first, share); });
+        }, nb::call_guard<nb::gil_scoped_release>())
+        .def("spans", [](Program& p, uintptr_t source, int kind, int64_t n, int64_t k, int64_t group, uintptr_t low, uintptr_t high) {
+            if (group < 1 || k % group || kind < 0 || kind > 1) throw std::invalid_argument("no such groups");
+            const Source from{at<void>(source), kind};
+            p.pool().run([&](Share share) { p.kernels().spans(from, n, k, group, at<float>(low), at<float>(high), share); });
+        }, nb::call_guard<nb::gil_scoped_release>())
+        .def("pack_rounded", [](Program& p, const Weight& w, uintptr_t source, int kind, uintptr_t scales, uintptr_t offsets, int64_t n,
+                                int64_t first) {
+            if (w.offsets != (offsets != 0) || kind < 0 || kind > 1 || w.k > SCRATCH) throw std::invalid_argument("no such rows");
+            const Source from{at<void>(source), kind};
+            p.pool().run([&](Share share) { p.kernels().pack_rounded(w, from, at<float>(scales), at<float>(offsets), n, first, share); });
         }, nb::call_guard<nb::gil_scoped_release>());
     m.attr("CHUNK") = KEY_TILE * CHUNK_TILES;
     m.def("isas", [] {

@@ -74,8 +74,7 @@ inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, i
         const vi whole = nearest(load(x + i), fine);
         totals += whole;
         int32_t packed[LANES / 4];
-        const vb bytes = __builtin_convertvector(whole, vb);
-        std::memcpy(packed, &bytes, LANES);
+        store_bytes(packed, whole);
         for (int q = 0; q < LANES / 4; q++) words[(i / 4 + q) * high] = packed[q];
     }
     for (; i < end; i += 4) {
@@ -113,15 +112,16 @@ template <class W, int R, int P>
 void narrow_tile(const Linear& a, const int32_t* x, const float* row_scales, const int32_t* sums, const Part& part) {
     const Weight& w = a.weight;
     const int64_t stride = w.panel_bytes(), groups = w.groups(), step = w.group / W::VALUES;
-    alignas(64) float totals[R][P * PANEL];
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < P * PANEL; i++) totals[r][i] = 0.0f;
+    vf totals[R][P][PARTS] = {};
     for (int64_t g = 0; g < groups; g++) {
         vi total[R][P][PARTS];
-        for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++) {
+            const vi start = vi{} - (w.offsets ? 0 : W::HALF * sums[r * groups + g]);
             for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) total[r][p][v] = vi{};
+                for (int v = 0; v < PARTS; v++) total[r][p][v] = start;
+        }
         for (int64_t line = g * step; line < (g + 1) * step; line++) {
+            ask_for<P>(part.panel, stride, line, w.k / W::VALUES);
             vu words[P][PARTS];
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++)
@@ -141,20 +141,18 @@ void narrow_tile(const Linear& a, const int32_t* x, const float* row_scales, con
         for (int p = 0; p < P; p++)
             for (int v = 0; v < PARTS; v++) {
                 const char* mine = part.panel + p * stride;
+                __builtin_prefetch(mine + P * stride + w.line_bytes() + g * w.scale_stride());
                 const vf scale = scales<W>(w, mine, g, v);
                 const vf offset = w.offsets ? offsets<W>(w, mine, g, v) : vf{};
                 for (int r = 0; r < R; r++) {
-                    const int32_t sum = sums[r * groups + g];
-                    float* to = &totals[r][p * PANEL + v * LANES];
-                    const vi exact = w.offsets ? total[r][p][v] : total[r][p][v] - W::HALF * sum;
-                    vf value = load(to) + __builtin_convertvector(exact, vf) * scale;
-                    if (w.offsets) value += offset * static_cast<float>(sum);
-                    store(to, value);
+                    totals[r][p][v] += __builtin_convertvector(total[r][p][v], vf) * scale;
+                    if (w.offsets) totals[r][p][v] += offset * static_cast<float>(sums[r * groups + g]);
                 }
             }
     }
     for (int r = 0; r < R; r++)
-        for (int i = 0; i < P * PANEL; i += LANES) store(&totals[r][i], load(&totals[r][i]) * row_scales[r]);
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) totals[r][p][v] *= row_scales[r];
     put<R, P>(a, part, totals);
 }
 

@@ -1,5 +1,7 @@
 #include "program.h"
 
+#include <algorithm>
+
 namespace weft {
 
 namespace {
@@ -90,8 +92,11 @@ void Step::plan(size_t group, const std::vector<int64_t>& sequences, const int64
             Item item{};
             item.sequence = static_cast<int32_t>(s), item.first = static_cast<int32_t>(at);
             item.rows = static_cast<int32_t>(first + count - at < tall ? first + count - at : tall);
-            for (int32_t head = 0; head < kv_heads; head++) {
-                item.kv_head = head;
+            // Entries are read in the order in which they lie where an item has all kv heads.
+            const int fitting = whole && apart ? 1 : QUERY_ROWS / (heads / kv_heads * item.rows);
+            item.kv_heads = std::clamp(fitting, 1, kv_heads);
+            for (; item.kv_head < kv_heads; item.kv_head += item.kv_heads) {
+                item.kv_heads = std::min(item.kv_heads, kv_heads - item.kv_head);
                 if (whole) {
                     item.chunk = from, item.chunk_stop = to, item.partial = -1;
                     found.items.push_back(item);
@@ -100,8 +105,9 @@ void Step::plan(size_t group, const std::vector<int64_t>& sequences, const int64
                 for (int64_t c = from; c < to; c++) {
                     item.chunk = c, item.chunk_stop = c + 1, item.partial = floats;
                     found.items.push_back(item);
-                    for (int64_t r = 0; r < item.rows; r++, floats += each)
-                        parts[static_cast<size_t>((joined + at - first + r) * kv_heads + head)].push_back(floats);
+                    for (int32_t head = item.kv_head; head < item.kv_head + item.kv_heads; head++)
+                        for (int64_t r = 0; r < item.rows; r++, floats += each)
+                            parts[static_cast<size_t>((joined + at - first + r) * kv_heads + head)].push_back(floats);
                 }
             }
         }

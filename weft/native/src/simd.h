@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace weft::WEFT_ISA {
 
@@ -24,20 +28,50 @@ typedef uint16_t vh_any __attribute__((vector_size(2 * WEFT_LANES), aligned(2), 
 
 WEFT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 WEFT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+// The first `count` values, and zeros.
+WEFT_INLINE vf some(const float* p, int64_t count) {
+    vf found = vf{};
+    for (int64_t i = 0; i < count; i++) found[i] = p[i];
+    return found;
+}
 WEFT_INLINE vu load_bits(const void* p) { return *reinterpret_cast<const vu_any*>(p); }
 WEFT_INLINE vf all(float x) { return x - vf{}; }  // subtracting zero is nothing to a compiler, adding it is not
 WEFT_INLINE vf select(vi where, vf yes, vf no) { return where ? yes : no; }
 
 typedef int8_t vb __attribute__((vector_size(WEFT_LANES)));
 typedef int8_t vb_any __attribute__((vector_size(WEFT_LANES), aligned(1), may_alias));
-WEFT_INLINE vf bytes_at(const char* p) {
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vb_any*>(p), vi), vf);
+
+// Between small whole numbers and those of 32 bits; compilers take the general conversions apart.
+WEFT_INLINE vu load_halves(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vu>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vu>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu);
+#endif
 }
+WEFT_INLINE vi load_bytes(const void* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vi>(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(*static_cast<const vb_any*>(p), vi);
+#endif
+}
+WEFT_INLINE void store_bytes(void* p, vi x) {  // the lowest byte of each
+#if defined(__AVX512F__)
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#else
+    *static_cast<vb_any*>(p) = __builtin_convertvector(x, vb);
+#endif
+}
+WEFT_INLINE vf bytes_at(const char* p) { return __builtin_convertvector(load_bytes(p), vf); }
 
 // bfloat16 is the upper half of a float.
 WEFT_INLINE vf widen(const uint16_t* p) {
-    const vh half = *reinterpret_cast<const vh_any*>(p);
-    return reinterpret_cast<vf>(__builtin_convertvector(half, vu) << 16);
+    return reinterpret_cast<vf>(load_halves(p) << 16);
 }
 WEFT_INLINE float widen_one(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
@@ -55,7 +89,7 @@ WEFT_INLINE uint16_t narrow_one(float x) {
 
 // IEEE binary16: its bits are a float's with another bias, which one product puts right (subnormal ones too); no inf, no NaN.
 WEFT_INLINE vf half(const uint16_t* p) {
-    const vu bits = __builtin_convertvector(*reinterpret_cast<const vh_any*>(p), vu);
+    const vu bits = load_halves(p);
     const vf magnitude = reinterpret_cast<vf>((bits & 0x7fffu) << 13) * 5192296858534827628530496329220096.0f;  // 2^112
     return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (bits & 0x8000u) << 16);
 }
@@ -90,20 +124,30 @@ WEFT_INLINE uint16_t half_of(float x) {
     return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
 }
 
+// Lanes of two vectors in an order that is known to the compiler.
+#if defined(__clang__)
+#define WEFT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define WEFT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+using Lanes = std::make_integer_sequence<int, LANES>;
+
+template <int S, int... I>
+WEFT_INLINE vf moved(vf x, std::integer_sequence<int, I...>) {  // lane i gets what lane i + S has
+    return WEFT_SHUFFLE(x, x, (I + S) % LANES...);
+}
+template <int S = LANES / 2>
 WEFT_INLINE float sum(vf x) {
-    float parts[LANES];
-    store(parts, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
-    return parts[0];
+    x += moved<S>(x, Lanes{});
+    if constexpr (S > 1) return sum<S / 2>(x);
+    else return x[0];
 }
 WEFT_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+template <int S = LANES / 2>
 WEFT_INLINE float top(vf x) {
-    float parts[LANES];
-    store(parts, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
-    return parts[0];
+    x = larger(x, moved<S>(x, Lanes{}));
+    if constexpr (S > 1) return top<S / 2>(x);
+    else return x[0];
 }
 
 // e^x within about two units in the last place; 0 below -87, where floats end, and for -inf.

@@ -26,9 +26,10 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
     for (int turn = 0; turn < 2; turn++) {
         for (int64_t start = first / KEY_TILE * KEY_TILE; start < end; start += KEY_TILE) {
             Tile_ tile;
+            tile.partly = false;
             if (!locate(place, s, start, row_bytes, tile) || tile.lowest > queries.highest) continue;
             alignas(64) float found[QUERY_ROWS * KEY_TILE];
-            score<T>(a, place, queries, item.rows, tile, start, head_bytes, false, found);
+            score<T>(a, place, queries, item.rows, tile, head_bytes, queries.q, found);
             for (int m = 0; m < pairs && turn == 0; m++) {
                 const float* mine = found + m * KEY_TILE;
                 vf high = load(mine), added = vf{};

@@ -115,6 +115,31 @@ inline void pack(const Weight& w, const void* source, int source_kind, int64_t n
 
 WEFT_INLINE int nibble(int i) { return i < 4 ? 2 * i : 2 * i - 7; }  // of input i in a word of I4
 
+// Whole numbers of one output, each plus `shift`, become lane `lane` of a panel.
+WEFT_INLINE void put_row(const Weight& w, char* panel, int64_t lane, const uint8_t* row, int shift) {
+    if (w.format == Format::I8) {
+        for (int64_t i = 0; i < w.k; i++) panel[(i / 4 * PANEL + lane) * 4 + i % 4] = static_cast<char>(row[i] + shift);
+        return;
+    }
+    for (int64_t line = 0; line < w.k / 8; line++) {
+        uint32_t word = 0;
+        for (int i = 0; i < 8; i++) word |= static_cast<uint32_t>(row[line * 8 + i] + shift) << 4 * nibble(i);
+        std::memcpy(panel + (line * PANEL + lane) * 4, &word, 4);
+    }
+}
+
+// Scales of one output, and its offsets if there are any; each stands for `repeat` groups.
+WEFT_INLINE void put_scales(const Weight& w, char* panel, int64_t lane, const float* scales, const float* offsets, int64_t repeat) {
+    for (int64_t g = 0; g < w.groups(); g++) {
+        char* to = panel + w.line_bytes() + g * w.scale_stride();
+        for (int which = 0; which < (w.offsets ? 2 : 1); which++, to += w.scale_stride() / 2) {
+            const float x = (which ? offsets : scales)[g / repeat];
+            if (w.grouped()) reinterpret_cast<uint16_t*>(to)[lane] = half_of(x);
+            else reinterpret_cast<float*>(to)[lane] = x;
+        }
+    }
+}
+
 inline void pack_values(const Weight& w, const Values& v, int64_t n, int64_t first, Share share) {
     int64_t from, to;
     touched(first, n, share, from, to);
@@ -124,28 +149,9 @@ inline void pack_values(const Weight& w, const Values& v, int64_t n, int64_t fir
         outputs(p, first, n, begin, end);
         char* panel = const_cast<char*>(w.panel(p));
         for (int64_t out = begin; out < end; out++) {
-            const uint8_t* row = v.values + (out - first) * w.k;
-            const int64_t lane = out % PANEL;
-            if (w.format == Format::I8) {
-                for (int64_t i = 0; i < w.k; i++)
-                    panel[(i / 4 * PANEL + lane) * 4 + i % 4] = static_cast<char>(row[i] + v.shift);
-            } else {
-                for (int64_t line = 0; line < w.k / 8; line++) {
-                    uint32_t word = 0;
-                    for (int i = 0; i < 8; i++)
-                        word |= static_cast<uint32_t>(row[line * 8 + i] + v.shift) << 4 * nibble(i);
-                    std::memcpy(panel + (line * PANEL + lane) * 4, &word, 4);
-                }
-            }
-            for (int64_t g = 0; g < w.groups(); g++) {
-                const int64_t at = (out - first) * v.groups + g / repeat;
-                char* to_scales = panel + w.line_bytes() + g * w.scale_stride();
-                for (int which = 0; which < (w.offsets ? 2 : 1); which++, to_scales += w.scale_stride() / 2) {
-                    const float x = which ? v.offsets[at] : v.scales[at];
-                    if (w.grouped()) reinterpret_cast<uint16_t*>(to_scales)[lane] = half_of(x);
-                    else reinterpret_cast<float*>(to_scales)[lane] = x;
-                }
-            }
+            const int64_t at = out - first;
+            put_row(w, panel, out % PANEL, v.values + at * w.k, v.shift);
+            put_scales(w, panel, out % PANEL, v.scales + at * v.groups, v.offsets ? v.offsets + at * v.groups : nullptr, repeat);
         }
     }
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from weft.errors import ConfigError, InvariantError
 from weft.models.layout import PANEL, panel_bytes
-from weft.models.quantized import Quantized, WeightFormat, quantize
+from weft.models.quantized import Quantized, WeightFormat, offset_grid, symmetric_grid
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """Number formats that panels have, and what the kernels call them (`Format` in native/src/kernels.h)."""
@@ -25,6 +25,8 @@ BITS = {8: 2, 4: 3}
 """The same for whole numbers of so many bits."""
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Number formats that are packed without a detour."""
+ROUNDED = (torch.float32, torch.bfloat16)
+"""Those that are rounded to whole numbers without one."""
 WINDOW = 1 << 20
 """Values that are rounded at a time."""
 HALF_LIMIT = 65504.0
@@ -77,7 +79,7 @@ class Panels:
             if isinstance(source, Quantized):
                 return self._pack_values(source, first)
             for at in range(0, count, step := max(1, WINDOW // width)):
-                self._pack_values(quantize(source[at : at + step], self.format), first + at)
+                self._pack_rounded(source[at : at + step], first + at)
             return None
         if isinstance(source, Quantized):
             source = source.dequantized()
@@ -87,21 +89,34 @@ class Panels:
         self.program.pack(self.weight, source.data_ptr(), SOURCES[source.dtype], count, first)
         return None
 
+    def _pack_rounded(self, source: Tensor, first: int) -> None:
+        """What `quantize` gives."""
+        format, (count, width) = self.format, source.shape
+        assert isinstance(format, WeightFormat)
+        source = (source if source.dtype in ROUNDED else source.float()).contiguous()
+        low, high = torch.empty(2, count, format.groups(width))
+        self.program.spans(
+            source.data_ptr(), SOURCES[source.dtype], count, width, width // low.shape[1], low.data_ptr(),
+            0 if format.symmetric else high.data_ptr(),
+        )  # fmt: skip
+        scales, offsets = _told(symmetric_grid(low, format) if format.symmetric else offset_grid(low, high, format))
+        _sound(scales, offsets)
+        self.program.pack_rounded(
+            self.weight, source.data_ptr(), SOURCES[source.dtype], scales.data_ptr(),
+            0 if offsets is None else offsets.data_ptr(), count, first,
+        )  # fmt: skip
+
     def _pack_values(self, source: Quantized, first: int) -> None:
         """As they are, in a format that holds them: with as many bits or more, in groups as small or smaller."""
         own, given = self.format, source.format
         assert isinstance(own, WeightFormat)
         if own.bits < given.bits or (own.symmetric and (own.bits, own.symmetric) != (given.bits, given.symmetric)):
             raise InvariantError(f"weights of {given} do not fit into {own}")
-        scales = source.scales.float() * source.unit
-        offsets = None if source.offsets is None else source.offsets.float() * source.unit
+        scales, offsets = _told(source)
         if not own.symmetric and offsets is None:
             offsets = scales * -(given.levels // 2)
-        for what in (scales, offsets):
-            if what is not None and not (what.isfinite().all() and what.abs().max() <= HALF_LIMIT):
-                raise ConfigError("a weight has values that are too large or not finite, so that it has no scale")
-        values, scales = source.values.contiguous(), scales.contiguous()
-        offsets = None if offsets is None else offsets.contiguous()
+        _sound(scales, offsets)
+        values = source.values.contiguous()
         self.program.pack_values(
             self.weight, values.data_ptr(), scales.data_ptr(), 0 if offsets is None else offsets.data_ptr(),
             scales.shape[1], 0, values.shape[0], first,
@@ -117,6 +132,19 @@ class Panels:
         step.rows(outs, tokens.data_ptr(), 0, 0, 0, 0, 0, 0)
         program.run(index, index + 1, step)
         return out.to(self.format) if isinstance(self.format, torch.dtype) else out
+
+
+def _told(grid: Quantized) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets, float32 [N, G]."""
+    offsets = None if grid.offsets is None else (grid.offsets.float() * grid.unit).contiguous()
+    return (grid.scales.float() * grid.unit).contiguous(), offsets
+
+
+def _sound(scales: Tensor, offsets: Tensor | None) -> None:
+    """Raises ConfigError where they are no numbers that panels can hold."""
+    for what in (scales, offsets):
+        if what is not None and not (what.isfinite().all() and what.abs().max() <= HALF_LIMIT):
+            raise ConfigError("a weight has values that are too large or not finite, so that it has no scale")
 
 
 @dataclass(frozen=True, slots=True)
