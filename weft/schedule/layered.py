@@ -5,7 +5,9 @@ Rule     a step takes all decodes through all layers, and one prompt's rows thro
          the rows' hidden states are parked between steps
 Units    groups: steps that a prompt takes; chunk: rows that pass the layers together
 Cost     one hidden state (fp32) for each parked row, in blocks of the KV pool
-Pays     on mixtures of experts, beside chunks that are small enough for steps as short; on dense models such chunks cost no more
+Pays     hardly here: steps are as short as with chunks of 128 rows (0.31 to 0.44 times those of 512), and on a mixture of
+         experts decoding loses less than with those (0.96 against 0.92) while first tokens come later (0.88 against 0.83);
+         on dense models chunks are better in both
 Differs  groups is an argument, not derived from the prompt's length; prompts of fewer than `least` rows go whole; rows that
          pass together are bounded by the engine's row budget
 Raises   ValueError if groups < 1 or least < 1

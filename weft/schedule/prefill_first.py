@@ -4,9 +4,9 @@ Paper    none; the order of engines before chunked prefill (Orca, vLLM v0), kept
 Rule     new prompts, then half-done prompts, then decodes; a step with prompt rows has no decode rows
 Units    rows: tokens of one step
 Cost     O(1) for each request
-Pays     nowhere: decoding goes at 0.97 to 0.99 of the speed of chunks beside it, and first tokens come 1.06 to 1.15 times as
-         late. Steps with tokens are short (0.08 to 0.18 times) because decodes stand still while a prompt is computed, which
-         that figure does not count.  It is the contrary baseline
+Pays     nowhere: decoding goes at 0.91 to 1.10 of the speed of chunks beside it, which is noise, and first tokens come 1.09 to
+         1.22 times as late. Steps with tokens are short (0.08 to 0.14 times) because decodes stand still while a prompt is
+         computed, which that figure does not count.  It is the contrary baseline
 Differs  prompts longer than the row budget are still cut into chunks
 Raises   nothing
 """
