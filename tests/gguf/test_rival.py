@@ -6,16 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from weft import LLM, SamplingParams
 
 EXPECTED = Path(__file__).with_name("llama_cpp.json")
 
 
-@pytest.mark.skipif(
-    not EXPECTED.exists(), reason="llama_cpp.json is not there: make it by python -m tools.llama_cpp_ids"
-)
 def test_greedy_tokens_are_those_of_llama_cpp(bundled_gguf: Callable[..., Path]) -> None:
     answers = json.loads(EXPECTED.read_text())["answers"]
     with LLM(bundled_gguf("F32"), threads=1, memory="600M", max_model_len=512) as llm:

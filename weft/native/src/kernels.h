@@ -22,7 +22,8 @@ namespace weft {
 
 inline constexpr int PANEL = 16;
 inline constexpr int LINE_BYTES = 64;
-inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048, SUMS_SCRATCH = 192 * 512;  // floats: inputs of a block of rows, sums of groups
+// Floats: inputs of a block of rows, and a vector beyond them; sums of groups.
+inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048 + 16, SUMS_SCRATCH = 192 * 512;
 inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of weights
 inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + OPENED_SCRATCH;
 

@@ -177,15 +177,24 @@ constexpr Tile tile_of(int rows) {
     }
 }
 
-// Inputs of rows [first, first + rows), from `input` on, as the tiles read them: tile after tile, [K, R] each.
+// Inputs of rows [first, first + rows), from `input` on, as the tiles read them: tile after tile, [K, R] each.  Writes up to LANES
+// floats more.
 inline void turned(const Linear& a, int64_t first, int64_t rows, int64_t tiles, int64_t input, int64_t count, float* out) {
+    static_assert(TILE_ROWS <= LANES);
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t top = rows * t / tiles, high = rows * (t + 1) / tiles - top;
-        for (int64_t r = 0; r < high; r++) {
-            const float* x = a.x + (first + top + r) * a.x_stride + input;
-            float* to = out + top * count + r;
-            for (int64_t i = 0; i < count; i++) to[i * high] = x[i];
+        const float* x = a.x + (first + top) * a.x_stride + input;
+        float* to = out + top * count;
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES) {
+            vu square[LANES] = {};
+            for (int64_t r = 0; r < high; r++) square[r] = load_bits(x + r * a.x_stride + i);
+            turn<LANES / 2>(square);
+            // What a vector has beyond its rows is overwritten by the next.
+            for (int j = 0; j < LANES; j++) store(to + (i + j) * high, reinterpret_cast<vf>(square[j]));
         }
+        for (; i < count; i++)
+            for (int64_t r = 0; r < high; r++) to[i * high + r] = x[r * a.x_stride + i];
     }
 }
 

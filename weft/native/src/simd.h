@@ -150,6 +150,20 @@ WEFT_INLINE float top(vf x) {
     else return x[0];
 }
 
+// One step of turning a square of words around: what lies S lanes and S vectors off the diagonal changes places.
+template <int S, int... I>
+WEFT_INLINE void exchange(vu& a, vu& b, std::integer_sequence<int, I...>) {
+    const vu low = WEFT_SHUFFLE(a, b, ((I & S) ? LANES + I - S : I)...);
+    b = WEFT_SHUFFLE(a, b, ((I & S) ? LANES + I : I + S)...);
+    a = low;
+}
+template <int S>
+WEFT_INLINE void turn(vu (&words)[LANES]) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & S)) exchange<S>(words[i], words[i + S], Lanes{});
+    if constexpr (S > 1) turn<S / 2>(words);
+}
+
 // e^x within about two units in the last place; 0 below -87, where floats end, and for -inf.
 WEFT_INLINE vf exponential(vf x) {
     const vi alive = x > -87.0f;

@@ -101,20 +101,6 @@ WEFT_INLINE void want(const Tile_& tile, int64_t offset, int64_t bytes) {
         for (int64_t at = 0; at < bytes; at += LINE_BYTES) __builtin_prefetch(tile.rows[e] + offset + at);
 }
 
-// One step of turning a square of words around: what lies S lanes and S vectors off the diagonal changes places.
-template <int S, int... I>
-WEFT_INLINE void exchange(vu& a, vu& b, std::integer_sequence<int, I...>) {
-    const vu low = WEFT_SHUFFLE(a, b, ((I & S) ? LANES + I - S : I)...);
-    b = WEFT_SHUFFLE(a, b, ((I & S) ? LANES + I : I + S)...);
-    a = low;
-}
-template <int S>
-WEFT_INLINE void turn(vu (&words)[LANES]) {
-    for (int i = 0; i < LANES; i++)
-        if (!(i & S)) exchange<S>(words[i], words[i + S], Lanes{});
-    if constexpr (S > 1) turn<S / 2>(words);
-}
-
 // Keys of a tile as [D][E].
 template <class T>
 void transposed(const Tile_& tile, int64_t offset, int dim, float* out) {

@@ -85,16 +85,35 @@ WEFT_INLINE void touched(int64_t first, int64_t n, Share share, int64_t& from, i
     from += low, to += low;
 }
 
+// Rows of `words` words, one after the other, become the lines of a panel; those that fill no square are left, from the line that is
+// returned.
+WEFT_INLINE int64_t pack_words(const char* rows, int64_t words, char* panel) {
+    int64_t line = 0;
+    for (; line + LANES <= words; line += LANES)
+        for (int part = 0; part < PARTS; part++) {
+            vu square[LANES];
+            for (int r = 0; r < LANES; r++) square[r] = load_bits(rows + ((part * LANES + r) * words + line) * 4);
+            turn<LANES / 2>(square);
+            for (int i = 0; i < LANES; i++)
+                store(reinterpret_cast<float*>(panel) + (line + i) * PANEL + part * LANES, reinterpret_cast<vf>(square[i]));
+        }
+    return line;
+}
+
 // source_kind: 0 float32, 1 bfloat16, 2 float16; row-major [n, k].  They become outputs [first, first + n) of float panels.
 inline void pack(const Weight& w, const void* source, int source_kind, int64_t n, int64_t first, Share share) {
     const int values = values_of_line(w.format);
+    const bool alike = source_kind == (w.format == Format::F32 ? 0 : 1);  // then a line is a word of each output
     int64_t from, to;
     touched(first, n, share, from, to);
     for (int64_t p = from; p < to; p++) {
         int64_t begin, end;
         outputs(p, first, n, begin, end);
         char* panel = const_cast<char*>(w.panel(p));
-        for (int64_t line = 0; line < w.k / values; line++)
+        int64_t line = 0;
+        if (alike && end - begin == PANEL)
+            line = pack_words(static_cast<const char*>(source) + (begin - first) * (w.k / values) * 4, w.k / values, panel);
+        for (; line < w.k / values; line++)
             for (int64_t out = begin; out < end; out++)
                 for (int i = 0; i < values; i++) {
                     const int64_t at = (out - first) * w.k + line * values + i;
@@ -118,7 +137,11 @@ WEFT_INLINE int nibble(int i) { return i < 4 ? 2 * i : 2 * i - 7; }  // of input
 // Whole numbers of one output, each plus `shift`, become lane `lane` of a panel.
 WEFT_INLINE void put_row(const Weight& w, char* panel, int64_t lane, const uint8_t* row, int shift) {
     if (w.format == Format::I8) {
-        for (int64_t i = 0; i < w.k; i++) panel[(i / 4 * PANEL + lane) * 4 + i % 4] = static_cast<char>(row[i] + shift);
+        for (int64_t i = 0; i < w.k; i += 4) {
+            uint8_t word[4];
+            for (int j = 0; j < 4; j++) word[j] = static_cast<uint8_t>(row[i + j] + shift);
+            std::memcpy(panel + (i / 4 * PANEL + lane) * 4, word, 4);
+        }
         return;
     }
     for (int64_t line = 0; line < w.k / 8; line++) {
