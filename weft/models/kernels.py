@@ -25,11 +25,17 @@ if TYPE_CHECKING:
     from weft.exec.batch import Batch, GroupBatch
     from weft.exec.kvpool import KVPool
     from weft.ops.attention_call import AttentionCall, ByKernels
+    from weft.slots import Store
 
 STORES = {"int8": 2}
 """Encodings of a `kv.store` that the kernels read and write (`Store.kernels`), and what they call them."""
 MAX_GUESSES = 64
 """Guesses of a tree that the kernels know apart."""
+
+
+def encoding(store: Store) -> str:
+    """What the store's own class says of the kernels: one that inherits from it may encode otherwise."""
+    return str(vars(type(store)).get("kernels", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ class NativeStep:
         plans: the sequences whose attention the kernels compute, and which of them read the same key tiles.
         """
         shape, spec = pool.groups[at], self._native.spec
-        stored = FORMATS[pool.dtype] if pool.store is None else STORES[pool.store.kernels]
+        stored = FORMATS[pool.dtype] if pool.store is None else STORES[encoding(pool.store)]
         positions, slots = pool.positions(at), where.slots_T
         if keep is not None:
             slots = torch.full_like(slots, -1).index_copy_(0, keep, slots[keep])
@@ -181,8 +187,7 @@ class Native:
     def attends(self, batch: Batch, pool: KVPool) -> bool:
         """Whether the kernels compute the attention of this step, if it is dense."""
         guesses = max((len(parents) for parents in batch.trees.values()), default=0)
-        known = pool.store is None or getattr(pool.store, "kernels", "") in STORES
-        return known and guesses <= MAX_GUESSES
+        return (pool.store is None or encoding(pool.store) in STORES) and guesses <= MAX_GUESSES
 
     def finish(self, last: Run, count: int) -> None:
         """Run the operations of the head, which end with `last`, for the first rows of the buffer `picked`."""

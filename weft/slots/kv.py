@@ -58,8 +58,8 @@ class Store(Protocol):
     encode      [N, head_dim] of the model's dtype to uint8 [N, row_bytes]
     decode      uint8 [N, row_bytes] to float32 [N, head_dim]
 
-    Where `kernels` names an encoding that weft's kernels know (`weft.ops.cpu`: "int8"), they encode and decode in its place, and
-    say with `encoded` how many rows they wrote; empty where there is none.
+    Where a class says of itself, not of those that inherit from it, that its encoding is one that weft's kernels know (`kernels`,
+    "int8"), they encode and decode in its place, and say with `encoded` how many rows they wrote.
     """
 
     kernels: ClassVar[str] = ""

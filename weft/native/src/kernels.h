@@ -151,7 +151,7 @@ struct Seen {
 };
 
 inline constexpr int KEY_TILE = 32;      // entries whose scores are computed together; tiles begin at absolute multiples
-inline constexpr int CHUNK_TILES = 4;    // key tiles of a chunk, which is an unfinished softmax of its own
+inline constexpr int CHUNK_TILES = 2;    // key tiles of a chunk, which is an unfinished softmax of its own
 inline constexpr int QUERY_ROWS = 32;    // most (row, head) pairs of an item
 inline constexpr int MAX_DIM = 256;
 
