@@ -80,9 +80,8 @@ def products(bench: Bench) -> Iterator[dict[str, Any]]:
         weight = torch.randn(outs, width) / width**0.5
         x, out = torch.randn(max(ROWS), width), torch.empty(max(ROWS), outs)
         for text in FORMATS:
-            format: Any = getattr(torch, text, None)
-            whole = not isinstance(format, torch.dtype)
-            format = WeightFormat.parse(text) if whole else format
+            whole = text.startswith("int")
+            format: Any = WeightFormat.parse(text) if whole else getattr(torch, text)
             size = outs // PANEL * panel_bytes(width, format if whole else format.itemsize)
             copies = -(-SPREAD // size)
             memory = torch.empty(copies, size, dtype=torch.uint8)

@@ -31,12 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nended; nothing is written", file=sys.stderr)
         return 130
-    record = record_of(plan, groups, absent, ["python", "-m", "bench.rivals", *given])
+    record = record_of(plan, groups, absent, ["python", "-m", "bench.rivals", *without_places(given)])
     write(plan.out / "rivals.json", record)
     (plan.out / "rivals.md").write_text(report.markdown(record), encoding="utf8")
     (plan.out / "rivals.svg").write_text(report.svg(record), encoding="utf8")
     print(report.markdown(record))
     return verdict(record)
+
+
+def without_places(given: Sequence[str]) -> list[str]:
+    """A command line without the flags that say where things lie, which another machine has elsewhere."""
+    kept, words = [], iter(given)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--cache", "--out", "--pip-args"):
+            if not value:
+                next(words, None)
+        else:
+            kept.append(word)
+    return kept
 
 
 def record_of(
