@@ -30,6 +30,7 @@ struct Part {
     int64_t line, lines, n;
     bool begin, end;  // whether nothing was added up before, and whether it is the last
     const float* opened = nullptr;  // those lines as floats, [inputs, panels * PANEL], where several tiles read them
+    const char* bytes = nullptr;    // or as bytes, of each panel [K / 4] lines
 };
 
 // Asks memory for what P panels hold AHEAD lines after `line`, or for the beginning of the next P: the processor's own prefetching
@@ -210,11 +211,11 @@ inline void summed(const Linear& a, int64_t first, int64_t rows, float* out) {
         }
 }
 
-// Calls `run` (tile height, panels beside each other, first row, first panel, inputs [begin, end)) for rows [0, rows), panels
-// [from, to) and all inputs, of which several tiles take a stretch before they take the next.
+// Calls `run` (tile height, panels beside each other, first row, first panel, inputs [begin, end)) for rows [0, rows), at most `most`
+// to a tile, panels [from, to) and all inputs, of which several tiles take a stretch before they take the next.
 template <class Run>
-WEFT_INLINE void each_tile(int64_t rows, int64_t from, int64_t to, int64_t inputs, const Run& run) {
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;  // of nearly equal height
+WEFT_INLINE void each_tile(int64_t rows, int64_t most, int64_t from, int64_t to, int64_t inputs, const Run& run) {
+    const int64_t tiles = (rows + most - 1) / most;  // of nearly equal height
     const int64_t stretch = tiles > 1 ? STRETCH : inputs;
     for (int64_t p = from; p < to;) {
         const int64_t wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
@@ -249,7 +250,7 @@ void linear_in(const Linear& a, int64_t rows, Share share) {
             const float* inputs = share.scratch;
             if (count == 1) inputs = a.x + first * a.x_stride + input;
             else turned(a, first, count, (count + TILE_ROWS - 1) / TILE_ROWS, input, wide, share.scratch);
-            each_tile(count, from, to, wide, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
+            each_tile(count, TILE_ROWS, from, to, wide, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
                 Part part{inputs + top * wide + begin * tall, sums + top * w.groups(), a.out + (first + top) * a.out_stride,
                           w.panel(p), (input + begin) / W::VALUES, (end - begin) / W::VALUES, p * PANEL, input + begin == 0,
                           input + end == w.k};

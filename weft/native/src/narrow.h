@@ -92,9 +92,9 @@ inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, i
     return total;
 }
 
-inline void rounded(const Linear& a, int64_t first, int64_t rows, const Rounded& to) {
+inline void rounded(const Linear& a, int64_t first, int64_t rows, int64_t most_rows, const Rounded& to) {
     const int64_t k = a.weight.k, groups = a.weight.groups(), group = a.weight.group;
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int64_t tiles = (rows + most_rows - 1) / most_rows;
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t start = rows * t / tiles, high = rows * (t + 1) / tiles - start;
         for (int64_t r = 0; r < high; r++) {
@@ -108,24 +108,44 @@ inline void rounded(const Linear& a, int64_t first, int64_t rows, const Rounded&
     }
 }
 
-template <class W, int R, int P>
+// Nibbles that were made bytes once for several tiles.
+struct Bytes4 {
+    static constexpr int VALUES = 4, HALF = 8, QUADS = 1;
+    static WEFT_INLINE vu quad(vu word, int) { return word; }
+};
+inline void open_bytes(const Weight& w, const char* panel, int panels, char* out) {
+    const int64_t lines = w.k / I4::VALUES;
+    for (int p = 0; p < panels; p++, panel += w.panel_bytes())
+        for (int64_t line = 0; line < lines; line++) {
+            ask_for<1>(panel, w.panel_bytes(), line, lines);
+            for (int v = 0; v < PARTS; v++) {
+                const vu word = load_bits(panel + line * LINE_BYTES + v * LANES * 4);
+                for (int j = 0; j < I4::QUADS; j++)
+                    store(reinterpret_cast<float*>(out + ((p * lines + line) * I4::QUADS + j) * LINE_BYTES) + v * LANES,
+                          reinterpret_cast<vf>(I4::quad(word, j)));
+            }
+        }
+}
+
+template <class W, bool OFFSETS, int R, int P>
 void narrow_tile(const Linear& a, const int32_t* x, const float* row_scales, const int32_t* sums, const Part& part) {
     const Weight& w = a.weight;
-    const int64_t stride = w.panel_bytes(), groups = w.groups(), step = w.group / W::VALUES;
+    const bool own = !part.bytes;  // lines as they are stored
+    const char* lines = own ? part.panel : part.bytes;
+    const int64_t stride = own ? w.panel_bytes() : w.k / 4 * LINE_BYTES, groups = w.groups(), step = w.group / W::VALUES;
     vf totals[R][P][PARTS] = {};
     for (int64_t g = 0; g < groups; g++) {
         vi total[R][P][PARTS];
         for (int r = 0; r < R; r++) {
-            const vi start = vi{} - (w.offsets ? 0 : W::HALF * sums[r * groups + g]);
+            const vi start = vi{} - (OFFSETS ? 0 : W::HALF * sums[r * groups + g]);
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++) total[r][p][v] = start;
         }
         for (int64_t line = g * step; line < (g + 1) * step; line++) {
-            ask_for<P>(part.panel, stride, line, w.k / W::VALUES);
+            if (own) ask_for<P>(lines, stride, line, w.k / W::VALUES);
             vu words[P][PARTS];
             for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++)
-                    words[p][v] = load_bits(part.panel + p * stride + line * LINE_BYTES + v * LANES * 4);
+                for (int v = 0; v < PARTS; v++) words[p][v] = load_bits(lines + p * stride + line * LINE_BYTES + v * LANES * 4);
             for (int j = 0; j < W::QUADS; j++) {
                 const int32_t* mine = x + (line * W::QUADS + j) * R;
                 vu weight[P][PARTS];
@@ -140,13 +160,13 @@ void narrow_tile(const Linear& a, const int32_t* x, const float* row_scales, con
         }
         for (int p = 0; p < P; p++)
             for (int v = 0; v < PARTS; v++) {
-                const char* mine = part.panel + p * stride;
-                __builtin_prefetch(mine + P * stride + w.line_bytes() + g * w.scale_stride());
+                const char* mine = part.panel + p * w.panel_bytes();
+                __builtin_prefetch(mine + P * w.panel_bytes() + w.line_bytes() + g * w.scale_stride());
                 const vf scale = scales<W>(w, mine, g, v);
-                const vf offset = w.offsets ? offsets<W>(w, mine, g, v) : vf{};
+                const vf offset = OFFSETS ? offsets<W>(w, mine, g, v) : vf{};
                 for (int r = 0; r < R; r++) {
                     totals[r][p][v] += __builtin_convertvector(total[r][p][v], vf) * scale;
-                    if (w.offsets) totals[r][p][v] += offset * static_cast<float>(sums[r * groups + g]);
+                    if (OFFSETS) totals[r][p][v] += offset * static_cast<float>(sums[r * groups + g]);
                 }
             }
     }
@@ -158,16 +178,21 @@ void narrow_tile(const Linear& a, const int32_t* x, const float* row_scales, con
 
 using NarrowTile = void (*)(const Linear&, const int32_t*, const float*, const int32_t*, const Part&);
 
-template <class W, int P, int R>
+template <class W, bool OFFSETS, int P, int R>
 constexpr NarrowTile narrow_tile_of(int rows) {
     if constexpr (R == 1) {
-        return narrow_tile<W, 1, P>;
+        return narrow_tile<W, OFFSETS, 1, P>;
     } else {
-        return rows == R ? narrow_tile<W, R, P> : narrow_tile_of<W, P, R - 1>(rows);
+        return rows == R ? narrow_tile<W, OFFSETS, R, P> : narrow_tile_of<W, OFFSETS, P, R - 1>(rows);
     }
 }
 
-template <class W>
+// Small groups are settled often, in floats that lie in registers only beside the sums of half as many rows.  Where there are more
+// than two tiles anyway, that is worth it.
+inline constexpr int GROUPED_ROWS = TILE_ROWS / 2;
+inline constexpr int64_t SMALL_GROUP = 64;
+
+template <class W, bool OFFSETS>
 void narrow_in(const Linear& a, int64_t rows, Share share) {
     const Weight& w = a.weight;
     int64_t from, to;
@@ -175,17 +200,25 @@ void narrow_in(const Linear& a, int64_t rows, Share share) {
     if (from == to) return;
     int64_t high = ROW_BLOCK;
     while (high > 1 && (high * w.k / 4 > INPUTS_SCRATCH || high * (w.groups() + 1) > SUMS_SCRATCH)) high /= 2;
-    float* spare = share.scratch + INPUTS_SCRATCH;
+    const bool many = rows > OPENED_TILES * TILE_ROWS;
+    const int64_t most = many && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
+    float *spare = share.scratch + INPUTS_SCRATCH, *opened = spare + SUMS_SCRATCH;
+    const bool opens = many && W::QUADS > 1 && TILE_PANELS * PANEL * w.k / 4 <= OPENED_SCRATCH;
     const Rounded inputs{reinterpret_cast<int32_t*>(share.scratch), spare, reinterpret_cast<int32_t*>(spare + high)};
     for (int64_t first = 0; first < rows; first += high) {
         const int64_t count = rows - first < high ? rows - first : high;
-        rounded(a, first, count, inputs);
-        each_tile(count, from, to, STRETCH, [&](int tall, int panels, int64_t top, int64_t p, int64_t, int64_t) {
-            const NarrowTile run = panels == 1             ? narrow_tile_of<W, 1, TILE_ROWS>(tall)
-                                   : panels == TILE_PANELS ? narrow_tile_of<W, TILE_PANELS, TILE_ROWS>(tall)
-                                                           : narrow_tile_of<W, FEW_PANELS, 2>(tall);
-            run(a, inputs.words + top * (w.k / 4), inputs.scales + top, inputs.sums + top * w.groups(),
-                Part{nullptr, nullptr, a.out + (first + top) * a.out_stride, w.panel(p), 0, 0, p * PANEL, true, true});
+        rounded(a, first, count, most, inputs);
+        each_tile(count, most, from, to, STRETCH, [&](int tall, int panels, int64_t top, int64_t p, int64_t, int64_t) {
+            Part part{nullptr, nullptr, a.out + (first + top) * a.out_stride, w.panel(p), 0, 0, p * PANEL, true, true};
+            NarrowTile run = panels == 1             ? narrow_tile_of<W, OFFSETS, 1, TILE_ROWS>(tall)
+                             : panels == TILE_PANELS ? narrow_tile_of<W, OFFSETS, TILE_PANELS, TILE_ROWS>(tall)
+                                                     : narrow_tile_of<W, OFFSETS, FEW_PANELS, 2>(tall);
+            if (opens && panels == TILE_PANELS) {
+                part.bytes = reinterpret_cast<const char*>(opened);
+                if (top == 0) open_bytes(w, part.panel, TILE_PANELS, reinterpret_cast<char*>(opened));
+                run = narrow_tile_of<Bytes4, OFFSETS, TILE_PANELS, TILE_ROWS>(tall);
+            }
+            run(a, inputs.words + top * (w.k / 4), inputs.scales + top, inputs.sums + top * w.groups(), part);
         });
     }
 }
@@ -223,8 +256,12 @@ inline void linear(const Linear& a, int64_t rows, Share share) {
     switch (a.weight.format) {
         case Format::F32: return linear_in<F32>(a, rows, share);
         case Format::BF16: return linear_in<BF16>(a, rows, share);
-        case Format::I8: return a.narrow ? narrow_in<I8>(a, rows, share) : linear_in<I8>(a, rows, share);
-        case Format::I4: return a.narrow ? narrow_in<I4>(a, rows, share) : linear_in<I4>(a, rows, share);
+        case Format::I8:
+            if (!a.narrow) return linear_in<I8>(a, rows, share);
+            return a.weight.offsets ? narrow_in<I8, true>(a, rows, share) : narrow_in<I8, false>(a, rows, share);
+        case Format::I4:
+            if (!a.narrow) return linear_in<I4>(a, rows, share);
+            return a.weight.offsets ? narrow_in<I4, true>(a, rows, share) : narrow_in<I4, false>(a, rows, share);
     }
 }
 
