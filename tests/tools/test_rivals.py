@@ -164,8 +164,14 @@ def test_memory_is_limited(tmp_path: Path) -> None:
 
 
 def test_commands_end_in_time_or_are_ended(tmp_path: Path) -> None:
-    log, ticks = tmp_path / "log", list[float]()
-    run([sys.executable, "-c", "print('fine')"], log, 30, tick=ticks.append)
+    log, ticks, seen = tmp_path / "log", list[float](), tmp_path / "seen"
+
+    def tick(gone_s: float) -> None:
+        ticks.append(gone_s)
+        seen.touch()
+
+    waiting = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)\nprint('fine')"
+    run([sys.executable, "-c", waiting, str(seen)], log, 30, tick=tick)
     assert log.read_text(encoding="utf8") == "fine\n"
     assert ticks
     with pytest.raises(RivalError, match=r"exit status 4: .*no wheel"):
