@@ -1,6 +1,6 @@
 // Attention over paged keys and values.  Included by the files of the instruction sets.
 //
-// An item is some rows of one sequence with one kv head: the query heads that share it read each key once.  Its entries are
+// An item is some rows of one sequence with one kv head, or with a few: query heads that share one read each key once.  Its entries are
 // taken in tiles of KEY_TILE, which begin at absolute multiples, by an online softmax (Milakov and Gimelshein,
 // arXiv:1805.02867); CHUNK_TILES tiles are one unfinished result, and those are merged in ascending order, by the item itself
 // or, where they were computed apart, by `merge`.  A tile of which a row sees nothing leaves its state as it was.  So a row's

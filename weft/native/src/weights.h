@@ -153,14 +153,19 @@ WEFT_INLINE void put_row(const Weight& w, char* panel, int64_t lane, const uint8
 
 // Scales of one output, and its offsets if there are any; each stands for `repeat` groups.
 WEFT_INLINE void put_scales(const Weight& w, char* panel, int64_t lane, const float* scales, const float* offsets, int64_t repeat) {
-    for (int64_t g = 0; g < w.groups(); g++) {
-        char* to = panel + w.line_bytes() + g * w.scale_stride();
-        for (int which = 0; which < (w.offsets ? 2 : 1); which++, to += w.scale_stride() / 2) {
-            const float x = (which ? offsets : scales)[g / repeat];
-            if (w.grouped()) reinterpret_cast<uint16_t*>(to)[lane] = half_of(x);
-            else reinterpret_cast<float*>(to)[lane] = x;
+    char* to = panel + w.line_bytes();
+    const int64_t stride = w.offsets ? w.scale_stride() / 2 : w.scale_stride();
+    const auto put_one = [&](float x) {
+        if (w.grouped()) reinterpret_cast<uint16_t*>(to)[lane] = half_of(x);
+        else reinterpret_cast<float*>(to)[lane] = x;
+        to += stride;
+    };
+    const int64_t count = w.groups() / repeat;
+    for (int64_t given = 0; given < count; given++)
+        for (int64_t turn = 0; turn < repeat; turn++) {
+            put_one(scales[given]);
+            if (w.offsets) put_one(offsets[given]);
         }
-    }
 }
 
 inline void pack_values(const Weight& w, const Values& v, int64_t n, int64_t first, Share share) {
