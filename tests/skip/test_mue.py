@@ -16,7 +16,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests.exec.conftest import STORY, Bench, spec
 from tests.models.checkpoints import Checkpoint
-from tests.models.conftest import checkpoint  # noqa: F401
 from tests.models.harness import Rows, bench_for
 from weft.errors import ConfigError
 from weft.exec import leaving
@@ -212,7 +211,7 @@ def test_laws_and_filled_keys_are_those_of_a_plain_loop(
 @pytest.mark.parametrize("family", ["llama_bias_tied", "qwen3", "gemma2", "mistral", "qwen2_window", "qwen3_moe"])
 def test_filling_stores_what_each_layer_would(
     family: str,
-    checkpoint: Callable[[str], Checkpoint],  # noqa: F811
+    checkpoint: Callable[[str], Checkpoint],
 ) -> None:
     """Biases, norms of heads, windows, soft caps: keys and values of layer l are those that it makes of the hidden state."""
     there = checkpoint(family)

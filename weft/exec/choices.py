@@ -108,6 +108,7 @@ def choose_dtype(wanted: str, raw: Mapping[str, Any], spec: DecoderSpec, device:
 
 
 def device(wanted: str) -> str:
+    """cpu or cuda.  Raises ConfigError for another word, and for cuda where no GPU answers."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device is auto, cpu or cuda, got {wanted!r}")
     if wanted == "cpu" or (wanted == "auto" and not Path("/dev/nvidiactl").exists()):
