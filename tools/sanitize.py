@@ -55,7 +55,7 @@ def _run(extension: str, tests: list[str]) -> int:
     from weft import native
 
     assert native.module() is module
-    return int(pytest.main(["-q", "-p", "no:xdist", "-p", "no:cacheprovider", *(tests or ["tests/native"])]))
+    return int(pytest.main(["-q", "-s", "-p", "no:xdist", "-p", "no:cacheprovider", *(tests or ["tests/native"])]))
 
 
 if __name__ == "__main__":
