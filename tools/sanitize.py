@@ -21,6 +21,12 @@ NAME = "weft.native._native"
 MARK = "WEFT_SANITIZED"
 
 
+def find(library: str) -> str:
+    """Where the compiler has it."""
+    said = subprocess.run(["g++", f"-print-file-name={library}"], check=True, capture_output=True, text=True)
+    return said.stdout.strip()
+
+
 def main(tests: list[str]) -> int:
     if MARK in os.environ:
         return _run(os.environ[MARK], tests)
@@ -32,9 +38,9 @@ def main(tests: list[str]) -> int:
     ):  # fmt: skip
         subprocess.run(command, check=True)
     extension = next(BUILD.glob("_native*.so"))
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
     checks = {
-        "LD_PRELOAD": library.stdout.strip(),  # it must come before everything else, and Python was not built with it
+        # It must come before everything else, since Python was not built with it; and it looks for what throws when it starts.
+        "LD_PRELOAD": ":".join(find(name) for name in ("libasan.so", "libstdc++.so")),
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # what Python keeps to its end is no leak
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         MARK: str(extension),

@@ -1,12 +1,12 @@
 // Attention over paged keys and values.  Included by the files of the instruction sets.
 //
 // An item is some rows of one sequence with one kv head, or with a few: query heads that share one read each key once.  Its entries are
-// taken in tiles of KEY_TILE, which begin at absolute multiples, by an online softmax (Milakov and Gimelshein,
-// arXiv:1805.02867); CHUNK_TILES tiles are one unfinished result, and those are merged in ascending order, by the item itself
-// or, where they were computed apart, by `merge`.  A tile of which a row sees nothing leaves its state as it was.  So a row's
-// bits depend on the entries that it sees, and on nothing else.
+// taken in chunks, which begin at absolute multiples of CHUNK; each is an unfinished softmax of its own, and those are merged in
+// ascending order (Milakov and Gimelshein, arXiv:1805.02867), by the item itself or, where they were computed apart, by `merge`.
+// A chunk of which a row sees nothing leaves its result as it was.  So a row's bits depend on the entries that it sees, and on
+// nothing else.
 //
-// Legend.  M: (row, head) pairs of an item.  D: head_dim.  E: KEY_TILE.
+// Legend.  M: (row, head) pairs of an item.  D: head_dim.  C: CHUNK.  E: KEY_PART.
 #pragma once
 
 #include "kernels.h"
@@ -18,6 +18,7 @@ namespace weft::WEFT_ISA {
 inline constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 static_assert(QUERY_ROWS % LANES == 0);
+static_assert(CHUNK % KEY_PART == 0);
 
 // The unfinished softmax of M pairs.
 struct State {
@@ -30,21 +31,13 @@ struct State {
     }
 };
 
-// One pair's earlier state with the next chunk's.
-inline void join(float& most, float& total, float* mixed, float next_most, float next_total, const float* next, int dim) {
-    if (next_most == NEVER) return;
-    if (most == NEVER) {
-        most = next_most, total = next_total;
-        std::memcpy(mixed, next, static_cast<size_t>(dim) * 4);
-        return;
-    }
-    const float high = most > next_most ? most : next_most;
-    float shares[LANES] = {};
-    shares[0] = most - high, shares[1] = next_most - high;
-    store(shares, exponential(load(shares)));
-    for (int d = 0; d < dim; d++) mixed[d] = mixed[d] * shares[0] + next[d] * shares[1];
-    total = total * shares[0] + next_total * shares[1];
-    most = high;
+// Of pairs [m, m + LANES): the shares of what they have and of what comes next, whose maxima are `next`.  Two that saw nothing have none.
+WEFT_INLINE void shares(State& state, const float* next, const float* next_total, int m, float* before, float* now) {
+    const vf mine = load(state.most + m), other = load(next + m), high = larger(other, mine);
+    const vf old = exponential(mine - high), fresh = exponential(other - high);
+    store(before + m, old), store(now + m, fresh);
+    store(state.total + m, load(state.total + m) * old + load(next_total + m) * fresh);
+    store(state.most + m, high);
 }
 
 // What the rows of an item see, and their scaled queries [kv_heads, M, D].
@@ -58,7 +51,7 @@ struct Queries {
     float q[QUERY_ROWS * MAX_DIM];
 };
 
-// Whether some of a tile's entries are visible, and whether not all are.
+// Whether some of these entries are visible, and whether not all are.
 inline bool in_sight(const Queries& queries, int64_t start, int64_t stop, bool& partly) {
     partly = false;
     if (!queries.visible) return true;
@@ -68,89 +61,117 @@ inline bool in_sight(const Queries& queries, int64_t start, int64_t stop, bool& 
     return some;
 }
 
-inline void hide(const Queries& queries, int row, const Tile_& tile, int64_t window, float* scores) {
-    for (int e = 0; e < KEY_TILE; e++) {
-        const int64_t gap = queries.positions[row] - tile.positions[e];
+inline void hide(const Queries& queries, int row, const Entries& from, int64_t window, float* scores) {
+    for (int e = 0; e < CHUNK; e++) {
+        const int64_t gap = queries.positions[row] - from.positions[e];
         bool hidden = gap < 0 || (window && gap >= window);
-        const int64_t guess = tile.start + e - queries.tree_first;
+        const int64_t guess = from.start + e - queries.tree_first;
         if (queries.tree_first >= 0 && guess >= 0 && queries.tree[row] != ~uint64_t{0})
             hidden = hidden || guess >= 64 || !(queries.tree[row] >> guess & 1);
-        if (queries.visible && tile.positions[e] != INT32_MAX) hidden = hidden || !queries.visible[(tile.start + e) / queries.block];
+        if (queries.visible && from.positions[e] != INT32_MAX) hidden = hidden || !queries.visible[(from.start + e) / queries.block];
         if (hidden) scores[e] = NEVER;
     }
 }
 
-// Scores of an item's pairs with one kv head, whose queries are `q`, with a tile: [M, E], -inf where a row does not see an entry.
+// Entries [first, stop) of a chunk, in whole parts, beyond which no row of the item sees any.
+WEFT_INLINE void seen_parts(const Queries& queries, const Entries& from, int& first, int& stop) {
+    first = from.low / KEY_PART * KEY_PART, stop = (from.high + KEY_PART - 1) / KEY_PART * KEY_PART;
+    if (!from.partly) return;
+    const auto sees = [&](int part) {
+        const int low = part > from.low ? part : from.low, high = part + KEY_PART < from.high ? part + KEY_PART : from.high;
+        bool partly;
+        return in_sight(queries, from.start + low, from.start + high, partly);
+    };
+    while (stop - first > KEY_PART && !sees(stop - KEY_PART)) stop -= KEY_PART;
+    while (stop - first > KEY_PART && !sees(first)) first += KEY_PART;
+}
+
+// Scores of an item's pairs with one kv head, whose queries are `q`, with a chunk: [M, C], -inf where a row does not see an entry.
 template <class T>
-void score(const Attend& a, const Place& place, const Queries& queries, int rows, const Tile_& tile, int64_t head_bytes, const float* q,
-           float* found) {
+void score(const Attend& a, const Place& place, const Queries& queries, int rows, const Entries& from, int64_t head_bytes, const float* q,
+           float* found, Asking& asking) {
     const int each = a.heads / a.kv_heads, pairs = rows * each;
-    alignas(64) float keys[MAX_DIM * KEY_TILE];
-    transposed<T>(tile, keys_at<T>(a, place) + head_bytes, a.dim, keys);
-    each_part<SCORE_ROWS>(pairs, [&](auto count, int m) {
-        scores<count.value>(q + m * a.dim, keys, a.dim, found + m * KEY_TILE);
-    });
-    const bool clear = !tile.partly && tile.highest <= queries.lowest && (!place.window || queries.highest - tile.lowest < place.window) &&
-                       queries.tree_first < 0 && tile.positions[KEY_TILE - 1] != INT32_MAX && tile.positions[0] != INT32_MAX;
+    alignas(64) float keys[MAX_DIM * KEY_PART];
+    const int64_t offset = keys_at<T>(a, place) + head_bytes;
+    int first, stop;
+    seen_parts(queries, from, first, stop);
+    for (int e = 0; e < CHUNK; e += KEY_PART) {
+        if (e < first || e >= stop) {
+            for (int m = 0; m < pairs; m++)
+                for (int v = 0; v < KEY_PART; v += LANES) store(found + m * CHUNK + e + v, all(NEVER));
+            continue;
+        }
+        transposed<T>(from.rows + e, offset, a.dim, keys);
+        each_part<SCORE_ROWS>(pairs, [&](auto count, int m) {
+            scores<T, count.value>(q + m * a.dim, keys, a.dim, found + m * CHUNK + e, asking);
+        });
+    }
+    const bool clear = !from.partly && from.highest <= queries.lowest && (!place.window || queries.highest - from.lowest < place.window) &&
+                       queries.tree_first < 0 && from.low == 0 && from.high == CHUNK;
+    if (T::SCALED) {
+        alignas(64) float scales[CHUNK];
+        for (int e = 0; e < CHUNK; e++) scales[e] = T::scale(from.rows[e] + offset, a.dim);
+        for (int m = 0; m < pairs; m++)
+            for (int v = first; v < stop; v += LANES) store(found + m * CHUNK + v, load(found + m * CHUNK + v) * load(scales + v));
+    }
     for (int m = 0; m < pairs; m++) {
-        float* mine = found + m * KEY_TILE;
+        float* mine = found + m * CHUNK;
         if (a.softcap > 0)
-            for (int v = 0; v < KEY_TILE; v += LANES)
+            for (int v = first; v < stop; v += LANES)
                 store(mine + v, a.softcap * hyperbolic_tangent(load(mine + v) / a.softcap));
-        if (!clear) hide(queries, m / each, tile, place.window, mine);
+        if (!clear) hide(queries, m / each, from, place.window, mine);
     }
 }
 
-// next: the tile after it, or null.
-template <class T>
-void one_tile(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Tile_& tile,
-              const Tile_* next, State& state) {
-    const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each;  // pairs of a kv head, and of all
-    const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place) + item.kv_head * one, values = keys + layer_bytes<T>(a, place);
-    alignas(64) float found[QUERY_ROWS * KEY_TILE];
-    want(tile, values, item.kv_heads * one);
-    for (int h = 0; h < item.kv_heads; h++)
-        score<T>(a, place, queries, item.rows, tile, (item.kv_head + h) * one, queries.q + h * each * a.dim,
-                 found + h * each * KEY_TILE);
-    if (next) want(*next, keys, item.kv_heads * one);
-    // Maxima of all pairs, and what becomes of their earlier sums, before any weight: pairs do not wait for each other so.
-    float most[QUERY_ROWS], share[QUERY_ROWS];
+// Scores [M, C] become weights; each pair's maximum and sum.  A pair that sees nothing has weights of 0.
+inline void weights_of(float* found, int pairs, float* most, float* total) {
     for (int m = 0; m < pairs; m++) {
-        vf high = load(found + m * KEY_TILE);
-        for (int v = LANES; v < KEY_TILE; v += LANES) high = larger(high, load(found + m * KEY_TILE + v));
+        vf high = load(found + m * CHUNK);
+        for (int v = LANES; v < CHUNK; v += LANES) high = larger(high, load(found + m * CHUNK + v));
         most[m] = top(high);
     }
-    for (int m = pairs; m % LANES; m++) most[m] = NEVER;
-    for (int m = 0; m < pairs; m += LANES) {
-        const vf before = load(state.most + m), now = larger(load(most + m), before);
-        store(most + m, now);
-        store(share + m, exponential(before - now));  // exactly 1 where nothing changed
-        store(state.most + m, now);
-    }
     for (int m = 0; m < pairs; m++) {
-        float* mine = found + m * KEY_TILE;
-        if (most[m] == NEVER) {
-            std::memset(mine, 0, KEY_TILE * 4);
-            continue;
-        }
+        float* mine = found + m * CHUNK;
         vf added = vf{};
-        for (int v = 0; v < KEY_TILE; v += LANES) {
+        for (int v = 0; v < CHUNK; v += LANES) {  // of two that are -inf the difference is no number, whose exponential is 0 here
             const vf weight = exponential(load(mine + v) - most[m]);
             store(mine + v, weight);
             added += weight;
         }
-        state.total[m] = state.total[m] * share[m] + sum(added);
+        total[m] = sum(added);
     }
-    for (int m = 0; m < pairs; m++) {
-        if (most[m] == NEVER || share[m] == 1.0f) continue;
-        float* mixed = state.mixed + m * a.dim;
-        for (int d = 0; d < a.dim; d++) mixed[d] *= share[m];
-    }
+    for (int m = pairs; m % LANES; m++) most[m] = NEVER, total[m] = 0.0f;
+}
+
+// next: the chunk after it, or null.
+template <class T>
+void one_chunk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, const Entries* next,
+               State& state) {
+    const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each;  // pairs of a kv head, and of all
+    const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place) + item.kv_head * one, values = keys + layer_bytes<T>(a, place);
+    alignas(64) float found[QUERY_ROWS * CHUNK], most[QUERY_ROWS], total[QUERY_ROWS], before[QUERY_ROWS], now[QUERY_ROWS];
+    Asking asking{from.rows, values, item.kv_heads * one, from.low, from.high};
     for (int h = 0; h < item.kv_heads; h++)
+        score<T>(a, place, queries, item.rows, from, (item.kv_head + h) * one, queries.q + h * each * a.dim,
+                 found + h * each * CHUNK, asking);
+    weights_of(found, pairs, most, total);
+    for (int m = 0; m < pairs; m += LANES) shares(state, most, total, m, before, now);
+    int first, stop;
+    seen_parts(queries, from, first, stop);
+    asking = next ? Asking{next->rows, keys, item.kv_heads * one, next->low, next->high} : Asking{from.rows, keys, 0, 0, 0};
+    for (int h = 0; h < item.kv_heads; h++) {
+        if (T::SCALED) {
+            alignas(64) float scales[CHUNK];
+            for (int e = 0; e < CHUNK; e++) scales[e] = T::scale(from.rows[e] + values + h * one, a.dim);
+            for (int m = h * each; m < (h + 1) * each; m++)
+                for (int v = first; v < stop; v += LANES) store(found + m * CHUNK + v, load(found + m * CHUNK + v) * load(scales + v));
+        }
         each_part<MIX_ROWS>(each, [&](auto count, int m) {
             m += h * each;
-            mix<T, count.value>(tile, values + h * one, found + m * KEY_TILE, a.dim, state.mixed + m * a.dim);
+            mix<T, count.value>(from, values + h * one, found + m * CHUNK, first, stop, before + m, now + m, a.dim,
+                                state.mixed + m * a.dim, asking);
         });
+    }
 }
 
 inline void write(const Attend& a, int kv_head, int64_t row, int head, float total, const float* mixed) {
@@ -180,7 +201,7 @@ inline void ask(const Attend& a, const Place& place, const Seen& seen, const Ite
     }
 }
 
-// The tiles of an item of which some row sees something, one after the other.
+// The chunks of an item of which some row sees something, one after the other.
 template <class T>
 struct Walk {
     const Place& place;
@@ -189,17 +210,16 @@ struct Walk {
     int64_t start, stop, row_bytes;
 
     Walk(const Attend& a, const Place& place, const Queries& queries, const Item& item)
-        : place(place), queries(queries), item(item), start(item.chunk * CHUNK_TILES * KEY_TILE),
-          stop(item.chunk_stop * CHUNK_TILES * KEY_TILE), row_bytes(a.kv_heads * T::bytes(a.dim)) {
+        : place(place), queries(queries), item(item), start(item.chunk * CHUNK), stop(item.chunk_stop * CHUNK), row_bytes(a.kv_heads * T::bytes(a.dim)) {
         const int64_t end = place.first[item.sequence] + place.lengths[item.sequence];
         if (stop > end) stop = end;
     }
-    bool next(Tile_& tile) {
-        for (; start < stop; start += KEY_TILE) {
-            if (!in_sight(queries, start, start + KEY_TILE < stop ? start + KEY_TILE : stop, tile.partly)) continue;
-            if (!locate(place, item.sequence, start, row_bytes, tile) || tile.lowest > queries.highest) continue;
-            if (place.window && queries.lowest - tile.highest >= place.window && queries.tree_first < 0) continue;
-            start += KEY_TILE;
+    bool next(Entries& found) {
+        for (; start < stop; start += CHUNK) {
+            if (!in_sight(queries, start, start + CHUNK < stop ? start + CHUNK : stop, found.partly)) continue;
+            if (!locate(place, item.sequence, start, row_bytes, found) || found.lowest > queries.highest) continue;
+            if (place.window && queries.lowest - found.highest >= place.window && queries.tree_first < 0) continue;
+            start += CHUNK;
             return true;
         }
         return false;
@@ -211,37 +231,40 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     const int each = a.heads / a.kv_heads, pairs = item.kv_heads * item.rows * each;
     Queries queries;
     ask(a, place, seen, item, rows, queries);
-    State whole, part;
-    whole.clear(pairs, a.dim);
-    const auto close = [&] {
-        for (int m = 0; m < pairs; m++)
-            join(whole.most[m], whole.total[m], whole.mixed + m * a.dim, part.most[m], part.total[m], part.mixed + m * a.dim,
-                 a.dim);
+    State state;
+    state.clear(pairs, a.dim);
+    const auto mixed_of = [&](int m, float* out) {
+        for (int d = 0; d < a.dim; d++) out[d] = state.mixed[m * a.dim + mixed_at<T>(d, a.dim)];
+    };
+    float* to = partials + item.partial;
+    const auto put_apart = [&] {  // and begin anew
+        for (int m = 0; m < pairs; m++, to += 2 + static_cast<int64_t>(a.dim)) {
+            to[0] = state.most[m], to[1] = state.total[m];
+            mixed_of(m, to + 2);
+        }
+        state.clear(pairs, a.dim);
     };
     Walk<T> walk(a, place, queries, item);
-    Tile_ tiles[2];
-    int64_t chunk = -1;
-    bool more = walk.next(tiles[0]);
+    Entries chunks[2];
+    int64_t due = item.chunk;
+    bool more = walk.next(chunks[0]);
     for (int turn = 0; more; turn ^= 1) {
-        const Tile_& tile = tiles[turn];
-        more = walk.next(tiles[turn ^ 1]);
-        if (const int64_t mine = tile.start / (CHUNK_TILES * KEY_TILE); mine != chunk) {
-            if (chunk >= 0) close();
-            part.clear(pairs, a.dim);
-            chunk = mine;
-        }
-        one_tile<T>(a, place, queries, item, tile, more ? &tiles[turn ^ 1] : nullptr, part);
+        const Entries& from = chunks[turn];
+        more = walk.next(chunks[turn ^ 1]);
+        if (item.partial >= 0)
+            for (; due < from.start / CHUNK; due++) put_apart();  // nothing was seen of these
+        one_chunk<T>(a, place, queries, item, from, more ? &chunks[turn ^ 1] : nullptr, state);
+        if (item.partial >= 0) put_apart(), due++;
     }
-    if (chunk >= 0) close();
+    if (item.partial >= 0) {
+        for (; due < item.chunk_stop; due++) put_apart();
+        return;
+    }
     for (int m = 0; m < pairs; m++) {
-        if (item.partial < 0) {
-            const int h = m / (item.rows * each), r = m / each % item.rows;
-            write(a, item.kv_head + h, rows[item.first + r], m % each, whole.total[m], whole.mixed + m * a.dim);
-        } else {
-            float* to = partials + item.partial + m * (2 + static_cast<int64_t>(a.dim));
-            to[0] = whole.most[m], to[1] = whole.total[m];
-            std::memcpy(to + 2, whole.mixed + m * a.dim, static_cast<size_t>(a.dim) * 4);
-        }
+        float mixed[MAX_DIM];
+        mixed_of(m, mixed);
+        const int h = m / (item.rows * each), r = m / each % item.rows;
+        write(a, item.kv_head + h, rows[item.first + r], m % each, state.total[m], mixed);
     }
 }
 
@@ -252,18 +275,30 @@ inline void attend(const Attend& a, const Place& place, const Seen& seen, const 
     else attend_in<ByteRows>(a, place, seen, item, rows, partials);
 }
 
-inline void merge(const Attend& a, const Joined* joined, int64_t count, const int64_t* places, const float* partials, Share share) {
+inline void merge(const Attend& a, const Joined* list, int64_t count, const int64_t* places, const float* partials, Share share) {
     const int each = a.heads / a.kv_heads;
+    State state;
+    float before[QUERY_ROWS], now[QUERY_ROWS], most[QUERY_ROWS], total[QUERY_ROWS];
     for (int64_t i = share.index; i < count; i += share.count) {
-        const Joined& one = joined[i];
-        for (int head = 0; head < each; head++) {
-            float most = NEVER, total = 0.0f, mixed[MAX_DIM] = {};
-            for (int64_t p = one.first; p < one.first + one.parts; p++) {
-                const float* from = partials + places[p] + head * (2 + static_cast<int64_t>(a.dim));
-                join(most, total, mixed, from[0], from[1], from + 2, a.dim);
+        const Joined& one = list[i];
+        state.clear(each, a.dim);
+        for (int64_t p = one.first; p < one.first + one.parts; p++) {
+            const float* from = partials + places[p];
+            const int64_t apart = 2 + static_cast<int64_t>(a.dim);
+            for (int h = 0; h < QUERY_ROWS; h++) {
+                most[h] = h < each ? from[h * apart] : NEVER;
+                total[h] = h < each ? from[h * apart + 1] : 0.0f;
             }
-            write(a, one.kv_head, one.row, head, total, mixed);
+            for (int h = 0; h < each; h += LANES) shares(state, most, total, h, before, now);
+            for (int h = 0; h < each; h++) {
+                float* mixed = state.mixed + h * a.dim;
+                const float* next = from + h * apart + 2;
+                int d = 0;
+                for (; d + LANES <= a.dim; d += LANES) store(mixed + d, joined(load(mixed + d), before[h], load(next + d), now[h]));
+                for (; d < a.dim; d++) mixed[d] = joined(all(mixed[d]), before[h], all(next[d]), now[h])[0];
+            }
         }
+        for (int head = 0; head < each; head++) write(a, one.kv_head, one.row, head, state.total[head], state.mixed + head * a.dim);
     }
 }
 

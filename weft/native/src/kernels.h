@@ -115,13 +115,13 @@ struct Place {
     int64_t window = 0;  // 0 for all
 };
 
-// Some rows of the batch with a kv head, or a few that follow each other, over key chunks [chunk, chunk_stop) as `sequence` has them: rows of that sequence, or
+// Some rows of the batch with a kv head, or a few that follow each other, over chunks [chunk, chunk_stop) as `sequence` has them: rows of that sequence, or
 // of several whose tables hold the same blocks there.
 struct Item {
     int32_t sequence, kv_head;
     int32_t first, rows;  // in the step's list of rows
     int64_t chunk, chunk_stop;
-    int64_t partial;      // where its unfinished results go, row by row; -1 where they are the whole
+    int64_t partial;      // where its unfinished results go, chunk by chunk and row by row; -1 where they are put together at once
     int32_t unit = -1;    // whose visible blocks they see (`Seen`); -1 for all
     int32_t kv_heads = 1; // one where the item has a unit; with all rows they are at most QUERY_ROWS pairs
 };
@@ -150,8 +150,8 @@ struct Seen {
     int64_t blocks = 0, block = 1;
 };
 
-inline constexpr int KEY_TILE = 32;      // entries whose scores are computed together; tiles begin at absolute multiples
-inline constexpr int CHUNK_TILES = 2;    // key tiles of a chunk, which is an unfinished softmax of its own
+inline constexpr int CHUNK = 64;         // entries of an unfinished softmax; chunks begin at absolute multiples
+inline constexpr int KEY_PART = 32;      // of them, those whose scores are computed together
 inline constexpr int QUERY_ROWS = 32;    // most (row, head) pairs of an item
 inline constexpr int MAX_DIM = 256;
 

@@ -250,7 +250,7 @@ NB_MODULE(_native, m) {
             const Source from{at<void>(source), kind};
             p.pool().run([&](Share share) { p.kernels().pack_rounded(w, from, at<float>(scales), at<float>(offsets), n, first, share); });
         }, nb::call_guard<nb::gil_scoped_release>());
-    m.attr("CHUNK") = KEY_TILE * CHUNK_TILES;
+    m.attr("CHUNK") = CHUNK;
     m.def("isas", [] {
         std::vector<std::string> found;
         for (auto* find : TABLES)

@@ -64,8 +64,6 @@ void Program::weigh(const Attend& a, size_t group, const Weigh& to, const Step& 
 
 namespace {
 
-constexpr int64_t CHUNK = static_cast<int64_t>(KEY_TILE) * CHUNK_TILES;
-
 // Chunks of a sequence that have entries.
 void extent(const Place& place, int64_t s, int64_t& begin, int64_t& end) {
     begin = place.first[s] / CHUNK, end = (place.first[s] + place.lengths[s] + CHUNK - 1) / CHUNK;
@@ -102,12 +100,14 @@ void Step::plan(size_t group, const std::vector<int64_t>& sequences, const int64
                     found.items.push_back(item);
                     continue;
                 }
-                for (int64_t c = from; c < to; c++) {
-                    item.chunk = c, item.chunk_stop = c + 1, item.partial = floats;
+                const int64_t run = (to - from + 4 * threads - 1) / (4 * threads);
+                for (int64_t c = from; c < to; c = item.chunk_stop) {
+                    item.chunk = c, item.chunk_stop = std::min(c + run, to), item.partial = floats;
                     found.items.push_back(item);
-                    for (int32_t head = item.kv_head; head < item.kv_head + item.kv_heads; head++)
-                        for (int64_t r = 0; r < item.rows; r++, floats += each)
-                            parts[static_cast<size_t>((joined + at - first + r) * kv_heads + head)].push_back(floats);
+                    for (int64_t chunk = c; chunk < item.chunk_stop; chunk++)
+                        for (int32_t head = item.kv_head; head < item.kv_head + item.kv_heads; head++)
+                            for (int64_t r = 0; r < item.rows; r++, floats += each)
+                                parts[static_cast<size_t>((joined + at - first + r) * kv_heads + head)].push_back(floats);
                 }
             }
         }

@@ -1,6 +1,6 @@
-// Tiles of paged keys and values: where they lie, and products with them.  Included by the files of the instruction sets.
+// Chunks of paged keys and values: where they lie, and products with them.  Included by the files of the instruction sets.
 //
-// Legend.  D: head_dim.  E: KEY_TILE.
+// Legend.  D: head_dim.  C: CHUNK.  E: KEY_PART.
 #pragma once
 
 #include "kernels.h"
@@ -8,81 +8,112 @@
 
 namespace weft::WEFT_ISA {
 
-inline constexpr int TILE_PARTS = KEY_TILE / LANES;
+inline constexpr int PART_VECTORS = KEY_PART / LANES;
 // Most (row, head) pairs whose scores, and whose mixed values, are added up in registers, and vectors of values beside each other.
 inline constexpr int SCORE_ROWS = LANES == 16 ? 8 : LANES == 8 ? 3 : 1;
-inline constexpr int MIX_ROWS = LANES == 16 ? 8 : 5, MIX_PARTS = 2;
+inline constexpr int MIX_ROWS = LANES == 16 ? 8 : 5, MIX_VECTORS = 2;
 
-// Where one tile's entries lie; what a row may not see of them has the greatest position there is.
-struct Tile_ {
-    const char* rows[KEY_TILE];  // of the block of each entry, at its offset; entries that do not exist stand for one that does
-    int32_t positions[KEY_TILE];
+// Where the entries of a chunk lie; what a row may not see of them has the greatest position there is.
+struct Entries {
+    const char* rows[CHUNK];  // of the block of each entry, at its offset; entries that do not exist stand for one that does
+    int32_t positions[CHUNK];
     int32_t lowest, highest;
-    int64_t start;  // its first entry, counted from the sequence's entry 0
-    bool partly;    // whether some of it is out of sight
+    int64_t start;     // its first entry, counted from the sequence's entry 0
+    int low, high;     // of those that exist
+    bool partly;       // whether some of it is out of sight
 };
 
-// Entries [start, start + E).  row_bytes: of all kv heads' keys of one entry.  Whether there are any.
-inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t row_bytes, Tile_& tile) {
+// Entries [start, start + C).  row_bytes: of all kv heads' keys of one entry.  Whether there are any.
+inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t row_bytes, Entries& found) {
     const int64_t first = place.first[sequence], end = first + place.lengths[sequence];
-    const int64_t begin = start > first ? start : first, stop = start + KEY_TILE < end ? start + KEY_TILE : end;
-    tile.start = start;
+    const int64_t begin = start > first ? start : first, stop = start + CHUNK < end ? start + CHUNK : end;
+    found.start = start;
     if (begin >= stop) return false;
-    const int low = static_cast<int>(begin - start), high = static_cast<int>(stop - start);
+    found.low = static_cast<int>(begin - start), found.high = static_cast<int>(stop - start);
     const int64_t* table = place.tables + sequence * place.table_width + (begin - first) / place.block_tokens;
     int64_t offset = (begin - first) % place.block_tokens;
-    tile.lowest = INT32_MAX;
-    tile.highest = -1;
-    for (int e = low; e < high; table++, offset = 0) {
+    found.lowest = INT32_MAX;
+    found.highest = -1;
+    for (int e = found.low; e < found.high; table++, offset = 0) {
         const char* row = place.arena + *table * place.block_bytes + offset * row_bytes;
         const int32_t* position = place.positions + *table * place.positions_stride + offset;
-        for (; e < high && offset < place.block_tokens; e++, offset++, row += row_bytes, position++) {
-            tile.rows[e] = row;
-            tile.positions[e] = *position;
-            if (*position < tile.lowest) tile.lowest = *position;
-            if (*position > tile.highest) tile.highest = *position;
+        for (; e < found.high && offset < place.block_tokens; e++, offset++, row += row_bytes, position++) {
+            found.rows[e] = row;
+            found.positions[e] = *position;
+            if (*position < found.lowest) found.lowest = *position;
+            if (*position > found.highest) found.highest = *position;
         }
     }
-    for (int e = 0; e < KEY_TILE; e++)
-        if (e < low || e >= high) {
-            tile.rows[e] = tile.rows[low];
-            tile.positions[e] = INT32_MAX;
+    const auto fill = [&](int from, int to) {
+        for (int e = from; e < to; e++) {
+            found.rows[e] = found.rows[found.low];
+            found.positions[e] = INT32_MAX;
         }
+    };
+    fill(0, found.low);
+    fill(found.high, CHUNK);
     return true;
 }
 
-// A kv head's part of an entry: values [d, d + LANES), or one of them; `open` gives value i of words of several entries.
+// A kv head's part of an entry.  `open` gives value i of words of several entries; `values` vectors of an entry's values from the
+// d-th on, the first LANES * V of them in an order of their own, which `place_of` tells.  What has a scale has its values without.
 struct WideRows {
     static constexpr int PER = 1;  // values in a word of four bytes
+    static constexpr bool SCALED = false;
     static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 4; }
-    static WEFT_INLINE vf open(vu words, int, vf) { return reinterpret_cast<vf>(words); }
+    static WEFT_INLINE vf open(vu words, int) { return reinterpret_cast<vf>(words); }
     static WEFT_INLINE float scale(const char*, int) { return 1.0f; }
-    static WEFT_INLINE vf values(const char* row, int d, int) { return load(reinterpret_cast<const float*>(row) + d); }
-    static WEFT_INLINE float value(const char* row, int d, int) { return reinterpret_cast<const float*>(row)[d]; }
+    template <int V>
+    static WEFT_INLINE void values(const char* row, int d, vf (&out)[V]) {
+        for (int v = 0; v < V; v++) out[v] = load(reinterpret_cast<const float*>(row) + d + v * LANES);
+    }
+    template <int V>
+    static int place_of(int i) { return i; }
+    static WEFT_INLINE float value(const char* row, int d) { return reinterpret_cast<const float*>(row)[d]; }
 };
 struct HalfRows {  // bfloat16
     static constexpr int PER = 2;
+    static constexpr bool SCALED = false;
     static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 2; }
-    static WEFT_INLINE vf open(vu words, int i, vf) { return reinterpret_cast<vf>(i ? words & 0xffff0000u : words << 16); }
+    static WEFT_INLINE vf open(vu words, int i) { return reinterpret_cast<vf>(i ? words & 0xffff0000u : words << 16); }
     static WEFT_INLINE float scale(const char*, int) { return 1.0f; }
-    static WEFT_INLINE vf values(const char* row, int d, int) { return widen(reinterpret_cast<const uint16_t*>(row) + d); }
-    static WEFT_INLINE float value(const char* row, int d, int) { return widen_one(reinterpret_cast<const uint16_t*>(row)[d]); }
+    template <int V>
+    static WEFT_INLINE void values(const char* row, int d, vf (&out)[V]) {
+        const auto* from = reinterpret_cast<const uint16_t*>(row) + d;
+        if constexpr (V % 2) {
+            for (int v = 0; v < V; v++) out[v] = widen(from + v * LANES);
+        } else {  // the even values, then the odd ones
+            for (int v = 0; v < V; v += 2) {
+                const vu words = load_bits(from + v * LANES);
+                out[v] = open(words, 0), out[v + 1] = open(words, 1);
+            }
+        }
+    }
+    template <int V>
+    static int place_of(int i) {  // where value i of LANES * V stands
+        return V % 2 ? i : i / (2 * LANES) * 2 * LANES + i % 2 * LANES + i % (2 * LANES) / 2;
+    }
+    static WEFT_INLINE float value(const char* row, int d) { return widen_one(reinterpret_cast<const uint16_t*>(row)[d]); }
 };
 struct ByteRows {  // int8, and a float32 behind them that multiplies all
     static constexpr int PER = 4;
+    static constexpr bool SCALED = true;
     static WEFT_INLINE int64_t bytes(int dim) { return dim + 4; }
-    static WEFT_INLINE vf open(vu words, int i, vf scales) {
-        return __builtin_convertvector(reinterpret_cast<vi>(words << (24 - 8 * i)) >> 24, vf) * scales;
+    static WEFT_INLINE vf open(vu words, int i) {
+        return __builtin_convertvector(reinterpret_cast<vi>(words << (24 - 8 * i)) >> 24, vf);
     }
     static WEFT_INLINE float scale(const char* row, int dim) {
         float found;
         std::memcpy(&found, row + dim, 4);
         return found;
     }
-    static WEFT_INLINE vf values(const char* row, int d, int dim) { return bytes_at(row + d) * scale(row, dim); }
-    static WEFT_INLINE float value(const char* row, int d, int dim) {
-        return static_cast<float>(static_cast<int8_t>(row[d])) * scale(row, dim);
+    template <int V>
+    static WEFT_INLINE void values(const char* row, int d, vf (&out)[V]) {
+        for (int v = 0; v < V; v++) out[v] = bytes_at(row + d + v * LANES);
     }
+    template <int V>
+    static int place_of(int i) { return i; }
+    static WEFT_INLINE float value(const char* row, int d) { return static_cast<float>(static_cast<int8_t>(row[d])); }
 };
 
 // Bytes of a layer's keys in a block, and where they begin.
@@ -95,78 +126,134 @@ WEFT_INLINE int64_t keys_at(const Attend& a, const Place& place) {
     return 2 * a.layer * layer_bytes<T>(a, place);
 }
 
-// Asks memory for some kv heads' part of all entries of a tile.
-WEFT_INLINE void want(const Tile_& tile, int64_t offset, int64_t bytes) {
-    for (int e = 0; e < KEY_TILE; e++)
-        for (int64_t at = 0; at < bytes; at += LINE_BYTES) __builtin_prefetch(tile.rows[e] + offset + at);
+// Asks memory for what the next entries have, a line at a time: all at once they would wait for each other, and the product too.
+// What is little goes to the nearest cache.
+struct Asking {
+    static constexpr int64_t LITTLE = 256;  // bytes of an entry; of a chunk they are half of that cache
+
+    const char* const* rows;  // null for nothing to ask for
+    int64_t offset, bytes;    // of one entry
+    int entry, stop;
+    int64_t at = 0;
+
+    WEFT_INLINE void line() {
+        if (entry == stop) return;
+        const char* wanted = rows[entry] + offset + at;
+        if (bytes <= LITTLE) __builtin_prefetch(wanted);
+        else __builtin_prefetch(wanted, 0, 2);
+        at += LINE_BYTES;
+        if (at >= bytes) at = 0, entry++;
+    }
+    template <class T>
+    WEFT_INLINE void lines() {  // as many as a product's turn reads
+        for (int i = 0; i < (T::PER == 1 ? 2 : 1); i++) line();
+    }
+};
+
+// LINE_BYTES / 4 words of LANES rows, turned around: words[w] has the w-th word of each row.
+WEFT_INLINE void load_turned(const char* const* rows, int64_t offset, vu (&words)[LANES]) {
+#if defined(__AVX512F__)
+    for (int q = 0; q < 4; q++) {  // 16 bytes of four rows in a register; then squares of four words are turned
+        __m512i some[4];
+        for (int r = 0; r < 4; r++) {
+            const auto quarter = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[4 * i + r] + offset) + q); };
+            some[r] = _mm512_castsi128_si512(quarter(0));
+            some[r] = _mm512_inserti32x4(some[r], quarter(1), 1);
+            some[r] = _mm512_inserti32x4(some[r], quarter(2), 2);
+            some[r] = _mm512_inserti32x4(some[r], quarter(3), 3);
+        }
+        const __m512i a = _mm512_unpacklo_epi32(some[0], some[1]), b = _mm512_unpackhi_epi32(some[0], some[1]);
+        const __m512i c = _mm512_unpacklo_epi32(some[2], some[3]), d = _mm512_unpackhi_epi32(some[2], some[3]);
+        words[4 * q] = reinterpret_cast<vu>(_mm512_unpacklo_epi64(a, c));
+        words[4 * q + 1] = reinterpret_cast<vu>(_mm512_unpackhi_epi64(a, c));
+        words[4 * q + 2] = reinterpret_cast<vu>(_mm512_unpacklo_epi64(b, d));
+        words[4 * q + 3] = reinterpret_cast<vu>(_mm512_unpackhi_epi64(b, d));
+    }
+#else
+    for (int e = 0; e < LANES; e++) words[e] = load_bits(rows[e] + offset);
+    turn<LANES / 2>(words);
+#endif
 }
 
-// Keys of a tile as [D][E].
+// Keys of entries [0, E) of `rows` as [D][E].
 template <class T>
-void transposed(const Tile_& tile, int64_t offset, int dim, float* out) {
-    for (int part = 0; part < TILE_PARTS; part++, out += LANES) {
-        const char* const* rows = tile.rows + part * LANES;
-        float each[LANES];
-        for (int e = 0; e < LANES; e++) each[e] = T::scale(rows[e] + offset, dim);
-        const vf scales = load(each);
+void transposed(const char* const* rows, int64_t offset, int dim, float* out) {
+    for (int part = 0; part < PART_VECTORS; part++, out += LANES, rows += LANES) {
         int d = 0;
         for (; d + LANES * T::PER <= dim; d += LANES * T::PER) {
             vu words[LANES];
-            for (int e = 0; e < LANES; e++) words[e] = load_bits(rows[e] + offset + d / T::PER * 4);
-            turn<LANES / 2>(words);
+            load_turned(rows, offset + d / T::PER * 4, words);
             for (int w = 0; w < LANES; w++)
-                for (int i = 0; i < T::PER; i++) store(out + (d + w * T::PER + i) * KEY_TILE, T::open(words[w], i, scales));
+                for (int i = 0; i < T::PER; i++) store(out + (d + w * T::PER + i) * KEY_PART, T::open(words[w], i));
         }
         for (; d < dim; d++)
-            for (int e = 0; e < LANES; e++) out[d * KEY_TILE + e] = T::value(rows[e] + offset, d, dim);
+            for (int e = 0; e < LANES; e++) out[d * KEY_PART + e] = T::value(rows[e] + offset, d);
     }
 }
 
-// Scores of R rows of q [R, D] with keys [D][E].
-template <int R>
-void scores(const float* q, const float* keys, int dim, float* out) {
-    vf total[R][TILE_PARTS];
+// Scores of R rows of q [R, D] with keys [D][E], C apart.
+template <class T, int R>
+void scores(const float* q, const float* keys, int dim, float* out, Asking& asking) {
+    vf total[R][PART_VECTORS];
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < TILE_PARTS; v++) total[r][v] = vf{};
+        for (int v = 0; v < PART_VECTORS; v++) total[r][v] = vf{};
     for (int d = 0; d < dim; d++) {
-        vf key[TILE_PARTS];
-        for (int v = 0; v < TILE_PARTS; v++) key[v] = load(keys + d * KEY_TILE + v * LANES);
+        asking.lines<T>();
+        vf key[PART_VECTORS];
+        for (int v = 0; v < PART_VECTORS; v++) key[v] = load(keys + d * KEY_PART + v * LANES);
         for (int r = 0; r < R; r++) {
             const vf input = all(q[r * dim + d]);
-            for (int v = 0; v < TILE_PARTS; v++) total[r][v] += key[v] * input;
+            for (int v = 0; v < PART_VECTORS; v++) total[r][v] += key[v] * input;
         }
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < TILE_PARTS; v++) store(out + r * KEY_TILE + v * LANES, total[r][v]);
+        for (int v = 0; v < PART_VECTORS; v++) store(out + r * CHUNK + v * LANES, total[r][v]);
 }
 
-// mixed [R, D] += weights [R, E] times values of a tile, of dimensions [d, d + V * LANES).
+// One unfinished result beside the next one; both are shares of 1.
+WEFT_INLINE vf joined(vf mixed, float share, vf next, float next_share) { return mixed * share + next * next_share; }
+
+// mixed [R, D] * before + (weights [R, C] times values of entries [first, stop)) * now, of dimensions [d, d + V * LANES).
 template <class T, int R, int V>
-WEFT_INLINE void mix_some(const Tile_& tile, int64_t offset, const float* weights, int dim, int d, float* mixed) {
-    vf total[R][V];
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) total[r][v] = load(mixed + r * dim + d + v * LANES);
-    for (int e = 0; e < KEY_TILE; e++) {
+WEFT_INLINE void mix_some(const Entries& from, int64_t offset, const float* weights, int first, int stop, const float* before,
+                          const float* now, int dim, int d, float* mixed, Asking& asking) {
+    vf total[R][V] = {};
+    for (int e = first; e < stop; e++) {
+        asking.lines<T>();
         vf value[V];
-        for (int v = 0; v < V; v++) value[v] = T::values(tile.rows[e] + offset, d + v * LANES, dim);
+        T::template values<V>(from.rows[e] + offset, d, value);
         for (int r = 0; r < R; r++) {
-            const vf weight = all(weights[r * KEY_TILE + e]);
+            const vf weight = all(weights[r * CHUNK + e]);
             for (int v = 0; v < V; v++) total[r][v] += value[v] * weight;
         }
     }
     for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) store(mixed + r * dim + d + v * LANES, total[r][v]);
+        for (int v = 0; v < V; v++) {
+            float* mine = mixed + r * dim + d + v * LANES;
+            store(mine, joined(load(mine), before[r], total[r][v], now[r]));
+        }
 }
 template <class T, int R>
-void mix(const Tile_& tile, int64_t offset, const float* weights, int dim, float* mixed) {
+void mix(const Entries& from, int64_t offset, const float* weights, int first, int stop, const float* before, const float* now, int dim,
+         float* mixed, Asking& asking) {
     int d = 0;
-    for (; d + MIX_PARTS * LANES <= dim; d += MIX_PARTS * LANES)
-        mix_some<T, R, MIX_PARTS>(tile, offset, weights, dim, d, mixed);
-    for (; d + LANES <= dim; d += LANES) mix_some<T, R, 1>(tile, offset, weights, dim, d, mixed);
+    for (; d + MIX_VECTORS * LANES <= dim; d += MIX_VECTORS * LANES)
+        mix_some<T, R, MIX_VECTORS>(from, offset, weights, first, stop, before, now, dim, d, mixed, asking);
+    for (; d + LANES <= dim; d += LANES)
+        mix_some<T, R, 1>(from, offset, weights, first, stop, before, now, dim, d, mixed, asking);
     for (; d < dim; d++)
-        for (int r = 0; r < R; r++)
-            for (int e = 0; e < KEY_TILE; e++)
-                mixed[r * dim + d] += T::value(tile.rows[e] + offset, d, dim) * weights[r * KEY_TILE + e];
+        for (int r = 0; r < R; r++) {
+            float total = 0.0f;
+            for (int e = first; e < stop; e++) total += T::value(from.rows[e] + offset, d) * weights[r * CHUNK + e];
+            mixed[r * dim + d] = joined(all(mixed[r * dim + d]), before[r], all(total), now[r])[0];
+        }
+}
+// Where `mix` leaves value d.
+template <class T>
+WEFT_INLINE int mixed_at(int d, int dim) {
+    constexpr int WIDE = MIX_VECTORS * LANES;
+    const int start = d / WIDE * WIDE;
+    return start + WIDE <= dim ? start + T::template place_of<MIX_VECTORS>(d - start) : d;
 }
 
 // Calls `run` (a constant of how many pairs, the first of them) for pairs [0, pairs), in parts of nearly equal size.

@@ -7,7 +7,7 @@
 
 namespace weft::WEFT_ISA {
 
-// Probabilities of one tile as whole parts; to the nearest, ties to even.
+// Probabilities of one chunk as whole parts; to the nearest, ties to even.
 WEFT_INLINE vi parts_of(vf probability) {
     const vf x = probability * 1073741824.0f, half = all(8388608.0f);  // 2^30; floats of 2^23 and more are whole
     return __builtin_convertvector(select(x < half, (x + half) - half, x), vi);
@@ -24,19 +24,20 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
     float most[QUERY_ROWS], total[QUERY_ROWS];
     for (int m = 0; m < pairs; m++) most[m] = NEVER, total[m] = 0.0f;
     for (int turn = 0; turn < 2; turn++) {
-        for (int64_t start = first / KEY_TILE * KEY_TILE; start < end; start += KEY_TILE) {
-            Tile_ tile;
-            tile.partly = false;
-            if (!locate(place, s, start, row_bytes, tile) || tile.lowest > queries.highest) continue;
-            alignas(64) float found[QUERY_ROWS * KEY_TILE];
-            score<T>(a, place, queries, item.rows, tile, head_bytes, queries.q, found);
+        for (int64_t start = first / CHUNK * CHUNK; start < end; start += CHUNK) {
+            Entries from;
+            from.partly = false;
+            if (!locate(place, s, start, row_bytes, from) || from.lowest > queries.highest) continue;
+            Asking asking{from.rows, 0, 0, 0, 0};
+            alignas(64) float found[QUERY_ROWS * CHUNK];
+            score<T>(a, place, queries, item.rows, from, head_bytes, queries.q, found, asking);
             for (int m = 0; m < pairs && turn == 0; m++) {
-                const float* mine = found + m * KEY_TILE;
+                const float* mine = found + m * CHUNK;
                 vf high = load(mine), added = vf{};
-                for (int v = LANES; v < KEY_TILE; v += LANES) high = larger(high, load(mine + v));
+                for (int v = LANES; v < CHUNK; v += LANES) high = larger(high, load(mine + v));
                 const float now = top(high), next = now > most[m] ? now : most[m];
                 if (next == NEVER) continue;
-                for (int v = 0; v < KEY_TILE; v += LANES) added += exponential(load(mine + v) - next);
+                for (int v = 0; v < CHUNK; v += LANES) added += exponential(load(mine + v) - next);
                 float share[LANES] = {};
                 share[0] = most[m] - next;
                 store(share, exponential(load(share)));
@@ -44,20 +45,20 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
                 most[m] = next;
             }
             for (int r = 0; r < item.rows && turn == 1; r++) {
-                int64_t parts[KEY_TILE] = {};
+                int64_t parts[CHUNK] = {};
                 for (int m = r * each; m < (r + 1) * each; m++) {
                     if (most[m] == NEVER) continue;
                     const float norm = most[m] + std::log(total[m]);
-                    for (int v = 0; v < KEY_TILE; v += LANES) {
+                    for (int v = 0; v < CHUNK; v += LANES) {
                         int32_t some[LANES];
-                        const vi whole = parts_of(exponential(load(found + m * KEY_TILE + v) - norm));
+                        const vi whole = parts_of(exponential(load(found + m * CHUNK + v) - norm));
                         std::memcpy(some, &whole, sizeof some);
                         for (int i = 0; i < LANES; i++) parts[v + i] += some[i];
                     }
                 }
                 int64_t* out = to.out + (to.sums[rows[item.first + r]] * a.kv_heads + item.kv_head) * to.entries;
-                for (int e = 0; e < KEY_TILE; e++)
-                    if (tile.positions[e] != INT32_MAX) out[start + e - first] += parts[e];
+                for (int e = 0; e < CHUNK; e++)
+                    if (from.positions[e] != INT32_MAX) out[start + e - first] += parts[e];
             }
         }
     }
