@@ -24,7 +24,7 @@ inline constexpr int PANEL = 16;
 inline constexpr int LINE_BYTES = 64;
 // Floats: inputs of a block of rows, and a vector beyond them; sums of groups.
 inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048 + 16, SUMS_SCRATCH = 192 * 512;
-inline constexpr int64_t OPENED_SCRATCH = 8192 * 8;  // floats: a stretch of weights, or all inputs of a few as bytes
+inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of weights
 inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + OPENED_SCRATCH;
 
 enum class Format : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
@@ -115,8 +115,8 @@ struct Place {
     int64_t window = 0;  // 0 for all
 };
 
-// Some rows of the batch with a kv head, or a few that follow each other, over chunks [chunk, chunk_stop) as `sequence` has them: rows of that sequence, or
-// of several whose tables hold the same blocks there.
+// Some rows of the batch with a kv head, or a few that follow each other, over chunks [chunk, chunk_stop) as `sequence` has them: rows
+// of that sequence, or of several whose tables hold the same blocks there.
 struct Item {
     int32_t sequence, kv_head;
     int32_t first, rows;  // in the step's list of rows

@@ -30,7 +30,6 @@ struct Part {
     int64_t line, lines, n;
     bool begin, end;  // whether nothing was added up before, and whether it is the last
     const float* opened = nullptr;  // those lines as floats, [inputs, panels * PANEL], where several tiles read them
-    const char* bytes = nullptr;    // or as bytes, of each panel [K / 4] lines
 };
 
 // Asks memory for what P panels hold AHEAD lines after `line`, or for the beginning of the next P: the processor's own prefetching

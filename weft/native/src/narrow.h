@@ -38,7 +38,7 @@ WEFT_INLINE vi dot4(vi total, vu weights, vi inputs) {
 struct Rounded {
     int32_t* words;
     float* scales;
-    int32_t* sums;  // [rows, groups]
+    int32_t* sums;  // [rows, groups], times `factor`
 };
 
 // The largest magnitude; NaN where a value is not finite.
@@ -92,7 +92,7 @@ inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, i
     return total;
 }
 
-inline void rounded(const Linear& a, int64_t first, int64_t rows, int64_t most_rows, const Rounded& to) {
+inline void rounded(const Linear& a, int64_t first, int64_t rows, int64_t most_rows, int32_t factor, const Rounded& to) {
     const int64_t k = a.weight.k, groups = a.weight.groups(), group = a.weight.group;
     const int64_t tiles = (rows + most_rows - 1) / most_rows;
     for (int64_t t = 0; t < tiles; t++) {
@@ -103,49 +103,28 @@ inline void rounded(const Linear& a, int64_t first, int64_t rows, int64_t most_r
             to.scales[start + r] = most / 127.0f;  // NaN shows in the outputs
             int32_t* words = to.words + start * (k / 4) + r;
             for (int64_t g = 0; g < groups; g++)
-                to.sums[(start + r) * groups + g] = round_group(x, g * group, (g + 1) * group, fine, words, high);
+                to.sums[(start + r) * groups + g] = factor * round_group(x, g * group, (g + 1) * group, fine, words, high);
         }
     }
-}
-
-// Nibbles that were made bytes once for several tiles.
-struct Bytes4 {
-    static constexpr int VALUES = 4, HALF = 8, QUADS = 1;
-    static WEFT_INLINE vu quad(vu word, int) { return word; }
-};
-inline void open_bytes(const Weight& w, const char* panel, int panels, char* out) {
-    const int64_t lines = w.k / I4::VALUES;
-    for (int p = 0; p < panels; p++, panel += w.panel_bytes())
-        for (int64_t line = 0; line < lines; line++) {
-            ask_for<1>(panel, w.panel_bytes(), line, lines);
-            for (int v = 0; v < PARTS; v++) {
-                const vu word = load_bits(panel + line * LINE_BYTES + v * LANES * 4);
-                for (int j = 0; j < I4::QUADS; j++)
-                    store(reinterpret_cast<float*>(out + ((p * lines + line) * I4::QUADS + j) * LINE_BYTES) + v * LANES,
-                          reinterpret_cast<vf>(I4::quad(word, j)));
-            }
-        }
 }
 
 template <class W, bool OFFSETS, int R, int P>
 void narrow_tile(const Linear& a, const int32_t* x, const float* row_scales, const int32_t* sums, const Part& part) {
     const Weight& w = a.weight;
-    const bool own = !part.bytes;  // lines as they are stored
-    const char* lines = own ? part.panel : part.bytes;
-    const int64_t stride = own ? w.panel_bytes() : w.k / 4 * LINE_BYTES, groups = w.groups(), step = w.group / W::VALUES;
+    const int64_t stride = w.panel_bytes(), groups = w.groups(), step = w.group / W::VALUES;
     vf totals[R][P][PARTS] = {};
     for (int64_t g = 0; g < groups; g++) {
         vi total[R][P][PARTS];
         for (int r = 0; r < R; r++) {
-            const vi start = vi{} - (OFFSETS ? 0 : W::HALF * sums[r * groups + g]);
+            const vi start = vi{} + (OFFSETS ? 0 : sums[r * groups + g]);
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++) total[r][p][v] = start;
         }
         for (int64_t line = g * step; line < (g + 1) * step; line++) {
-            if (own) ask_for<P>(lines, stride, line, w.k / W::VALUES);
+            ask_for<P>(part.panel, stride, line, w.k / W::VALUES);
             vu words[P][PARTS];
             for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) words[p][v] = load_bits(lines + p * stride + line * LINE_BYTES + v * LANES * 4);
+                for (int v = 0; v < PARTS; v++) words[p][v] = load_bits(part.panel + p * stride + line * LINE_BYTES + v * LANES * 4);
             for (int j = 0; j < W::QUADS; j++) {
                 const int32_t* mine = x + (line * W::QUADS + j) * R;
                 vu weight[P][PARTS];
@@ -187,9 +166,8 @@ constexpr NarrowTile narrow_tile_of(int rows) {
     }
 }
 
-// Small groups are settled often, in floats that lie in registers only beside the sums of half as many rows.  Where there are more
-// than two tiles anyway, that is worth it.
-inline constexpr int GROUPED_ROWS = TILE_ROWS / 2;
+// Small groups are settled often, in floats that lie in registers beside the sums of fewer rows.
+inline constexpr int GROUPED_ROWS = LANES == 16 ? 8 : TILE_ROWS;
 inline constexpr int64_t SMALL_GROUP = 64;
 
 template <class W, bool OFFSETS>
@@ -200,24 +178,17 @@ void narrow_in(const Linear& a, int64_t rows, Share share) {
     if (from == to) return;
     int64_t high = ROW_BLOCK;
     while (high > 1 && (high * w.k / 4 > INPUTS_SCRATCH || high * (w.groups() + 1) > SUMS_SCRATCH)) high /= 2;
-    const bool many = rows > OPENED_TILES * TILE_ROWS;
-    const int64_t most = many && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
-    float *spare = share.scratch + INPUTS_SCRATCH, *opened = spare + SUMS_SCRATCH;
-    const bool opens = many && W::QUADS > 1 && TILE_PANELS * PANEL * w.k / 4 <= OPENED_SCRATCH;
+    const int64_t most = w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
+    float* spare = share.scratch + INPUTS_SCRATCH;
     const Rounded inputs{reinterpret_cast<int32_t*>(share.scratch), spare, reinterpret_cast<int32_t*>(spare + high)};
     for (int64_t first = 0; first < rows; first += high) {
         const int64_t count = rows - first < high ? rows - first : high;
-        rounded(a, first, count, most, inputs);
+        rounded(a, first, count, most, OFFSETS ? 1 : -W::HALF, inputs);  // what weights have too much
         each_tile(count, most, from, to, STRETCH, [&](int tall, int panels, int64_t top, int64_t p, int64_t, int64_t) {
             Part part{nullptr, nullptr, a.out + (first + top) * a.out_stride, w.panel(p), 0, 0, p * PANEL, true, true};
             NarrowTile run = panels == 1             ? narrow_tile_of<W, OFFSETS, 1, TILE_ROWS>(tall)
                              : panels == TILE_PANELS ? narrow_tile_of<W, OFFSETS, TILE_PANELS, TILE_ROWS>(tall)
                                                      : narrow_tile_of<W, OFFSETS, FEW_PANELS, 2>(tall);
-            if (opens && panels == TILE_PANELS) {
-                part.bytes = reinterpret_cast<const char*>(opened);
-                if (top == 0) open_bytes(w, part.panel, TILE_PANELS, reinterpret_cast<char*>(opened));
-                run = narrow_tile_of<Bytes4, OFFSETS, TILE_PANELS, TILE_ROWS>(tall);
-            }
             run(a, inputs.words + top * (w.k / 4), inputs.scales + top, inputs.sums + top * w.groups(), part);
         });
     }

@@ -89,9 +89,13 @@ WEFT_INLINE uint16_t narrow_one(float x) {
 
 // IEEE binary16: its bits are a float's with another bias, which one product puts right (subnormal ones too); no inf, no NaN.
 WEFT_INLINE vf half(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
     const vu bits = load_halves(p);
     const vf magnitude = reinterpret_cast<vf>((bits & 0x7fffu) << 13) * 5192296858534827628530496329220096.0f;  // 2^112
     return reinterpret_cast<vf>(reinterpret_cast<vu>(magnitude) | (bits & 0x8000u) << 16);
+#endif
 }
 WEFT_INLINE float half_one(uint16_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
