@@ -100,7 +100,7 @@ class _Automaton:
 
 
 @lru_cache(maxsize=256)
-def _automaton(stops: tuple[str, ...]) -> _Automaton:
+def automaton(stops: tuple[str, ...]) -> _Automaton:
     return _Automaton(stops)
 
 
@@ -115,7 +115,7 @@ class StopStrings:
     __slots__ = ("_automaton", "_held", "_include", "_node", "stopped")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        self._automaton = _automaton(tuple(stops))
+        self._automaton = automaton(tuple(stops))
         self._include = include
         self._node = 0
         self._held = ""
