@@ -13,8 +13,8 @@ MOST_SHOWN = 20
 
 @dataclass(slots=True)
 class Count:
-    """total: things asked of weft (schemas, calls, templates).  enforced: those that it takes, and keeps to.  refused: those that it
-    says plainly not to do.  wrong_accept: samples let through that are wrong; wrong_reject: right ones turned down.
+    """total: things asked of weft (schemas, calls, templates).  enforced: those that it takes, and keeps to.  refused: those
+    that it says plainly not to do.  wrong_accept: samples let through that are wrong; wrong_reject: right ones turned down.
 
     wrong: the first of both, in words.
     """
