@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,11 @@ class ModelText:
             companions=((TokenItem(tuple(contrast)),),) if contrast else (),
         )
 
-    def sequence(self, params: SamplingParams) -> SequenceText:
-        """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show."""
+    def sequence(self, params: SamplingParams, shown: Collection[int] = ()) -> SequenceText:
+        """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show.
+
+        shown: special tokens that do in any case.
+        """
         own = params.stop_token_ids or []
         return SequenceText(
             self.tokenizer,
@@ -177,6 +180,7 @@ class ModelText:
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
             skip_special=params.skip_special_tokens,
+            shown=shown,
             stop_ids=own if params.ignore_eos else (*own, *self.eos_ids),
         )
 

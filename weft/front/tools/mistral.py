@@ -43,6 +43,8 @@ class Mistral(Machine):
         id = None
         if not self.known(name):
             self.fail(char)
+        if char and char in SPACE:
+            char = yield from self.solid()
         if char == "[":
             char = yield
             if char == "C":
@@ -55,8 +57,6 @@ class Mistral(Machine):
             if char != "A":
                 self.fail(char)
             yield from self.literal("RGS]")
-            char = yield
-        if char and char in SPACE:
             char = yield from self.solid()
         if char != "{":
             self.fail(char)
