@@ -61,7 +61,8 @@ def called(events: Sequence[Event]) -> tuple[str, list[Call]]:
 
 def hermes(calls: Sequence[Call]) -> str:
     return "\n".join(
-        f'<tool_call>\n{{"name": "{n}", "arguments": {json.dumps(a, ensure_ascii=False)}}}\n</tool_call>' for n, a in calls
+        f'<tool_call>\n{{"name": "{n}", "arguments": {json.dumps(a, ensure_ascii=False)}}}\n</tool_call>'
+        for n, a in calls
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def split(marks: str, pieces: Iterable[str], *, inside: bool = False) -> tuple[s
 def test_every_cut(name: str) -> None:
     begin, end = MARKS[name].begin, MARKS[name].end
     body = f"\n One. {begin} {end[:-1]} two\n\n"
-    for text, inside in ((f" \n{begin}{body}{end}\n\nSo: {begin}x{end}\n", False), (f"{body}{end}\n\nSo: {begin}x{end}\n", True)):
+    for text, inside in (
+        (f" \n{begin}{body}{end}\n\nSo: {begin}x{end}\n", False),
+        (f"{body}{end}\n\nSo: {begin}x{end}\n", True),
+    ):
         want = (f"One. {begin} {end[:-1]} two", f"So: {begin}x{end}\n", text.index(end) + len(end))
         assert split(name, [text], inside=inside) == want
         for cut in range(len(text)):
@@ -55,7 +59,9 @@ def test_borders(text: str, inside: bool, want: tuple[str, str, int]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "think>", "</", " ", "\n"]) | st.text(max_size=2), max_size=20),
+    parts=st.lists(
+        st.sampled_from(["<think>", "</think>", "<", "think>", "</", " ", "\n"]) | st.text(max_size=2), max_size=20
+    ),
     cuts=st.lists(st.integers(0, 60), max_size=6),
     inside=st.booleans(),
 )
@@ -63,7 +69,7 @@ def test_any_text_any_cuts(parts: list[str], cuts: list[int], inside: bool) -> N
     text = "".join(parts)
     edges = [0, *sorted(cuts), len(text)]
     whole = split("think", [text], inside=inside)
-    assert split("think", [text[a:b] for a, b in zip(edges, edges[1:])], inside=inside) == whole
+    assert split("think", [text[a:b] for a, b in itertools.pairwise(edges)], inside=inside) == whole
     thought, answer, end = whole
     assert text.endswith(answer)
     assert thought in text[:end]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -141,10 +142,16 @@ def test_a_call_that_goes_wrong_is_told_and_comes_out_as_text() -> None:
 
 def test_a_right_call_after_a_wrong_one() -> None:
     right = '<tool_call>{"name": "g"}</tool_call>'
-    assert called(parsed("hermes", ["<tool_call><tool_call>" + right], TOOLS)) == ("<tool_call><tool_call>", [("g", {})])
+    assert called(parsed("hermes", ["<tool_call><tool_call>" + right], TOOLS)) == (
+        "<tool_call><tool_call>",
+        [("g", {})],
+    )
     events = parsed("mistral", ['[TOOL_CALLS][{"name": "g", "arguments": {}}, {"name": 1}]'], TOOLS)
     assert called(events) == (', {"name": 1}]', [("g", {})])
-    assert called(parsed("llama3_json", ['{"name": "g"} ; and {"name": "g"}'], TOOLS)) == (' ; and {"name": "g"}', [("g", {})])
+    assert called(parsed("llama3_json", ['{"name": "g"} ; and {"name": "g"}'], TOOLS)) == (
+        ' ; and {"name": "g"}',
+        [("g", {})],
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +219,7 @@ def test_any_text_any_cuts(pieces: list[str], cuts: list[int], name: str) -> Non
     machine = parser(name, TOOLS)
     whole = parsed(name, [text], TOOLS)
     edges = [0, *sorted(cuts), len(text)]
-    assert parsed(name, [text[a:b] for a, b in zip(edges, edges[1:])], TOOLS) == whole
+    assert parsed(name, [text[a:b] for a, b in itertools.pairwise(edges)], TOOLS) == whole
     machine.feed(text)
     machine.finish()
     assert machine.steps <= 3 * len(text) + 3
@@ -244,9 +251,12 @@ def test_json_is_what_json_is(text: str) -> None:
     assert is_json(text) == right
 
 
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(), v, max_size=3))
+
+
 @settings(max_examples=50, deadline=None)
-@given(value=st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-                          lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)))  # fmt: skip
+@given(value=VALUES)
 def test_every_json_is_json(value: Any) -> None:
     text = json.dumps(value, indent=1)
     assert is_json(text)

@@ -94,7 +94,7 @@ class Client:
             request = LiveRequest(spec.id, prompt, generation, now)
             generation.requests.append(request)
             for _ in range(spec.n):
-                text = self.text.sequence(prompt.params)
+                text = self.text.sequence(prompt.params, prompt.manner.shown if prompt.manner else ())
                 request.sequences.append(LiveSequence(generation.open, request, text))
                 generation.open += 1
             self._live[spec.id] = request

@@ -8,11 +8,14 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from weft.errors import ConfigError, RequestError
 from weft.front.client import Client
+from weft.front.dialect import Dialect
 from weft.front.port import EnginePort
+from weft.front.template import MAX_TEMPLATE_CHARS
 from weft.front.text import ModelText
 
 SHORT_CHARS = 2048
@@ -24,7 +27,21 @@ T = TypeVar("T")
 class Service:
     """One served model.  model_ids: the names that requests may use; answers carry the first."""
 
-    def __init__(self, port: EnginePort, text: ModelText, model_ids: tuple[str, ...], version: str) -> None:
+    def __init__(
+        self,
+        port: EnginePort,
+        text: ModelText,
+        model_ids: tuple[str, ...],
+        version: str,
+        *,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+        trust_templates: bool = False,
+    ) -> None:
+        """trust_templates: requests may bring a chat template of their own.  See `Dialect` for the parsers."""
+        self._parsers = tool_parser, reasoning_parser
+        self.dialect = Dialect(text, *self._parsers)
+        self.trust_templates = trust_templates
         self.port = port
         self.client = Client(port, text)
         self.text = self.client.text
@@ -37,6 +54,21 @@ class Service:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="weft-text")
         info = port.info
         self._setting = "\n".join((version, info.model_id, info.dtype, info.device, *info.stack))
+
+    def dialect_of(self, template: str | None) -> Dialect:
+        """The model's dialect, or that of a template of the client's own.  Raises RequestError where that is not allowed."""
+        if template is None:
+            return self.dialect
+        if not self.trust_templates:
+            raise RequestError(
+                "chat_template is not allowed here: the model's own template is used; a server that was started with "
+                "--trust-request-chat-template takes the request's",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        if len(template) > MAX_TEMPLATE_CHARS:
+            raise RequestError(f"chat_template has more than {MAX_TEMPLATE_CHARS} characters", param="chat_template")
+        return Dialect(replace(self.text, template=self.text.template.replaced(template)), *self._parsers)
 
     def resolve(self, model: str | None) -> str:
         """The name that an answer carries for the model or adapter that a request names.  RequestError (404) if unknown."""

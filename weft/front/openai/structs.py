@@ -106,6 +106,10 @@ class ChatRequest(Fields, kw_only=True):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -118,6 +122,10 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -141,7 +149,8 @@ class UnloadRequest(msgspec.Struct, kw_only=True):
     lora_name: str | None = None
 
 
-# Unsupported fields that change the answer, each with the values that ask for nothing special (null always does).
+# Fields that change the answer, for routes that do not have them, each with the values that ask for nothing special (null
+# always does).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "tools": ([],),
@@ -194,7 +203,9 @@ INSTEAD = {
     "suffix": "give the text before the completion only",
     "n_predict": "use max_tokens",
     "reasoning_effort": "give it in chat_template_kwargs if the model's template reads it",
-    "chat_template": "the model's own template is always used",
+    "chat_template": "a completion goes through no template",
+    "tools": "they belong to /v1/chat/completions",
+    "tool_choice": "it belongs to /v1/chat/completions",
     "prompt_logprobs": "use echo with logprobs in /v1/completions",
     "truncate_prompt_tokens": "shorten the prompt; it is never cut",
 }
@@ -210,7 +221,8 @@ R = TypeVar("R", bound=msgspec.Struct)
 def read(body: bytes, kind: type[R]) -> R:
     """Decode a request body.  Raises RequestError naming the field and what is wrong with it."""
     try:
-        _refuse(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        _refuse({name: value for name, value in given.items() if name not in kind.__struct_fields__})
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None

@@ -68,4 +68,3 @@ class ToolParser(Protocol):
 
     def finish(self) -> list[Event]:
         """What was held back: the output has ended."""
-

@@ -12,14 +12,16 @@ import secrets
 import string
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import ClassVar, NoReturn, TypeVar
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from weft.front.detokenize import automaton
 from weft.front.tools.events import Arguments, Begun, Broken, Ended, Event, Text, Tools
 from weft.front.tools.value import BAD, DONE, OVER, SPACE, Value, is_json
 
 T = TypeVar("T")
+Call = tuple[str, Mapping[str, Any]]
+"""Name and arguments."""
 Reading = Generator[None, str, T]
 """A grammar: is sent characters ("" at the end of the output), returns what it made of them."""
 
@@ -32,6 +34,11 @@ class Malformed(Exception):
     """What was read is no call after all."""
 
 
+def to_json(value: Any) -> str:
+    """JSON as chat templates write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def call_id() -> str:
     """An id as OpenAI's look."""
     return "call_" + secrets.token_hex(12)
@@ -41,12 +48,14 @@ class Machine(ABC):
     """A parser of tool calls (see `events.ToolParser`).  A family gives its name, what begins a call, and `calls`.
 
     markers: texts that begin calls, wherever they stand.  openings: characters that do so where nothing but white space came
-    before, or behind a call.
+    before, or behind a call.  special: marks of the form that may be special tokens of the tokenizer, which must be kept in
+    the text.
     """
 
     name: ClassVar[str]
     markers: ClassVar[tuple[str, ...]] = ()
     openings: ClassVar[str] = ""
+    special: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tools: Tools | None = None, new_id: Callable[[], str] | None = None) -> None:
         self.tools = tools
@@ -66,7 +75,18 @@ class Machine(ABC):
 
     @staticmethod
     def own_id() -> str:
+        """A new id for a call."""
         return call_id()
+
+    @staticmethod
+    def fit_id(id: str) -> str:
+        """An id, whoever made it, as the family's templates take it."""
+        return id
+
+    @staticmethod
+    @abstractmethod
+    def written(calls: Sequence[Call]) -> str:
+        """Calls as the family writes them."""
 
     @abstractmethod
     def calls(self, marker: str) -> Reading[None]:

@@ -6,10 +6,12 @@ Source: mistral-common's templates.  Ids are nine letters and digits, since the 
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import string
+from collections.abc import Sequence
 
-from weft.front.tools.machine import MAX_NAME, NAME_CHARS, Machine, Malformed, Reading
+from weft.front.tools.machine import MAX_NAME, NAME_CHARS, Call, Machine, Malformed, Reading, to_json
 from weft.front.tools.value import SPACE
 
 ID_CHARS = string.ascii_letters + string.digits
@@ -23,10 +25,21 @@ def call_id() -> str:
 class Mistral(Machine):
     name = "mistral"
     markers = ("[TOOL_CALLS]",)
+    special = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 
     @staticmethod
     def own_id() -> str:
         return call_id()
+
+    @staticmethod
+    def fit_id(id: str) -> str:
+        if len(id) == ID_LENGTH and id.isascii() and id.isalnum():
+            return id
+        return hashlib.blake2b(id.encode("utf-8", "replace")).hexdigest()[:ID_LENGTH]
+
+    @staticmethod
+    def written(calls: Sequence[Call]) -> str:
+        return "".join(f"[TOOL_CALLS]{name}[ARGS]{to_json(given)}" for name, given in calls)
 
     def calls(self, marker: str) -> Reading[None]:
         char = yield from self.solid()

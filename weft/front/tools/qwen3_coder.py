@@ -1,4 +1,4 @@
-"""Qwen3-Coder, Qwen3.5, Nemotron 3, Step 3.5: `<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>`.
+"""Qwen3-Coder, Qwen3.5, Nemotron 3, Step 3.5: `<function=NAME><parameter=KEY>VALUE</parameter>...</function>` in `<tool_call>`.
 
 Source: the models' templates.  A value is bare text, what it means is said by the schema of its parameter: for a string it goes
 out as it comes, for another type it is JSON (or Python's word for true, false and null), and a string where it is neither.
@@ -8,12 +8,11 @@ that a `<parameter=` or a `</function>` follows, so the tag itself may stand in 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from weft.front.detokenize import automaton
-from weft.front.tools.machine import END, Machine, Malformed, Reading
+from weft.front.tools.machine import END, Call, Machine, Malformed, Reading, to_json
 from weft.front.tools.value import SPACE, is_json
 
 MAX_KEY = 256
@@ -27,6 +26,11 @@ class Qwen3Coder(Machine):
     opening: ClassVar[str] = "<tool_call>"
     closing: ClassVar[str] = "</tool_call>"
     markers = ("<tool_call>", "<function=")
+    special = ("<tool_call>", "</tool_call>")
+
+    @staticmethod
+    def written(calls: Sequence[Call]) -> str:
+        return written(calls, "tool_call")
 
     def calls(self, marker: str) -> Reading[None]:
         if marker == self.opening:
@@ -58,7 +62,7 @@ class Qwen3Coder(Machine):
             key = yield from self.until_bracket()
             if key in seen:
                 raise Malformed
-            self.argue((", " if seen else "") + json.dumps(key, ensure_ascii=False) + ": ")
+            self.argue((", " if seen else "") + to_json(key) + ": ")
             seen.add(key)
             following = yield from self.parameter(kinds(properties.get(key)))
         self.argue("}")
@@ -102,6 +106,16 @@ class Qwen3Coder(Machine):
             held = held[cut:]
 
 
+def written(calls: Sequence[Call], tag: str) -> str:
+    """Calls, each within the tag."""
+    out = []
+    for name, given in calls:
+        values = {key: value if isinstance(value, str) else to_json(value) for key, value in given.items()}
+        parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        out.append(f"<{tag}>\n<function={name}>\n{parameters}</function>\n</{tag}>")
+    return "\n".join(out)
+
+
 class _Argument:
     """What becomes of one value: pieces of a JSON string at once, or JSON when it is whole."""
 
@@ -123,7 +137,7 @@ class _Argument:
                 self.held.append(char)
 
     def _say(self, text: str) -> None:
-        self.machine.argue(json.dumps(text, ensure_ascii=False)[1:-1])
+        self.machine.argue(to_json(text)[1:-1])
 
     def close(self) -> None:
         if self.held and self.held[-1] == "\n":
@@ -157,7 +171,7 @@ def as_json(text: str, types: frozenset[str]) -> str:
     written = _PYTHON.get(bare, bare)
     if is_json(written) and not ("string" in types and _type(written) not in types):
         return written
-    return json.dumps(text, ensure_ascii=False)
+    return to_json(text)
 
 
 def _type(written: str) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from weft.front.tools.qwen3_coder import Qwen3Coder
+from collections.abc import Sequence
+
+from weft.front.tools.machine import Call
+from weft.front.tools.qwen3_coder import Qwen3Coder, written
 
 
 class SeedOSS(Qwen3Coder):
@@ -10,3 +13,8 @@ class SeedOSS(Qwen3Coder):
     opening = "<seed:tool_call>"
     closing = "</seed:tool_call>"
     markers = ("<seed:tool_call>", "<function=")
+    special = ("<seed:tool_call>", "</seed:tool_call>")
+
+    @staticmethod
+    def written(calls: Sequence[Call]) -> str:
+        return written(calls, "seed:tool_call")
