@@ -323,7 +323,7 @@ def quoting(lab: Lab, parts: Sequence[Part], reference: Sequence[Part]) -> tuple
     companions = tuple((TokenItem(ids),) for ids in lab.companions(parts))
     asked = RequestSpec(
         id=1, items=(TokenItem((*text, *text[:AGAIN])),), sampling=SamplingSpec(temperature=0.7, top_k=4, max_tokens=1),
-        seed=5, companions=companions,
+        seed=5, companions=companions, grammar=next(iter(lab.grammars(parts)), None),
     )  # fmt: skip
     found, _ = lab.laws(reference, [asked], {1: text[AGAIN : AGAIN + 24]})
     likely = {i: _law(asked, found[5, i]).get(text[AGAIN + i], 0.0) for i in range(2, 24)}

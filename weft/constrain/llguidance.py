@@ -22,8 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,8 +31,6 @@ from weft.slots import Vocabulary, Words
 from weft.traits import Effect, Traits
 from weft.types import Grammar
 
-MOST_KEPT = 128
-"""Grammars that are kept ready."""
 MOST_CHARS = 300
 """Of the library's own words that are told to a client."""
 BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,))
@@ -47,7 +43,7 @@ class LLGuidance:
     """items: of a row of the parser, at most.  whitespace: characters of it between two tokens of JSON, at most."""
 
     items: int = 1000
-    whitespace: int = 24
+    whitespace: int = 1
     acts: dict[str, int] = field(
         default_factory=lambda: {"masks": 0, "tokens": 0, "grammars": 0}, init=False, compare=False
     )
@@ -60,8 +56,6 @@ class LLGuidance:
     )
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.REDEFINES}))
     _words: Words | None = field(default=None, init=False, repr=False, compare=False)
-    _ready: OrderedDict[bytes, Any] = field(default_factory=OrderedDict, init=False, repr=False, compare=False)
-    _lock: Any = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not (1 <= self.items <= 2000 and 0 <= self.whitespace <= 1000):
@@ -78,21 +72,18 @@ class LLGuidance:
         _fail(matcher, grammar)
 
     def begin(self, grammar: Grammar) -> Path:
-        assert self._words is not None, "a technique is attached before a request has it"
-        key = hashlib.blake2b(f"{grammar.kind} {grammar.source}".encode("utf-8", "surrogatepass")).digest()
-        with self._lock:
-            matcher = self._ready.pop(key, None)
-        if matcher is None:
-            # Of two threads that want the same one, both make it: neither waits for a grammar that is not its own.
-            matcher = self._matcher(self._words.once("llguidance", _tokenizer), grammar)
-            _fail(matcher, grammar)
-            self.acts["grammars"] += 1
-        with self._lock:
-            self._ready[key] = matcher
-            if len(self._ready) > MOST_KEPT:
-                self._ready.popitem(last=False)
-            copy = matcher.deep_copy()
-        return Path(self.acts, grammar, copy, frozenset(self._words.vocabulary.ends))
+        words = self._words
+        assert words is not None, "a technique is attached before a request has it"
+        said = f"{self.items} {self.whitespace} {grammar.kind} {grammar.source}"
+        key = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
+        ready = words.once(f"llguidance {key}", lambda _: self._ready(words, grammar))
+        return Path(self.acts, grammar, ready.deep_copy(), frozenset(words.vocabulary.ends))
+
+    def _ready(self, words: Words, grammar: Grammar) -> Any:
+        matcher = self._matcher(words.once("llguidance", _tokenizer), grammar)
+        _fail(matcher, grammar)
+        self.acts["grammars"] += 1
+        return matcher
 
     def _matcher(self, tokenizer: Any, grammar: Grammar) -> Any:
         """The library's matcher at the beginning of a grammar, in an error state where it is none."""
@@ -112,7 +103,7 @@ class LLGuidance:
                 return str(grammar_from(grammar.kind, grammar.source))
             except (ValueError, RecursionError) as error:
                 raise _refused(grammar, str(error)) from None
-        options: dict[str, Any] = {"whitespace_flexible": self.whitespace > 0, "lenient": False, "coerce_one_of": False}
+        options: Any = {"whitespace_flexible": self.whitespace > 0, "lenient": False, "coerce_one_of": False}
         if self.whitespace:
             options["whitespace_pattern"] = rf"[\x20\x0A\x0D\x09]{{1,{self.whitespace}}}"
         try:

@@ -131,11 +131,11 @@ def adjust(x: Tensor, row: Row) -> Tensor:
         cost = s.frequency_penalty * counts + s.presence_penalty
         x[torch.from_numpy(ids)] -= torch.from_numpy(cost).to(x.dtype)
     if s.stop_ids and row.output < s.min_tokens:
-        ids = torch.tensor(s.stop_ids)
-        kept = x[ids]
-        x[ids] = NEVER
+        ends = torch.tensor(s.stop_ids)
+        kept = x[ends]
+        x[ends] = NEVER
         if row.held and not bool(x.isfinite().any()):
-            x[ids] = kept  # a grammar that has come to its end allows nothing else
+            x[ends] = kept  # a grammar that has come to its end allows nothing else
     return x
 
 

@@ -4,7 +4,7 @@ As in the worker for templates, what ends a grammar that takes too long or too m
 SIGALRM with its default action, RLIMIT_AS, no files, no core dumps.
 
 Frames on stdin and stdout: 4 bytes big-endian length, then JSON.  Request: {part, kind, source}.  Answer: {} where the part
-can hold an output to it, or {error, message, param} with error one of refused and memory.
+can hold an output to it, or {error, message} with error one of refused and memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         parse(request["part"]).build().check(Grammar(request["kind"], request["source"]))
     except EngineError as error:
-        return {"error": "refused", "message": shown(str(error)), "param": getattr(error, "param", None)}
+        return {"error": "refused", "message": shown(str(error))}
     except MemoryError:
         return {"error": "memory", "message": ""}
     except BaseException as error:  # a library's panic is no Exception

@@ -25,6 +25,8 @@ from weft.types import Grammar
 
 _WORKER = Path(__file__).with_name("grammar_worker.py")
 SLOT = "constrain"
+PARAM = "structured_outputs"
+"""The field of a request that a grammar stands in."""
 MOST_KNOWN = 1024
 """Verdicts that are remembered."""
 
@@ -82,7 +84,7 @@ class Grammars:
             "memory": f"the grammar needs more than {self.memory_bytes >> 20} MiB to make ready; make it smaller",
         }
         text = texts.get(kind, f"the process that checks grammars ended on this one ({message}); make it smaller")
-        return RequestError(text, param=reply.get("param") or "structured_outputs", code="invalid_grammar")
+        return RequestError(f"{PARAM}: {text}", param=PARAM, code="invalid_grammar")
 
 
 _shared: Grammars | None = None

@@ -27,7 +27,7 @@ class Vocabulary:
 class Words(Protocol):
     """The vocabulary of an engine's model, read when it is first asked for.
 
-    once  what `make` makes of it, made once for each key, whoever asks (threads too)
+    once  what `make` makes of it, made once for each key, whoever asks (threads too), and kept while it is among the newest
 
     Raises ConfigError where the model has no tokenizer, or no token that ends an output.
     """

@@ -44,7 +44,7 @@ async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     ids = await chat_ids(service, request)
     beside = await contrast(service, request)
     prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside)
-    generation = await service.client.start(prompt)
+    generation = await service.start(request, prompt)
     writer = ChatWriter(service, model, generation, request, params.n)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
 
