@@ -77,7 +77,8 @@ class LLGuidance:
         said = f"{self.items} {self.whitespace} {grammar.kind} {grammar.source}"
         key = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
         ready = words.once(f"llguidance {key}", lambda _: self._ready(words, grammar))
-        return Path(self.acts, grammar, ready.deep_copy(), frozenset(words.vocabulary.ends))
+        vocabulary = words.vocabulary
+        return Path(self.acts, grammar, ready.deep_copy(), frozenset(vocabulary.ends), len(vocabulary.tokens))
 
     def _ready(self, words: Words, grammar: Grammar) -> Any:
         matcher = self._matcher(words.once("llguidance", _tokenizer), grammar)
@@ -115,30 +116,42 @@ class LLGuidance:
 
 @dataclass(slots=True)
 class Path:
-    """One text's place in a grammar."""
+    """One text's place in a grammar.  size: of the vocabulary.  over: end tokens that were taken in; behind the first one nothing
+    but more of them may stand."""
 
     acts: dict[str, int]
     grammar: Grammar
     matcher: Any
     ends: frozenset[int]
+    size: int
+    over: int = 0
 
     def mask(self) -> bytes:
+        self.acts["masks"] += 1
+        if self.over:
+            return sum(1 << i for i in self.ends).to_bytes(-(-self.size // 8), "little")
         bits: bytes = self.matcher.compute_bitmask()
         _fail(self.matcher, self.grammar)
-        self.acts["masks"] += 1
         return bits
 
     def advance(self, token: int) -> bool:
-        taken = bool(self.matcher.try_consume_tokens([token]))
+        if token in self.ends:
+            taken = self.over > 0 or bool(self.matcher.is_accepting())
+            self.over += taken
+        else:
+            taken = not self.over and bool(self.matcher.try_consume_tokens([token]))
         _fail(self.matcher, self.grammar)
         self.acts["tokens"] += taken
         return taken
 
     def rollback(self, count: int) -> None:
-        self.matcher.rollback(count)
+        ends = min(count, self.over)
+        self.over -= ends
+        if count > ends:
+            self.matcher.rollback(count - ends)
 
     def fork(self) -> Path:
-        return Path(self.acts, self.grammar, self.matcher.deep_copy(), self.ends)
+        return Path(self.acts, self.grammar, self.matcher.deep_copy(), self.ends, self.size, self.over)
 
 
 def _tokenizer(vocabulary: Vocabulary) -> Any:

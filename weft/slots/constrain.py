@@ -38,8 +38,8 @@ class Words(Protocol):
 
 
 class GrammarPath(Protocol):
-    """How far one text has come in a grammar; after an end it stands still.  Each may raise RequestError where the grammar is too
-    complex to go on.
+    """How far one text has come in a grammar; behind an end nothing but ends may stand.  Each may raise RequestError where the
+    grammar is too complex to go on.
 
     mask      which ids may follow, a bit for each, the lowest first; at least one
     advance   take a token in; False, and nothing is changed, where the grammar does not allow it
