@@ -207,7 +207,7 @@ def start(
         say(f"note: this model runs on plain PyTorch, which is slower: {fallback}")
     text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
-        runtime = build(setup, progress)
+        runtime = build(setup, progress, vocabulary=text.vocabulary)
     shadow = None if checks is None else Shadow(runtime, *checks)
     info = engine_info(setup, name, runtime.adapters, loads_adapters=lora_root is not None)
     root = None if lora_root is None else str(lora_root.resolve())

@@ -34,7 +34,7 @@ async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     """Start what a request asks for.  Raises RequestError."""
     request = read(body, ChatRequest)
     model, prompt = await chat_prompt(service, request)
-    generation = await service.client.start(prompt)
+    generation = await service.start(request, prompt)
     writer = ChatWriter(service, model, generation, request, prompt.params.n)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from weft.compose import complete, compose
 from weft.errors import ConfigError, RequestError
+from weft.front.grammars import constrained
 from weft.front.openai.structs import MAX_TECHNIQUES, Fields
 from weft.registry import Part, lookup, parse
 
@@ -22,6 +23,7 @@ def techniques(fields: Fields, server: Sequence[str], model: Sequence[str] = ())
         raise RequestError(f"weft.with names {len(given)} techniques; at most {MAX_TECHNIQUES}", param="weft.with")
     try:
         own = [parse(text) for text in given]
+        own = [parse(text) for text in constrained([str(p) for p in own], server, fields.grammar)]
         named = {part.slot for part in own}
         own = [*(part for part in map(parse, model) if part.slot not in named), *own]
         for part in own:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -14,6 +14,9 @@ from typing import TypeVar
 from weft.errors import ConfigError, RequestError
 from weft.front.client import Client
 from weft.front.dialect import Dialect
+from weft.front.generation import Generation, Prompt
+from weft.front.grammars import PARAM
+from weft.front.openai.structs import Fields
 from weft.front.port import EnginePort
 from weft.front.template import MAX_TEMPLATE_CHARS
 from weft.front.text import ModelText
@@ -99,6 +102,16 @@ class Service:
         adapter = self.client.adapters.get(model)
         own = adapter.digest if adapter is not None and model not in self.model_ids else ""
         return "fp_" + hashlib.blake2b((self._setting + own).encode(), digest_size=6).hexdigest()
+
+    async def start(self, fields: Fields, prompts: Prompt | Sequence[Prompt]) -> Generation:
+        """Send what a request asks for.  Raises RequestError, which names the field as the request wrote it."""
+        try:
+            return await self.client.start(prompts)
+        except RequestError as error:
+            if error.param != PARAM or fields.structured_outputs is not None:
+                raise
+            text = str(error).replace(PARAM, "response_format")
+            raise RequestError(text, param="response_format", code=error.code) from None
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do slow work on text in a thread, so that no stream has to wait for it."""
