@@ -115,6 +115,7 @@ FORMS = {
     "hermes": (hermes,),
     "llama3_json": (llama3_json, python_tag),
     "mistral": (mistral_list, mistral_named, mistral_ids),
+    "mistral_list": (mistral_list,),
     "qwen3_coder": (qwen3_coder,),
     "seed_oss": (seed_oss,),
     "json": (plain, fenced),

@@ -295,7 +295,7 @@ def test_a_template_tells_its_parser(shared: Callable[[str], Path]) -> None:
         "llama.cpp/NousResearch-Hermes-3-Llama-3.1-8B-tool_use": "hermes",
         "llama.cpp/meta-llama-Llama-3.1-8B-Instruct": "llama3_json",
         "llama.cpp/meta-llama-Llama-3.2-3B-Instruct": "llama3_json",
-        "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407": "mistral",
+        "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407": "mistral_list",
         "mistral-common/chat_templates/v13": "mistral",
         "llama.cpp/Qwen3-Coder": "qwen3_coder",
         "llama.cpp/ByteDance-Seed-OSS": "seed_oss",
@@ -309,7 +309,7 @@ def test_a_template_tells_its_parser(shared: Callable[[str], Path]) -> None:
 
 
 def test_a_parser_can_be_named() -> None:
-    assert chosen("auto", ["", "[TOOL_CALLS]"]) is PARSERS["mistral"]
+    assert chosen("auto", ["", "[TOOL_CALLS]"]) is PARSERS["mistral_list"]
     assert chosen("auto", []) is None
     assert chosen("hermes", ["[TOOL_CALLS]"]) is PARSERS["hermes"]
     with pytest.raises(ConfigError, match=r"no tool parser 'x'; there are auto, hermes"):

@@ -37,7 +37,8 @@ TWO = [PARIS, ("time", {})]
 SOURCES = {
     "hermes": "llama.cpp/Qwen-Qwen2.5-7B-Instruct",
     "llama3_json": "llama.cpp/meta-llama-Llama-3.1-8B-Instruct",
-    "mistral": "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407",
+    "mistral": "mistral-common/chat_templates/v13",
+    "mistral_list": "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407",
     "qwen3_coder": "llama.cpp/Qwen3-Coder",
     "seed_oss": "llama.cpp/ByteDance-Seed-OSS",
 }
@@ -301,7 +302,7 @@ def test_a_template_without_tools_gets_them_in_words(speaking: Callable[..., Spo
     model.ask(messages=past)
     assert model.prompt() == (
         "<|user|>What is the weather?<|end|><|assistant|>I see.\n"
-        '[{"name": "time", "arguments": {"zone": "é"}}, {"name": "time", "arguments": {"zone": "é"}}]<|end|>'
+        '{"name": "time", "arguments": {"zone": "é"}}\n{"name": "time", "arguments": {"zone": "é"}}<|end|>'
         "<|user|>Result of time:\nNoon.\n\nResult of time:\nOne.<|end|><|assistant|>"
     )
 
@@ -322,7 +323,7 @@ def test_a_parser_of_the_users_choice(speaking: Callable[..., Spoken]) -> None:
 
 def test_ids_and_names_that_a_template_asks_for(speaking: Callable[..., Spoken]) -> None:
     """Mistral's templates refuse ids that are not nine letters and digits; those of other servers are longer."""
-    model = speaking("Rain.", "mistral")
+    model = speaking("Rain.", "mistral_list")
     call = {"id": "call_0123456789abcdef", "type": "function", "function": {"name": "time", "arguments": "{}"}}
     past = [
         *ASK,
@@ -333,7 +334,7 @@ def test_ids_and_names_that_a_template_asks_for(speaking: Callable[..., Spoken])
     made = model.prompt().partition('"id": "')[2][:9]
     assert made.isalnum()
     assert f'"call_id": "{made}"' in model.prompt()
-    spoken = speaking(forms.mistral_list([("time", {})]).replace(', "id": "abcde0000"', ""), "mistral")
+    spoken = speaking(forms.mistral_list([("time", {})]).replace(', "id": "abcde0000"', ""), "mistral_list")
     id = spoken.ask(tools=TOOLS).choices[0].message.tool_calls[0].id
     assert len(id) == 9
     assert id.isalnum()

@@ -7,18 +7,22 @@ user.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from weft.errors import RequestError
 from weft.front import reasoning, tools
+from weft.front.grammars import PARAM
 from weft.front.speech import Manner
 from weft.front.template import ChatTemplate
 from weft.front.text import ModelText
+from weft.front.tools import grammar
 from weft.front.tools.events import Tools
 from weft.front.tools.machine import Machine, to_json
 from weft.front.tools.plain import Plain
+from weft.types import Grammar
 
 Message = dict[str, Any]
 
@@ -73,11 +77,19 @@ class Dialect:
         return all(word in text for word in (_NAME, _VALUE, _RESULT))
 
     def manner(
-        self, prompt: str, functions: Tools, *, parallel: bool = True, goes_on: str | None = None
+        self,
+        prompt: str,
+        functions: Tools,
+        *,
+        parallel: bool = True,
+        required: bool = False,
+        answer: Grammar | None = None,
+        goes_on: str | None = None,
     ) -> Manner | None:
         """How answers to a prompt are to be read; None where they are text and nothing else.
 
-        functions: what may be called.  goes_on: the text that the answer goes on with, where it does.
+        functions: what may be called; required: what must be.  answer: what other answers are held to.  goes_on: the text that
+        the answer goes on with, where it does.  Raises RequestError.
         """
         marks, inside = self.marks, False
         if marks is not None and goes_on is not None:
@@ -88,9 +100,24 @@ class Dialect:
         parser = self.parser if functions else None
         if marks is None and parser is None:
             return None
+        lark = None
+        around: Any = {"parallel": parallel, "marks": marks, "inside": inside}
+        if required:
+            lark = grammar.calls(self.parser.form, functions, **around)
+        elif answer is not None and answer.kind == "json":
+            lark = grammar.answer(_schema(answer), self.parser.form, functions, **around)
+        elif answer is not None and functions:
+            raise RequestError(
+                "tools go together with an answer in JSON, and with no other structured output; set tool_choice to none",
+                param=PARAM,
+            )
+        elif answer is not None:
+            return None  # it holds from the first character on, so that no thought has room
         texts = [*(parser.special if parser else ()), *((marks.begin, marks.end) if marks else ())]
         shown = self._special(texts)
-        return Manner(marks=marks, inside=inside, parser=parser, tools=functions, parallel=parallel, shown=shown)
+        return Manner(
+            marks=marks, inside=inside, parser=parser, tools=functions, parallel=parallel, shown=shown, grammar=lark
+        )
 
     def _special(self, texts: Iterable[str]) -> frozenset[int]:
         """Ids of those texts that are special tokens, which are no text otherwise."""
@@ -113,6 +140,17 @@ class Dialect:
         if not offered or self.native:
             return found, offered or None
         return told_of(found, offered, self.parser), None
+
+
+def _schema(answer: Grammar) -> Any:
+    """The JSON schema of a grammar.  Raises RequestError."""
+    try:
+        schema = json.loads(answer.source)
+    except (ValueError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict | bool):
+        raise RequestError("structured_outputs.json must be a JSON schema: an object, true or false", param=PARAM)
+    return schema
 
 
 def _rendered(template: ChatTemplate, messages: Sequence[Message]) -> str:
@@ -158,7 +196,7 @@ def in_words(messages: Iterable[Message], parser: type[Machine]) -> list[Message
                 out.append({"role": "user", "content": text})
         elif message.get("tool_calls"):
             calls = [(c["function"]["name"], _mapping(c["function"].get("arguments"))) for c in message["tool_calls"]]
-            parts = [message.get("content"), parser.written(calls)]
+            parts = [message.get("content"), parser.form.written(calls)]
             rest = {k: v for k, v in message.items() if k != "tool_calls"}
             out.append({**rest, "content": "\n".join(part for part in parts if part)})
         else:
@@ -174,7 +212,7 @@ def _mapping(arguments: Any) -> Mapping[str, Any]:
 def told_of(messages: Sequence[Message], offered: Sequence[Mapping[str, Any]], parser: type[Machine]) -> list[Message]:
     """Messages whose first one, a system message's or a user's, tells of the tools and of how to call them."""
     functions = "\n".join(to_json(tool["function"]) for tool in offered)
-    form = parser.written([("NAME", {"PARAMETER": "VALUE"})])
+    form = parser.form.written([("NAME", {"PARAMETER": "VALUE"})])
     text = (
         f"You may call functions. There are, one JSON object in a line each:\n\n{functions}\n\n"
         f"To call one, answer with this and nothing else:\n\n{form}\n\n"

@@ -27,6 +27,8 @@ class Manner:
 
     parser: of tool calls; None where none may come.  tools: what may be called.  parallel: whether more than one call may come;
     others are left out if not.  shown: special tokens that the parsers must see.
+
+    grammar: what answers are held to, in Lark; None where they are free, or held to what the request says itself.
     """
 
     marks: Marks | None = None
@@ -35,6 +37,7 @@ class Manner:
     tools: Tools | None = None
     parallel: bool = True
     shown: frozenset[int] = frozenset()
+    grammar: str | None = None
 
     def open(self) -> Speech:
         """A reader for one answer."""

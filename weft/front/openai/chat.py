@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -52,8 +53,10 @@ async def chat_prompt(service: Service, request: ChatRequest) -> tuple[str, Prom
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     priority, salt = routing(request)
-    parts = techniques(request, service.port.info.stack, service.techniques(model))
     ids, manner = await chat_turn(service, request)
+    if manner is not None and manner.grammar is not None:
+        params = replace(params, structured_outputs={"grammar": manner.grammar})
+    parts = techniques(request, service.port.info.stack, service.techniques(model), params.grammar)
     beside = await contrast(service, request)
     prompt = Prompt(
         ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside, manner=manner
@@ -100,6 +103,7 @@ async def chat_ids(service: Service, request: ChatRequest | TokenizeRequest) -> 
 
 async def chat_turn(service: Service, request: ChatRequest | TokenizeRequest) -> tuple[list[int], Manner | None]:
     """(ids of the prompt, how answers to it are to be read) of a request's messages and tools.  Raises RequestError."""
+    held_to = request.grammar if isinstance(request, ChatRequest) else None
     text, offer, dialect = service.text, offer_of(request), service.dialect_of(request.chat_template)
     messages = checked_messages(request.messages)
     going_on = bool(request.continue_final_message)
@@ -118,8 +122,15 @@ async def chat_turn(service: Service, request: ChatRequest | TokenizeRequest) ->
         if going_on:
             whole = _open_ended(whole, messages[-1])
         ids = text.prompt_ids(whole, add_special=bool(request.add_special_tokens), param="messages")
-        last = messages[-1]["content"] if going_on else None
-        return ids, dialect.manner(whole, offer.functions, parallel=offer.parallel, goes_on=last)
+        manner = dialect.manner(
+            whole,
+            offer.functions,
+            parallel=offer.parallel,
+            required=offer.choice == "required",
+            answer=held_to,
+            goes_on=messages[-1]["content"] if going_on else None,
+        )
+        return ids, manner
 
     return await service.in_thread(work)  # the template runs in a process of its own, which may take its time
 
@@ -164,7 +175,9 @@ class ChatWriter:
         self._usage_head = start + b',"choices":[],"usage":'
         self._content_heads = [self._head + b'%d,"delta":{"content":' % i for i in range(n)]
         self._choices: dict[int, _Choice] = {}
-        self._label = label(request, service.port.info.stack, service.techniques(model))
+        self._label = label(
+            request, service.port.info.stack, service.techniques(model), generation.requests[0].prompt.params.grammar
+        )
         self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
 
     # ------------------------------------------------------------------------------------------ stream

@@ -31,7 +31,7 @@ class Asks(Protocol):
 class Offer:
     """tools: what the prompt tells of.  functions: what may be called, with the schema of its parameters.
 
-    choice: whether a call may come, or must.  parallel: whether several may.
+    choice: whether a call may come, or must.  parallel: whether several may; a function that is named is called once.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -63,12 +63,13 @@ def offer_of(request: Asks) -> Offer:
     for name in allowed or ():
         if name not in functions:
             raise RequestError(f"tool_choice names {name[:80]!r}, which is none of the tools", param="tool_choice")
+    named = isinstance(given, Mapping) and given.get("type") == "function"
     kept = functions if allowed is None else {name: functions[name] for name in allowed}
     return Offer(
         tools=tools,
         functions=kept,
         choice="required" if choice == "required" else "auto",
-        parallel=request.parallel_tool_calls is not False,
+        parallel=request.parallel_tool_calls is not False and not named,
     )
 
 

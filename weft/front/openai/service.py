@@ -110,8 +110,8 @@ class Service:
         except RequestError as error:
             if error.param != PARAM or fields.structured_outputs is not None:
                 raise
-            text = str(error).replace(PARAM, "response_format")
-            raise RequestError(text, param="response_format", code=error.code) from None
+            field = "tools" if fields.structured is None else "response_format"
+            raise RequestError(str(error).replace(PARAM, field), param=field, code=error.code) from None
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do slow work on text in a thread, so that no stream has to wait for it."""

@@ -11,16 +11,19 @@ from weft.errors import ConfigError
 from weft.front.tools.hermes import Hermes
 from weft.front.tools.llama3 import Llama3
 from weft.front.tools.machine import Machine
-from weft.front.tools.mistral import Mistral
+from weft.front.tools.mistral import Mistral, MistralList
 from weft.front.tools.plain import Plain
 from weft.front.tools.qwen3_coder import Qwen3Coder
 from weft.front.tools.seed_oss import SeedOSS
 
-PARSERS: dict[str, type[Machine]] = {p.name: p for p in (Hermes, Llama3, Mistral, Qwen3Coder, SeedOSS, Plain)}
+PARSERS: dict[str, type[Machine]] = {
+    p.name: p for p in (Hermes, Llama3, Mistral, MistralList, Qwen3Coder, SeedOSS, Plain)
+}
 
 # What of a template's text tells its family: all of the first and none of the second.  The first that fits counts.
 _TOLD: tuple[tuple[type[Machine], tuple[str, ...], tuple[str, ...]], ...] = (
-    (Mistral, ("[TOOL_CALLS]",), ()),
+    (Mistral, ("[TOOL_CALLS]", "[ARGS]"), ()),
+    (MistralList, ("[TOOL_CALLS]",), ()),
     (SeedOSS, ("seed:tool_call", "<function=", "<parameter="), ()),
     (Qwen3Coder, ("<tool_call>", "<function=", "<parameter="), ()),
     (Hermes, ("<tool_call>", "arguments"), ("<arg_key>", "<function=")),

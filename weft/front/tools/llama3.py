@@ -6,20 +6,15 @@ model sends to its built-in tools (`<|python_tag|>brave_search.call(...)`, Pytho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from weft.front.tools.machine import Call, Machine, Reading, to_json
+from weft.front.tools.machine import Form, Machine, Reading
 
 
 class Llama3(Machine):
     name = "llama3_json"
+    form = Form(call='{"name": "NAME", "parameters": ARGUMENTS}', between="; ", several=False)
     markers = ("<|python_tag|>",)
     openings = "{"
     special = markers
-
-    @staticmethod
-    def written(calls: Sequence[Call]) -> str:
-        return "; ".join(f'{{"name": {to_json(name)}, "parameters": {to_json(given)}}}' for name, given in calls)
 
     def calls(self, marker: str) -> Reading[None]:
         char = marker if marker in self.openings else (yield from self.solid())

@@ -13,6 +13,7 @@ import string
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from weft.front.detokenize import automaton
@@ -44,8 +45,45 @@ def call_id() -> str:
     return "call_" + secrets.token_hex(12)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a family writes calls: `open`, each as `call` with NAME and ARGUMENTS filled in, `between` them, and `close`.
+
+    tag: calls are rather written in bare text, as `<function=NAME>` with its parameters between this tag and its end; `call` is
+    then for what bare text cannot say.  several: whether more than one may stand in an answer.
+    """
+
+    call: str
+    open: str = ""
+    between: str = "\n"
+    close: str = ""
+    tag: str = ""
+    several: bool = True
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """What stands before the name, between it and the arguments, and behind them."""
+        head, _, rest = self.call.partition("NAME")
+        middle, _, tail = rest.partition("ARGUMENTS")
+        return head, middle, tail
+
+    def written(self, calls: Sequence[Call]) -> str:
+        """The text of some calls."""
+        said = (self._bare(*call) if self.tag else self._json(*call) for call in calls)
+        return self.open + self.between.join(said) + self.close
+
+    def _json(self, name: str, given: Mapping[str, Any]) -> str:
+        head, middle, tail = self.parts
+        return head + name + middle + to_json(given) + tail
+
+    def _bare(self, name: str, given: Mapping[str, Any]) -> str:
+        values = {key: value if isinstance(value, str) else to_json(value) for key, value in given.items()}
+        parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        return f"<{self.tag}>\n<function={name}>\n{parameters}</function>\n</{self.tag}>"
+
+
 class Machine(ABC):
-    """A parser of tool calls (see `events.ToolParser`).  A family gives its name, what begins a call, and `calls`.
+    """A parser of tool calls (see `events.ToolParser`).  A family gives its name, its form, what begins a call, and `calls`.
 
     markers: texts that begin calls, wherever they stand.  openings: characters that do so where nothing but white space came
     before, or behind a call.  special: marks of the form that may be special tokens of the tokenizer, which must be kept in
@@ -53,6 +91,7 @@ class Machine(ABC):
     """
 
     name: ClassVar[str]
+    form: ClassVar[Form]
     markers: ClassVar[tuple[str, ...]] = ()
     openings: ClassVar[str] = ""
     special: ClassVar[tuple[str, ...]] = ()
@@ -82,11 +121,6 @@ class Machine(ABC):
     def fit_id(id: str) -> str:
         """An id, whoever made it, as the family's templates take it."""
         return id
-
-    @staticmethod
-    @abstractmethod
-    def written(calls: Sequence[Call]) -> str:
-        """Calls as the family writes them."""
 
     @abstractmethod
     def calls(self, marker: str) -> Reading[None]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import string
-from collections.abc import Sequence
 
-from weft.front.tools.machine import MAX_NAME, NAME_CHARS, Call, Machine, Malformed, Reading, to_json
+from weft.front.tools.machine import MAX_NAME, NAME_CHARS, Form, Machine, Malformed, Reading
 from weft.front.tools.value import SPACE
 
 ID_CHARS = string.ascii_letters + string.digits
@@ -24,6 +23,7 @@ def call_id() -> str:
 
 class Mistral(Machine):
     name = "mistral"
+    form = Form(call="[TOOL_CALLS]NAME[ARGS]ARGUMENTS", between="")
     markers = ("[TOOL_CALLS]",)
     special = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 
@@ -36,10 +36,6 @@ class Mistral(Machine):
         if len(id) == ID_LENGTH and id.isascii() and id.isalnum():
             return id
         return hashlib.blake2b(id.encode("utf-8", "replace")).hexdigest()[:ID_LENGTH]
-
-    @staticmethod
-    def written(calls: Sequence[Call]) -> str:
-        return "".join(f"[TOOL_CALLS]{name}[ARGS]{to_json(given)}" for name, given in calls)
 
     def calls(self, marker: str) -> Reading[None]:
         char = yield from self.solid()
@@ -86,3 +82,10 @@ class Mistral(Machine):
                 raise Malformed
             char = yield
         return "".join(read), char
+
+
+class MistralList(Mistral):
+    """The same, where the template writes lists."""
+
+    name = "mistral_list"
+    form = Form(open="[TOOL_CALLS][", call='{"name": "NAME", "arguments": ARGUMENTS}', between=", ", close="]")

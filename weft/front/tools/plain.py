@@ -5,20 +5,14 @@ For models whose template knows no tools: this is the form that `fallback` asks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from weft.front.tools.machine import Call, Machine, Reading, to_json
+from weft.front.tools.machine import Form, Machine, Reading
 
 
 class Plain(Machine):
     name = "json"
+    form = Form(call='{"name": "NAME", "arguments": ARGUMENTS}')
     markers = ("```json",)
     openings = "{["
-
-    @staticmethod
-    def written(calls: Sequence[Call]) -> str:
-        said = [f'{{"name": {to_json(name)}, "arguments": {to_json(given)}}}' for name, given in calls]
-        return said[0] if len(said) == 1 else f"[{', '.join(said)}]"
 
     def calls(self, marker: str) -> Reading[None]:
         char = marker if marker in self.openings else (yield from self.solid())

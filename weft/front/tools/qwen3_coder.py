@@ -8,11 +8,11 @@ that a `<parameter=` or a `</function>` follows, so the tag itself may stand in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from weft.front.detokenize import automaton
-from weft.front.tools.machine import END, Call, Machine, Malformed, Reading, to_json
+from weft.front.tools.machine import END, Form, Machine, Malformed, Reading, to_json
 from weft.front.tools.value import SPACE, is_json
 
 MAX_KEY = 256
@@ -23,27 +23,23 @@ _NEXT = ("<parameter=", "</function>")
 
 class Qwen3Coder(Machine):
     name = "qwen3_coder"
-    opening: ClassVar[str] = "<tool_call>"
-    closing: ClassVar[str] = "</tool_call>"
+    form = Form(call='<tool_call>\n{"name": "NAME", "arguments": ARGUMENTS}\n</tool_call>', tag="tool_call")
     markers = ("<tool_call>", "<function=")
     special = ("<tool_call>", "</tool_call>")
 
-    @staticmethod
-    def written(calls: Sequence[Call]) -> str:
-        return written(calls, "tool_call")
-
     def calls(self, marker: str) -> Reading[None]:
-        if marker == self.opening:
+        closing = f"</{self.form.tag}>"
+        if marker == f"<{self.form.tag}>":
             char = yield from self.solid()
             if char == "{":  # as the older models of the family write
                 yield from self.object()
-                yield from self.optional(self.closing)
+                yield from self.optional(closing)
                 return
             if char != "<":
                 self.fail(char)
             yield from self.literal("function=")
         yield from self.function()
-        yield from self.optional(self.closing)
+        yield from self.optional(closing)
 
     def function(self) -> Reading[None]:
         """After `<function=`: the name and the parameters."""
@@ -104,16 +100,6 @@ class Qwen3Coder(Machine):
             cut = len(held) - machine.depth[node]
             value.take(held[:cut])
             held = held[cut:]
-
-
-def written(calls: Sequence[Call], tag: str) -> str:
-    """Calls, each within the tag."""
-    out = []
-    for name, given in calls:
-        values = {key: value if isinstance(value, str) else to_json(value) for key, value in given.items()}
-        parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
-        out.append(f"<{tag}>\n<function={name}>\n{parameters}</function>\n</{tag}>")
-    return "\n".join(out)
 
 
 class _Argument:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from weft.front.tools.machine import Call
-from weft.front.tools.qwen3_coder import Qwen3Coder, written
+from weft.front.tools.machine import Form
+from weft.front.tools.qwen3_coder import Qwen3Coder
 
 
 class SeedOSS(Qwen3Coder):
     name = "seed_oss"
-    opening = "<seed:tool_call>"
-    closing = "</seed:tool_call>"
+    form = Form(
+        call='<seed:tool_call>\n{"name": "NAME", "arguments": ARGUMENTS}\n</seed:tool_call>', tag="seed:tool_call"
+    )
     markers = ("<seed:tool_call>", "<function=")
     special = ("<seed:tool_call>", "</seed:tool_call>")
-
-    @staticmethod
-    def written(calls: Sequence[Call]) -> str:
-        return written(calls, "seed:tool_call")
