@@ -119,5 +119,7 @@ def test_an_answer_in_json_or_a_call(client: openai.OpenAI) -> None:
 
 
 def test_the_label_names_what_holds_the_answer(client: openai.OpenAI) -> None:
-    answer = ask(client, tool_choice="required", parallel_tool_calls=False, seed=1, extra_body={"weft": {"label": True}})
+    answer = ask(
+        client, tool_choice="required", parallel_tool_calls=False, seed=1, extra_body={"weft": {"label": True}}
+    )
     assert "constrain=llguidance" in answer.weft["stack"]

@@ -41,7 +41,9 @@ def transformers() -> Reference:
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
     except ImportError:
-        raise ConfigError("this suite compares with transformers, which is not installed: pip install 'weft[hf]'") from None
+        raise ConfigError(
+            "this suite compares with transformers, which is not installed: pip install 'weft[hf]'"
+        ) from None
 
     def render(source: str, messages: list[Message], tools: list[Message] | None, prompt: bool) -> str:
         given = {"tools": tools, "add_generation_prompt": prompt, **SPECIAL}
@@ -96,7 +98,11 @@ def conversations(place: Path) -> list[Talk]:
         messages, tools = context["messages"], context.get("tools")
         talks.append((messages, tools))
         if tools:
-            talks += [([_said("user", "hi")], tools), (plain_messages(messages), tools), (plain_messages(messages), None)]
+            talks += [
+                ([_said("user", "hi")], tools),
+                (plain_messages(messages), tools),
+                (plain_messages(messages), None),
+            ]
     return talks
 
 
@@ -109,7 +115,12 @@ OWN: list[list[Message]] = [
     [_said("system", "Be brief."), _said("user", "a"), _said("assistant", "b"), _said("user", "c")],
     [_said("user", "x"), _said("assistant", "<think>\nr\n</think>\n\ny"), _said("user", "z")],
     [_said("user", "q"), _said("assistant", "a", reasoning_content="because"), _said("user", "r")],
-    [_said("user", "q"), _said("assistant", "a", reasoning="old name"), _said("user", "r"), _said("assistant", "b", thinking="x")],
+    [
+        _said("user", "q"),
+        _said("assistant", "a", reasoning="old name"),
+        _said("user", "r"),
+        _said("assistant", "b", thinking="x"),
+    ],
     [_said("user", [{"type": "text", "text": "part"}])],
     [_said("assistant", "first"), _said("assistant", "second")],
     [_said("user", "  spaces\n"), _said("assistant", None), _said("user", "")],

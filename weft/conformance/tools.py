@@ -180,7 +180,11 @@ def fits(schema: Any, value: Any) -> bool:
     if isinstance(value, dict):
         inner = schema.get("properties", {})
         named = "properties" not in schema or set(value) <= set(inner)
-        return named and set(schema.get("required", [])) <= set(value) and all(fits(inner.get(k), v) for k, v in value.items())
+        return (
+            named
+            and set(schema.get("required", [])) <= set(value)
+            and all(fits(inner.get(k), v) for k, v in value.items())
+        )
     return not isinstance(value, list) or all(fits(schema.get("items"), one) for one in value)
 
 

@@ -134,7 +134,11 @@ def _tellable(key: str, schema: Any) -> bool:
         words = schema.get("enum", ["a"])
         plain = isinstance(words, list) and words and all(isinstance(w, str) and w.strip() == w for w in words)
         return bool(plain) and set(schema) <= _NOTES | {"enum"} and not any(set(w) & set("\n<") for w in words)
-    return isinstance(schema.get("type"), str) and not {"$ref", "enum"} & set(schema) and '"$ref"' not in json.dumps(schema)
+    return (
+        isinstance(schema.get("type"), str)
+        and not {"$ref", "enum"} & set(schema)
+        and '"$ref"' not in json.dumps(schema)
+    )
 
 
 def _bare(tag: str, i: int, name: str, schema: Mapping[str, Any]) -> list[str]:
