@@ -1,8 +1,8 @@
 """Suite `schema`: JSON schemas with valid and invalid instances; each is taken or turned down by the grammar of its schema.
 
-A schema counts as enforced where it is taken and every instance with it is judged rightly.  An instance is a value, not a text: the
-grammar has it where it allows one way of writing it, with the members of objects in any order, and whole numbers without a
-fraction of zero.
+A schema counts as enforced where it is taken and every instance with it is judged rightly.  An instance is a value, not a text:
+the grammar has it where it allows one way of writing it, with the members of objects in any order, and whole numbers without
+a fraction of zero.
 
     schema/jsonschemabench-maskbench/*.jsonl       {schema, tests: [{valid, data}]} on each line
     schema/json-schema-test-suite/tests/DRAFT/     [{schema, tests: [{valid, data}]}]
