@@ -22,9 +22,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from weft.constrain._common import exact, unheld
 from weft.errors import RequestError
 from weft.registry import register
 from weft.slots import Vocabulary, Words
@@ -109,7 +111,10 @@ class LLGuidance:
             options["whitespace_pattern"] = rf"[\x20\x0A\x0D\x09]{{1,{self.whitespace}}}"
         try:
             schema = json.loads(grammar.source)
-            return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+            found = unheld(schema)
+            if found is not None:
+                raise _refused(grammar, f"format {found[0]}: {found[1]}")
+            return str(LLMatcher.grammar_from_json_schema(json.dumps(exact(schema)), overrides=options))
         except (ValueError, RecursionError) as error:
             raise _refused(grammar, str(error)) from None
 
@@ -134,13 +139,18 @@ class Path:
         _fail(self.matcher, self.grammar)
         return bits
 
-    def advance(self, token: int) -> bool:
-        if token in self.ends:
-            taken = self.over > 0 or bool(self.matcher.is_accepting())
-            self.over += taken
-        else:
-            taken = not self.over and bool(self.matcher.try_consume_tokens([token]))
-        _fail(self.matcher, self.grammar)
+    def advance(self, tokens: Sequence[int]) -> int:
+        text = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+        taken = 0
+        if text and not self.over:
+            taken = int(self.matcher.try_consume_tokens([*tokens[:text]]))
+            _fail(self.matcher, self.grammar)
+        if taken == text:
+            for token in tokens[text:]:
+                if token not in self.ends or not (self.over or self.matcher.is_accepting()):
+                    break
+                self.over += 1
+                taken += 1
         self.acts["tokens"] += taken
         return taken
 

@@ -48,11 +48,9 @@ class Place:
         if common < len(self.taken):
             self.path.rollback(len(self.taken) - common)
             del self.taken[common:]
-        for token in tokens[common:]:
-            if not self.path.advance(token):
-                return False
-            self.taken.append(token)
-        return True
+        if common < len(tokens):
+            self.taken += tokens[common : common + self.path.advance(tokens[common:])]
+        return len(self.taken) == len(tokens)
 
 
 class Masks:
