@@ -84,6 +84,26 @@ class ServerFlags:
             metavar="NATS",
         ),
     ] = None
+    tool_parser: Annotated[
+        str | None,
+        _option(
+            "--tool-parser",
+            help="How the model writes tool calls, e.g. hermes; else what its chat template shows. (auto)",
+            metavar="NAME",
+        ),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        _option(
+            "--reasoning-parser",
+            help="How the model marks its thoughts, e.g. think, or none to leave them in the text. (auto)",
+            metavar="NAME",
+        ),
+    ] = None
+    trust_request_chat_template: Annotated[
+        bool,
+        _option("--trust-request-chat-template", help="Let requests bring a chat template of their own."),
+    ] = False
     log_level: Annotated[
         str | None,
         _option("--log-level", help="debug, info, warning or error; else WEFT_LOG, else warning.", metavar="LEVEL"),
@@ -94,11 +114,24 @@ class ServerFlags:
         """Share and alarm of the shadow checks."""
         return None if self.shadow is None else (self.shadow, self.shadow_alarm)
 
+    @property
+    def speech(self) -> dict[str, Any]:
+        """What of it concerns templates and what models say, as keywords of `create_app`."""
+        return {
+            "tool_parser": self.tool_parser or "auto",
+            "reasoning_parser": self.reasoning_parser or "auto",
+            "trust_templates": self.trust_request_chat_template,
+        }
+
     def check(self) -> None:
         """Look at what can be wrong without a model.  Raises ConfigError."""
         names = self.served_model_name or ()
         if not all(name.strip() for name in names):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
+        from weft.front import reasoning, tools
+
+        tools.chosen(self.tool_parser or "auto", ())
+        reasoning.chosen(self.reasoning_parser or "auto", ())
         if self.shadow_alarm is not None and self.shadow is None:
             raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
         if self.lora_root is not None and not self.lora_root.is_dir():
@@ -122,11 +155,17 @@ def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> No
         with contextlib.closing(bind(server.host, server.port)) as held:
             folder = resolve(model, progress=sys.stderr.isatty())
             engine, text = start(folder, model_id(model), flags, server.checks, server.lora_root)
-            _run(engine, text, held, server.host, names, key)
+            _run(engine, text, held, server.host, names, key, server.speech)
 
 
 def _run(
-    engine: EngineThread, text: ModelText, held: socket.socket, host: str, names: list[str], key: str | None
+    engine: EngineThread,
+    text: ModelText,
+    held: socket.socket,
+    host: str,
+    names: list[str],
+    key: str | None,
+    speech: dict[str, Any],
 ) -> None:
     from weft.front.app import create_app
     from weft.front.server import Server
@@ -136,7 +175,7 @@ def _run(
         say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
 
     try:
-        Server(create_app(engine, text, model_ids=names, api_key=key), host, ready=ready, sock=held).run()
+        Server(create_app(engine, text, model_ids=names, api_key=key, **speech), host, ready=ready, sock=held).run()
         if engine.error() is not None:
             raise EngineError(f"the engine had stopped: {engine.error()}")
     finally:
@@ -168,7 +207,7 @@ def start(
         say(f"note: this model runs on plain PyTorch, which is slower: {fallback}")
     text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
-        runtime = build(setup, progress)
+        runtime = build(setup, progress, vocabulary=text.vocabulary)
     shadow = None if checks is None else Shadow(runtime, *checks)
     info = engine_info(setup, name, runtime.adapters, loads_adapters=lora_root is not None)
     root = None if lora_root is None else str(lora_root.resolve())

@@ -51,6 +51,9 @@ def create_app(
     max_body: int = MAX_BODY_BYTES,
     body_timeout_s: float = BODY_TIMEOUT_S,
     stall_s: float = STALL_S,
+    tool_parser: str = "auto",
+    reasoning_parser: str = "auto",
+    trust_templates: bool = False,
 ) -> Starlette:
     """The application over one engine.
 
@@ -58,8 +61,18 @@ def create_app(
     api_key: what `Authorization: Bearer` must carry on all routes but OPEN_PATHS; None asks for none.
     max_body: bytes of a request's body.  body_timeout_s: for sending it.
     stall_s: seconds without a step, work waiting, after which /health answers 503.
+    tool_parser, reasoning_parser: how the model calls tools and thinks; trust_templates: take requests' own chat templates
+    (see `Service`).  Raises ConfigError for parsers that there are not.
     """
-    service = Service(port, text, tuple(model_ids), __version__)
+    service = Service(
+        port,
+        text,
+        tuple(model_ids),
+        __version__,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        trust_templates=trust_templates,
+    )
     routes = Routes(service, max_body, body_timeout_s, stall_s)
 
     @contextlib.asynccontextmanager

@@ -11,6 +11,7 @@ import msgspec
 
 from weft.errors import CapacityError, EngineError
 from weft.front.detokenize import SequenceText
+from weft.front.speech import Manner
 from weft.sampling import SamplingParams
 from weft.types import FinishReason, TokenLogprob
 
@@ -37,7 +38,8 @@ class Prompt:
     """One prompt as token ids, and how to go on from it.
 
     salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.  techniques: laid over the server's
-    stack.  contrast: ids of a second context, for a technique that contrasts.
+    stack.  contrast: ids of a second context, for a technique that contrasts.  manner: how the answers are to be read, where they
+    are more than text.
     """
 
     ids: Sequence[int]
@@ -46,6 +48,7 @@ class Prompt:
     salt: bytes = b""
     techniques: tuple[str, ...] = ()
     contrast: Sequence[int] = ()
+    manner: Manner | None = None
 
 
 class Delta(msgspec.Struct, kw_only=True):

@@ -19,8 +19,8 @@ class WorkResult(Struct, frozen=True, kw_only=True):
 
     rows: rows computed, at most planned (a short result), or more where the work let the executor go ahead.  tokens: tokens
     that stand, in order: accepted guesses and the one sampled after them.  kept: entries kept per group where that is not simply
-    the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  failed: why this request
-    alone cannot go on.
+    the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  ended: the last token is the
+    end of the output's grammar.  failed: why this request alone cannot go on.
     """
 
     rows: int
@@ -30,6 +30,7 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     signals: dict[str, tuple[float, ...]] = {}
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    ended: bool = False
     failed: str | None = None
 
 
@@ -37,7 +38,8 @@ class StepResult(Struct, frozen=True, kw_only=True):
     """Facts of one step, one `WorkResult` for each work of the plan, in its order.  Times in seconds.
 
     lost: tickets of the plan's SAVE and LOAD that could not be carried out.  A work that would have read a block that was not
-    loaded was not computed: its result has no rows.
+    loaded was not computed: its result has no rows.  masked: rows whose logits a grammar masked, and mask_s what that took (of
+    sample_s).
     """
 
     step: int
@@ -45,3 +47,5 @@ class StepResult(Struct, frozen=True, kw_only=True):
     lost: tuple[int, ...] = ()
     forward_s: float = 0.0
     sample_s: float = 0.0
+    masked: int = 0
+    mask_s: float = 0.0
