@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from msgspec import Struct
 
+from weft.cli._terminal import loading, log, say, stderr
 from weft.errors import CapacityError, ConfigError, EngineError
 from weft.exec.thread import EngineThread
 from weft.front.wire import (
@@ -264,8 +265,8 @@ def _built(start: Start) -> EngineThread:
     from weft.exec.shadow import Shadow, check_options, planned
     from weft.llm import engine_info
 
-    options = start.options
-    setup = prepare(engine_config(Path(start.folder), options))
+    log(start.log_level)
+    setup = prepare(engine_config(Path(start.folder), start.options))
     if start.shadow is not None:
         check_options(*start.shadow)
         setup = planned(setup)
@@ -284,7 +285,6 @@ def _built(start: Start) -> EngineThread:
 
 def _shown(setup: Any, start: Start) -> Any:
     """A built engine, with its plan and progress on stderr."""
-    from weft.cli._terminal import loading, say, stderr
     from weft.cli.plan import table
     from weft.exec.build import build
     from weft.exec.host import format_size

@@ -185,6 +185,8 @@ class EngineThread:
                 held = []
             if self.shadow is not None and self.shadow.turn(idle):
                 self._stats = self.shadow.told(self._stats)
+                if self.foretell:
+                    self._emit([], self._host_s, self._planned or ())
             if idle and self._busy_since is not None:
                 self._busy_since = None
                 if self.idle_check:

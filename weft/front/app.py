@@ -2,7 +2,7 @@
 
 /v1/models  /v1/models/{id}  /v1/completions  /v1/chat/completions     OpenAI's
 /tokenize  /detokenize  /v1/load_lora_adapter  /v1/unload_lora_adapter  vLLM's
-/health  /metrics  /version                                            for machines; open without a key
+/health  /ready  /metrics  /version                                    for machines; open without a key
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft import __version__
 from weft.errors import EngineError, RequestError
+from weft.front.health import health, state_of
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
@@ -39,7 +40,7 @@ from weft.front.text import ModelText
 MAX_BODY_BYTES = 32 << 20
 BODY_TIMEOUT_S = 120.0
 STALL_S = 30.0
-OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
 def create_app(
@@ -105,6 +106,7 @@ class Routes:
             self.post("/v1/load_lora_adapter", load_adapter),
             self.post("/v1/unload_lora_adapter", unload_adapter),
             Route("/health", self.health, methods=["GET"]),
+            Route("/ready", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
         ]
@@ -126,13 +128,7 @@ class Routes:
         return Route(path, endpoint, methods=["POST"])
 
     async def health(self, _: Request) -> Response:
-        """200 means that tokens advance, or that nobody waits for any."""
-        reason, stalled_s = self.service.port.error(), self.service.port.stalled_s()
-        if reason is not None:
-            return _json({"status": "stopped", "reason": reason}, 503)
-        if stalled_s > self.stall_s:
-            return _json({"status": "stalled", "reason": f"no token for {stalled_s:.0f} s while requests wait"}, 503)
-        return _json({"status": "ok"})
+        return health(state_of(self.service.port, self.stall_s))
 
     async def metrics(self, _: Request) -> Response:
         page = self.service.client.metrics.render(self.service.port.stats)

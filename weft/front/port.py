@@ -1,7 +1,7 @@
 """What the front sees of an engine: a place to send commands and a stream of frames.  No torch, no shared objects.
 
-The engine is a thread of the same process (`exec.thread.EngineThread`, for `weft.LLM`) or a process of its own, with a journal and
-somebody who starts it again (`front.remote.RemoteEngine`, for `weft serve`): nothing but msgspec structs crosses the border.
+The engine is a thread of the same process (`exec.thread.EngineThread`, for `weft.LLM`) or a process of its own, with a journal
+and somebody who starts it again (`front.remote.RemoteEngine`, for `weft serve`): nothing but msgspec structs crosses the border.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EngineInfo:
 class EngineState:
     """How an engine is.  reason: why it is not ok.  pid: of its process.  last_step_s: since the last step, None before one."""
 
-    status: Literal["ok", "loading", "stalled", "stopped"] = "ok"
+    status: Literal["ok", "loading", "stalled"] = "ok"
     reason: str | None = None
     pid: int | None = None
     restarts: int = 0

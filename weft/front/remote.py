@@ -1,6 +1,6 @@
 """`RemoteEngine`: an engine in a process of its own, watched, started again when it dies or stalls, and given what it had.
 
-One thread holds everything: the journal, the sockets, the processes.  Commands come to it through a queue; the sink is called on it.
+One thread holds everything: the journal, the sockets, the processes.  Commands come to it through a queue; it calls the sink.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TICK_S = 0.25
 MOST_STARTS = 5
 """Engines in a row that do not come up, after which there is no use in another one."""
 LONGEST_WAIT_S = 30.0
-CLOSING_S = 5.0
+CLOSING_S = 2.0
 COUNTERS = (
     "steps", "prompt_tokens", "generation_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "evictions",
     "finished", "shadow_requests", "shadow_tokens", "shadow_skipped",
@@ -57,7 +57,7 @@ COUNTERS = (
 
 
 class RemoteEngine:
-    """An `EnginePort` over engine processes.  command: starts the nursery, and gets the socket's path as its last argument; cwd: where.
+    """An `EnginePort` over engine processes.  command: starts the nursery in `cwd`, and gets the socket's path as last argument.
 
     start: what every engine builds.  stall_s: seconds without a step after which an engine that has work is replaced.
     `started` is done once the first engine is up, or with the error that it cannot be built.
@@ -381,9 +381,10 @@ class RemoteEngine:
 
     def _give_up(self, error: EngineError) -> None:
         self._error = str(error)
-        self._status = EngineState(status="stopped", reason=self._error)
-        log.error("%s", error)
-        if not self.started.done():
+        self._status = EngineState(status="stalled", reason=f"the engine has stopped: {self._error}")
+        if self.started.done():
+            log.error("%s", error)
+        else:
             self.started.set_exception(error)
 
     def _end(self) -> None:
@@ -396,6 +397,8 @@ class RemoteEngine:
         if self._pid is not None:
             _kill(self._pid)
         if self._process is not None:
+            if self._pid is None:
+                self._process.kill()  # there is no engine that it would have to bury
             try:
                 self._process.wait(CLOSING_S)
             except subprocess.TimeoutExpired:

@@ -66,6 +66,7 @@ class Start(Struct, frozen=True, tag="start", kw_only=True):
     options: dict[str, Any] = {}
     shadow: tuple[float, float | None] | None = None
     lora_root: str | None = None
+    log_level: str = "warning"
     quiet: bool = False
 
 

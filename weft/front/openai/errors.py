@@ -28,6 +28,8 @@ STATUS_OF_CODE = {
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "invalid_adapter": 400,
+    "loading": 503,
+    "draining": 503,
 }
 INTERNAL = "weft failed on this request; the server's log says why"
 
