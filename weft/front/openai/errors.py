@@ -3,6 +3,7 @@
 RequestError      400, or what its code says: 401, 403, 404, 405, 408, 409, 413, 415
 CapacityError     503, as it may be taken later; 400 with the code "never_fits"
 EngineStopped     503, the engine is gone
+GenerationFailed  500 of the type engine_error: the engine could not go on with this one
 anything else     500, and no detail: the text of an unexpected error is for the log, never for a client
 """
 
@@ -14,7 +15,7 @@ import msgspec
 from starlette.responses import Response
 
 from weft.errors import CapacityError, EngineError, RequestError
-from weft.front.generation import EngineStopped
+from weft.front.generation import EngineStopped, GenerationFailed
 
 STATUS_OF_CODE = {
     "invalid_api_key": 401,
@@ -53,6 +54,8 @@ def error_payload(error: BaseException) -> dict[str, Any]:
         kind = "authentication_error"
     elif status == 503:
         kind = "service_unavailable"
+    elif isinstance(error, GenerationFailed):
+        kind = "engine_error"
     code = getattr(error, "code", None)
     if isinstance(error, CapacityError):
         code = code or "overloaded"
