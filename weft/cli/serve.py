@@ -22,6 +22,7 @@ from weft.cli._terminal import LEVELS, log, say
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
+    from weft.front.admission import Bounds
     from weft.front.remote import RemoteEngine
     from weft.front.text import ModelText
 
@@ -82,6 +83,33 @@ class ServerFlags:
             metavar="NATS",
         ),
     ] = None
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            "--max-queue",
+            help="Requests that may wait for their first token.",
+            metavar="N",
+            min=1,
+            rich_help_panel=SERVER,
+        ),
+    ] = 1024
+    max_queued_tokens: Annotated[
+        str,
+        typer.Option(
+            "--max-queued-tokens", help="Tokens of their prompts, in all.", metavar="N", rich_help_panel=SERVER
+        ),
+    ] = "4M"
+    max_body: Annotated[
+        str,
+        typer.Option("--max-body", help="Longest body of a request.", metavar="SIZE", rich_help_panel=SERVER),
+    ] = "32MB"
+    rate_limit_requests: Annotated[
+        int | None, _option("--rate-limit-requests", help="Requests of one key in a minute.", metavar="N")
+    ] = None
+    rate_limit_tokens: Annotated[
+        str | None,
+        _option("--rate-limit-tokens", help="Tokens of one key in a minute, prompts and answers.", metavar="N"),
+    ] = None
     drain_timeout: Annotated[
         float,
         typer.Option(
@@ -112,8 +140,28 @@ class ServerFlags:
         """Share and alarm of the shadow checks."""
         return None if self.shadow is None else (self.shadow, self.shadow_alarm)
 
+    @property
+    def bounds(self) -> Bounds:
+        """What is let in at once, and from one key.  Raises ConfigError."""
+        from weft.config import parse_size
+        from weft.front.admission import Bounds
+
+        rate = self.rate_limit_tokens
+        return Bounds(
+            max_queue=self.max_queue,
+            max_queued_tokens=parse_size(self.max_queued_tokens),
+            requests_per_minute=self.rate_limit_requests,
+            tokens_per_minute=None if rate is None else parse_size(rate),
+        )
+
     def check(self) -> None:
         """Look at what can be wrong without a model.  Raises ConfigError."""
+        from weft.config import parse_size
+
+        parse_size(self.max_body)
+        if self.rate_limit_requests is not None and self.rate_limit_requests < 1:
+            raise ConfigError(f"--rate-limit-requests must be at least 1, got {self.rate_limit_requests}")
+        _ = self.bounds
         names = self.served_model_name or ()
         if not all(name.strip() for name in names):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
@@ -147,6 +195,7 @@ def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> No
 def _run(
     port: RemoteEngine, text: ModelText, held: socket.socket, flags: ServerFlags, names: list[str], key: str | None
 ) -> None:
+    from weft.config import parse_size
     from weft.front.app import STALL_S, create_app
     from weft.front.gate import Gate
     from weft.front.server import Server
@@ -157,7 +206,9 @@ def _run(
 
     gate = Gate(
         port.started,
-        lambda: create_app(port, text, model_ids=names, api_key=key),
+        lambda: create_app(
+            port, text, model_ids=names, api_key=key, max_body=parse_size(flags.max_body), bounds=flags.bounds
+        ),
         lambda: port.state(STALL_S),
         lambda: port.error() is not None,
     )

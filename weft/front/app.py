@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft import __version__
 from weft.errors import EngineError, RequestError
+from weft.front.admission import Bounds
 from weft.front.health import health, state_of
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
@@ -52,15 +53,16 @@ def create_app(
     max_body: int = MAX_BODY_BYTES,
     body_timeout_s: float = BODY_TIMEOUT_S,
     stall_s: float = STALL_S,
+    bounds: Bounds | None = None,
 ) -> Starlette:
     """The application over one engine.
 
     model_ids: names that requests may use for the model, at least one.
     api_key: what `Authorization: Bearer` must carry on all routes but OPEN_PATHS; None asks for none.
     max_body: bytes of a request's body.  body_timeout_s: for sending it.
-    stall_s: seconds without a step, work waiting, after which /health answers 503.
+    stall_s: seconds without a step, work waiting, after which /health answers 503.  bounds: of what is let in at once.
     """
-    service = Service(port, text, tuple(model_ids), __version__)
+    service = Service(port, text, tuple(model_ids), __version__, bounds)
     routes = Routes(service, max_body, body_timeout_s, stall_s)
 
     @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
+from weft.front.admission import KEY
 from weft.front.generation import Refused
 from weft.front.health import health, state_of
 from weft.front.openai.errors import error_response
@@ -21,6 +23,15 @@ from weft.front.port import EngineState
 log = logging.getLogger("weft.front")
 
 WATCHED = ("/health", "/ready")
+
+
+def who(scope: Scope) -> str:
+    """Whom a rate is counted for: the key that is sent, as a digest, else the address that it comes from."""
+    for name, value in scope["headers"]:
+        if name in (b"authorization", b"x-api-key"):
+            return hashlib.blake2b(value.strip(), digest_size=16).hexdigest()
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
 
 class Gate:
@@ -80,6 +91,8 @@ class Gate:
                 await error_response(error)(scope, receive, send)
                 return
         assert app is not None
+        if scope["type"] == "http":
+            KEY.set(who(scope))
         self.open += 1
         try:
             await app(scope, receive, send)

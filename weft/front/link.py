@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import selectors
+import signal
 import socket
 import struct
 import tempfile
@@ -66,8 +69,21 @@ class Link:
             if len(data) < CHUNK_BYTES:
                 return found, True
 
+    @property
+    def readable(self) -> bool:
+        """Whether something, or the end, waits to be read."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_READ)
+            return bool(selector.select(0))
+
     def close(self) -> None:
         self.sock.close()
+
+
+def kill(pid: int) -> None:
+    """End a process that may have ended already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 class Door:
@@ -102,7 +118,5 @@ class Door:
     def close(self) -> None:
         self.sock.close()
         Path(self.path).unlink(missing_ok=True)
-        try:
+        with contextlib.suppress(OSError):
             self.folder.rmdir()
-        except OSError:
-            pass

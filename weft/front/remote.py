@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import selectors
-import signal
 import subprocess
 import threading
 import time
@@ -23,7 +22,8 @@ from msgspec import structs
 
 from weft.errors import EngineError
 from weft.front.journal import Journal
-from weft.front.link import Door, Link
+from weft.front.link import Door, Link, kill
+from weft.front.metrics import total
 from weft.front.port import EngineInfo, EngineState, FrameSink
 from weft.front.wire import (
     Exited,
@@ -49,11 +49,6 @@ MOST_STARTS = 5
 """Engines in a row that do not come up, after which there is no use in another one."""
 LONGEST_WAIT_S = 30.0
 CLOSING_S = 2.0
-COUNTERS = (
-    "steps", "prompt_tokens", "generation_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "evictions",
-    "finished", "shadow_requests", "shadow_tokens", "shadow_skipped",
-)  # fmt: skip
-"""Figures of `EngineStats` that grow for ever, over all engines."""
 
 
 class RemoteEngine:
@@ -287,7 +282,7 @@ class RemoteEngine:
         if not there and self._engine is link:
             self._drop_engine()
             if self._pid is not None and self._nursery is not None:
-                _kill(self._pid)  # an engine without a socket is of no use; its nursery tells when it has ended
+                kill(self._pid)  # an engine without a socket is of no use; its nursery tells when it has ended
 
     def _hear(self, message: Any) -> None:
         if isinstance(message, Step):
@@ -326,7 +321,7 @@ class RemoteEngine:
         self._why = self._why or why
         log.warning("the engine is ended: %s", why)
         if self._pid is not None:
-            _kill(self._pid)
+            kill(self._pid)
 
     def _drop_engine(self) -> None:
         if self._engine is not None:
@@ -340,7 +335,7 @@ class RemoteEngine:
         while self._engine is not None:
             before = self._engine
             self._from_engine()
-            if self._engine is before and not _readable(before):
+            if self._engine is before and not before.readable:
                 self._drop_engine()
         if self._error is not None:
             return
@@ -375,7 +370,7 @@ class RemoteEngine:
             self._process.wait()
             self._process = None
         if self._pid is not None:
-            _kill(self._pid)
+            kill(self._pid)
         self._why = self._why or why
         self._died(1)
 
@@ -395,7 +390,7 @@ class RemoteEngine:
             self._nursery.close()
         self._door.close()
         if self._pid is not None:
-            _kill(self._pid)
+            kill(self._pid)
         if self._process is not None:
             if self._pid is None:
                 self._process.kill()  # there is no engine that it would have to bury
@@ -411,24 +406,3 @@ class RemoteEngine:
         os.close(woken)
         if not self.started.done():
             self.started.set_exception(EngineError("the engine was ended before it was loaded"))
-
-
-def total(before: EngineStats, now: EngineStats, restarts: int) -> EngineStats:
-    """Figures of the engine that there is, with what counts up counted over all engines.  before: of those that ended."""
-    counted: dict[str, Any] = (
-        {name: getattr(before, name) + getattr(now, name) for name in COUNTERS} if restarts else {}
-    )
-    if restarts:
-        counted["acts"] = {key: before.acts.get(key, 0) + now.acts.get(key, 0) for key in {**before.acts, **now.acts}}
-    return structs.replace(now, engine_restarts=restarts, **counted)
-
-
-def _readable(link: Link) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(link.sock, selectors.EVENT_READ)
-        return bool(selector.select(0))
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from weft.errors import ConfigError, RequestError
+from weft.front.admission import Bounds
 from weft.front.client import Client
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
@@ -22,11 +23,18 @@ T = TypeVar("T")
 
 
 class Service:
-    """One served model.  model_ids: the names that requests may use; answers carry the first."""
+    """One served model.  model_ids: the names that requests may use; answers carry the first.  bounds: of what is let in."""
 
-    def __init__(self, port: EnginePort, text: ModelText, model_ids: tuple[str, ...], version: str) -> None:
+    def __init__(
+        self,
+        port: EnginePort,
+        text: ModelText,
+        model_ids: tuple[str, ...],
+        version: str,
+        bounds: Bounds | None = None,
+    ) -> None:
         self.port = port
-        self.client = Client(port, text)
+        self.client = Client(port, text, bounds=bounds)
         self.text = self.client.text
         self.model_ids = model_ids
         self.version = version
