@@ -59,6 +59,7 @@ def command() -> tuple[list[str], str]:
 def main(folder: str, path: str) -> None:
     """Serve the front that listens on the socket `path`, until it is gone.  folder: what relative paths start from."""
     os.chdir(folder)
+    front = os.getppid()
     if "WEFT_API_KEY" in os.environ:
         del os.environ["WEFT_API_KEY"]  # the front's business
     _shielded()
@@ -81,7 +82,10 @@ def main(folder: str, path: str) -> None:
         if sock in ready:
             data = sock.recv(CHUNK_BYTES)
             if not data:
-                return _bury(children)
+                _bury(children)
+                if os.getppid() != front:
+                    _sweep(path)
+                return
             for _ in frames.feed(data):
                 pid = os.fork()
                 if pid == 0:
@@ -126,10 +130,21 @@ def _bury(children: set[int]) -> None:
             os.waitpid(pid, 0)
 
 
+def _sweep(path: str) -> None:
+    """A front that was killed has left its socket behind."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
+
+
 def _shielded() -> None:
     """Whoever ends the server speaks to the front, which ends the engine when it is no longer needed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _mortal() -> None:
+    """Die with the nursery, whatever one is at."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no prctl, the socket's end has to do
         ctypes.CDLL(None).prctl(PARENT_DIES, signal.SIGKILL)
 
@@ -147,10 +162,10 @@ def _engine(path: str) -> NoReturn:
     """A fork of the nursery: build what the front says, and serve it.  Never returns."""
     status = 1
     try:
-        _shielded()
+        _mortal()
         sock = _connected(path)
         sock.sendall(frame_of(Hello(os.getpid(), engine=True)))
-        status = serve(sock, path)
+        status = serve(sock)
     except (BrokenPipeError, ConnectionError):  # the front is gone
         status = 0
     except BaseException:
@@ -160,12 +175,9 @@ def _engine(path: str) -> NoReturn:
         os._exit(status)
 
 
-def serve(sock: socket.socket, path: str = "") -> int:
-    """Build an engine on what comes first over the socket, then serve it until the socket or the engine ends; an exit status.
-
-    path: of the front's socket, which is removed with its folder where the front is gone and has left it behind.
-    """
-    inbox = Inbox(sock, path)
+def serve(sock: socket.socket) -> int:
+    """Build an engine on what comes first over the socket, then serve it until the socket or the engine ends; an exit status."""
+    inbox = Inbox(sock)
     start = inbox.next()
     if not isinstance(start, Start):
         raise FrameError(f"an engine is told first what to build, and got {type(start).__name__}")
@@ -206,8 +218,8 @@ def _send(sock: socket.socket, message: Struct) -> None:
 class Inbox:
     """Reads the socket, from `follow` on in a thread, so that a front that dies ends the engine at once, whatever it is at."""
 
-    def __init__(self, sock: socket.socket, path: str) -> None:
-        self._sock, self._path = sock, path
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
         self._frames: Frames[Any] = Frames(ToEngine)
         self._held: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._port: EngineThread | None = None
@@ -238,7 +250,6 @@ class Inbox:
                 while self._held.qsize() > MOST_BACKLOG:
                     time.sleep(0.001)
         except (EOFError, OSError):
-            self._sweep()
             os._exit(0)
         except FrameError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -250,13 +261,6 @@ class Inbox:
             raise EOFError
         for message in self._frames.feed(data):
             self._held.put(message)
-
-    def _sweep(self) -> None:
-        """A front that was killed has left its socket behind."""
-        if self._path:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
-                os.rmdir(os.path.dirname(self._path))
 
 
 def _built(start: Start) -> EngineThread:
