@@ -18,14 +18,14 @@ def soak(
     *,
     requests: Annotated[int, typer.Option("--requests", metavar="N", min=1, help="Requests in all.")] = 1000,
     faults: Annotated[int, typer.Option("--faults", metavar="F", min=0, help="Faults among them.")] = 30,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Of what is asked when, and what breaks.")] = 0,
+    seed_: Annotated[int, typer.Option("--seed", metavar="S", help="Of what is asked when, and what breaks.")] = 0,
     json_: Json = False,
 ) -> None:
     """Serve, ask, and break things; exit status 1 when a request is lost, a token wrong, or a block leaked."""
     from weft.soak.run import Soak
 
     with tempfile.TemporaryDirectory(prefix="weft-soak-") as folder:
-        report = Soak(requests, faults, seed, model=model, tell=say).run(Path(folder))
+        report = Soak(requests, faults, seed_, model=model, tell=say).run(Path(folder))
     found = report.as_dict()
     if json_:
         print(json.dumps(found, indent=2))

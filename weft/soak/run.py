@@ -37,6 +37,8 @@ SERVER = (
 READY = re.compile(rb"weft ready http://[\w.]+:(\d+)\n")
 WARM = 0.2
 """Share of the requests after which memory is expected to be flat."""
+SPAN = 1000
+"""Requests that a process has to live through for its memory to say anything."""
 SAMPLES = 200
 RECOVERY_S = 60.0
 WORDS = (
@@ -92,11 +94,11 @@ class Report:
 
 def slope(series: Sequence[Sequence[tuple[int, int]]], requests: int) -> int:
     """Bytes in 1,000 requests over the last 80 %: one line's slope through several series, each at a height of its own (an engine
-    that took another's place begins anew)."""
+    that took another's place begins anew); 0 without a series that is long enough."""
     above = below = 0.0
     for points in series:
         late = [(x, y) for x, y in points if x >= WARM * requests]
-        if len(late) > 1:
+        if late and late[-1][0] - late[0][0] >= SPAN:
             mean_x = sum(x for x, _ in late) / len(late)
             mean_y = sum(y for _, y in late) / len(late)
             above += sum((x - mean_x) * (y - mean_y) for x, y in late)
