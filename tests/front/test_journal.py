@@ -346,3 +346,19 @@ def test_adapters_are_loaded_again_before_requests_that_use_them() -> None:
     told, more = journal.take(EngineFrame(events=(*again[1:], Adapted(4, "late", part)), taken=3))
     assert [e.id for e in told] == [4], "the client hears of what it had not heard of"
     assert [type(c) for c in more] == [Add]
+
+
+def test_what_was_asked_before_the_first_engine_is_not_forgotten() -> None:
+    """A server whose own stack searches asks every request anew from its start."""
+    journal = Journal()
+    assert journal.command(Add(spec(1))) == []
+    assert journal.command(Cancel(9)) == []
+    (first,) = journal.begin(["draft=none", "search=best_of_n(candidates=4)"])
+    assert first == Add(spec(1))
+    journal.take(EngineFrame(events=(Tokens(1, 0, (4, 5)),), taken=1))
+    journal.died("gone")
+    (again,) = journal.begin(["search=best_of_n(candidates=4)"])
+    assert isinstance(again, Add)
+    assert again.spec.resumed == ()
+    told, _ = journal.take(EngineFrame(events=(Tokens(again.spec.id, 0, (4, 5, 6)),), taken=1))
+    assert told == [Tokens(1, 0, (6,))]

@@ -69,29 +69,38 @@ def main(folder: str, path: str) -> None:
     sock = _connected(path)
     sock.sendall(frame_of(Hello(os.getpid(), engine=False)))
     _load()
-    frames: Frames[Any] = Frames(ToNursery)
     children: set[int] = set()
+    with contextlib.suppress(ConnectionError):  # the front is gone
+        _nurse(sock, path, (wake, woken), children)
+    _bury(children)
+    if os.getppid() != front:
+        _sweep(path)
+
+
+def _nurse(sock: socket.socket, path: str, pipe: tuple[int, int], children: set[int]) -> None:
+    """Fork an engine whenever the front asks for one, and tell of those that end, until the front hangs up.
+
+    path: of the socket, for the engines.  pipe: its first end is readable when a child has ended.  children: those that live.
+    """
+    frames: Frames[Any] = Frames(ToNursery)
     while True:
-        ready, _, _ = select.select([sock, wake], [], [])
-        if wake in ready:
+        ready, _, _ = select.select([sock, pipe[0]], [], [])
+        if pipe[0] in ready:
             with contextlib.suppress(BlockingIOError):
-                os.read(wake, 1024)
+                os.read(pipe[0], 1024)
             for pid, status in _ended():
                 children.discard(pid)
                 sock.sendall(frame_of(Exited(pid, status)))
         if sock in ready:
             data = sock.recv(CHUNK_BYTES)
             if not data:
-                _bury(children)
-                if os.getppid() != front:
-                    _sweep(path)
                 return
             for _ in frames.feed(data):
                 pid = os.fork()
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    for handle in (wake, woken):
+                    for handle in pipe:
                         os.close(handle)
                     sock.close()
                     _engine(path)
@@ -305,5 +314,4 @@ def _shown(setup: Any, start: Start) -> Any:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(ConnectionError):  # the front is gone, and nobody is left to tell
-        main(*sys.argv[1:])
+    main(*sys.argv[1:])

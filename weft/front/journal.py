@@ -66,9 +66,9 @@ class Entry:
 
     __slots__ = ("again", "died_at", "ids", "lines", "passed", "sent", "skip", "spec", "strikes", "told")
 
-    def __init__(self, spec: RequestSpec, again: bool) -> None:
+    def __init__(self, spec: RequestSpec) -> None:
         self.spec = spec
-        self.again = again
+        self.again = any(part.startswith(MARK) for part in spec.techniques)
         self.lines = [Line() for _ in range(spec.n)]
         self.ids: list[int] = []
         self.told = 0
@@ -84,10 +84,10 @@ class Entry:
 
 
 class Journal:
-    """stack: the server's parts, as slot=name(args)."""
+    """Every request that somebody waits for.  It may be written before there is any engine."""
 
-    def __init__(self, stack: Iterable[str] = ()) -> None:
-        self._again = any(part.startswith(MARK) for part in stack)
+    def __init__(self) -> None:
+        self._again = False
         self.entries: dict[int, Entry] = {}
         self._routes: dict[int, tuple[Entry, int | None]] = {}
         """By engine id: the request, and which of its sequences alone it stands for."""
@@ -122,8 +122,7 @@ class Journal:
         """Note a command of the front; what the engine that there is gets for it."""
         if isinstance(command, Add):
             spec = command.spec
-            entry = Entry(spec, self._again or any(part.startswith(MARK) for part in spec.techniques))
-            self.entries[spec.id] = entry
+            entry = self.entries[spec.id] = Entry(spec)
             return self._out(self._send(entry) if self._open else [])
         if isinstance(command, Cancel):
             return self._out(self._cancel(command))
@@ -151,9 +150,10 @@ class Journal:
 
     # ------------------------------------------------------------------ an engine's life
 
-    def begin(self) -> list[Command]:
-        """A new engine is there: what it gets first."""
+    def begin(self, stack: Iterable[str] = ()) -> list[Command]:
+        """A new engine is there: what it gets first.  stack: the server's parts, as slot=name(args)."""
         self._here = True
+        self._again = any(part.startswith(MARK) for part in stack)
         self._plan, self._count = (), 0
         self._sent.clear()
         again = []
@@ -317,6 +317,7 @@ class Journal:
         """Everything of a request that has not ended, as it goes on from where the front has it."""
         spec, again = entry.spec, entry.sent
         entry.sent = True
+        entry.again |= self._again
         if entry.again or not any(line.output or line.done for line in entry.lines):
             entry.skip = entry.told
             for line in entry.lines:

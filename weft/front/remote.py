@@ -302,11 +302,9 @@ class RemoteEngine:
                 self._give_up(message.error)
 
     def _begin(self, info: EngineInfo) -> None:
-        if not self.started.done():
-            self._journal = Journal(info.stack)
         self._up, self._moved, self._why = True, time.monotonic(), ""
         self._status = EngineState()
-        self._tell(self._journal.begin())
+        self._tell(self._journal.begin(info.stack))
         if not self.started.done():
             self.started.set_result(info)
 
