@@ -63,7 +63,9 @@ def main(folder: str, path: str) -> None:
     if "WEFT_API_KEY" in os.environ:
         del os.environ["WEFT_API_KEY"]  # the front's business
     _shielded()
-    wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    wake, woken = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(woken, False)
     signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     sock = _connected(path)

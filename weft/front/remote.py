@@ -86,7 +86,9 @@ class RemoteEngine:
         self._spawning = False
         self._door = Door()
         self._selector = selectors.DefaultSelector()
-        self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake, self._woken = os.pipe()
+        os.set_blocking(self._wake, False)
+        os.set_blocking(self._woken, False)
         self._selector.register(self._wake, selectors.EVENT_READ, self._commanded)
         self._selector.register(self._door.sock, selectors.EVENT_READ, self._knocked)
         self._thread = threading.Thread(target=self._run, name="weft-engine-link", daemon=True)
@@ -251,8 +253,13 @@ class RemoteEngine:
             return
         self._engine, self._pid = link, pid
         self._selector.register(link.sock, selectors.EVENT_READ, self._from_engine)
-        link.send(structs.replace(self._start, quiet=self._start.quiet or self.started.done()))
+        link.send(self._again(self.started.result()) if self.started.done() else self._start)
         self._watch_writes()
+
+    def _again(self, info: EngineInfo) -> Start:
+        """What an engine builds that takes another's place: no shorter context, however much memory there is by now."""
+        options = {**self._start.options, "max_model_len": info.max_model_len}
+        return structs.replace(self._start, options=options, quiet=True)
 
     def _from_nursery(self, write: bool = False) -> None:
         assert self._nursery is not None
