@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 import pytest
+from msgspec import structs
 
 from weft.config import Limits
 from weft.core.engine import Engine
@@ -46,7 +47,7 @@ class Dead(Exception):
 
 
 class Executor(NullExecutor):
-    """It dies of what `deadly` says, before the step has any result."""
+    """It dies of what `deadly` says, before the step has any result.  The log-probability of a prompt's token is its position."""
 
     deadly: Deadly | None = None
 
@@ -58,7 +59,12 @@ class Executor(NullExecutor):
             drawn = {self.first[r]: w.output for r, w in firsts.items() if w.samples}
             if self.deadly({self.first[r] for r in firsts}, drawn):
                 raise Dead
-        return super().execute(plan)
+        done = super().execute(plan)
+        told = [
+            structs.replace(r, prompt_logprobs=tuple(TokenLogprob(0, -w.start - i, 1) for i in range(w.prompt_rows)))
+            for w, r in zip(plan.works, done.works, strict=True)
+        ]
+        return structs.replace(done, works=tuple(told))
 
 
 class World:
@@ -223,7 +229,7 @@ def test_a_death_at_each_step() -> None:
         return steps % 4 == 0 and not world.journal.trying
 
     world.run(kill)
-    assert world.deaths > 20
+    assert world.deaths > 8
     assert world.outcome() == calm
 
 
@@ -273,6 +279,7 @@ def test_two_that_kill_only_together_both_end_well() -> None:
     world.run()
     assert all(end.reason == "length" for end in world.ends.values())
     assert world.tokens == undisturbed(specs).tokens
+    assert world.deaths < 8, "whoever passed alone and is suspected again runs alone to the end"
 
 
 def test_a_request_that_is_never_taken_in_is_suspected_too() -> None:
@@ -289,6 +296,15 @@ def test_a_request_that_is_never_taken_in_is_suspected_too() -> None:
     (end,) = journal.died("it fell")
     assert isinstance(end, Finished)
     assert end.error is not None
+
+
+def test_what_an_engine_still_says_of_a_request_that_was_taken_from_it_is_dropped() -> None:
+    """A suspect that shows itself harmless is taken back and sent anew: what its first run still says is not the second's."""
+    world = World(lambda firsts, drawn: firsts >= {13, 17} and world.deaths < 2)
+    specs = [spec(2, first=13, prompt_logprobs=0, length=40), spec(3, first=17, prompt_logprobs=0, length=40)]
+    world.send(*(Add(s) for s in specs))
+    world.run()
+    assert world.outcome() == undisturbed(specs).outcome()
 
 
 def test_an_engine_ended_by_others_is_nobodys_fault() -> None:

@@ -86,14 +86,14 @@ def _nurse(sock: socket.socket, path: str, pipe: tuple[int, int], children: set[
     """
     frames: Frames[Any] = Frames(ToNursery)
     while True:
-        ready, _, _ = select.select([sock, pipe[0]], [], [])
+        ready, _, _ = select.select([sock.fileno(), pipe[0]], [], [])
         if pipe[0] in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(pipe[0], 1024)
             for pid, status in _ended():
                 children.discard(pid)
                 sock.sendall(frame_of(Exited(pid, status)))
-        if sock in ready:
+        if sock.fileno() in ready:
             data = sock.recv(CHUNK_BYTES)
             if not data:
                 return

@@ -26,7 +26,7 @@ def state_of(port: EnginePort, stall_s: float) -> EngineState:
 
 def health(state: EngineState, *, draining: bool = False) -> Response:
     """200 means that tokens advance, or that nobody waits for any, and that requests are taken; else 503 with the reason."""
-    status, reason = state.status, state.reason
+    status, reason = str(state.status), state.reason
     if draining:
         status, reason = "draining", "the server ends once the open requests have ended; it takes no new ones"
     told: dict[str, Any] = {
