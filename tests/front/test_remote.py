@@ -120,6 +120,11 @@ def test_an_engine_that_stands_still_is_replaced() -> None:
         assert e.port.stalled_s() == 0.0
         e.ask(2, 10)
         e.right([2], 10)
+        before = e.port.state(99).restarts
+        time.sleep(0.5)
+        e.ask(3, 1000)
+        e.right([3], 1000)
+        assert e.port.state(99).restarts == before, "time without work is no time of standing still"
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])
@@ -197,7 +202,7 @@ def test_nothing_is_left_behind() -> None:
         pid = e.pid()
         nursery, folder = parent(pid), Path(e.port._door.path).parent
         assert folder.stat().st_mode & 0o777 == 0o700
-    assert gone(pid)
+    assert not Path(f"/proc/{pid}").exists(), "its nursery has waited for it"
     assert gone(nursery)
     assert not folder.exists()
     e.port.close()
