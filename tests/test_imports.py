@@ -24,7 +24,8 @@ TECHNIQUES = frozenset(
 )
 # What each part of weft may import from weft, besides itself.  exec.batch and exec.kvpool (what a decoder reads) and models.spec,
 # layout, formats and quantized (what it is, and how its weights lie in memory) are data; who computes on them may name them.
-# models.gguf reads headers, which hold tokenizers too.  hub says where a second model's files are.
+# models.gguf reads headers, which hold tokenizers too.  core.noise says under which seed a sequence goes on elsewhere.  hub says
+# where a second model's files are.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "core": VOCABULARY,
     "sim": VOCABULARY | {"core"},
@@ -33,7 +34,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "ops": VOCABULARY
     | {"native", "exec.batch", "exec.kvpool"}
     | {f"models.{name}" for name in ("spec", "layout", "formats", "quantized")},
-    "front": VOCABULARY | {"core.events", "models.gguf"},
+    "front": VOCABULARY | {"core.events", "core.noise", "models.gguf"},
     "native": frozenset(),
 }
 TENSORS = frozenset({"torch", "numpy", "transformers", "safetensors"})

@@ -182,7 +182,9 @@ def test_ctrl_c_ends_a_running_server_with_status_0(tmp_path: Path) -> None:
     """SIGTERM is what ends the server of the fixture, with the same proof."""
     with Serving(tmp_path, "--port", "0", *SMALL) as server:
         url = server.url()
-        assert ask(f"{url}/health", key=None)[1] == {"status": "ok"}
+        told = ask(f"{url}/health", key=None)[1]
+        assert told.keys() == {"status", "reason", "engine_pid", "engine_restarts", "last_step_s"}
+        assert (told["status"], told["reason"], told["engine_restarts"]) == ("ok", None, 0)
         assert server.end(signal.SIGINT) == 0
         assert "Traceback" not in server.err.read_text()
 

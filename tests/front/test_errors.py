@@ -237,7 +237,7 @@ def test_routes_and_methods(http: httpx.Client) -> None:
         answer = http.get(path)
         assert "POST" in check(answer, 405, code="method_not_allowed")
         assert answer.headers["allow"] == "POST"
-    for path in ("/v1/models", "/health", "/metrics", "/version"):
+    for path in ("/v1/models", "/health", "/ready", "/metrics", "/version"):
         check(http.post(path, json={}), 405, code="method_not_allowed")
     check(http.delete(f"/v1/models/{MODEL}"), 405, code="method_not_allowed")
 
@@ -289,7 +289,10 @@ def test_tokenize_and_detokenize(http: httpx.Client, text: ModelText) -> None:
 
 
 def test_health_version_and_the_health_of_a_good_server(http: httpx.Client) -> None:
-    assert http.get("/health").json() == {"status": "ok"}
+    for path in ("/health", "/ready"):
+        told = http.get(path).json()
+        assert told.keys() == {"status", "reason", "engine_pid", "engine_restarts", "last_step_s"}
+        assert (told["status"], told["reason"]) == ("ok", None)
     assert set(http.get("/version").json()) == {"version"}
     assert http.head("/health").status_code == 200
 
@@ -348,7 +351,8 @@ def test_death_in_the_middle_of_a_stream(scripted: Make, text: ModelText) -> Non
             read()
         assert got == told
         health = http.get("/health")
-        assert (health.status_code, health.json()) == (503, {"status": "stopped", "reason": "out of memory"})
+        assert health.status_code == 503
+        assert health.json() | {"status": "stalled", "reason": "the engine has stopped: out of memory"} == health.json()
         for body in (TEXT, {**TEXT, "stream": True}):
             check(http.post("/v1/completions", json=body), 503, code="engine_stopped")
         assert http.get("/v1/models").status_code == 200
@@ -383,7 +387,7 @@ def test_an_unexpected_error_tells_nothing_of_the_inside(scripted: Make, text: M
 def test_a_key_guards_all_but_the_open_routes(scripted: Make, text: ModelText) -> None:
     port = scripted(lambda spec, index: story(text))
     with serving(port, text, api_key="sesame") as url, httpx.Client(base_url=url) as http:
-        for path in ("/health", "/metrics", "/version"):
+        for path in ("/health", "/ready", "/metrics", "/version"):
             assert http.get(path).status_code == 200
         for header in (
             None,

@@ -118,3 +118,28 @@ def test_signals_end_it_cleanly_even_with_open_streams(bundled: Path, number: in
     assert process.returncode == 0, err
     assert out.strip() == "ended [1] False"  # and nothing of the front needs torch
     assert "Traceback" not in err
+
+
+def test_a_second_signal_does_not_wait(bundled: Path) -> None:
+    patient = PROGRAM.replace("drain_s=0.2", "drain_s=300")
+    process = subprocess.Popen(
+        [sys.executable, "-c", patient, str(bundled)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=bundled.parents[2],
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    body = {"prompt": "Hi", "stream": True, "max_tokens": 100}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: {")
+        process.send_signal(signal.SIGTERM)
+        while (told := httpx.get(f"{url}/health", timeout=30).json())["status"] == "ok":
+            pass
+        assert told["status"] == "draining"
+        process.send_signal(signal.SIGTERM)
+        assert "shutting down" in "\n".join(lines)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import time
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """(done, in all), in bytes"""
+
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def log(level: str) -> None:
+    """Send what weft and its libraries log to stderr, from this level (one of LEVELS) on."""
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
 
 
 def stderr() -> Console:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import logging
 import os
 import shlex
 import signal
@@ -19,17 +18,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli._flags import EngineFlags, Model, spread
-from weft.cli._terminal import loading, say, stderr
+from weft.cli._terminal import LEVELS, log, say
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
-    from weft.exec.thread import EngineThread
+    from weft.front.admission import Bounds
+    from weft.front.remote import RemoteEngine
     from weft.front.text import ModelText
 
 SERVER = "Server"
 Checks = tuple[float, float | None] | None
 """Share of requests that are shadow-checked, and the alarm; None for no checks."""
-LEVELS = ("debug", "info", "warning", "error")
 
 
 def _option(*names: str, help: str, metavar: str | None = None) -> Any:
@@ -104,6 +103,53 @@ class ServerFlags:
         bool,
         _option("--trust-request-chat-template", help="Let requests bring a chat template of their own."),
     ] = False
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            "--max-queue",
+            help="Requests that may wait for their first token.",
+            metavar="N",
+            min=1,
+            rich_help_panel=SERVER,
+        ),
+    ] = 1024
+    max_queued_tokens: Annotated[
+        str,
+        typer.Option(
+            "--max-queued-tokens", help="Tokens of their prompts, in all.", metavar="N", rich_help_panel=SERVER
+        ),
+    ] = "4M"
+    max_body: Annotated[
+        str,
+        typer.Option("--max-body", help="Longest body of a request.", metavar="SIZE", rich_help_panel=SERVER),
+    ] = "32MB"
+    rate_limit_requests: Annotated[
+        int | None, _option("--rate-limit-requests", help="Requests of one key in a minute.", metavar="N")
+    ] = None
+    rate_limit_tokens: Annotated[
+        str | None,
+        _option("--rate-limit-tokens", help="Tokens of one key in a minute, prompts and answers.", metavar="N"),
+    ] = None
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            "--drain-timeout",
+            help="Seconds that open requests have after SIGTERM; a second signal ends them at once.",
+            metavar="S",
+            min=0,
+            rich_help_panel=SERVER,
+        ),
+    ] = 30.0
+    stall_timeout: Annotated[
+        float,
+        typer.Option(
+            "--stall-timeout",
+            help="Seconds without a step after which an engine that has work is started again.",
+            metavar="S",
+            min=0.1,
+            rich_help_panel=SERVER,
+        ),
+    ] = 120.0
     log_level: Annotated[
         str | None,
         _option("--log-level", help="debug, info, warning or error; else WEFT_LOG, else warning.", metavar="LEVEL"),
@@ -123,8 +169,28 @@ class ServerFlags:
             "trust_templates": self.trust_request_chat_template,
         }
 
+    @property
+    def bounds(self) -> Bounds:
+        """What is let in at once, and from one key.  Raises ConfigError."""
+        from weft.config import parse_size
+        from weft.front.admission import Bounds
+
+        rate = self.rate_limit_tokens
+        return Bounds(
+            max_queue=self.max_queue,
+            max_queued_tokens=parse_size(self.max_queued_tokens),
+            requests_per_minute=self.rate_limit_requests,
+            tokens_per_minute=None if rate is None else parse_size(rate),
+        )
+
     def check(self) -> None:
         """Look at what can be wrong without a model.  Raises ConfigError."""
+        from weft.config import parse_size
+
+        parse_size(self.max_body)
+        if self.rate_limit_requests is not None and self.rate_limit_requests < 1:
+            raise ConfigError(f"--rate-limit-requests must be at least 1, got {self.rate_limit_requests}")
+        _ = self.bounds
         names = self.served_model_name or ()
         if not all(name.strip() for name in names):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
@@ -142,79 +208,82 @@ class ServerFlags:
 def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
     from weft.front.server import bind
+    from weft.front.text import ModelText
     from weft.hub import model_id, resolve
 
     with _ended_by_signals():
-        _log(server.log_level)
+        log(level(server.log_level))
         server.check()
         flags.check()
         names = list(server.served_model_name or ()) or [model_id(model)]
         key = server.api_key or os.environ.get("WEFT_API_KEY") or None
         # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
-        # Clients that come while the model loads wait in the socket's queue and are answered then.
         with contextlib.closing(bind(server.host, server.port)) as held:
             folder = resolve(model, progress=sys.stderr.isatty())
-            engine, text = start(folder, model_id(model), flags, server.checks, server.lora_root)
-            _run(engine, text, held, server.host, names, key, server.speech)
+            with engine(folder, model_id(model), flags, server) as port:
+                text = ModelText.load(folder, name=model_id(model))
+                _run(port, text, held, server, names, key)
 
 
 def _run(
-    engine: EngineThread,
-    text: ModelText,
-    held: socket.socket,
-    host: str,
-    names: list[str],
-    key: str | None,
-    speech: dict[str, Any],
+    port: RemoteEngine, text: ModelText, held: socket.socket, flags: ServerFlags, names: list[str], key: str | None
 ) -> None:
-    from weft.front.app import create_app
+    from weft.config import parse_size
+    from weft.front.app import STALL_S, create_app
+    from weft.front.gate import Gate
     from weft.front.server import Server
 
     def ready(url: str) -> None:
         print(f"weft ready {url}", flush=True)
         say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
 
-    try:
-        Server(create_app(engine, text, model_ids=names, api_key=key, **speech), host, ready=ready, sock=held).run()
-        if engine.error() is not None:
-            raise EngineError(f"the engine had stopped: {engine.error()}")
-    finally:
-        engine.close()
-
-
-def start(
-    folder: Path, name: str, flags: EngineFlags, checks: Checks = None, lora_root: Path | None = None
-) -> tuple[EngineThread, ModelText]:
-    """Plan, show the plan, and only then load: the engine in its thread, and the text side of its model."""
-    from weft.cli.plan import table
-    from weft.exec.build import build, prepare
-    from weft.exec.host import format_size
-    from weft.exec.shadow import Shadow, check_options, planned
-    from weft.exec.thread import EngineThread
-    from weft.front.text import ModelText
-    from weft.llm import engine_info
-
-    setup = prepare(flags.config(folder))
-    if checks is not None:
-        check_options(*checks)
-        setup = planned(setup)
-    stderr().print(table(setup, name))
-    setup.require_fit()
-    if setup.plan.reason:
-        say(f"note: {setup.plan.reason}")
-    fallback = setup.ops["target"].reason
-    if fallback and setup.device == "cpu" and flags.ops != "ref":
-        say(f"note: this model runs on plain PyTorch, which is slower: {fallback}")
-    text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
-    with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
-        runtime = build(setup, progress, vocabulary=text.vocabulary)
-    shadow = None if checks is None else Shadow(runtime, *checks)
-    info = engine_info(setup, name, runtime.adapters, loads_adapters=lora_root is not None)
-    root = None if lora_root is None else str(lora_root.resolve())
-    engine = EngineThread(
-        runtime.engine, runtime.executor, info, adapters=runtime.adapters, adapter_root=root, shadow=shadow
+    gate = Gate(
+        port.started,
+        lambda: create_app(
+            port,
+            text,
+            model_ids=names,
+            api_key=key,
+            max_body=parse_size(flags.max_body),
+            bounds=flags.bounds,
+            **flags.speech,
+        ),
+        lambda: port.state(STALL_S),
+        lambda: port.error() is not None,
     )
-    return engine, text
+    Server(gate, flags.host, ready=ready, sock=held, drain_s=flags.drain_timeout).run()
+    if port.error() is not None:
+        raise EngineError(f"the engine had stopped: {port.error()}")
+
+
+@contextlib.contextmanager
+def engine(folder: Path, name: str, flags: EngineFlags, server: ServerFlags) -> Iterator[RemoteEngine]:
+    """An engine in a process of its own, that of the model in `folder`; it shows its plan and loads meanwhile."""
+    from weft.cli._engine import command
+    from weft.front.remote import RemoteEngine
+    from weft.front.wire import Start
+
+    start = Start(
+        folder=str(Path(folder).resolve()),
+        name=name,
+        options={key: _plain(value) for key, value in flags.options().items()},
+        shadow=server.checks,
+        lora_root=None if server.lora_root is None else str(server.lora_root.resolve()),
+        log_level=level(server.log_level),
+    )
+    how, where = command()
+    port = RemoteEngine(how, start, cwd=where, stall_s=server.stall_timeout)
+    try:
+        yield port
+    finally:
+        port.close()
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text, which is all that travels."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:
@@ -228,13 +297,12 @@ def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:
     return f"curl {url}/v1/{route} -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
 
 
-def _log(level: str | None) -> None:
-    wanted = (level or os.environ.get("WEFT_LOG") or "warning").lower()
+def level(given: str | None) -> str:
+    """The log level that a flag, or WEFT_LOG, names.  Raises ConfigError."""
+    wanted = (given or os.environ.get("WEFT_LOG") or "warning").lower()
     if wanted not in LEVELS:
         raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
-    logging.basicConfig(
-        level=wanted.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    return wanted
 
 
 @contextlib.contextmanager

@@ -108,6 +108,10 @@ class Engine(Sequences):
         self._rows = plan.rows
         return plan, [Preempted(r.id, r.index) for r in d.preempted if r.leader is None and r.id not in self.programs]
 
+    def members(self, plan: Plan) -> tuple[int, ...]:
+        """Ids of the requests that a plan in flight computes for, ascending."""
+        return tuple(sorted({r.id for r, _ in self._flights[plan.step]}))
+
     def commit(self, now: float, plan: Plan, result: StepResult) -> list[Event]:
         """Take in what a plan became.  Plans commit in the order in which they were made."""
         if plan.step != next(iter(self._flights), None):
@@ -239,7 +243,8 @@ class Engine(Sequences):
             if reason is not None:
                 break
         self._generated += len(stand)
-        events.append(Tokens(r.id, r.index, tuple(stand), fact.logprobs[: len(stand)], told))
+        cached = r.cached_tokens if len(r.output) == len(stand) else 0
+        events.append(Tokens(r.id, r.index, tuple(stand), fact.logprobs[: len(stand)], told, cached))
         if reason is not None:
             self._end(r, reason, events, stop_id=stop_id)
         elif not r.single:

@@ -63,11 +63,17 @@ class StepTimes:
 
 
 def step(
-    engine: Engine, executor: Executor, clock: Callable[[], float] = time.monotonic
+    engine: Engine,
+    executor: Executor,
+    clock: Callable[[], float] = time.monotonic,
+    planned: Callable[[Plan, list[Event]], None] | None = None,
 ) -> tuple[list[Event], StepTimes]:
-    """One schedule, execute, commit."""
+    """One schedule, execute, commit.  planned: given the plan and its events before it is carried out; they are not returned."""
     began = clock()
     plan, events = engine.schedule(began)
+    if planned is not None:
+        planned(plan, events)
+        events = []
     try:
         result = executor.execute(plan)
     except BaseException:  # an interrupt, say: the engine must not be left with a plan that never commits
@@ -86,7 +92,11 @@ def _desk(adapters: AdapterBook, root: str | None, done: Callable[[Read], None])
 class EngineThread:
     """info: `front.port.EngineInfo` for those who ask.  adapters: the engine's book; adapter_root: the folder below which it
     reads on command, None for none.  shadow: checks of a sample of the requests, or None.  The thread closes the executor when it
-    ends."""
+    ends.
+
+    foretell: every step gives a frame, before its plan is carried out, with the requests in it and the events since the last one:
+    so it is known what the engine was at should its process die.
+    """
 
     def __init__(
         self,
@@ -98,9 +108,13 @@ class EngineThread:
         adapters: AdapterBook | None = None,
         adapter_root: str | None = None,
         shadow: Shadow | None = None,
+        foretell: bool = False,
     ) -> None:
         self.engine, self.executor, self._info, self.shadow = engine, executor, info, shadow
-        self.idle_check = idle_check
+        self.idle_check, self.foretell = idle_check, foretell
+        self._host_s = 0.0
+        self._planned: tuple[int, ...] | None = None
+        self._taken = 0
         self._inbox: queue.SimpleQueue[Command | Read | Ready | None] = queue.SimpleQueue()
         self._grammars = GrammarDesk(engine.stacks, self._inbox.put)
         self._desk = None if adapters is None else _desk(adapters, adapter_root, self._inbox.put)
@@ -136,6 +150,11 @@ class EngineThread:
     def error(self) -> str | None:
         return self._error
 
+    @property
+    def backlog(self) -> int:
+        """Commands that the engine has not taken in yet."""
+        return self._inbox.qsize()
+
     def close(self) -> None:
         """End the thread after the step in hand; what is live is dropped."""
         self._closing = True
@@ -163,27 +182,39 @@ class EngineThread:
 
     def _loop(self) -> None:
         empty = 0
+        held: list[Event] = []
         while not self._closing:
             idle = not self.engine.has_work
+            if idle and held:
+                self._emit(held, 0.0)
+                held = []
             if self.shadow is not None and self.shadow.turn(idle):
                 self._stats = self.shadow.told(self._stats)
+                if self.foretell:
+                    self._emit([], self._host_s, self._planned or ())
             if idle and self._busy_since is not None:
                 self._busy_since = None
                 if self.idle_check:
                     self.engine.check()
             checking = self.shadow is not None and self.shadow.busy
-            events = self._drain(wait=idle and not checking)
+            events = [*held, *self._drain(wait=idle and not checking)]
+            held = []
             if not self.engine.has_work:
                 if events or not checking:
                     self._emit(events, 0.0)
                 continue
             if self._busy_since is None:
                 self._busy_since = time.monotonic()
-            more, times = step(self.engine, self.executor)
-            self._last_step = time.monotonic()
+            if self.foretell:
+                held, times = step(self.engine, self.executor, planned=self._foretold(events))
+                more = held
+            else:
+                more, times = step(self.engine, self.executor)
+            self._last_step, self._host_s = time.monotonic(), times.host_s
             if self.shadow is not None:
                 self.shadow.see(more)
-            self._emit([*events, *more], times.host_s)
+            if not self.foretell:
+                self._emit([*events, *more], times.host_s)
             empty = 0 if self._stats.rows or not self._stats.running else empty + 1
             if empty > EMPTY_STEPS:
                 raise EngineError("the scheduler makes no progress although requests are running; please report this")
@@ -199,6 +230,7 @@ class EngineThread:
             wait = False
             if command is None:
                 return events
+            self._taken += isinstance(command, Command)
             if isinstance(command, Add) and command.spec.grammar is not None:
                 events.extend(self._grammars.take(command.spec))
             elif isinstance(command, Add):
@@ -225,11 +257,23 @@ class EngineThread:
             self.shadow.admit(spec)
         return refused
 
-    def _emit(self, events: list[Event], host_s: float) -> None:
+    def _foretold(self, events: list[Event]) -> Callable[[Plan, list[Event]], None]:
+        """What tells of a plan before it is carried out, and with it of `events`."""
+
+        def planned(plan: Plan, more: list[Event]) -> None:
+            self._emit([*events, *more], self._host_s, self.engine.members(plan))
+
+        return planned
+
+    def _emit(self, events: list[Event], host_s: float, members: tuple[int, ...] = ()) -> None:
+        """Make a snapshot of the figures, and a frame where there is news, or every step gives one.  members: of a plan."""
         stats = msgspec.structs.replace(self.engine.stats, last_step_s=self._last_step, host_s=host_s)
         stats = self._grammars.counted(stats)
         if self.shadow is not None:
             stats = self.shadow.told(stats)
         self._stats = stats
-        if events and self._sink is not None:
-            self._sink(EngineFrame(events=tuple(events), stats=stats))
+        if self._sink is None or not (events or self.foretell):
+            return
+        plan = members if members != self._planned and self.foretell else None
+        self._planned = members
+        self._sink(EngineFrame(events=tuple(events), stats=stats, plan=plan, taken=self._taken))

@@ -2,7 +2,7 @@
 
 /v1/models  /v1/models/{id}  /v1/completions  /v1/chat/completions     OpenAI's
 /tokenize  /detokenize  /v1/load_lora_adapter  /v1/unload_lora_adapter  vLLM's
-/health  /metrics  /version                                            for machines; open without a key
+/health  /ready  /metrics  /version                                    for machines; open without a key
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft import __version__
 from weft.errors import EngineError, RequestError
+from weft.front.admission import Bounds
+from weft.front.health import health, state_of
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
@@ -39,7 +41,7 @@ from weft.front.text import ModelText
 MAX_BODY_BYTES = 32 << 20
 BODY_TIMEOUT_S = 120.0
 STALL_S = 30.0
-OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
 def create_app(
@@ -54,13 +56,14 @@ def create_app(
     tool_parser: str = "auto",
     reasoning_parser: str = "auto",
     trust_templates: bool = False,
+    bounds: Bounds | None = None,
 ) -> Starlette:
     """The application over one engine.
 
     model_ids: names that requests may use for the model, at least one.
     api_key: what `Authorization: Bearer` must carry on all routes but OPEN_PATHS; None asks for none.
     max_body: bytes of a request's body.  body_timeout_s: for sending it.
-    stall_s: seconds without a step, work waiting, after which /health answers 503.
+    stall_s: seconds without a step, work waiting, after which /health answers 503.  bounds: of what is let in at once.
     tool_parser, reasoning_parser: how the model calls tools and thinks; trust_templates: take requests' own chat templates
     (see `Service`).  Raises ConfigError for parsers that there are not.
     """
@@ -69,6 +72,7 @@ def create_app(
         text,
         tuple(model_ids),
         __version__,
+        bounds,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
         trust_templates=trust_templates,
@@ -118,6 +122,7 @@ class Routes:
             self.post("/v1/load_lora_adapter", load_adapter),
             self.post("/v1/unload_lora_adapter", unload_adapter),
             Route("/health", self.health, methods=["GET"]),
+            Route("/ready", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
         ]
@@ -139,13 +144,7 @@ class Routes:
         return Route(path, endpoint, methods=["POST"])
 
     async def health(self, _: Request) -> Response:
-        """200 means that tokens advance, or that nobody waits for any."""
-        reason, stalled_s = self.service.port.error(), self.service.port.stalled_s()
-        if reason is not None:
-            return _json({"status": "stopped", "reason": reason}, 503)
-        if stalled_s > self.stall_s:
-            return _json({"status": "stalled", "reason": f"no token for {stalled_s:.0f} s while requests wait"}, 503)
-        return _json({"status": "ok"})
+        return health(state_of(self.service.port, self.stall_s))
 
     async def metrics(self, _: Request) -> Response:
         page = self.service.client.metrics.render(self.service.port.stats)

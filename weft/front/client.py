@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from weft.errors import RequestError
+from weft.front.admission import KEY, Admission, Bounds
 from weft.front.generation import (
     Delta,
     EngineStopped,
@@ -39,7 +40,7 @@ WATCH_S = 0.25
 class Client:
     """Sends prompts to an engine and turns its tokens into text.  Use it from one event loop at a time.
 
-    clock: seconds, for latencies only.
+    clock: seconds, for latencies and rates only.  bounds: of what may wait, and of what one key may ask.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Client:
         text: ModelText,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        bounds: Bounds | None = None,
     ) -> None:
         self.port = port
+        self.admission = Admission(bounds or Bounds())
         self.text = replace(text, max_model_len=port.info.max_model_len, vocab_size=port.info.vocab_size)
         self.metrics = metrics if metrics is not None else Metrics()
         self._clock = clock
@@ -70,7 +73,8 @@ class Client:
         """Check and send one or several prompts; grammars are checked first, in a process that may be ended.
 
         Raises RequestError for a prompt that is empty, too long (code context_length_exceeded, never cut) or holds ids
-        outside the vocabulary, and EngineStopped when the engine has ended.  What it refuses comes out of `take`.
+        outside the vocabulary, Refused or Limited where too much waits or is asked, and EngineStopped when the engine has ended.
+        What that refuses comes out of `take`.
         """
         self._attach()
         reason = self.port.error()
@@ -94,9 +98,11 @@ class Client:
             for p in batch
         ]
         generation = Generation(self._forget)
-        now = self._clock()
+        now, key = self._clock(), KEY.get()
+        self.admission.enter(key, [len(p.ids) for p in batch], now)
         for prompt, spec in zip(batch, specs, strict=True):
             request = LiveRequest(spec.id, prompt, generation, now)
+            request.key = key
             generation.requests.append(request)
             for _ in range(spec.n):
                 text = self.text.sequence(prompt.params, prompt.manner.shown if prompt.manner else ())
@@ -162,9 +168,9 @@ class Client:
             return
         if self._live and self._loop is not None and not self._loop.is_closed():
             raise RuntimeError("this Client has open generations on another event loop")
-        for id in self._live:  # their loop was closed under them
-            self.port.send(Cancel(id))
-        self._live.clear()
+        for request in list(self._live.values()):  # their loop was closed under them
+            self.port.send(Cancel(request.id))
+            self._gone(request)
         self._watch = None
         self._loop = loop
         self.port.subscribe(self._sink)
@@ -194,7 +200,7 @@ class Client:
                     self._on_finished(request, event, now)
                 elif type(event) is Rejected:
                     self.metrics.end("rejected")
-                    del self._live[request.id]
+                    self._gone(request)
                     kind = RequestError if event.kind == "request" else Refused
                     request.generation.fail(kind(event.message, param=event.param, code=event.code))
             except Exception as error:  # one request's text must not stop the frame for all the others
@@ -206,6 +212,7 @@ class Client:
             request.prompt_logprobs.extend(event.prompt_logprobs)
         if sequence.done or not event.tokens:
             return
+        self._served(request)
         delta, text = sequence.pending(), sequence.text
         before = text.tokens
         new, stop = text.push(event.tokens)
@@ -269,18 +276,31 @@ class Client:
         request.open -= 1
         request.generation.open -= 1
         if not request.open:
-            del self._live[request.id]
+            self._gone(request)
 
     # ------------------------------------------------------------------------------------------ ends before the end
 
     def _forget(self, generation: Generation) -> None:
         for request in generation.requests:
-            if self._live.pop(request.id, None) is not None:
+            if request.id in self._live:
+                self._gone(request)
                 self.port.send(Cancel(request.id))
                 for sequence in request.sequences:
                     if not sequence.done:
                         sequence.done = True
                         self.metrics.end("abort")
+
+    def _served(self, request: LiveRequest) -> None:
+        """It waits no more."""
+        if request.waiting:
+            request.waiting = False
+            self.admission.leave(len(request.prompt.ids))
+
+    def _gone(self, request: LiveRequest) -> None:
+        """Nobody waits for anything of it."""
+        del self._live[request.id]
+        self._served(request)
+        self.admission.use(request.key, sum(sequence.text.tokens for sequence in request.sequences), self._clock())
 
     def _look(self) -> None:
         """Ask now and then whether the engine lives: a dead engine sends no frame to say so."""

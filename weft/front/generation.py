@@ -9,7 +9,7 @@ from types import TracebackType
 
 import msgspec
 
-from weft.errors import CapacityError, EngineError
+from weft.errors import CapacityError, EngineError, RequestError
 from weft.front.detokenize import SequenceText
 from weft.front.speech import Manner
 from weft.sampling import SamplingParams
@@ -31,6 +31,14 @@ class Refused(CapacityError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+class Limited(RequestError):
+    """A key has used what it may in a minute.  retry_s: when to ask again."""
+
+    def __init__(self, message: str, retry_s: float) -> None:
+        super().__init__(message, code="rate_limit_exceeded")
+        self.retry_s = retry_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +102,8 @@ class LiveSequence:
 
 
 class LiveRequest:
-    """One request that the engine has, with its n sequences.  open: how many have not ended."""
+    """One request that the engine has, with its n sequences.  open: how many have not ended.  key: of who asked.  waiting: for a
+    first token."""
 
     __slots__ = (
         "arrived_s",
@@ -102,10 +111,12 @@ class LiveRequest:
         "discarded",
         "generation",
         "id",
+        "key",
         "open",
         "prompt",
         "prompt_logprobs",
         "sequences",
+        "waiting",
     )
 
     def __init__(self, id: int, prompt: Prompt, generation: Generation, arrived_s: float) -> None:
@@ -115,6 +126,8 @@ class LiveRequest:
         self.arrived_s = arrived_s
         self.sequences: list[LiveSequence] = []
         self.open = prompt.params.n
+        self.key = ""
+        self.waiting = True
         self.cached = 0
         self.discarded = 0
         self.prompt_logprobs: list[TokenLogprob] = []

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+from msgspec import structs
 
 from weft.types import EngineStats
 
@@ -31,6 +34,7 @@ GAUGES = (
     ("step_host_seconds", "host_s", "Time of the last step that was neither model forward nor sampling"),
 )
 COUNTERS = (
+    ("engine_restarts_total", "engine_restarts", "Engine processes that ended and were started again"),
     ("engine_steps_total", "steps", "Steps that the engine has taken"),
     ("prompt_tokens_total", "prompt_tokens", "Prompt tokens computed"),
     ("generation_tokens_total", "generation_tokens", "Tokens generated"),
@@ -42,6 +46,22 @@ COUNTERS = (
     ("shadow_skipped_total", "shadow_skipped", "Sampled requests that could not be checked"),
     ("evictions_total", "evictions", "Cached blocks that were given up"),
 )
+
+
+ENGINES = (
+    "steps", "prompt_tokens", "generation_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "evictions",
+    "finished", "shadow_requests", "shadow_tokens", "shadow_skipped",
+)  # fmt: skip
+"""Figures of `EngineStats` that one engine counts up, and that are counted over all of them."""
+
+
+def total(before: EngineStats, now: EngineStats, restarts: int) -> EngineStats:
+    """Figures of the engine that there is, with what counts up counted over all engines.  before: of those that ended."""
+    if not restarts:
+        return now
+    counted: dict[str, Any] = {name: getattr(before, name) + getattr(now, name) for name in ENGINES}
+    acts = {key: before.acts.get(key, 0) + now.acts.get(key, 0) for key in {**before.acts, **now.acts}}
+    return structs.replace(now, engine_restarts=restarts, acts=acts, **counted)
 
 
 class Histogram:

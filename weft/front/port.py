@@ -1,14 +1,14 @@
 """What the front sees of an engine: a place to send commands and a stream of frames.  No torch, no shared objects.
 
-Today the engine is a thread of the same process (`exec.thread.EngineThread`); an engine in a process of its own will stand behind
-the same protocol, since nothing but msgspec structs crosses it.
+The engine is a thread of the same process (`exec.thread.EngineThread`, for `weft.LLM`) or a process of its own, with a journal
+and somebody who starts it again (`front.remote.RemoteEngine`, for `weft serve`): nothing but msgspec structs crosses the border.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from weft.types import Adapted, Command, EngineFrame, EngineStats
 
@@ -35,6 +35,17 @@ class EngineInfo:
     """Adapters that were loaded before the first request."""
     loads_adapters: bool = False
     """Whether adapters may be loaded and dropped while it runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """How an engine is.  reason: why it is not ok.  pid: of its process.  last_step_s: since the last step, None before one."""
+
+    status: Literal["ok", "loading", "stalled"] = "ok"
+    reason: str | None = None
+    pid: int | None = None
+    restarts: int = 0
+    last_step_s: float | None = None
 
 
 class EnginePort(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -10,18 +9,20 @@ import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
 
 from weft.errors import ConfigError
-from weft.front.openai.service import Service
+from weft.front.gate import Gate
 
 MAX_HEADER_BYTES = 64 << 10
 BACKLOG = 2048
 DRAIN_S = 5.0
-"""How long open requests may go on after SIGTERM; then they are told that the server ends."""
+"""How long open requests may go on after the first SIGTERM or SIGINT; then, or at the second, they are told that it ends."""
 GRACE_S = 3
 """What they have to take that in, before their connections are cut."""
 
@@ -62,7 +63,9 @@ def url_of(host: str, sock: socket.socket) -> str:
 
 
 class Server:
-    """One HTTP server over one application (see `app.create_app`).  `run` blocks until `stop` or a signal.
+    """One HTTP server over one application (see `app.create_app`, and `gate.Gate` for one that comes later).
+
+    `run` blocks until `stop` or a signal.  ready: called once the application is there and requests are taken.
 
     Binding is done here, so a taken port raises ConfigError before anything else happens; or `sock`, what `bind` gave
     earlier, is taken over.
@@ -70,7 +73,7 @@ class Server:
 
     def __init__(
         self,
-        app: Starlette,
+        app: Starlette | Gate,
         host: str = "127.0.0.1",
         port: int = 8000,
         ready: Callable[[str], None] | None = None,
@@ -80,8 +83,9 @@ class Server:
     ) -> None:
         self._sock = bind(host, port) if sock is None else sock
         self.url = url_of(host, self._sock)
+        self._gate = app if isinstance(app, Gate) else Gate.over(app)
         config = uvicorn.Config(
-            app,
+            self._gate,
             http="h11",  # unlike httptools, it bounds the bytes of a request's head
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
@@ -91,14 +95,13 @@ class Server:
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=65,
-            timeout_graceful_shutdown=math.ceil(drain_s) + GRACE_S,
+            timeout_graceful_shutdown=GRACE_S,
         )
         tell = ready or (lambda _: None)
-        service: Service = app.state.service
-        self._server = _Uvicorn(config, lambda: tell(self.url), service.client.close, drain_s)
+        self._server = _Uvicorn(config, self._gate, lambda: tell(self.url), drain_s)
 
     def run(self) -> None:
-        """Serve.  Raises ConfigError when the application does not start."""
+        """Serve.  Raises ConfigError when the application does not start, or what kept the engine from being built."""
         try:
             with _quiet_signals():
                 self._server.run(sockets=[self._sock])
@@ -106,14 +109,16 @@ class Server:
             raise ConfigError("the HTTP application did not start; the log says why") from None
         finally:
             self._sock.close()
+        if self._gate.failed is not None:
+            raise self._gate.failed
 
     def stop(self) -> None:
-        """Ask a running server to end; safe from any thread."""
-        self._server.should_exit = True
+        """Ask a running server to end, as a first signal does; safe from any thread."""
+        self._server.drain()
 
 
 def serve(
-    app: Starlette,
+    app: Starlette | Gate,
     host: str,
     port: int,
     ready: Callable[[str], None] | None = None,
@@ -128,23 +133,35 @@ def serve(
 
 
 class _Uvicorn(uvicorn.Server):
-    """ready: called when requests are accepted.  end: fails what is open, called `drain_s` seconds after the signal."""
+    """ready: called when requests are taken.  The first signal begins to drain, which lasts at most `drain_s` seconds."""
 
-    def __init__(
-        self, config: uvicorn.Config, ready: Callable[[], None], end: Callable[[], None], drain_s: float
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, ready: Callable[[], None], drain_s: float) -> None:
         super().__init__(config)
-        self._ready = ready
-        self._end = end
-        self._drain_s = drain_s
+        self._gate, self._ready, self._drain_s = gate, ready, drain_s
+        self._told = False
+        self._until = math.inf
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
+    def drain(self) -> None:
+        """Take nothing new, and end once what is open has ended."""
+        if not self._gate.draining:
+            self._until = time.monotonic() + self._drain_s
+            self._gate.draining = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._gate.draining:
+            self.should_exit = True
+        self.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        gate = self._gate
+        if not self._told and gate.app is not None and not gate.draining:
+            self._told = True
             self._ready()
+        drained = gate.draining and (not gate.open or time.monotonic() > self._until)
+        return drained or gate.failed is not None or gate.dead() or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(self._drain_s, self._end)
+        self._gate.cut()
         await super().shutdown(sockets)
 
 

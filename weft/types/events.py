@@ -48,7 +48,7 @@ class Drop(Struct, frozen=True, tag="drop"):
 Command = Add | Cancel | Load | Drop
 
 
-class Tokens(Struct, frozen=True, tag="tokens"):
+class Tokens(Struct, frozen=True, tag="tokens", omit_defaults=True):
     """New output tokens of sequence `index` of request `id`."""
 
     id: int
@@ -56,9 +56,11 @@ class Tokens(Struct, frozen=True, tag="tokens"):
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
+    """Prompt tokens that came from the prefix index; told with the first token, so that it is known should the engine die."""
 
 
-class Finished(Struct, frozen=True, tag="finished"):
+class Finished(Struct, frozen=True, tag="finished", omit_defaults=True):
     """Sequence `index` of request `id` has ended.  stop_id: the id that ended it, where one did (it is the last output token)."""
 
     id: int
@@ -112,7 +114,7 @@ class Adapted(Struct, frozen=True, tag="adapted"):
 Event = Tokens | Finished | Preempted | Rejected | Adapted
 
 
-class EngineStats(Struct, frozen=True, kw_only=True):
+class EngineStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A snapshot for metrics; counters grow for ever, gauges are of now."""
 
     steps: int = 0
@@ -153,10 +155,18 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """1 while the divergence is above the threshold."""
     host_s: float = 0.0
     """Time of the last step that was neither model forward nor sampling."""
+    engine_restarts: int = 0
+    """Engines that ended and were started again (counter); 0 for one in the front's own process."""
 
 
-class EngineFrame(Struct, frozen=True, kw_only=True):
-    """What the engine sends after each step: one frame, all events."""
+class EngineFrame(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the engine sends for each step: one frame, all events.
+
+    plan: ids of the requests in the plan that is carried out next, where that is told; None while they are those told last.
+    taken: commands that the engine had taken in by then.
+    """
 
     events: tuple[Event, ...] = ()
     stats: EngineStats = EngineStats()
+    plan: tuple[int, ...] | None = None
+    taken: int = 0

@@ -1,20 +1,22 @@
 """OpenAI's error form, `{"error": {message, type, param, code}}`, and which of weft's errors becomes which status.
 
-RequestError      400, or what its code says: 401, 403, 404, 405, 408, 409, 413, 415
+RequestError      400, or what its code says: 401, 403, 404, 405, 408, 409, 413, 415, 429
 CapacityError     503, as it may be taken later; 400 with the code "never_fits"
 EngineStopped     503, the engine is gone
+GenerationFailed  500 of the type engine_error: the engine could not go on with this one
 anything else     500, and no detail: the text of an unexpected error is for the log, never for a client
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
 from weft.errors import CapacityError, EngineError, RequestError
-from weft.front.generation import EngineStopped
+from weft.front.generation import EngineStopped, GenerationFailed
 
 STATUS_OF_CODE = {
     "invalid_api_key": 401,
@@ -28,6 +30,9 @@ STATUS_OF_CODE = {
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "invalid_adapter": 400,
+    "rate_limit_exceeded": 429,
+    "loading": 503,
+    "draining": 503,
 }
 INTERNAL = "weft failed on this request; the server's log says why"
 
@@ -49,8 +54,12 @@ def error_payload(error: BaseException) -> dict[str, Any]:
     kind = "invalid_request_error" if status < 500 else "server_error"
     if status == 401:
         kind = "authentication_error"
+    elif status == 429:
+        kind = "rate_limit_error"
     elif status == 503:
         kind = "service_unavailable"
+    elif isinstance(error, GenerationFailed):
+        kind = "engine_error"
     code = getattr(error, "code", None)
     if isinstance(error, CapacityError):
         code = code or "overloaded"
@@ -72,8 +81,8 @@ def error_response(error: BaseException, headers: dict[str, str] | None = None) 
     extra = dict(headers or {})
     if status == 401:
         extra["www-authenticate"] = "Bearer"
-    elif status == 503:
-        extra["retry-after"] = "1"
+    elif status in (429, 503):
+        extra["retry-after"] = str(math.ceil(getattr(error, "retry_s", 1.0)))
     if status in (408, 413):
         extra["connection"] = "close"  # the rest of the body was not read, so the connection can't be used again
     return Response(

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from weft.errors import ConfigError, RequestError
+from weft.front.admission import Bounds
 from weft.front.client import Client
 from weft.front.dialect import Dialect
 from weft.front.generation import Generation, Prompt
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """One served model.  model_ids: the names that requests may use; answers carry the first."""
+    """One served model.  model_ids: the names that requests may use; answers carry the first.  bounds: of what is let in."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Service:
         text: ModelText,
         model_ids: tuple[str, ...],
         version: str,
+        bounds: Bounds | None = None,
         *,
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
@@ -46,7 +48,7 @@ class Service:
         self.dialect = Dialect(text, *self._parsers)
         self.trust_templates = trust_templates
         self.port = port
-        self.client = Client(port, text)
+        self.client = Client(port, text, bounds=bounds)
         self.text = self.client.text
         self.model_ids = model_ids
         self.version = version

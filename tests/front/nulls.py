@@ -1,0 +1,71 @@
+"""A nursery whose engines have no model (`exec.null`): processes as real as those with one, and there at once.
+
+    python -m tests.front.nulls FOLDER SOCKET        in a nursery's place
+    python -m tests.front.nulls --fd N               one engine, on a socket that it has inherited
+
+What `Start.name` asks for: "good"; "config" and "capacity" cannot be built; "once" only while there is no file `once` in its
+folder, which it makes; "raise" breaks in a step with a request whose prompt begins with 13, "kill" ends its process then.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from weft.cli import _engine
+from weft.config import Limits
+from weft.core.engine import Engine
+from weft.errors import CapacityError, ConfigError
+from weft.exec.null import NullExecutor
+from weft.exec.thread import EngineThread
+from weft.front.port import EngineInfo
+from weft.front.wire import Start
+from weft.types import GroupKind, GroupSpec, Plan, StepResult
+
+GROUPS = [GroupSpec(name="full", kind=GroupKind.FULL, layers=(0,), entry_bytes=8, block_tokens=16)]
+VOCAB = 32
+BLOCKS = 1 << 15
+DEADLY = 13
+
+
+class Breaking(NullExecutor):
+    how = ""
+
+    def execute(self, plan: Plan) -> StepResult:
+        result = super().execute(plan)
+        if any(self.mirror.sequences[w.request].tokens[0] == DEADLY for w in plan.works):
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "raise":
+                raise RuntimeError("it broke")
+        return result
+
+
+def built(start: Start) -> EngineThread:
+    if start.name == "config":
+        raise ConfigError("write it differently")
+    if start.name == "capacity":
+        raise CapacityError("it does not fit")
+    once = Path(start.folder) / "once"
+    if start.name == "once":
+        if once.exists():
+            raise CapacityError("it fitted once")
+        once.touch()
+    limits = Limits(max_model_len=1 << 18, max_num_seqs=16, max_rows=64, max_samples=32)
+    executor = Breaking(GROUPS, vocab=VOCAB)
+    executor.how = start.name
+    info = EngineInfo(
+        model_id=start.name, vocab_size=VOCAB, max_model_len=1 << 18, kv_blocks=BLOCKS, block_tokens=16, max_num_seqs=16
+    )
+    return EngineThread(Engine(GROUPS, BLOCKS, limits, vocab=VOCAB), executor, info, foretell=True, idle_check=False)
+
+
+if __name__ == "__main__":
+    _engine._load = lambda: None
+    _engine._built = built
+    if sys.argv[1] == "--fd":
+        sys.exit(_engine.serve(socket.socket(fileno=int(sys.argv[2]))))
+    _engine.main(*sys.argv[1:])

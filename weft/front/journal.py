@@ -1,0 +1,364 @@
+"""The journal: what every live request is and has, so that no engine's death loses, doubles or changes a token.
+
+Pure data: commands of the front in, commands for an engine out; events of an engine in, events for the front out.  No clock,
+no socket.  A request goes to the engine as it came; when an engine has died, each of its sequences goes to the next one as its
+prompt and its output so far (`RequestSpec.resumed`), under its own seed: the next token's noise is what it would have been.
+
+    journal.begin(next engine)           commands: adapters again, then requests
+    journal.command(add or cancel ...)   commands for the engine that there is
+    journal.take(frame)                  (events for the front, commands)
+    journal.died(reason)                 events: a request that was found to kill engines fails, the others stay
+
+Which request kills engines.  A request that was in the last plan of an engine that died is suspected when it was so at the
+death before, too, and had not advanced in between.  Suspects run alone, one after another, each until it has advanced; one under
+which two more engines die fails, and nobody else does.  Those that passed and are suspected once more run alone to their ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+from msgspec import structs
+
+from weft.core import noise
+from weft.types import (
+    Adapted,
+    Add,
+    Cancel,
+    Command,
+    Drop,
+    EngineFrame,
+    Event,
+    Finished,
+    Load,
+    Preempted,
+    Rejected,
+    RequestSpec,
+    Tokens,
+)
+
+OWN_IDS = 1 << 40
+"""The engine's ids from here on are the journal's; those below are the front's."""
+MOST_STRIKES = 4
+"""Deaths without any advance, the last two of them alone, after which a request is given up."""
+MARK = "search="
+"""A request with such a part is run by a program that is asked anew from the start, and finds the same."""
+
+
+class Line:
+    """One sequence of a request.  cached: prompt tokens found in the prefix index, once told.  skip: tokens to come that the
+    front has already, of a request that is run again from its start."""
+
+    __slots__ = ("cached", "done", "output", "skip")
+
+    def __init__(self) -> None:
+        self.output: list[int] = []
+        self.cached: int | None = None
+        self.done = False
+        self.skip = 0
+
+
+class Entry:
+    """A live request.  ids: the engine's ids that stand for it.  told: prompt log-probabilities that the front has; skip: how
+    many of those to come it has already.  died_at: how far it was at the last death.  strikes: deaths that it was part of without
+    any advance in between.  sent: whether an engine has had it.  passed: whether it has been tried alone."""
+
+    __slots__ = ("again", "died_at", "ids", "lines", "passed", "sent", "skip", "spec", "strikes", "told")
+
+    def __init__(self, spec: RequestSpec) -> None:
+        self.spec = spec
+        self.again = any(part.startswith(MARK) for part in spec.techniques)
+        self.lines = [Line() for _ in range(spec.n)]
+        self.ids: list[int] = []
+        self.told = 0
+        self.skip = 0
+        self.died_at = -1
+        self.strikes = 0
+        self.sent = self.passed = False
+
+    @property
+    def progress(self) -> int:
+        """How far it is; it never falls."""
+        return self.told + sum(len(line.output) + line.done for line in self.lines)
+
+
+class Journal:
+    """Every request that somebody waits for.  It may be written before there is any engine."""
+
+    def __init__(self) -> None:
+        self._again = False
+        self.entries: dict[int, Entry] = {}
+        self._routes: dict[int, tuple[Entry, int | None]] = {}
+        """By engine id: the request, and which of its sequences alone it stands for."""
+        self._own = OWN_IDS
+        self._plan: tuple[int, ...] = ()
+        self._sent: deque[tuple[int, int]] = deque()
+        """(number of the command, engine id) of requests that the engine has not taken in yet."""
+        self._count = 0
+        self._here = False
+        self._adapters: dict[str, Load | Drop] = {}
+        """What has changed about the adapters since the first engine began, newest last."""
+        self._asked: dict[int, Load | Drop] = {}
+        self._restoring: set[int] = set()
+        self._suspects: deque[Entry] = deque()
+        self._alone: Entry | None = None
+
+    # ------------------------------------------------------------------ what is known
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has something to compute."""
+        return bool(self._routes)
+
+    @property
+    def trying(self) -> bool:
+        """Whether a request runs alone, because it may be one that kills engines."""
+        return self._alone is not None
+
+    # ------------------------------------------------------------------ the front's commands
+
+    def command(self, command: Command) -> list[Command]:
+        """Note a command of the front; what the engine that there is gets for it."""
+        if isinstance(command, Add):
+            spec = command.spec
+            entry = self.entries[spec.id] = Entry(spec)
+            return self._out(self._send(entry) if self._open else [])
+        if isinstance(command, Cancel):
+            return self._out(self._cancel(command))
+        self._asked[command.id] = command
+        return self._out([command] if self._here else [])
+
+    def _cancel(self, command: Cancel) -> list[Command]:
+        entry = self.entries.get(command.id)
+        if entry is None:
+            return []
+        if command.index is None:
+            gone = self._withdraw(entry)
+            del self.entries[command.id]
+            return [*gone, *self._next(entry)]
+        told: list[Command] = []
+        for id in list(entry.ids):
+            index = self._routes[id][1]
+            if index is None:
+                told.append(Cancel(id, command.index))
+            elif index == command.index:
+                told.append(Cancel(id))
+                self._unroute(id)
+        entry.lines[command.index].done = True
+        return [*told, *self._settle(entry)]
+
+    # ------------------------------------------------------------------ an engine's life
+
+    def begin(self, stack: Iterable[str] = ()) -> list[Command]:
+        """A new engine is there: what it gets first.  stack: the server's parts, as slot=name(args)."""
+        self._here = True
+        self._again = any(part.startswith(MARK) for part in stack)
+        self._plan, self._count = (), 0
+        self._sent.clear()
+        again = []
+        for change in self._adapters.values():
+            change = structs.replace(change, id=self._own_id())
+            self._restoring.add(change.id)
+            again.append(change)
+        return self._out([*again, *self._asked.values(), *self._go_on()])
+
+    def died(self, reason: str) -> list[Event]:
+        """The engine is gone.  Events for the front: of the request that was found to kill engines, where one was."""
+        events: list[Event] = []
+        suspected = self._suspected()
+        self._here = False
+        self._routes.clear()
+        self._restoring.clear()
+        for entry in self.entries.values():
+            entry.ids.clear()
+        tried, self._alone = self._alone, None
+        if tried is not None:
+            tried.strikes += tried in suspected
+            if tried.strikes >= MOST_STRIKES:
+                text = f"this request ended the engine each time that it was computed ({reason}); it is not tried again"
+                events = [
+                    Finished(tried.spec.id, i, "error", error=text) for i, x in enumerate(tried.lines) if not x.done
+                ]
+                del self.entries[tried.spec.id]
+            else:
+                self._suspects.appendleft(tried)
+            return events
+        for entry in self.entries.values():
+            same = entry in suspected and entry.died_at == entry.progress
+            entry.strikes = (entry.strikes if same else 0) + (entry in suspected)
+            entry.died_at = entry.progress
+        self._suspects = deque(e for e in self.entries.values() if e.strikes > 1)
+        return events
+
+    def _suspected(self) -> set[Entry]:
+        """Those of the last plan, and those that were sent to the engine and not taken in yet."""
+        ids = [*self._plan, *(id for _, id in self._sent)]
+        return {self._routes[id][0] for id in ids if id in self._routes}
+
+    # ------------------------------------------------------------------ the engine's frames
+
+    def take(self, frame: EngineFrame) -> tuple[list[Event], list[Command]]:
+        """(events for the front, commands for the engine) of a frame."""
+        if frame.plan is not None:
+            self._plan = frame.plan
+        while self._sent and self._sent[0][0] <= frame.taken:
+            self._sent.popleft()
+        events: list[Event] = []
+        commands: list[Command] = []
+        for event in frame.events:
+            if isinstance(event, Adapted):
+                commands += self._adapted(event, events)
+                continue
+            route = self._routes.get(event.id)
+            if route is not None:
+                entry, index = route
+                told = event if event.id == entry.spec.id else _renamed(event, entry.spec.id, index)
+                events += self._note(entry, told)
+                if not isinstance(told, Tokens | Preempted):
+                    commands += self._ended(entry, event, told)
+        if self._alone is not None and self._cleared(self._alone):
+            commands += self._next(self._alone)
+        return events, self._out(commands)
+
+    def _note(self, entry: Entry, event: Event) -> Iterator[Event]:
+        """Put down what the front will have; gives what it does not have yet."""
+        if isinstance(event, Tokens):
+            line = entry.lines[event.index]
+            if line.done:
+                return
+            if event.prompt_logprobs:
+                held = min(entry.skip, len(event.prompt_logprobs))
+                entry.skip -= held
+                entry.told += len(event.prompt_logprobs) - held
+                event = structs.replace(event, prompt_logprobs=event.prompt_logprobs[held:]) if held else event
+            if line.skip and event.tokens:
+                held = min(line.skip, len(event.tokens))
+                line.skip -= held
+                event = structs.replace(event, tokens=event.tokens[held:], logprobs=event.logprobs[held:])
+            if event.tokens:
+                line.cached = event.cached_tokens if line.cached is None else line.cached
+                line.output += event.tokens
+            if event.tokens or event.prompt_logprobs:
+                yield event
+        elif isinstance(event, Finished):
+            cached = entry.lines[event.index].cached
+            if not entry.lines[event.index].done:
+                yield event if cached in (None, event.cached_tokens) else structs.replace(event, cached_tokens=cached)
+        else:
+            yield event
+
+    def _ended(self, entry: Entry, event: Event, told: Event) -> list[Command]:
+        """A sequence, or the whole request, is over.  event: as the engine said it."""
+        for index, line in enumerate(entry.lines):
+            line.done |= not isinstance(told, Finished) or told.index == index
+        alone = self._routes[event.id][1] is not None
+        if alone or (not entry.again and all(line.done for line in entry.lines)):
+            self._unroute(event.id)  # the engine has done with it
+        return self._settle(entry)
+
+    def _settle(self, entry: Entry) -> list[Command]:
+        """Forget a request whose sequences have all ended."""
+        if not all(line.done for line in entry.lines):
+            return []
+        self.entries.pop(entry.spec.id, None)
+        return [*self._withdraw(entry), *self._next(entry)]
+
+    def _adapted(self, event: Adapted, events: list[Event]) -> list[Command]:
+        asked = self._asked.pop(event.id, None)
+        if asked is not None:
+            if event.error is None:
+                self._adapters.pop(asked.name, None)
+                self._adapters[asked.name] = asked
+            events.append(event)
+        elif event.id in self._restoring:
+            self._restoring.discard(event.id)
+            return self._go_on()
+        return []
+
+    # ------------------------------------------------------------------ sending
+
+    @property
+    def _open(self) -> bool:
+        """Whether requests go straight to the engine."""
+        return self._here and not self._restoring and self._alone is None
+
+    def _go_on(self) -> list[Command]:
+        """Everything that the engine does not have yet: one suspect alone while there are any, else all."""
+        if self._restoring or not self._here:
+            return []
+        while self._suspects:
+            self._alone = self._suspects.popleft()
+            if self._alone.spec.id in self.entries:
+                return self._send(self._alone)
+        self._alone = None
+        return [c for entry in list(self.entries.values()) if not entry.ids for c in self._send(entry)]
+
+    def _cleared(self, entry: Entry) -> bool:
+        """Whether a request that runs alone has shown that it kills nothing where the engines died."""
+        return entry.progress > entry.died_at and not entry.passed
+
+    def _next(self, entry: Entry) -> list[Command]:
+        """If this is the request that runs alone: it has passed, or is over, and the next one, or everybody, has their turn."""
+        if entry is not self._alone:
+            return []
+        entry.passed = True
+        entry.strikes = 0
+        return [*self._withdraw(entry), *self._go_on()]
+
+    def _withdraw(self, entry: Entry) -> list[Command]:
+        """Take a request from the engine; what it still says of it is dropped."""
+        ids = list(entry.ids)
+        for id in ids:
+            self._unroute(id)
+        return [Cancel(id) for id in ids]
+
+    def _send(self, entry: Entry) -> list[Command]:
+        """Everything of a request that has not ended, as it goes on from where the front has it."""
+        spec, again = entry.spec, entry.sent
+        entry.sent = True
+        entry.again |= self._again
+        if entry.again or not any(line.output or line.done for line in entry.lines):
+            entry.skip = entry.told
+            for line in entry.lines:
+                line.skip = len(line.output)
+            return self._add(entry, structs.replace(spec, id=self._own_id() if again else spec.id), None)
+        commands: list[Command] = []
+        # Where there is output, the prompt's log-probabilities have all been told.
+        law = structs.replace(spec.sampling, prompt_logprobs=-1)
+        for index, line in enumerate(entry.lines):
+            if not line.done:
+                part = structs.replace(
+                    spec, id=self._own_id(), n=1, seed=noise.child_seed(spec.seed, index), sampling=law,
+                    resumed=tuple(line.output),
+                )  # fmt: skip
+                commands += self._add(entry, part, index)
+        return commands
+
+    def _add(self, entry: Entry, spec: RequestSpec, index: int | None) -> list[Command]:
+        entry.ids.append(spec.id)
+        self._routes[spec.id] = (entry, index)
+        return [Add(spec)]
+
+    def _out(self, commands: list[Command]) -> list[Command]:
+        """Commands as they leave for the engine, which says how many it has taken in."""
+        for command in commands:
+            self._count += 1
+            if isinstance(command, Add):
+                self._sent.append((self._count, command.spec.id))
+        return commands
+
+    def _own_id(self) -> int:
+        self._own += 1
+        return self._own
+
+    def _unroute(self, id: int) -> None:
+        entry, _ = self._routes.pop(id)
+        entry.ids.remove(id)
+
+
+def _renamed(event: Event, id: int, index: int | None) -> Event:
+    """An event of the engine under the front's names."""
+    if index is None or isinstance(event, Rejected | Adapted):
+        return structs.replace(event, id=id)
+    return structs.replace(event, id=id, index=index)

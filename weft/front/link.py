@@ -1,0 +1,122 @@
+"""One end of a socket to the engine or its nursery: never blocks, keeps what the other side has not read yet."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from weft.errors import EngineError
+from weft.front.wire import Frames, frame_of
+
+CHUNK_BYTES = 1 << 18
+MOST_UNREAD_BYTES = 1 << 30
+"""What is kept for a process that does not read: more than all requests that a server lets in at once."""
+
+
+class Link:
+    """kind: the union of messages that come in."""
+
+    def __init__(self, sock: socket.socket, kind: Any) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._frames: Frames[Any] = Frames(kind)
+        self._unread = bytearray()
+
+    @property
+    def behind(self) -> bool:
+        """Whether something waits to be read by the other side."""
+        return bool(self._unread)
+
+    def send(self, message: Struct) -> None:
+        """Raises EngineError where the other side has left too much unread."""
+        self._unread += frame_of(message)
+        if len(self._unread) > MOST_UNREAD_BYTES:
+            raise EngineError(f"the engine leaves {len(self._unread)} bytes of commands unread")
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the socket takes; a side that is gone is found when it is read from."""
+        try:
+            while self._unread:
+                del self._unread[: self.sock.send(self._unread)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unread.clear()
+
+    def read(self) -> tuple[list[Any], bool]:
+        """(messages that have come, whether the other side is still there).  Raises FrameError."""
+        found: list[Any] = []
+        while True:
+            try:
+                data = self.sock.recv(CHUNK_BYTES)
+            except BlockingIOError:
+                return found, True
+            except OSError:
+                return found, False
+            if not data:
+                return found, False
+            found += self._frames.feed(data)
+            if len(data) < CHUNK_BYTES:
+                return found, True
+
+    @property
+    def readable(self) -> bool:
+        """Whether something, or the end, waits to be read."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_READ)
+            return bool(selector.select(0))
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def kill(pid: int) -> None:
+    """End a process that may have ended already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+class Door:
+    """The socket on which engine and nursery are awaited: mode 0600, in a folder of its own of mode 0700."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="weft-"))
+        self.path = str(self.folder / "engine")
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            self.sock.bind(self.path)
+        finally:
+            os.umask(before)
+        self.sock.listen(8)
+        self.sock.setblocking(False)
+
+    def accept(self) -> socket.socket | None:
+        """Whoever has come, None where it is another user's process, or gone again."""
+        try:
+            sock, _ = self.sock.accept()
+        except OSError:
+            return None
+        if hasattr(socket, "SO_PEERCRED"):
+            size = struct.calcsize("3i")
+            _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+            if user not in (0, os.getuid()):
+                sock.close()
+                return None
+        return sock
+
+    def close(self) -> None:
+        self.sock.close()
+        Path(self.path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
