@@ -210,10 +210,11 @@ def serve(sock: socket.socket) -> int:
     def tell(frame: EngineFrame) -> None:
         """On the engine's own thread, so that it waits while the front does not read, and holds nothing."""
         reason = port.error()
-        if reason is None:
-            _send(sock, Step(frame))
-        else:  # what lives is not lost: the front asks the next engine for it
-            _send(sock, Failed(reason))
+        try:
+            _send(sock, Step(frame) if reason is None else Failed(reason))
+        except OSError:  # the front is gone
+            os._exit(0)
+        if reason is not None:  # what lives is not lost: the front asks the next engine for it
             inbox.end()
 
     port.subscribe(tell)

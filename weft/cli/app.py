@@ -8,7 +8,21 @@ import typer
 from typer.core import TyperGroup
 
 from weft import __version__
-from weft.cli import bench, chat, check, conformance, convert, doctor, features, fidelity, generate, new, plan, serve, soak
+from weft.cli import (
+    bench,
+    chat,
+    check,
+    conformance,
+    convert,
+    doctor,
+    features,
+    fidelity,
+    generate,
+    new,
+    plan,
+    serve,
+    soak,
+)
 from weft.cli._terminal import complain
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 
