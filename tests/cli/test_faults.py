@@ -179,7 +179,7 @@ def test_a_step_that_stands_still_is_given_up(serving: Serving) -> None:
     assert health(url)["engine_restarts"] > before
 
 
-def test_the_front_has_no_torch_and_the_engine_no_key(serving: Serving) -> None:
+def test_the_front_has_no_torch(serving: Serving) -> None:
     engine = health(serving.url())["engine_pid"]
     assert engine != serving.process.pid
     assert "libtorch" in Path(f"/proc/{engine}/maps").read_text()

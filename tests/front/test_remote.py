@@ -96,8 +96,12 @@ def test_streams_go_on_whoever_dies(whom: str) -> None:
             e.ask(id, 600)
         for least in (50, 250, 450):
             e.wait(lambda least=least: len(e.tokens.get(4, ())) >= least or 4 in e.ends)  # type: ignore[misc]
-            pid = e.pid()
-            os.kill(pid if whom == "engine" else parent(pid), signal.SIGKILL)
+            pid, restarts = e.pid(), e.port.state(99).restarts
+            nursery = e.port._process
+            assert nursery is not None
+            os.kill(pid if whom == "engine" else nursery.pid, signal.SIGKILL)
+            while e.port.state(99).restarts == restarts:
+                time.sleep(0.001)
             while not gone(pid):
                 time.sleep(0.001)
         e.right(range(5), 600)
