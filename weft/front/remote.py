@@ -5,9 +5,7 @@ One thread holds everything: the journal, the sockets, the processes.  Commands 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import selectors
 import subprocess
 import threading
@@ -22,7 +20,7 @@ from msgspec import structs
 
 from weft.errors import EngineError
 from weft.front.journal import Journal
-from weft.front.link import Door, Link, kill
+from weft.front.link import Bell, Door, Link, kill
 from weft.front.metrics import total
 from weft.front.port import EngineInfo, EngineState, FrameSink
 from weft.front.wire import (
@@ -86,10 +84,8 @@ class RemoteEngine:
         self._spawning = False
         self._door = Door()
         self._selector = selectors.DefaultSelector()
-        self._wake, self._woken = os.pipe()
-        os.set_blocking(self._wake, False)
-        os.set_blocking(self._woken, False)
-        self._selector.register(self._wake, selectors.EVENT_READ, self._commanded)
+        self._bell = Bell()
+        self._selector.register(self._bell, selectors.EVENT_READ, self._commanded)
         self._selector.register(self._door.sock, selectors.EVENT_READ, self._knocked)
         self._thread = threading.Thread(target=self._run, name="weft-engine-link", daemon=True)
         self._thread.start()
@@ -107,7 +103,7 @@ class RemoteEngine:
 
     def send(self, command: Command) -> None:
         self._commands.append(command)
-        self._rouse()
+        self._bell.ring()
 
     def subscribe(self, sink: FrameSink) -> None:
         self._sink = sink
@@ -130,13 +126,9 @@ class RemoteEngine:
     def close(self) -> None:
         """End engine and nursery; what lives is dropped."""
         self._closing = True
-        self._rouse()
+        self._bell.ring()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * CLOSING_S)
-
-    def _rouse(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._woken, b"x")
 
     # ------------------------------------------------------------------ the thread
 
@@ -178,8 +170,7 @@ class RemoteEngine:
             self._kill(f"it made no step for {now - self._moved:.0f} s")
 
     def _commanded(self, write: bool = False) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake, 4096)
+        self._bell.hush()
         while self._commands:
             idle = not self._journal.busy
             self._tell(self._journal.command(self._commands.popleft()))
@@ -407,9 +398,6 @@ class RemoteEngine:
                 self._process.kill()
                 self._process.wait()
         self._selector.close()
-        wake, woken = self._wake, self._woken
-        self._wake = self._woken = -1
-        os.close(wake)
-        os.close(woken)
+        self._bell.close()
         if not self.started.done():
             self.started.set_exception(EngineError("the engine was ended before it was loaded"))
