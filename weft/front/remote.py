@@ -43,6 +43,8 @@ log = logging.getLogger("weft.engine")
 STALL_S = 120.0
 """Seconds without a step, work waiting, after which an engine is replaced."""
 TICK_S = 0.25
+MOST_PATIENCE = 8.0
+"""How often that time an engine gets whose like have stood still without giving a token."""
 MOST_STARTS = 5
 """Engines in a row that do not come up, after which there is no use in another one."""
 LONGEST_WAIT_S = 30.0
@@ -166,7 +168,7 @@ class RemoteEngine:
         if self._nursery is None and self._process is not None and self._process.poll() is not None:
             self._lost(f"its nursery ended with status {self._process.returncode}")
         if not heard and self._up and self._journal.busy and now - self._moved > self._stall_s * self._patience:
-            self._patience *= 2  # a step that is only slow gets through in the end
+            self._patience = min(2 * self._patience, MOST_PATIENCE)  # a step that is only slow gets through in the end
             self._kill(f"it made no step for {now - self._moved:.0f} s")
 
     def _commanded(self, write: bool = False) -> None:
