@@ -345,8 +345,8 @@ class RemoteEngine:
             self._give_up(EngineError(f"the engine could not be started: {reason}"))
             return
         self._restarts += 1
-        self._before = structs.replace(self._stats, engine_restarts=self._restarts)
-        self._stats = self._before
+        self._before = self._stats
+        self._stats = total(self._before, EngineStats(), self._restarts)  # nothing runs, and no block is held
         log.warning("the engine died (%s) and is started again", reason)
         if was_up:
             self._emit(self._journal.died(reason))
