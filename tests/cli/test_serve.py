@@ -16,7 +16,9 @@ import pytest
 
 from tests.cli.running import READY, Serving, weft
 from weft.adapt.lora import LoRA
-from weft.cli.serve import curl
+from weft.cli.serve import ServerFlags, curl
+from weft.errors import ConfigError
+from weft.front.admission import Bounds
 
 SMALL = ("--threads", "1", "--memory", "600M", "--max-model-len", "256")
 
@@ -195,6 +197,27 @@ def test_a_signal_while_the_model_is_being_loaded_ends_it_with_status_0(tmp_path
         assert server.end(signal.SIGTERM) == 0
         assert server.out.read_text() == ""
         assert "Traceback" not in server.err.read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_body": "much"}, "not a size"),
+        ({"max_queued_tokens": "-1"}, "not a size"),
+        ({"rate_limit_tokens": "many"}, "not a size"),
+        ({"rate_limit_requests": 0}, "--rate-limit-requests"),
+    ],
+)
+def test_bounds_that_cannot_be(given: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ServerFlags(**given).check()
+
+
+def test_bounds_are_those_of_the_flags() -> None:
+    ServerFlags().check()
+    assert ServerFlags().bounds == Bounds(max_queue=1024, max_queued_tokens=4 << 20)
+    flags = ServerFlags(max_queue=7, max_queued_tokens="2K", rate_limit_requests=5, rate_limit_tokens="1M")
+    assert flags.bounds == Bounds(max_queue=7, max_queued_tokens=2048, requests_per_minute=5, tokens_per_minute=1 << 20)
 
 
 def test_the_curl_line_suits_the_model() -> None:

@@ -4,7 +4,8 @@
     python -m tests.front.nulls --fd N               one engine, on a socket that it has inherited
 
 What `Start.name` asks for: "good"; "config" and "capacity" cannot be built; "once" only while there is no file `once` in its
-folder, which it makes; "raise" breaks in a step with a request whose prompt begins with 13, "kill" ends its process then.
+folder, which it makes; of a request whose prompt begins with 13 "raise" breaks in a step, "kill" ends its process, "hang" stands
+still.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from weft.cli import _engine
@@ -39,6 +41,8 @@ class Breaking(NullExecutor):
         if any(self.mirror.sequences[w.request].tokens[0] == DEADLY for w in plan.works):
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "hang":
+                time.sleep(600)
             if self.how == "raise":
                 raise RuntimeError("it broke")
         return result

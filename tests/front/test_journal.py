@@ -28,6 +28,7 @@ from weft.types import (
     GroupSpec,
     Load,
     Plan,
+    Rejected,
     RequestSpec,
     SamplingSpec,
     StepResult,
@@ -145,8 +146,11 @@ class World:
                     self.ends[at] = Finished(*at, "stop")
                     self.send(Cancel(*at))
             elif isinstance(event, Finished):
+                assert self.tokens.get((event.id, event.index)) or event.error, "an end without a token"
                 assert (event.id, event.index) not in self.ends, "ended twice"
                 self.ends[event.id, event.index] = event
+            else:
+                assert not isinstance(event, Rejected), event
 
     def run(self, kill: Callable[[], bool] = lambda: False) -> None:
         for _ in range(3000):
@@ -179,7 +183,7 @@ def mixture() -> list[RequestSpec]:
         spec(4, n=2, logprobs=0, prompt_logprobs=0, length=30),
         spec(5, temperature=0.0, stop_ids=tuple(range(0, VOCAB, 7)), min_tokens=3),
         spec(6, max_tokens=1),
-        spec(7, n=2, techniques=("search=best_of_n(candidates=4)",), max_tokens=8),
+        spec(7, n=2, techniques=("search=best_of_n(n=4)",), max_tokens=8),
         spec(8, max_tokens=60, length=5),
         spec(9, max_tokens=200, length=60),
     ]
@@ -369,11 +373,11 @@ def test_what_was_asked_before_the_first_engine_is_not_forgotten() -> None:
     journal = Journal()
     assert journal.command(Add(spec(1))) == []
     assert journal.command(Cancel(9)) == []
-    (first,) = journal.begin(["draft=none", "search=best_of_n(candidates=4)"])
+    (first,) = journal.begin(["draft=none", "search=best_of_n(n=4)"])
     assert first == Add(spec(1))
     journal.take(EngineFrame(events=(Tokens(1, 0, (4, 5)),), taken=1))
     journal.died("gone")
-    (again,) = journal.begin(["search=best_of_n(candidates=4)"])
+    (again,) = journal.begin(["search=best_of_n(n=4)"])
     assert isinstance(again, Add)
     assert again.spec.resumed == ()
     told, _ = journal.take(EngineFrame(events=(Tokens(again.spec.id, 0, (4, 5, 6)),), taken=1))

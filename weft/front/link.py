@@ -86,6 +86,32 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+class Bell:
+    """Wakes a thread that waits on a selector; may be rung from any thread, and after its end too."""
+
+    def __init__(self) -> None:
+        self._here, self._there = os.pipe()
+        os.set_blocking(self._here, False)
+        os.set_blocking(self._there, False)
+
+    def fileno(self) -> int:
+        return self._here
+
+    def ring(self) -> None:
+        with contextlib.suppress(OSError):  # it rings already, or nobody is left to hear it
+            os.write(self._there, b"x")
+
+    def hush(self) -> None:
+        with contextlib.suppress(OSError):
+            os.read(self._here, 4096)
+
+    def close(self) -> None:
+        here, there = self._here, self._there
+        self._here = self._there = -1
+        os.close(here)
+        os.close(there)
+
+
 class Door:
     """The socket on which engine and nursery are awaited: mode 0600, in a folder of its own of mode 0700."""
 

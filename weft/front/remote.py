@@ -5,9 +5,7 @@ One thread holds everything: the journal, the sockets, the processes.  Commands 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import selectors
 import subprocess
 import threading
@@ -22,7 +20,7 @@ from msgspec import structs
 
 from weft.errors import EngineError
 from weft.front.journal import Journal
-from weft.front.link import Door, Link, kill
+from weft.front.link import Bell, Door, Link, kill
 from weft.front.metrics import total
 from weft.front.port import EngineInfo, EngineState, FrameSink
 from weft.front.wire import (
@@ -45,6 +43,8 @@ log = logging.getLogger("weft.engine")
 STALL_S = 120.0
 """Seconds without a step, work waiting, after which an engine is replaced."""
 TICK_S = 0.25
+MOST_PATIENCE = 8.0
+"""How often that time an engine gets whose like have stood still without giving a token."""
 MOST_STARTS = 5
 """Engines in a row that do not come up, after which there is no use in another one."""
 LONGEST_WAIT_S = 30.0
@@ -86,10 +86,8 @@ class RemoteEngine:
         self._spawning = False
         self._door = Door()
         self._selector = selectors.DefaultSelector()
-        self._wake, self._woken = os.pipe()
-        os.set_blocking(self._wake, False)
-        os.set_blocking(self._woken, False)
-        self._selector.register(self._wake, selectors.EVENT_READ, self._commanded)
+        self._bell = Bell()
+        self._selector.register(self._bell, selectors.EVENT_READ, self._commanded)
         self._selector.register(self._door.sock, selectors.EVENT_READ, self._knocked)
         self._thread = threading.Thread(target=self._run, name="weft-engine-link", daemon=True)
         self._thread.start()
@@ -107,7 +105,7 @@ class RemoteEngine:
 
     def send(self, command: Command) -> None:
         self._commands.append(command)
-        self._rouse()
+        self._bell.ring()
 
     def subscribe(self, sink: FrameSink) -> None:
         self._sink = sink
@@ -130,13 +128,9 @@ class RemoteEngine:
     def close(self) -> None:
         """End engine and nursery; what lives is dropped."""
         self._closing = True
-        self._rouse()
+        self._bell.ring()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=2 * CLOSING_S)
-
-    def _rouse(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._woken, b"x")
 
     # ------------------------------------------------------------------ the thread
 
@@ -174,12 +168,11 @@ class RemoteEngine:
         if self._nursery is None and self._process is not None and self._process.poll() is not None:
             self._lost(f"its nursery ended with status {self._process.returncode}")
         if not heard and self._up and self._journal.busy and now - self._moved > self._stall_s * self._patience:
-            self._patience *= 2  # a step that is only slow gets through in the end
+            self._patience = min(2 * self._patience, MOST_PATIENCE)  # a step that is only slow gets through in the end
             self._kill(f"it made no step for {now - self._moved:.0f} s")
 
     def _commanded(self, write: bool = False) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake, 4096)
+        self._bell.hush()
         while self._commands:
             idle = not self._journal.busy
             self._tell(self._journal.command(self._commands.popleft()))
@@ -262,7 +255,8 @@ class RemoteEngine:
         return structs.replace(self._start, options=options, quiet=True)
 
     def _from_nursery(self, write: bool = False) -> None:
-        assert self._nursery is not None
+        if self._nursery is None:
+            return
         messages, there = self._nursery.read()
         for message in messages:
             if isinstance(message, Spawned):
@@ -274,7 +268,8 @@ class RemoteEngine:
 
     def _from_engine(self, write: bool = False) -> None:
         link = self._engine
-        assert link is not None
+        if link is None:  # what was heard before it in the same round has ended it
+            return
         if write:
             link.flush()
             self._watch_writes()
@@ -350,8 +345,8 @@ class RemoteEngine:
             self._give_up(EngineError(f"the engine could not be started: {reason}"))
             return
         self._restarts += 1
-        self._before = structs.replace(self._stats, engine_restarts=self._restarts)
-        self._stats = self._before
+        self._before = self._stats
+        self._stats = total(self._before, EngineStats(), self._restarts)  # nothing runs, and no block is held
         log.warning("the engine died (%s) and is started again", reason)
         if was_up:
             self._emit(self._journal.died(reason))
@@ -405,9 +400,6 @@ class RemoteEngine:
                 self._process.kill()
                 self._process.wait()
         self._selector.close()
-        wake, woken = self._wake, self._woken
-        self._wake = self._woken = -1
-        os.close(wake)
-        os.close(woken)
+        self._bell.close()
         if not self.started.done():
             self.started.set_exception(EngineError("the engine was ended before it was loaded"))

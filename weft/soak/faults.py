@@ -5,6 +5,9 @@ socket   the connection between front and engine is cut
 stall    the engine stands still, until the front takes note
 client   a client hangs up in the middle of its stream
 slow     a client takes long to read
+
+One that is done to the engine's process is an entry of `TO_ENGINE`, one that a client makes a name in `BY_CLIENT`.  A full disk
+would be a third kind: a server keeps nothing on one yet.
 """
 
 from __future__ import annotations
