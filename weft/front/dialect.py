@@ -83,13 +83,14 @@ class Dialect:
         *,
         parallel: bool = True,
         required: bool = False,
+        strict: bool = False,
         answer: Grammar | None = None,
         goes_on: str | None = None,
     ) -> Manner | None:
         """How answers to a prompt are to be read; None where they are text and nothing else.
 
-        functions: what may be called; required: what must be.  answer: what other answers are held to.  goes_on: the text that
-        the answer goes on with, where it does.  Raises RequestError.
+        functions: what may be called; required: what must be; strict: rightly, where it is.  answer: what other answers are held
+        to.  goes_on: the text that the answer goes on with, where it does.  Raises RequestError.
         """
         marks, inside = self.marks, False
         if marks is not None and goes_on is not None:
@@ -111,19 +112,11 @@ class Dialect:
                 "tools go together with an answer in JSON, and with no other structured output; set tool_choice to none",
                 param=PARAM,
             )
+        elif parser is not None and strict:
+            lark = grammar.free(parser, functions, **around)
         elif answer is not None:
             return None  # it holds from the first character on, so that no thought has room
-        texts = [*(parser.special if parser else ()), *((marks.begin, marks.end) if marks else ())]
-        shown = self._special(texts)
-        return Manner(
-            marks=marks, inside=inside, parser=parser, tools=functions, parallel=parallel, shown=shown, grammar=lark
-        )
-
-    def _special(self, texts: Iterable[str]) -> frozenset[int]:
-        """Ids of those texts that are special tokens, which are no text otherwise."""
-        tokenizer = self._text.tokenizer
-        ids = (tokenizer.token_to_id(text) for text in texts)
-        return frozenset(i for i in ids if i is not None and i in tokenizer.special_ids)
+        return Manner(marks=marks, inside=inside, parser=parser, tools=functions, parallel=parallel, grammar=lark)
 
     def conversation(
         self, messages: Sequence[Message], offered: Sequence[Mapping[str, Any]]

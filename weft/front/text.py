@@ -12,13 +12,18 @@ from typing import Any
 from weft.errors import ConfigError, RequestError
 from weft.front.detokenize import SequenceText
 from weft.front.files import read_json
+from weft.front.reasoning import MARKS as THOUGHTS
 from weft.front.template import ChatTemplate, plain_messages
 from weft.front.tokenizer import Tokenizer
+from weft.front.tools import PARSERS
 from weft.models.gguf.header import is_gguf
 from weft.sampling import SamplingParams
 from weft.slots import Vocabulary
 from weft.types import RequestSpec, TokenItem
 
+MARKS = frozenset(text for parser in PARSERS.values() for text in parser.special) | frozenset(
+    text for marks in THOUGHTS.values() for text in (marks.begin, marks.end)
+)
 _SHRINK = 4
 """Unicode normalization makes at most so many characters into one (NFC; Unicode Standard Annex 15)."""
 
@@ -170,12 +175,18 @@ class ModelText:
             companions=((TokenItem(tuple(contrast)),),) if contrast else (),
         )
 
+    @property
+    def marks(self) -> frozenset[int]:
+        """Special tokens that mark calls or thoughts of a family.  They are text where answers are read or held to a grammar."""
+        ids = (self.tokenizer.token_to_id(text) for text in MARKS)
+        return frozenset(i for i in ids if i is not None and i in self.tokenizer.special_ids and i not in self.eos_ids)
+
     def vocabulary(self) -> Vocabulary:
         """What each id stands for, as techniques read it."""
         tokenizer = self.tokenizer
         bare = {i for i in range(self.vocab_size) if tokenizer.id_to_token(i) is None}
         tokens = tuple(b"" if i in bare else tokenizer.token_bytes(i) for i in range(self.vocab_size))
-        special = (bare | tokenizer.special_ids | set(self.eos_ids)) & set(range(self.vocab_size))
+        special = (bare | (tokenizer.special_ids - self.marks) | set(self.eos_ids)) & set(range(self.vocab_size))
         return Vocabulary(tokens, frozenset(special), self.eos_ids)
 
     def sequence(self, params: SamplingParams, shown: Collection[int] = ()) -> SequenceText:

@@ -127,6 +127,7 @@ async def chat_turn(service: Service, request: ChatRequest | TokenizeRequest) ->
             offer.functions,
             parallel=offer.parallel,
             required=offer.choice == "required",
+            strict=offer.strict,
             answer=held_to,
             goes_on=messages[-1]["content"] if going_on else None,
         )
