@@ -118,6 +118,16 @@ def test_an_answer_in_json_or_a_call(client: openai.OpenAI) -> None:
     assert "stop" in seen
 
 
+def test_a_strict_function_is_called_rightly_or_not_at_all(client: openai.OpenAI) -> None:
+    strict = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    answer = ask(
+        client, tools=strict, n=6, seed=4, temperature=1.2, max_tokens=40, extra_body={"weft": {"label": True}}
+    )
+    assert "constrain=llguidance" in answer.weft["stack"]
+    for choice in answer.choices:
+        assert choice.message.tool_calls or not (choice.message.content or "").lstrip().startswith("{")
+
+
 def test_the_label_names_what_holds_the_answer(client: openai.OpenAI) -> None:
     answer = ask(
         client, tool_choice="required", parallel_tool_calls=False, seed=1, extra_body={"weft": {"label": True}}

@@ -25,9 +25,10 @@ from weft.front.openai.offer import offer_of
 from weft.front.openai.structs import ChatRequest
 from weft.front.tools import PARSERS
 from weft.front.tools.events import Arguments, Begun, Ended, Event, Tools
+from weft.front.tools.form import Form
 from weft.front.tools.grammar import calls as grammar_of
 from weft.front.tools.grammar import in_bare_text
-from weft.front.tools.machine import Form, Machine
+from weft.front.tools.machine import Machine
 from weft.registry import Part
 from weft.slots import SLOTS, Constrain, GrammarPath, Vocabulary
 from weft.types import Grammar

@@ -20,7 +20,8 @@ from weft.front.template import ChatTemplate
 from weft.front.text import ModelText
 from weft.front.tools import grammar
 from weft.front.tools.events import Tools
-from weft.front.tools.machine import Machine, to_json
+from weft.front.tools.form import to_json
+from weft.front.tools.machine import Machine
 from weft.front.tools.plain import Plain
 from weft.types import Grammar
 
@@ -135,14 +136,16 @@ class Dialect:
         return told_of(found, offered, self.parser), None
 
 
-def _schema(answer: Grammar) -> Any:
-    """The JSON schema of a grammar.  Raises RequestError."""
+def _schema(answer: Grammar) -> dict[str, Any]:
+    """The JSON schema of a grammar, as an object.  Raises RequestError."""
     try:
         schema = json.loads(answer.source)
     except (ValueError, RecursionError):
         schema = None
-    if not isinstance(schema, dict | bool):
-        raise RequestError("structured_outputs.json must be a JSON schema: an object, true or false", param=PARAM)
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise RequestError(f"{PARAM}.json must be a JSON schema that something fits: an object, or true", param=PARAM)
     return schema
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from weft.front.reasoning import Marks
 from weft.front.tools.events import Tools
-from weft.front.tools.machine import Form, Machine
+from weft.front.tools.form import Form
+from weft.front.tools.machine import Machine
 
 MOST_CALLS = 8
 """In one answer that has to call: a model that goes on and on would end at its length, in the middle of a call."""
@@ -42,13 +43,18 @@ def calls(form: Form, tools: Tools, *, parallel: bool, marks: Marks | None = Non
 
 
 def answer(
-    schema: Any, form: Form, tools: Tools, *, parallel: bool, marks: Marks | None = None, inside: bool = False
+    schema: Mapping[str, Any],
+    form: Form,
+    tools: Tools,
+    *,
+    parallel: bool,
+    marks: Marks | None = None,
+    inside: bool = False,
 ) -> str:
     """Lark for JSON of a schema, or calls of tools where there are any, behind a thought perhaps."""
     start, rules = _calls(form, tools, parallel) if tools else ("", [])
     start = f"({start} | answer)" if tools else "answer"
-    written = {"allOf": [schema]} if isinstance(schema, bool) else schema
-    said = "answer: %json " + json.dumps({**written, "x-guidance": _LOOSE})
+    said = "answer: %json " + json.dumps({**schema, "x-guidance": _LOOSE})
     return _lark([*_thought(marks, inside), start], [*rules, said, *_thought_rules(marks)])
 
 
