@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ class ModelText:
         bare = {i for i in range(self.vocab_size) if tokenizer.id_to_token(i) is None}
         tokens = tuple(b"" if i in bare else tokenizer.token_bytes(i) for i in range(self.vocab_size))
         special = (bare | tokenizer.special_ids | set(self.eos_ids)) & set(range(self.vocab_size))
-        return Vocabulary(tokens, frozenset(special), self.eos_ids)
+        return Vocabulary(tokens, frozenset(special), self.eos_ids, Speller(tokenizer, tokens, special))
 
     def sequence(self, params: SamplingParams) -> SequenceText:
         """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show."""
@@ -205,6 +205,44 @@ class ModelText:
             param=param,
             code="context_length_exceeded",
         )
+
+
+class Speller:
+    """Text to ids whose bytes are exactly the text's, as the tokenizer writes it in the middle of a text.
+
+    Tokenizers that put a space before every text are asked with a character before it, which is taken away again; where neither
+    way gives the text's own bytes, it is the longest tokens from left to right.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: Sequence[bytes], special: Collection[int]) -> None:
+        self._tokenizer, self._tokens = tokenizer, tokens
+        self._ids = {token: i for i, token in reversed([*enumerate(tokens)]) if token and i not in special}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, text: str) -> list[int]:
+        for before in ("", "\x02"):
+            head = self._plain(before) if before else []
+            ids = self._plain(before + text)
+            if ids[: len(head)] == head and b"".join(self._tokens[i] for i in ids[len(head) :]) == text.encode():
+                return ids[len(head) :]
+        return self._greedy(text.encode())
+
+    def _plain(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special=False, parse_special=False)
+        return [i for i in ids if i < len(self._tokens)]
+
+    def _greedy(self, text: bytes) -> list[int]:
+        ids, at = [], 0
+        while at < len(text):
+            for size in range(min(self._longest, len(text) - at), 0, -1):
+                found = self._ids.get(text[at : at + size])
+                if found is not None:
+                    ids.append(found)
+                    at += size
+                    break
+            else:
+                at += 1  # no token has this byte
+        return ids
 
 
 def sampling_defaults(generation: Mapping[str, Any], path: Path) -> dict[str, Any]:
