@@ -153,8 +153,8 @@ def read(parser: type[Machine], tools: Tools, pieces: Iterable[str]) -> list[Cal
 
 def takes(path: GrammarPath, text: str) -> bool:
     """Whether a grammar has a text."""
-    path = path.fork()
-    return all(path.advance(byte) for byte in text.encode()) and path.advance(256)
+    tokens = [*text.encode(), 256]
+    return path.fork().advance(tokens) == len(tokens)
 
 
 def made_wrong(schema: Mapping[str, Any], call: Call) -> Iterator[Call]:
