@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.conformance.count import Count, folder
+from weft.conformance.schema import BYTES
 from weft.errors import RequestError
 from weft.exec.vocabulary import VocabularyShelf
 from weft.front.openai.offer import offer_of
@@ -30,11 +31,9 @@ from weft.front.tools.grammar import calls as grammar_of
 from weft.front.tools.grammar import in_bare_text
 from weft.front.tools.machine import Machine
 from weft.registry import Part
-from weft.slots import SLOTS, Constrain, GrammarPath, Vocabulary
+from weft.slots import SLOTS, Constrain, GrammarPath
 from weft.types import Grammar
 
-BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,))
-"""A vocabulary in which every text can be written: what a grammar allows does not depend on the model's."""
 Begin = Callable[[str], GrammarPath]
 """Lark to the beginning of its grammar.  Raises RequestError for what is refused."""
 Call = tuple[str, dict[str, Any]]
@@ -250,7 +249,7 @@ def _schema(schema: Any) -> Any:
     """A schema with JSON schema's types, and without what is none of its words; names of properties are left alone."""
     if not isinstance(schema, dict):
         return schema
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "type" and isinstance(value, str):
             word = TYPES.get(value.lower(), value.lower())

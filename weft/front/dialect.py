@@ -36,9 +36,9 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "A word."}}},
     },
 }
-_ASKED = {"role": "user", "content": "Hello."}
+_ASKED: Message = {"role": "user", "content": "Hello."}
 _CALL = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": {"a": _VALUE}}}
-_PAST = [
+_PAST: list[Message] = [
     _ASKED,
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "tool_call_id": _ID, "name": _NAME, "content": _RESULT},

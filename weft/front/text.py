@@ -230,7 +230,7 @@ class Speller:
     """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[bytes], special: Collection[int]) -> None:
-        self._tokenizer, self._tokens = tokenizer, tokens
+        self._tokenizer, self._tokens, self._special = tokenizer, tokens, frozenset(special)
         self._ids = {token: i for i, token in reversed([*enumerate(tokens)]) if token and i not in special}
 
     def __call__(self, text: str) -> list[int]:
@@ -242,7 +242,9 @@ class Speller:
         return longest(self._ids, text)
 
     def _plain(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special=False, parse_special=False)
+        ids = self._tokenizer.encode(text, add_special=False)
+        if not self._special.isdisjoint(ids):  # other special tokens than marks are no text
+            ids = self._tokenizer.encode(text, add_special=False, parse_special=False)
         return [i for i in ids if i < len(self._tokens)]
 
 

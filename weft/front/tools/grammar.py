@@ -143,8 +143,9 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema of an object, with no other properties than it has: what it allows is allowed by the schema as it was."""
     out = {"type": "object", **schema}
     properties, required = out.get("properties"), out.get("required", [])
-    known = set(out) <= _PLAIN | {"$defs", "definitions"} and isinstance(properties, Mapping)
-    if known and isinstance(required, list) and all(isinstance(key, str) and key in properties for key in required):
+    if not set(out) <= _PLAIN | {"$defs", "definitions"} or not isinstance(properties, Mapping):
+        return out
+    if isinstance(required, list) and all(isinstance(key, str) and key in properties for key in required):
         out.setdefault("additionalProperties", False)
         out["properties"] = {key: _closed_inside(value) for key, value in properties.items()}
     return out
