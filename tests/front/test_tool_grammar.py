@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from weft.conformance.tools import takes, weft
 from weft.front.reasoning import MARKS
 from weft.front.tools import PARSERS
-from weft.front.tools.grammar import MOST_CALLS, answer, calls, closed, free, in_bare_text
+from weft.front.tools.grammar import MOST_CALLS, answer, calls, closed, free, in_bare_text, within
 from weft.front.tools.machine import Machine
 
 WEATHER = {
@@ -115,11 +116,38 @@ def test_what_bare_text_can_tell() -> None:
     )  # fmt: skip
     assert not tells({"type": "string"}, anyOf=[])
     assert not tells({"type": "string"}, required=["b"])
-    source = calls(
-        PARSERS["qwen3_coder"].form, {"f": {"properties": {"a": {"type": "string", "maxLength": 2}}}}, parallel=False
+    form = PARSERS["qwen3_coder"].form
+    for words, right in (
+        ({"maxLength": 2}, form.written),
+        ({"minLength": 1, "maxLength": 2}, replace(form, tag="").written),
+    ):
+        source = calls(form, {"f": {"properties": {"a": {"type": "string", **words}}}}, parallel=False)
+        assert taken(source, right([("f", {"a": "xy"})]))
+        assert not taken(source, right([("f", {"a": "xyz"})]))
+
+
+def test_strings_end_within_the_room() -> None:
+    """Those that no other word of their schema bounds, wherever they stand; the tools themselves are left as they were."""
+    string, own = {"type": "string"}, {"type": "string", "pattern": "a"}
+    schema = {
+        "properties": {
+            "a": string,
+            "b": own,
+            "c": {"type": "array", "items": string},
+            "d": {"properties": {"e": string}},
+        }
+    }
+    for room, longest in ((1, 16), (100, 128), (1000, 1024), (30_000, 32_768)):
+        made = within({"f": schema}, room)["f"]["properties"]
+        bound = {"type": "string", "maxLength": longest}
+        assert made == {"a": bound, "b": own, "c": {"type": "array", "items": bound}, "d": {"properties": {"e": bound}}}
+    assert string == {"type": "string"}
+    assert (
+        within({"f": {"properties": {"a": {"type": "string", "minLength": 99}}}}, 1)["f"]["properties"]["a"][
+            "maxLength"
+        ]
+        == 99
     )
-    assert taken(source, '<tool_call>\n{"name": "f", "arguments": {"a": "xy"}}\n</tool_call>')
-    assert not taken(source, '<tool_call>\n{"name": "f", "arguments": {"a": "xyz"}}\n</tool_call>')
 
 
 def test_closing_a_schema_takes_nothing_away_that_it_names() -> None:

@@ -118,7 +118,7 @@ def _judge(count: Count, sample: Sample, tools: Tools, parser: type[Machine], be
             said = read(parser, tools, [text])
             if any(other not in tools for other, _ in said):
                 count.accepted_wrongly(f"{where}, by the parser: {text}")
-            valid = bool(said) and all(fits(tools[other], arguments) for other, arguments in said)
+            valid = bool(said) and all(other in tools and fits(tools[other], arguments) for other, arguments in said)
             if takes(path, text) and not valid:
                 count.accepted_wrongly(f"{where}, by the grammar: {text}")
 

@@ -85,13 +85,15 @@ class Dialect:
         parallel: bool = True,
         required: bool = False,
         strict: bool = False,
+        room: int = 1 << 20,
         answer: Grammar | None = None,
         goes_on: str | None = None,
     ) -> Manner | None:
         """How answers to a prompt are to be read; None where they are text and nothing else.
 
-        functions: what may be called; required: what must be; strict: rightly, where it is.  answer: what other answers are held
-        to.  goes_on: the text that the answer goes on with, where it does.  Raises RequestError.
+        functions: what may be called; required: what must be; strict: rightly, where it is.  room: tokens that an answer may have.
+        answer: what other answers are held to.  goes_on: the text that the answer goes on with, where it does.
+        Raises RequestError.
         """
         marks, inside = self.marks, False
         if marks is not None and goes_on is not None:
@@ -105,7 +107,7 @@ class Dialect:
         lark = None
         around: Any = {"parallel": parallel, "marks": marks, "inside": inside}
         if required:
-            lark = grammar.calls(self.parser.form, functions, **around)
+            lark = grammar.calls(self.parser.form, grammar.within(functions, room), **around)
         elif answer is not None and answer.kind == "json":
             lark = grammar.answer(_schema(answer), self.parser.form, functions, **around)
         elif answer is not None and functions:

@@ -128,12 +128,21 @@ async def chat_turn(service: Service, request: ChatRequest | TokenizeRequest) ->
             parallel=offer.parallel,
             required=offer.choice == "required",
             strict=offer.strict,
+            room=_room(request, service.port.info.max_model_len - len(ids)),
             answer=held_to,
             goes_on=messages[-1]["content"] if going_on else None,
         )
         return ids, manner
 
     return await service.in_thread(work)  # the template runs in a process of its own, which may take its time
+
+
+def _room(request: ChatRequest | TokenizeRequest, left: int) -> int:
+    """Tokens that an answer may have.  left: what the context leaves."""
+    if isinstance(request, TokenizeRequest):
+        return left
+    asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    return left if asked is None else max(min(asked, left), 1)
 
 
 def _open_ended(text: str, last: dict[str, Any]) -> str:

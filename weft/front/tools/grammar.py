@@ -159,6 +159,30 @@ def _closed_inside(schema: Any) -> Any:
     return schema
 
 
+def within(tools: Tools, room: int) -> Tools:
+    """The same tools, for an answer of at most `room` tokens: a string without a bound of its own ends where it would fill about
+    half of the room, so that a model that goes on and on in one still ends its call.
+
+    A token is taken for three characters; bounds are powers of two, so that there are few grammars.
+    """
+    longest = 1 << max((3 * room // 2).bit_length() - 1, 4)
+    return {name: _bounded(schema, longest) for name, schema in tools.items()}
+
+
+def _bounded(schema: Any, longest: int) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    out = dict(schema)
+    if out.get("type") == "string" and set(out) <= _NOTES | {"minLength"}:
+        least = out.get("minLength", 0)
+        out["maxLength"] = max(longest, least) if isinstance(least, int) else longest
+    if isinstance(out.get("properties"), Mapping):
+        out["properties"] = {key: _bounded(value, longest) for key, value in out["properties"].items()}
+    if isinstance(out.get("items"), Mapping):
+        out["items"] = _bounded(out["items"], longest)
+    return out
+
+
 # ------------------------------------------------------------------------------------------ values in bare text
 
 
@@ -180,7 +204,13 @@ def _tellable(key: str, schema: Any) -> bool:
     if schema.get("type") == "string":
         words = schema.get("enum", ["a"])
         plain = isinstance(words, list) and words and all(isinstance(w, str) and w.strip() == w for w in words)
-        return bool(plain) and set(schema) <= _NOTES | {"enum"} and not any(set(w) & set("\n<") for w in words)
+        longest = schema.get("maxLength", 1)
+        plain = plain and type(longest) is int and longest > 0 and not {"enum", "maxLength"} <= set(schema)
+        return (
+            bool(plain)
+            and set(schema) <= _NOTES | {"enum", "maxLength"}
+            and not any(set(w) & set("\n<") for w in words)
+        )
     return (
         isinstance(schema.get("type"), str)
         and not {"$ref", "enum"} & set(schema)
@@ -204,7 +234,8 @@ def _bare(form: Form, i: int, name: str, schema: Mapping[str, Any], lead: str) -
             rules.append(f'{rule}: {head} ({words}) "\\n</parameter>\\n"')
         else:
             rules.append(f'{rule}: {head} text_{i}_{j} "\\n"')
-            rules.append(f'text_{i}_{j}[suffix="</parameter>"]: {_TEXT}')
+            text = f"/(?s:.{{0,{value['maxLength']}}})/" if "maxLength" in value else _TEXT
+            rules.append(f'text_{i}_{j}[suffix="</parameter>"]: {text}')
     head = _said(f"<{form.tag}>\n<function={name}>\n".removeprefix(lead))
     tail = _said(f"</function>\n</{form.tag}>")
     return [f"call_{i}: {' '.join([head, *parts, tail])}", *rules]
