@@ -16,11 +16,10 @@ SOURCE = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('
 
 def test_the_samples_are_there(shared: Callable[[str], Path]) -> None:
     place = shared("data/templates")
-    found = dict(templates(place))
+    found = list(templates(place))
     assert len(found) == 118
     assert sum(tools is not None for _, tools in conversations(place)) == 3
-    some = [(name, found[name]) for name in sorted(found)[::12]]
-    count = judge(some, conversations(place), transformers())
+    count = judge(found[::12], conversations(place), transformers())
     assert count.ok
     assert count.enforced > 2 * count.refused > 0
 

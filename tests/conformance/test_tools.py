@@ -13,8 +13,9 @@ from weft.conformance.tools import Sample, fits, judge, made_wrong, ordered, sam
 from weft.front.openai.offer import offer_of
 from weft.front.openai.structs import ChatRequest
 from weft.front.tools import PARSERS
+from weft.front.tools.form import Form
 from weft.front.tools.hermes import Hermes
-from weft.front.tools.machine import Form, Machine
+from weft.front.tools.machine import Machine
 
 Shared = Callable[[str], Path]
 STEP = 40

@@ -105,6 +105,10 @@ def test_bad_fields(http: httpx.Client, base: dict[str, Any], change: dict[str, 
     check(http.post(path, json={**base, "stream": True, **change}), 400) if "stream" not in str(change) else None
 
 
+FUNCTION: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+DEEP: dict[str, Any] = {}
+for _ in range(80):
+    DEEP = {"properties": {"a": DEEP}}
 CHAT_ONLY: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "messages", "at least one"),
     ({"messages": []}, "messages", "at least one"),
@@ -124,9 +128,26 @@ CHAT_ONLY: list[tuple[dict[str, Any], str, str]] = [
         "text",
     ),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "text"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "not supported"),
+    ({"tools": [{"type": "web_search"}]}, "tools", "type function"),
+    ({"tools": [{"type": "function"}]}, "tools", "tools[0].function.name"),
+    ({"tools": [FUNCTION, FUNCTION]}, "tools", "names must differ"),
+    ({"tools": [{**FUNCTION, "function": {"name": "a b"}}]}, "tools", "letters, digits"),
+    ({"tools": [{**FUNCTION, "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools", "type object"),
+    ({"tools": [{**FUNCTION, "function": {"name": "f", "parameters": {"properties": []}}}]}, "tools", "properties"),
+    ({"tools": [{**FUNCTION, "function": {"name": "f", "parameters": DEEP}}]}, "tools", "deep"),
+    ({"tools": [{**FUNCTION, "function": {"name": f"f{i}"}} for i in range(129)]}, "tools", "at most 128"),
+    ({"tools": [FUNCTION], "tool_choice": "always"}, "tool_choice", "none, auto, required"),
+    (
+        {"tools": [FUNCTION], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+        "tool_choice",
+        "none of the tools",
+    ),
+    ({"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "allowed_tools"),
+    ({"tools": [FUNCTION], "structured_outputs": {"regex": "a"}}, "structured_outputs", "tools go together"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "x"}]}]}, "messages", "tool_calls[0]"),
+    ({"messages": [{"role": "tool", "tool_call_id": 5, "content": "x"}]}, "messages", "tool_call_id"),
     ({"functions": [{"name": "f"}]}, "functions", "not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"tool_choice": "required"}, "tool_choice", "needs tools"),
     ({"modalities": ["text", "audio"]}, "modalities", "not supported"),
     ({"audio": {"voice": "x"}}, "audio", "not supported"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),

@@ -316,7 +316,7 @@ def test_calls_that_templates_write_are_read_back(shared: Callable[[str], Path])
                 whole = template.render([*asked, said], tools=[], add_generation_prompt=False)
             except RequestError:
                 continue
-            for tail in ("<END>", "<|im_end|>", "<|eot_id|>"):
+            for tail in ("<END>", "<|im_end|>", "<|eot_id|>", "<seed:eos>"):
                 whole = whole.rstrip().removesuffix(tail)
             assert whole.startswith(head.rstrip()), path.name
             output = whole[len(head.rstrip()) :].lstrip()

@@ -25,7 +25,7 @@ from weft.registry import Part
 from weft.slots import SLOTS, Constrain, GrammarPath, Vocabulary
 from weft.types import Grammar
 
-BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,))
+BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,), lambda text: list(text.encode()))
 """A vocabulary in which every text can be written: what a grammar allows does not depend on the model's."""
 DRAFTS = {
     "draft7": "http://json-schema.org/draft-07/schema#",

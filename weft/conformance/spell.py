@@ -9,7 +9,7 @@ from typing import Any
 
 from weft.slots import GrammarPath
 
-MOST_TRIES = 20_000
+MOST_TRIES = 4000
 """Members that are tried as the next one of an object, over a whole value."""
 
 

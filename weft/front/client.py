@@ -98,14 +98,14 @@ class Client:
             for p in batch
         ]
         generation = Generation(self._forget)
-        now, key = self._clock(), KEY.get()
+        now, key, marks = self._clock(), KEY.get(), self.text.marks
         self.admission.enter(key, [len(p.ids) for p in batch], now)
         for prompt, spec in zip(batch, specs, strict=True):
             request = LiveRequest(spec.id, prompt, generation, now)
             request.key = key
             generation.requests.append(request)
             for _ in range(spec.n):
-                text = self.text.sequence(prompt.params, prompt.manner.shown if prompt.manner else ())
+                text = self.text.sequence(prompt.params, marks if prompt.manner or prompt.params.grammar else ())
                 request.sequences.append(LiveSequence(generation.open, request, text))
                 generation.open += 1
             self._live[spec.id] = request

@@ -16,12 +16,13 @@ class Vocabulary:
     """What token ids stand for.
 
     tokens: the bytes of each id inside a text, b"" where it has none; as many as rows of logits.  special: ids that are no text.
-    ends: ids of which each ends an output.
+    ends: ids of which each ends an output.  encode: ids of a text as it is commonly written, whose bytes are exactly the text's.
     """
 
     tokens: Sequence[bytes]
     special: frozenset[int]
     ends: tuple[int, ...]
+    encode: Callable[[str], Sequence[int]]
 
 
 class Words(Protocol):
