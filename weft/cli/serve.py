@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli._flags import EngineFlags, Model, spread
+from weft.cli._store import StoreFlags
 from weft.cli._terminal import loading, say, stderr
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from weft.exec.thread import EngineThread
+    from weft.front.store import Store
     from weft.front.text import ModelText
 
 SERVER = "Server"
@@ -105,8 +107,8 @@ class ServerFlags:
             raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
 
-@functools.partial(spread, server=ServerFlags, flags=EngineFlags)
-def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> None:
+@functools.partial(spread, server=ServerFlags, store=StoreFlags, flags=EngineFlags)
+def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags: EngineFlags) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
     from weft.front.server import bind
     from weft.hub import model_id, resolve
@@ -114,19 +116,27 @@ def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> No
     with _ended_by_signals():
         _log(server.log_level)
         server.check()
+        store.check()
         flags.check()
         names = list(server.served_model_name or ()) or [model_id(model)]
         key = server.api_key or os.environ.get("WEFT_API_KEY") or None
         # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
         # Clients that come while the model loads wait in the socket's queue and are answered then.
         with contextlib.closing(bind(server.host, server.port)) as held:
+            kept = store.open()
             folder = resolve(model, progress=sys.stderr.isatty())
             engine, text = start(folder, model_id(model), flags, server.checks, server.lora_root)
-            _run(engine, text, held, server.host, names, key)
+            _run(engine, text, held, server.host, names, key, kept)
 
 
 def _run(
-    engine: EngineThread, text: ModelText, held: socket.socket, host: str, names: list[str], key: str | None
+    engine: EngineThread,
+    text: ModelText,
+    held: socket.socket,
+    host: str,
+    names: list[str],
+    key: str | None,
+    store: Store | None,
 ) -> None:
     from weft.front.app import create_app
     from weft.front.server import Server
@@ -136,7 +146,8 @@ def _run(
         say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
 
     try:
-        Server(create_app(engine, text, model_ids=names, api_key=key), host, ready=ready, sock=held).run()
+        app = create_app(engine, text, model_ids=names, api_key=key, store=store)
+        Server(app, host, ready=ready, sock=held).run()
         if engine.error() is not None:
             raise EngineError(f"the engine had stopped: {engine.error()}")
     finally:

@@ -56,14 +56,17 @@ class JSONAnswer:
         self.generation = generation
         self.writer = writer
 
+    async def whole(self) -> bytes:
+        """The body, once it is there.  Raises EngineError."""
+        while deltas := await self.generation.take():
+            self.writer.gather(deltas)
+        return self.writer.body(usage_of(self.generation))
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _until_disconnect(receive, self.generation):
+        async with until_disconnect(receive, self.generation):
             response: Response
             try:
-                while deltas := await self.generation.take():
-                    self.writer.gather(deltas)
-                body = self.writer.body(usage_of(self.generation))
-                response = Response(body, media_type="application/json")
+                response = Response(await self.whole(), media_type="application/json")
             except Exception as error:
                 response = error_response(logged(error))
             if not self.generation.cancelled:
@@ -79,7 +82,7 @@ class StreamAnswer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation, writer = self.generation, self.writer
-        async with _until_disconnect(receive, generation):
+        async with until_disconnect(receive, generation):
             try:
                 deltas = await generation.take()
             except Exception as error:
@@ -121,7 +124,7 @@ def logged(error: Exception) -> Exception:
 
 
 @contextlib.asynccontextmanager
-async def _until_disconnect(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+async def until_disconnect(receive: Receive, generation: Generation) -> AsyncIterator[None]:
     """Cancel the generation when the client goes away, and in any case at the end."""
 
     async def watch() -> None:

@@ -29,6 +29,14 @@ encode = msgspec.json.encode
 async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     """Start what a request asks for.  Raises RequestError."""
     request = read(body, ChatRequest)
+    model, prompt = await chat_prompt(service, request)
+    generation = await service.client.start(prompt)
+    writer = ChatWriter(service, model, generation, request, prompt.params.n)
+    return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
+
+
+async def chat_prompt(service: Service, request: ChatRequest) -> tuple[str, Prompt]:
+    """(the model's name, the prompt) of a conversation: what all routes that answer one have in common.  Raises RequestError."""
     model = service.resolve(request.model)
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
@@ -44,9 +52,7 @@ async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     ids = await chat_ids(service, request)
     beside = await contrast(service, request)
     prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside)
-    generation = await service.client.start(prompt)
-    writer = ChatWriter(service, model, generation, request, params.n)
-    return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
+    return model, prompt
 
 
 async def contrast(service: Service, request: ChatRequest) -> list[int]:

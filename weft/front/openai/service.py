@@ -8,12 +8,17 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from weft.errors import ConfigError, RequestError
 from weft.front.client import Client
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
+
+if TYPE_CHECKING:
+    from weft.front.openai.batch_runner import BatchRunner
+    from weft.front.openai.response_run import Background
+    from weft.front.store import Store
 
 SHORT_CHARS = 2048
 """Texts up to this length are tokenized on the event loop; a thread would cost more than it saves."""
@@ -22,7 +27,14 @@ T = TypeVar("T")
 
 
 class Service:
-    """One served model.  model_ids: the names that requests may use; answers carry the first."""
+    """One served model.  model_ids: the names that requests may use; answers carry the first.
+
+    store: what is kept on disk, None for nothing.  background, batches: work without a client; see `kept.attach`.
+    """
+
+    store: Store | None = None
+    background: Background
+    batches: BatchRunner
 
     def __init__(self, port: EnginePort, text: ModelText, model_ids: tuple[str, ...], version: str) -> None:
         self.port = port

@@ -207,10 +207,13 @@ STRUCTURED = frozenset(
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-def read(body: bytes, kind: type[R]) -> R:
-    """Decode a request body.  Raises RequestError naming the field and what is wrong with it."""
+def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTRAL) -> R:
+    """Decode a request body.  Raises RequestError naming the field and what is wrong with it.
+
+    neutral: unsupported fields, as in NEUTRAL.
+    """
     try:
-        _refuse(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+        _refuse(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), neutral)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None
@@ -222,11 +225,11 @@ def read(body: bytes, kind: type[R]) -> R:
         raise RequestError("the body is nested too deeply; flatten it", code="invalid_json") from None
 
 
-def _refuse(fields: dict[str, msgspec.Raw]) -> None:
+def _refuse(fields: dict[str, msgspec.Raw], neutral: dict[str, tuple[Any, ...]]) -> None:
     """Refuse what weft can't do, rather than answer another question than the one asked."""
-    for name in fields.keys() & NEUTRAL.keys():
+    for name in fields.keys() & neutral.keys():
         value = msgspec.json.decode(fields[name])
-        if value is None or any(_same(value, neutral) for neutral in NEUTRAL[name]):
+        if value is None or any(_same(value, plain) for plain in neutral[name]):
             continue
         if name == "response_format" and isinstance(value, dict):
             shown = f" of type {str(value.get('type'))[:40]!r}"
