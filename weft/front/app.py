@@ -27,13 +27,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft import __version__
 from weft.errors import EngineError, RequestError
+from weft.front.anthropic.errors import ANTHROPIC
+from weft.front.anthropic.messages import count_tokens, create_message
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
+from weft.front.openai.answer import OPENAI, Form
 from weft.front.openai.batches import cancel_batch, create_batch, get_batch, list_batches
 from weft.front.openai.calls import Call
 from weft.front.openai.chat import chat
 from weft.front.openai.completions import complete
-from weft.front.openai.errors import error_response
 from weft.front.openai.files import delete_file, file_content, get_file, list_files, upload_file
 from weft.front.openai.kept import attach, working
 from weft.front.openai.models import get_model, list_models
@@ -55,6 +57,7 @@ BODY_TIMEOUT_S = 120.0
 SLOW_BYTES_S = 64 << 10
 """Bytes a second, at least, of an upload."""
 STALL_S = 30.0
+MESSAGES = "/v1/messages"
 TENANT = "weft.tenant"
 """Under this name a request's scope says whose it is."""
 OPEN_PATHS = frozenset({"/health", "/metrics", "/version"})
@@ -137,6 +140,8 @@ class Routes:
             self.call("GET", "/v1/batches", list_batches),
             self.call("GET", "/v1/batches/{id}", get_batch),
             self.call("POST", "/v1/batches/{id}/cancel", cancel_batch),
+            self.call("POST", "/v1/messages", create_message, body=True),
+            self.call("POST", "/v1/messages/count_tokens", count_tokens, body=True),
             self.post("/tokenize", tokenize),
             self.post("/detokenize", detokenize),
             self.post("/v1/load_lora_adapter", load_adapter),
@@ -247,7 +252,7 @@ class Key:
                 error = RequestError(
                     "this server needs its key: send the header Authorization: Bearer KEY", code="invalid_api_key"
                 )
-                await error_response(error)(scope, receive, send)
+                await _form(scope["path"]).response(error)(scope, receive, send)
                 return
             scope[TENANT] = hashlib.blake2b(key, digest_size=16, person=b"weft.tenant").hexdigest()
         await self.app(scope, receive, send)
@@ -308,10 +313,15 @@ def _json(payload: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(payload), status_code=status, media_type="application/json")
 
 
-async def _on_error(_: Request, error: Exception) -> Response:
+def _form(path: str) -> Form:
+    """In whose form a route tells its errors."""
+    return ANTHROPIC if path == MESSAGES or path.startswith(f"{MESSAGES}/") else OPENAI
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    return error_response(error)
+    return _form(request.url.path).response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -321,6 +331,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if status == 405:
         allowed = headers.get("Allow", "another method")
         text = f"{request.method} is not possible on {request.url.path[:200]}; use {allowed}"
-        return error_response(RequestError(text, code="method_not_allowed"), headers)
+        return _form(request.url.path).response(RequestError(text, code="method_not_allowed"), headers)
     text = f"there is no route {request.url.path[:200]}; weft has /v1/chat/completions, /v1/completions and /v1/models"
-    return error_response(RequestError(text, code="not_found"), headers)
+    return _form(request.url.path).response(RequestError(text, code="not_found"), headers)

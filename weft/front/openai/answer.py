@@ -49,12 +49,41 @@ class Writer(Protocol):
         """The whole answer as JSON."""
 
 
+class Form(Protocol):
+    """How an answer says that it failed, and that its stream is over.  done: the stream's last bytes."""
+
+    @property
+    def done(self) -> bytes: ...
+
+    def response(self, error: BaseException, headers: dict[str, str] | None = None) -> Response:
+        """Before anything was sent."""
+
+    def event(self, error: BaseException) -> bytes:
+        """In the midst of a stream."""
+
+
+class OpenAIForm:
+    """OpenAI's."""
+
+    done = DONE
+
+    def response(self, error: BaseException, headers: dict[str, str] | None = None) -> Response:
+        return error_response(error, headers)
+
+    def event(self, error: BaseException) -> bytes:
+        return b"data: " + msgspec.json.encode(error_payload(error)) + b"\n\n"
+
+
+OPENAI = OpenAIForm()
+
+
 class JSONAnswer:
     """An ASGI response that waits for the end of a generation."""
 
-    def __init__(self, generation: Generation, writer: Writer) -> None:
+    def __init__(self, generation: Generation, writer: Writer, form: Form = OPENAI) -> None:
         self.generation = generation
         self.writer = writer
+        self.form = form
 
     async def whole(self) -> bytes:
         """The body, once it is there.  Raises EngineError."""
@@ -68,7 +97,7 @@ class JSONAnswer:
             try:
                 response = Response(await self.whole(), media_type="application/json")
             except Exception as error:
-                response = error_response(logged(error))
+                response = self.form.response(logged(error))
             if not self.generation.cancelled:
                 await response(scope, receive, send)
 
@@ -76,9 +105,10 @@ class JSONAnswer:
 class StreamAnswer:
     """An ASGI response that sends each delta as it comes."""
 
-    def __init__(self, generation: Generation, writer: Writer) -> None:
+    def __init__(self, generation: Generation, writer: Writer, form: Form = OPENAI) -> None:
         self.generation = generation
         self.writer = writer
+        self.form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation, writer = self.generation, self.writer
@@ -86,7 +116,7 @@ class StreamAnswer:
             try:
                 deltas = await generation.take()
             except Exception as error:
-                await error_response(logged(error))(scope, receive, send)
+                await self.form.response(logged(error))(scope, receive, send)
                 return
             if generation.cancelled:
                 return
@@ -101,8 +131,8 @@ class StreamAnswer:
                     deltas = await generation.take()
                 out += writer.close(usage_of(generation))
             except Exception as error:
-                out = b"data: " + msgspec.json.encode(error_payload(logged(error))) + b"\n\n"
-            await send({"type": "http.response.body", "body": out + DONE})
+                out = self.form.event(logged(error))
+            await send({"type": "http.response.body", "body": out + self.form.done})
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:
