@@ -70,6 +70,9 @@ class ServerFlags:
             metavar="FOLDER",
         ),
     ] = None
+    pooling: Annotated[
+        str, typer.Option("--pooling", help="Embeddings: last or mean.", metavar="HOW", rich_help_panel=SERVER)
+    ] = "last"
     shadow: Annotated[
         float | None,
         _option(
@@ -101,6 +104,8 @@ class ServerFlags:
         names = self.served_model_name or ()
         if not all(name.strip() for name in names):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
+        if self.pooling not in ("last", "mean"):
+            raise ConfigError(f"--pooling is last or mean, got {self.pooling!r}")
         if self.shadow_alarm is not None and self.shadow is None:
             raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
         if self.lora_root is not None and not self.lora_root.is_dir():
@@ -126,14 +131,14 @@ def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags:
             kept = store.open()
             folder = resolve(model, progress=sys.stderr.isatty())
             engine, text = start(folder, model_id(model), flags, server.checks, server.lora_root)
-            _run(engine, text, held, server.host, names, key, kept)
+            _run(engine, text, held, server, names, key, kept)
 
 
 def _run(
     engine: EngineThread,
     text: ModelText,
     held: socket.socket,
-    host: str,
+    server: ServerFlags,
     names: list[str],
     key: str | None,
     store: Store | None,
@@ -146,8 +151,8 @@ def _run(
         say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
 
     try:
-        app = create_app(engine, text, model_ids=names, api_key=key, store=store)
-        Server(app, host, ready=ready, sock=held).run()
+        app = create_app(engine, text, model_ids=names, api_key=key, store=store, pooling=server.pooling)
+        Server(app, server.host, ready=ready, sock=held).run()
         if engine.error() is not None:
             raise EngineError(f"the engine had stopped: {engine.error()}")
     finally:

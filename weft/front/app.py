@@ -36,6 +36,7 @@ from weft.front.openai.batches import cancel_batch, create_batch, get_batch, lis
 from weft.front.openai.calls import Call
 from weft.front.openai.chat import chat
 from weft.front.openai.completions import complete
+from weft.front.openai.embeddings import embed
 from weft.front.openai.files import delete_file, file_content, get_file, list_files, upload_file
 from weft.front.openai.kept import attach, working
 from weft.front.openai.models import get_model, list_models
@@ -73,6 +74,7 @@ def create_app(
     body_timeout_s: float = BODY_TIMEOUT_S,
     stall_s: float = STALL_S,
     store: Store | None = None,
+    pooling: str = "last",
 ) -> Starlette:
     """The application over one engine.
 
@@ -82,9 +84,11 @@ def create_app(
     max_body: bytes of a request's body.  body_timeout_s: for sending it.
     stall_s: seconds without a step, work waiting, after which /health answers 503.
     store: where responses, files and batches are kept; None keeps none.  The application closes it.
+    pooling: last or mean, of embeddings whose requests do not say.
     """
     service = Service(port, text, tuple(model_ids), __version__)
     attach(service, store)
+    service.pooling = pooling
     routes = Routes(service, max_body, body_timeout_s, stall_s)
 
     @contextlib.asynccontextmanager
@@ -142,6 +146,7 @@ class Routes:
             self.call("POST", "/v1/batches/{id}/cancel", cancel_batch),
             self.call("POST", "/v1/messages", create_message, body=True),
             self.call("POST", "/v1/messages/count_tokens", count_tokens, body=True),
+            self.call("POST", "/v1/embeddings", embed, body=True),
             self.post("/tokenize", tokenize),
             self.post("/detokenize", detokenize),
             self.post("/v1/load_lora_adapter", load_adapter),

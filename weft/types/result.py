@@ -20,7 +20,7 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     rows: rows computed, at most planned (a short result), or more where the work let the executor go ahead.  tokens: tokens
     that stand, in order: accepted guesses and the one sampled after them.  kept: entries kept per group where that is not simply
     the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  failed: why this request
-    alone cannot go on.
+    alone cannot go on.  vector: pooled hidden states, little-endian float32 [width], where the sequence asks for them.
     """
 
     rows: int
@@ -31,6 +31,7 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     failed: str | None = None
+    vector: bytes = b""
 
 
 class StepResult(Struct, frozen=True, kw_only=True):

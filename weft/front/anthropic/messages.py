@@ -43,8 +43,8 @@ async def count_tokens(call: Call) -> dict[str, int]:
 class MessageWriter:
     """Deltas as a `message`, or as the events of one.
 
-    The answer is a list of content blocks.  Text is one, at an index that is counted, so that blocks of another kind may come before
-    and after it.
+    The answer is a list of content blocks.  Text is one, at an index that is counted, so that blocks of another kind may come
+    before and after it.
     """
 
     def __init__(self, model: str, generation: Generation, most: int, label: dict[str, Any] | None) -> None:

@@ -20,6 +20,7 @@ from weft.front.openai.answer import JSONAnswer, logged
 from weft.front.openai.calls import Call, fresh_id
 from weft.front.openai.chat import chat
 from weft.front.openai.completions import complete
+from weft.front.openai.embeddings import embed
 from weft.front.openai.errors import error_payload, status_of
 from weft.front.openai.response_run import ResponseAnswer
 from weft.front.openai.responses import create_response
@@ -57,6 +58,7 @@ class BatchRunner:
         self.endpoints: dict[str, Callable[[Row, bytes], Awaitable[Any]]] = {
             "/v1/chat/completions": lambda _, body: chat(service, body),
             "/v1/completions": lambda _, body: complete(service, body),
+            "/v1/embeddings": lambda row, body: embed(Call(service=service, tenant=row.tenant, body=body)),
             "/v1/responses": self._response,
         }
         self._work: dict[str, tuple[Row, asyncio.Task[None]]] = {}

@@ -33,6 +33,8 @@ class Service:
     """
 
     store: Store | None = None
+    pooling = "last"
+    """How embeddings are pooled where a request does not say."""
     background: Background
     batches: BatchRunner
 
