@@ -53,9 +53,8 @@ class Pooling:
         """Put the vectors of prompts that are computed into their results."""
         for i, work in enumerate(works):
             s = self._mirror.sequences[work.request]
-            if s.sampling.pooling and results[i].tokens:
-                pooled = s.state.pop(POOLED)
-                assert isinstance(pooled, Pooled)
+            pooled = s.state.get(POOLED)
+            if isinstance(pooled, Pooled) and results[i].tokens:
                 vector = (pooled.total / pooled.count).to(torch.float32).cpu()
                 results[i] = msgspec.structs.replace(results[i], vector=vector.numpy().astype("<f4").tobytes())
 
