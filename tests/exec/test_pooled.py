@@ -48,9 +48,7 @@ def test_like_transformers(checkpoint: Callable[[str], Checkpoint], name: str, o
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_neither_chunks_nor_company_nor_layers_matter(
-    runtime: Runtime, layered_runtime: Runtime, pooling: str
-) -> None:
+def test_neither_chunks_nor_company_nor_layers_matter(runtime: Runtime, layered_runtime: Runtime, pooling: str) -> None:
     whole = vectors(Bench(runtime), PROMPTS, pooling)
     parts = vectors(Bench(runtime, max_rows=7), PROMPTS, pooling)
     tight = Bench(runtime, blocks=7, max_rows=24, share=True)

@@ -4,6 +4,7 @@
 /v1/responses  /v1/files  /v1/batches  /v1/embeddings                   OpenAI's
 /v1/messages  /v1/messages/count_tokens                                Anthropic's
 /tokenize  /detokenize  /v1/load_lora_adapter  /v1/unload_lora_adapter  vLLM's
+/openapi.json                                                          what all of these take and give
 /health  /metrics  /version                                            for machines; open without a key
 """
 
@@ -49,6 +50,7 @@ from weft.front.openai.responses import (
 )
 from weft.front.openai.service import Service
 from weft.front.openai.tokens import detokenize, tokenize
+from weft.front.openapi import description
 from weft.front.port import EnginePort
 from weft.front.store import Store
 from weft.front.text import ModelText
@@ -151,6 +153,7 @@ class Routes:
             self.post("/detokenize", detokenize),
             self.post("/v1/load_lora_adapter", load_adapter),
             self.post("/v1/unload_lora_adapter", unload_adapter),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
             Route("/version", self.version, methods=["GET"]),
@@ -232,6 +235,9 @@ class Routes:
 
     async def version(self, _: Request) -> Response:
         return _json({"version": self.service.version})
+
+    async def openapi(self, _: Request) -> Response:
+        return _json(description())
 
     async def models(self, _: Request) -> Response:
         return _json(list_models(self.service))

@@ -68,7 +68,7 @@ class ResponseObject:
             "service_tier": "default", "store": self.kept, "temperature": params.temperature,
             "text": {"format": {"type": "text"}, "verbosity": "medium"}, "tool_choice": "auto", "tools": [],
             "top_logprobs": request.top_logprobs or 0, "top_p": params.top_p, "truncation": "disabled",
-            "usage": self._usage, "metadata": request.metadata or {}, **said,
+            "metadata": request.metadata or {}, **({} if self._usage is None else {"usage": self._usage}), **said,
         }  # fmt: skip
 
     def _message(self) -> dict[str, Any]:
