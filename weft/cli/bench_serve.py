@@ -44,7 +44,7 @@ def serve(
         typer.Option("--dataset", metavar="FILE", help="Prompts: .jsonl, .json (ShareGPT too) or lines; else made up."),
     ] = None,
     prompt: Annotated[int, typer.Option("--prompt", metavar="N", min=1, help="Words of a made-up prompt.")] = 100,
-    max_tokens: Annotated[
+    answer: Annotated[
         int, typer.Option("--max-tokens", metavar="N", min=1, help="Of an answer, where the data says nothing.")
     ] = 64,
     route: Annotated[str, typer.Option("--route", metavar="NAME", help="chat or completions.")] = "chat",
@@ -54,7 +54,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option("--api-key", metavar="KEY", help="Of the server; else WEFT_API_KEY.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of arrivals, order and made-up prompts.")] = 0,
+    draw: Annotated[int, typer.Option("--seed", metavar="N", help="Of arrivals, order and made-up prompts.")] = 0,
     timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="Seconds for one answer.")] = 600.0,
     json_: Json = False,
 ) -> None:
@@ -65,11 +65,11 @@ def serve(
 
     load = Load(
         concurrency=DEFAULT_CLIENTS if concurrency is None and rate is None else concurrency, rate=rate,
-        max_tokens=max_tokens, route=route, seed=seed, extra={"ignore_eos": True} if ignore_eos else {},
+        max_tokens=answer, route=route, seed=draw, extra={"ignore_eos": True} if ignore_eos else {},
     )  # fmt: skip
     if timeout <= 0:
         raise ConfigError(f"--timeout must be above 0, got {timeout}")
-    asks = made_up(requests, prompt, seed) if dataset is None else read_dataset(dataset, requests, seed)
+    asks = made_up(requests, prompt, draw) if dataset is None else read_dataset(dataset, requests, draw)
     target = Target(url, api_key or os.environ.get("WEFT_API_KEY") or None, timeout)
     name, samples, seconds = asyncio.run(_measure(target, model, asks, load))
     record = summary(samples, seconds, load, url=url, model=name)

@@ -179,9 +179,7 @@ class Decoder:
         return self._buffers["logits"][: batch.logit_rows_N.shape[0]]
 
     def states(self, first: int, stop: int) -> Tensor:
-        """Hidden states, float32 [stop - first, width], of rows of the last pass, which went through the last layer; normalized
-        as the head reads them.
-        """
+        """Hidden states, float32 [rows, width], of rows of the last pass, which ended with the last layer; normed as for the head."""
         rows = self._buffers["hidden"][first:stop]
         out = torch.empty_like(rows, dtype=torch.float32)
         self.ops.rms_norm(rows, self.tensors["norm"], self.spec.norm_eps, self.spec.norm_offset, out)

@@ -37,7 +37,7 @@ async def create_response(call: Call) -> ResponseAnswer | Followed | dict[str, A
     store = stored(call.service.store).responses
     background = call.service.background
     background.check_room()
-    run = await _prepare(call.service, request, call.tenant, body=call.body)
+    run = await _prepare(call.service, request, call.tenant, body=encode(request))
     await store.put(run.row)
     told = run.response.object()
     background.start(run)

@@ -18,6 +18,10 @@ MAX_SEQUENCES = 2048
 MAX_SALT_CHARS = 256
 MAX_BEST_OF = 20
 """OpenAI's bound."""
+SMALL_BYTES = 1 << 20
+"""A body up to this size is decoded without a second thought."""
+MAX_QUOTES = 500_000
+MAX_COMMAS = 2_000_000
 MAX_TECHNIQUES = 16
 """Parts that one request may lay over the server's stack."""
 
@@ -212,6 +216,8 @@ def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTR
 
     neutral: unsupported fields, as in NEUTRAL.
     """
+    if len(body) > SMALL_BYTES:
+        _check_values(body)
     try:
         _refuse(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), neutral)
         return msgspec.json.decode(body, type=kind)
@@ -223,6 +229,14 @@ def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTR
         raise RequestError(f"the body is not valid UTF-8: {error.reason}", code="invalid_json") from None
     except RecursionError:
         raise RequestError("the body is nested too deeply; flatten it", code="invalid_json") from None
+
+
+def _check_values(body: bytes) -> None:
+    """Refuse more values than any request has, which would hold up everybody while they are decoded.  Two looks at the bytes, and
+    never too few: a string has two quotation marks, of which a backslash at its end can hide one; an array has its commas.
+    """
+    if body.count(b'"') - body.count(b'\\"') > MAX_QUOTES or body.count(b",") > MAX_COMMAS:
+        raise RequestError("the body has too many values; send less at once", code="body_too_large")
 
 
 def _refuse(fields: dict[str, msgspec.Raw], neutral: dict[str, tuple[Any, ...]]) -> None:

@@ -59,7 +59,10 @@ class ResponseStore:
         self._database.close()
 
     async def put(self, stored: Stored) -> None:
-        """Write a response, over an earlier state of it.  Raises StoreFull, and then the earlier state stands."""
+        """Write a response, over an earlier state of it.
+
+        Raises StoreFull, and then the earlier state stands: the disk is full, or the bounds are, of responses without an answer.
+        """
 
         def work(db: sqlite3.Connection) -> None:
             old = db.execute("SELECT bytes FROM responses WHERE id = ?", (stored.id,)).fetchone()
@@ -162,7 +165,9 @@ class ResponseStore:
                 (max(1, rows - self.max_rows),),
             ).fetchall()
             if not oldest:
-                break
+                raise StoreFull(
+                    "the store is full of background responses that are not answered yet; wait, or cancel some"
+                )
             db.executemany("DELETE FROM responses WHERE seq = ?", [(seq,) for seq, _ in oldest])
             rows, size = rows - len(oldest), size - sum(freed for _, freed in oldest)
         return rows, size
