@@ -179,9 +179,8 @@ class Decoder:
         return self._buffers["logits"][: batch.logit_rows_N.shape[0]]
 
     def states(self, first: int, stop: int) -> Tensor:
-        """Hidden states, float32 [rows, width], of rows of the last pass, which ended with the last layer; normed as for the head."""
-        rows = self._buffers["hidden"][first:stop]
-        out = torch.empty_like(rows, dtype=torch.float32)
+        """Hidden states, float32 [rows, width], of rows of a pass that has ended with the last layer; normed as for the head."""
+        out = torch.empty_like(rows := self._buffers["hidden"][first:stop], dtype=torch.float32)
         self.ops.rms_norm(rows, self.tensors["norm"], self.spec.norm_eps, self.spec.norm_offset, out)
         return out
 
