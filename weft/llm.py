@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 from weft.exec.build import EngineConfig, Runtime, Setup, build, engine_config, prepare
 from weft.exec.thread import step
+from weft.front.grammars import constrained, holder, shared_grammars
 from weft.front.port import EngineInfo
 from weft.front.text import ModelText
 from weft.hub import model_id, resolve
@@ -53,7 +54,7 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Runtime, Mode
     setup = prepare(config)
     assert isinstance(config.model, Path)
     text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=name)
-    return build(setup), text, name
+    return build(setup, vocabulary=text.vocabulary), text, name
 
 
 def engine_info(
@@ -235,6 +236,10 @@ class LLM:
         self._ids += 1
         if adapter is not None:
             techniques = (*techniques, self._book.find(adapter).part)
+        server = [str(p) for p in self.runtime.setup.stack.parts]
+        techniques = constrained(techniques, server, params.grammar)
+        if params.grammar is not None:
+            shared_grammars().check(holder(techniques, server), params.grammar)
         spec = self._text.request(self._ids, given, params, priority=priority, techniques=techniques, contrast=contrast)
         return Job(spec, params, text, given, self._text)
 

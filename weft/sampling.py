@@ -5,13 +5,14 @@ Names and defaults follow vLLM's offline API and OpenAI's request fields.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from weft.errors import RequestError
-from weft.types import SamplingSpec
+from weft.types import Grammar, SamplingSpec
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -19,6 +20,9 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_IDS = 1024
 MAX_BIAS = 1024
+MAX_GRAMMAR_CHARS = 1 << 20
+STRUCTURES = ("json", "json_object", "regex", "choice", "grammar")
+"""What `structured_outputs` may hold, one of them."""
 SEED_LIMIT = 1 << 64
 
 
@@ -43,6 +47,8 @@ class SamplingParams:
     logprobs        alternatives to report for each token, 0 to 20; None reports none
     prompt_logprobs the same for the prompt's tokens
     skip_special_tokens   leave special tokens out of the text
+    structured_outputs    what the text has to look like, one of {"json": schema}, {"json_object": True}, {"regex": text},
+                    {"choice": [texts]} and {"grammar": Lark or GBNF}; vLLM's names
 
     Raises RequestError naming the field.
     """
@@ -66,8 +72,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: Mapping[str, Any] | None = None
     stops: tuple[str, ...] = field(init=False, repr=False, default=())
     """`stop` as a tuple."""
+    grammar: Grammar | None = field(init=False, repr=False, default=None)
+    """`structured_outputs` as the engine gets it."""
 
     def __post_init__(self) -> None:
         _whole("n", self.n, 1, MAX_N)
@@ -114,6 +123,7 @@ class SamplingParams:
         for token, value in bias.items():
             _whole("logit_bias", token, 0, 1 << 31)
             _number("logit_bias", value, -100.0, 100.0)
+        object.__setattr__(self, "grammar", grammar(self.structured_outputs))
 
     def spec(self, *, eos: Iterable[int], vocab: int, room: int) -> SamplingSpec:
         """The engine's form of these parameters for one prompt.
@@ -172,6 +182,54 @@ class BeamSearchParams:
         for name in ("early_stopping", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {_shown(getattr(self, name))}", param=name)
+
+
+def grammar(given: Mapping[str, Any] | None) -> Grammar | None:
+    """What `structured_outputs` asks for; it may be a JSON text where a schema is meant.  Raises RequestError."""
+    if given is None:
+        return None
+    name = "structured_outputs"
+    if not isinstance(given, Mapping):
+        raise RequestError(f"{name} must be an object with one of {', '.join(STRUCTURES)}", param=name)
+    unknown = sorted(str(key) for key in given.keys() - set(STRUCTURES))
+    if unknown:
+        raise RequestError(f"{name} has no {_shown(unknown[0])}; it has: {', '.join(STRUCTURES)}", param=name)
+    asked = [key for key in STRUCTURES if given.get(key) is not None and given[key] is not False]
+    if len(asked) != 1:
+        raise RequestError(
+            f"{name} must hold one of {', '.join(STRUCTURES)}, got {' and '.join(asked) or 'none'}", param=name
+        )
+    kind, value = asked[0], given[asked[0]]
+    if kind == "json_object":
+        if value is not True:
+            raise RequestError(f"{name}.json_object must be true or false, got {_shown(value)}", param=name)
+        return Grammar("json", '{"type": "object"}')
+    if kind == "json":
+        source = value if isinstance(value, str) else _written(value)
+        return Grammar("json", _sized(kind, source))
+    if kind == "choice":
+        if not isinstance(value, list | tuple) or not value or not all(isinstance(one, str) for one in value):
+            raise RequestError(f"{name}.choice must be a list of texts", param=name)
+        return Grammar("choice", _sized(kind, _written(list(value))))
+    if not isinstance(value, str) or not value:
+        raise RequestError(f"{name}.{kind} must be a text", param=name)
+    return Grammar("regex" if kind == "regex" else "grammar", _sized(kind, value))
+
+
+def _sized(kind: str, source: str) -> str:
+    if len(source) > MAX_GRAMMAR_CHARS:
+        raise RequestError(
+            f"structured_outputs.{kind} has {len(source)} characters, at most {MAX_GRAMMAR_CHARS} are read; make it smaller",
+            param="structured_outputs",
+        )
+    return source
+
+
+def _written(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"structured_outputs is not plain JSON ({error})", param="structured_outputs") from None
 
 
 def _shown(value: Any) -> str:

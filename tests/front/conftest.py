@@ -69,7 +69,7 @@ def scripted(info: EngineInfo) -> Iterator[Callable[..., ScriptedPort]]:
 
 
 @pytest.fixture(scope="session")
-def engine(bundled: Path) -> Iterator[EnginePort]:
+def engine(bundled: Path, text: ModelText) -> Iterator[EnginePort]:
     """The real engine with the bundled model; a pool so small that many requests have to take turns."""
     from weft.exec.build import EngineConfig, build, prepare
     from weft.exec.thread import EngineThread
@@ -79,7 +79,7 @@ def engine(bundled: Path) -> Iterator[EnginePort]:
     plan = prepare(config).plan
     pool = 3 * CONTEXT * plan.kv_bytes_per_token
     setup = prepare(replace(config, memory_bytes=plan.total_bytes - plan.kv_bytes + pool))
-    runtime = build(setup)
+    runtime = build(setup, vocabulary=text.vocabulary)
     info = engine_info(setup, MODEL)
     port = EngineThread(runtime.engine, runtime.executor, info)
     yield port

@@ -121,7 +121,7 @@ def test_tools_of_an_earlier_turn_reach_the_template() -> None:
             },
             "image",
         ),
-        ({"tools": [{"name": "a", "input_schema": {}}]}, "tools"),
+        ({"mcp_servers": [{"type": "url", "url": "http://x", "name": "y"}]}, "mcp_servers"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"temperature": -1}, "temperature"),
         ({"max_tokens": "x"}, "max_tokens"),

@@ -10,6 +10,7 @@ the process lives, nothing new listens.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import signal
 import threading
@@ -56,15 +57,16 @@ class Attacked:
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[list[float]]:
-        """A stream beside the attack; its longest gap, less what a thread that only sleeps was late by."""
+        """A stream beside the attack; its longest gap, less what a thread that only sleeps was late by meanwhile."""
         gap, begun, over = [0.0], threading.Event(), threading.Event()
         late: list[tuple[float, float]] = []
+        came: list[float] = []
 
         def sleep() -> None:
             while not over.is_set():
                 before = time.perf_counter()
                 time.sleep(0.01)
-                late.append((time.perf_counter(), time.perf_counter() - before - 0.01))
+                late.append((before + 0.01, time.perf_counter()))
 
         def read() -> None:
             headers = {"authorization": f"Bearer {KEY}"}
@@ -72,16 +74,12 @@ class Attacked:
                 with httpx.stream(
                     "POST", f"{self.url}/v1/completions", json=STREAM, headers=headers, timeout=60
                 ) as answer:
-                    last = None
                     for _ in answer.iter_lines():
-                        now = time.perf_counter()
-                        if last is not None:
-                            own = sum(by for at, by in late[-200:] if last <= at)
-                            gap[0] = max(gap[0], now - last - own)
-                        last = now
+                        came.append(time.perf_counter())
                         begun.set()
                         if over.is_set():
                             return
+                came.append(float("nan"))  # the next stream has its own first token to wait for
 
         threads = [threading.Thread(target=work) for work in (sleep, read)]
         for thread in threads:
@@ -93,6 +91,12 @@ class Attacked:
             over.set()
             for thread in threads:
                 thread.join(60)
+            gap[0] = max([0.0, *(b - a - own(late, a, b) for a, b in itertools.pairwise(came) if b - a > GAP_S)])
+
+
+def own(late: list[tuple[float, float]], start: float, stop: float) -> float:
+    """Seconds of [start, stop] in which a thread of this process that wanted to run did not."""
+    return sum(max(0.0, min(b, stop) - max(a, start)) for a, b in late)
 
 
 def tree(pid: int) -> list[int]:

@@ -203,12 +203,12 @@ def test_messages_cannot_be_changed_by_a_template(renderer: Renderer) -> None:
 
 def test_a_killed_worker_is_replaced(renderer: Renderer) -> None:
     assert render(renderer, WELL) == "fine: hi"
-    process = renderer._process
+    process = renderer._worker._process
     assert process is not None
     process.kill()
     process.wait()
     assert render(renderer, WELL) == "fine: hi"
-    assert renderer._process is not process
+    assert renderer._worker._process is not process
 
 
 def test_many_threads_and_templates(renderer: Renderer) -> None:
@@ -237,7 +237,7 @@ def test_the_worker_dies_with_its_parent() -> None:
         "r = Renderer(seconds=1.5); r.start()\n"
         "loop = '{% for a in range(99999) %}' * 3 + '{% endfor %}' * 3\n"
         "threading.Thread(target=r.render, args=(loop, {}, {}, []), daemon=True).start()\n"
-        "time.sleep(0.3); print(r._process.pid, flush=True); os._exit(0)\n"
+        "time.sleep(0.3); print(r._worker._process.pid, flush=True); os._exit(0)\n"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from weft import __version__
-from weft.cli import bench, chat, check, convert, doctor, features, fidelity, generate, new, plan, serve
+from weft.cli import bench, chat, check, conformance, convert, doctor, features, fidelity, generate, new, plan, serve
 from weft.cli._terminal import complain
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 
@@ -70,4 +70,5 @@ app.command("fidelity")(fidelity.fidelity)
 app.command("convert")(convert.convert)
 app.command("new")(new.new)
 app.command("conform")(new.conform)
+app.command("conformance")(conformance.conformance)
 app.add_typer(bench.app, name="bench")

@@ -89,6 +89,26 @@ class ServerFlags:
             metavar="NATS",
         ),
     ] = None
+    tool_parser: Annotated[
+        str | None,
+        _option(
+            "--tool-parser",
+            help="How the model writes tool calls, e.g. hermes; else what its chat template shows. (auto)",
+            metavar="NAME",
+        ),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        _option(
+            "--reasoning-parser",
+            help="How the model marks its thoughts, e.g. think, or none to leave them in the text. (auto)",
+            metavar="NAME",
+        ),
+    ] = None
+    trust_request_chat_template: Annotated[
+        bool,
+        _option("--trust-request-chat-template", help="Let requests bring a chat template of their own."),
+    ] = False
     log_level: Annotated[
         str | None,
         _option("--log-level", help="debug, info, warning or error; else WEFT_LOG, else warning.", metavar="LEVEL"),
@@ -99,6 +119,15 @@ class ServerFlags:
         """Share and alarm of the shadow checks."""
         return None if self.shadow is None else (self.shadow, self.shadow_alarm)
 
+    @property
+    def speech(self) -> dict[str, Any]:
+        """What of it concerns templates and what models say, as keywords of `create_app`."""
+        return {
+            "tool_parser": self.tool_parser or "auto",
+            "reasoning_parser": self.reasoning_parser or "auto",
+            "trust_templates": self.trust_request_chat_template,
+        }
+
     def check(self) -> None:
         """Look at what can be wrong without a model.  Raises ConfigError."""
         names = self.served_model_name or ()
@@ -106,6 +135,10 @@ class ServerFlags:
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
         if self.pooling not in ("last", "mean"):
             raise ConfigError(f"--pooling is last or mean, got {self.pooling!r}")
+        from weft.front import reasoning, tools
+
+        tools.chosen(self.tool_parser or "auto", ())
+        reasoning.chosen(self.reasoning_parser or "auto", ())
         if self.shadow_alarm is not None and self.shadow is None:
             raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
         if self.lora_root is not None and not self.lora_root.is_dir():
@@ -151,7 +184,9 @@ def _run(
         say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
 
     try:
-        app = create_app(engine, text, model_ids=names, api_key=key, store=store, pooling=server.pooling)
+        app = create_app(
+            engine, text, model_ids=names, api_key=key, store=store, pooling=server.pooling, **server.speech
+        )
         Server(app, server.host, ready=ready, sock=held).run()
         if engine.error() is not None:
             raise EngineError(f"the engine had stopped: {engine.error()}")
@@ -184,7 +219,7 @@ def start(
         say(f"note: this model runs on plain PyTorch, which is slower: {fallback}")
     text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
-        runtime = build(setup, progress)
+        runtime = build(setup, progress, vocabulary=text.vocabulary)
     shadow = None if checks is None else Shadow(runtime, *checks)
     info = engine_info(setup, name, runtime.adapters, loads_adapters=lora_root is not None)
     root = None if lora_root is None else str(lora_root.resolve())

@@ -323,7 +323,7 @@ def quoting(lab: Lab, parts: Sequence[Part], reference: Sequence[Part]) -> tuple
     companions = tuple((TokenItem(ids),) for ids in lab.companions(parts))
     asked = RequestSpec(
         id=1, items=(TokenItem((*text, *text[:AGAIN])),), sampling=SamplingSpec(temperature=0.7, top_k=4, max_tokens=1),
-        seed=5, companions=companions,
+        seed=5, companions=companions, grammar=next(iter(lab.grammars(parts)), None),
     )  # fmt: skip
     found, _ = lab.laws(reference, [asked], {1: text[AGAIN : AGAIN + 24]})
     likely = {i: _law(asked, found[5, i]).get(text[AGAIN + i], 0.0) for i in range(2, 24)}
@@ -340,9 +340,13 @@ def joint(lab: Lab, parts: Sequence[Part], spec: RequestSpec) -> dict[tuple[int,
 
     def branch(first: int) -> list[dict[int, float]]:
         found, _ = lab.laws(parts, [spec], {spec.id: [*spec.forced, first, 0]})
-        return [_law(spec, found[spec.seed, at + i]) for i in range(2)]
+        return [_law(spec, found[spec.seed, at + i]) for i in range(2) if i == 0 or (spec.seed, at + i) in found]
 
-    return {(a, b): p * q for a, p in branch(0)[0].items() for b, q in branch(a)[1].items()}
+    cells: dict[tuple[int, ...], float] = {}
+    for a, p in branch(0)[0].items():
+        second = branch(a)[1:]  # none where the output ends with the first
+        cells |= {(a, b): p * q for b, q in second[0].items()} if second else {(a,): p}
+    return cells
 
 
 def _law(spec: RequestSpec, logits_V: object) -> dict[int, float]:

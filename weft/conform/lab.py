@@ -26,11 +26,11 @@ from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.exec.mirror import Mirrored
 from weft.exec.null import NullExecutor, reference
 from weft.exec.thread import step
-from weft.front.tokenizer import Tokenizer
+from weft.front.text import ModelText
 from weft.hub import resolve
 from weft.registry import Part, lookup
 from weft.slots import Kept
-from weft.types import Event, Finished, Item, Rejected, RequestSpec, TokenItem, Tokens
+from weft.types import Event, Finished, Grammar, Item, Rejected, RequestSpec, TokenItem, Tokens
 
 MAX_STEPS = 20_000
 Key = tuple[int, int]
@@ -109,7 +109,7 @@ class Lab:
 
     def __init__(self, alter: Callable[[Stack], Stack] | None = None, device: str = "cpu") -> None:
         self.model = resolve(None)
-        self.tokenizer = Tokenizer.load(self.model)
+        self.text = ModelText.load(self.model)
         self.alter = alter
         self.device = choices.device(device)
         self._folder = Path(tempfile.mkdtemp(prefix="weft-conform-"))
@@ -118,7 +118,7 @@ class Lab:
         self._outcomes: dict[tuple[str, ...], Outcome] = {}
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special=False)
+        return self.text.tokenizer.encode(text, add_special=False)
 
     # ------------------------------------------------------------------ stacks
 
@@ -158,7 +158,8 @@ class Lab:
         setup = self.setup(parts, **changes)
         blocks = setup.plan.kv_blocks if roomy else min(setup.plan.kv_blocks, self._tight(setup))
         stack = setup.stack if self.alter is None else self.alter(setup.stack)
-        return build(replace(setup, stack=stack, plan=replace(setup.plan, kv_blocks=blocks)))
+        planned = replace(setup, stack=stack, plan=replace(setup.plan, kv_blocks=blocks))
+        return build(planned, vocabulary=self.text.vocabulary)
 
     def _tight(self, setup: Setup) -> int:
         """Blocks that two or three of the longest requests fill, as many entries as their stack keeps of them."""
@@ -172,8 +173,12 @@ class Lab:
         wanted = max((int(getattr(lookup(p.slot, p.name), "companions", 0)) for p in parts), default=0)
         return [tuple(self.encode(text)) for text in QUESTIONS[:wanted]]
 
+    def grammars(self, parts: Sequence[Part]) -> tuple[Grammar, ...]:
+        """What outputs have to look like, for a stack whose technique holds them to it."""
+        return next((tuple(x) for p in parts if (x := getattr(lookup(p.slot, p.name), "grammars", None))), ())
+
     def workload(self, parts: Sequence[Part], tokens: int = 24) -> Workload:
-        return workload(self.encode, tokens, self.companions(parts))
+        return workload(self.encode, tokens, self.companions(parts), self.grammars(parts))
 
     # ------------------------------------------------------------------ live
 

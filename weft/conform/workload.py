@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weft.types import RequestSpec, SamplingSpec, TokenItem
+from weft.types import Grammar, RequestSpec, SamplingSpec, TokenItem
 
 PROSE = (
     "The lighthouse stood at the end of a long spit of shingle, and for eleven years nobody had kept it but Mr. Harrow. He rose "
@@ -70,8 +70,11 @@ def prompts(encode: object) -> list[tuple[int, ...]]:
     return found
 
 
-def workload(encode: object, tokens: int = 24, companions: Sequence[tuple[int, ...]] = ()) -> Workload:
-    """Two rounds of the same requests, greedy and seeded ones mixed; `companions` go with each where a stack asks for them."""
+def workload(
+    encode: object, tokens: int = 24, companions: Sequence[tuple[int, ...]] = (), grammars: Sequence[Grammar] = ()
+) -> Workload:
+    """Two rounds of the same requests, greedy and seeded ones mixed; `companions` go with each where a stack asks for them, and
+    one of `grammars`, in turns."""
     sent = []
     for turn in range(2):
         specs = []
@@ -86,6 +89,7 @@ def workload(encode: object, tokens: int = 24, companions: Sequence[tuple[int, .
                     seed=1000 * turn + i,
                     n=2 if i == 1 else 1,
                     companions=tuple((TokenItem(ids),) for ids in companions),
+                    grammar=grammars[i % len(grammars)] if grammars else None,
                 )
             )
         sent.append(tuple(specs))

@@ -85,6 +85,8 @@ class Engine(Sequences):
         """By plan in flight, the requests that it loads blocks for, and their lives."""
         self._generated = self._prompted = self._finished = 0
         self._rows = 0
+        self._masked = self._masked_steps = 0
+        self._mask_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -116,6 +118,9 @@ class Engine(Sequences):
             )
         flight = zip(self._flights.pop(plan.step), plan.works, result.works, strict=True)
         self.pool.now = now
+        self._masked += result.masked
+        self._masked_steps += result.masked > 0
+        self._mask_s += result.mask_s
         events: list[Event] = []
         self._loaded(now, plan, set(result.lost))
         # Told before anything is taken in: what falls short of one model's rows does not undo another model's.
@@ -226,7 +231,8 @@ class Engine(Sequences):
                 c.context.append(token)
                 longest = max(longest, len(c.context))
             s = r.sampling
-            if token in s.stop_ids and len(r.output) > s.min_tokens and not s.steered:
+            ended = fact.ended and len(stand) == len(fact.tokens)
+            if (ended or (token in s.stop_ids and len(r.output) > s.min_tokens)) and not s.steered:
                 reason, stop_id = "stop", token
             elif len(r.output) >= s.max_tokens or longest >= self.limits.max_model_len:
                 reason = "length"
@@ -275,7 +281,7 @@ class Engine(Sequences):
             kv_blocks_referenced=self.pool.referenced, kv_blocks_cached=self.pool.cached, prompt_tokens=self._prompted,
             generation_tokens=self._generated, prefix_hit_tokens=s.hit_tokens, prefix_query_tokens=s.queried_tokens,
             preemptions=s.preemptions, evictions=self.pool.evictions, finished=self._finished, rows=self._rows,
-            acts=self.stacks.acts(),
+            acts=self.stacks.acts(), masked_rows=self._masked, masked_steps=self._masked_steps, mask_s=self._mask_s,
         )  # fmt: skip
 
     def check(self) -> None:

@@ -235,11 +235,18 @@ def lay_out(items: Sequence[Item]) -> tuple[list[int], tuple[Span, ...], dict[in
     return ids, tuple(spans), vectors
 
 
-def check_spec(spec: RequestSpec, limits: Limits, vocab: int | None, companions: int = 0) -> None:
+def check_spec(
+    spec: RequestSpec, limits: Limits, vocab: int | None, companions: int = 0, *, constrains: bool = True
+) -> None:
     """Raise RequestError for a request that could never run, before anything is laid out for it.
 
-    companions: how many of them its stack compares.
+    companions: how many of them its stack compares.  constrains: whether its stack holds outputs to a grammar.
     """
+    if spec.grammar is not None and not constrains:
+        raise RequestError(
+            "the request says what its output has to look like, and its stack has no technique in the slot constrain; add one",
+            param="structured_outputs",
+        )
     check_ids(spec.resumed, vocab)
     check_items(spec.items, len(spec.resumed), limits, vocab, "prompt")
     for items in spec.companions:

@@ -54,7 +54,8 @@ class Sequences:
             if spec.id in self._by_id:
                 raise RequestError(f"request id {spec.id} is already live")
             stack = self.stacks.of(spec.techniques)
-            check_spec(spec, self.limits, self.vocab, stack.companions)
+            constrains = stack.get("constrain") is not None
+            check_spec(spec, self.limits, self.vocab, stack.companions, constrains=constrains)
             family = self._enter(self.programs.open(spec, stack), now)
         except RequestError as error:
             return [Rejected(spec.id, str(error), "request", error.param, error.code)]
@@ -122,6 +123,10 @@ class Sequences:
         for r in family:
             r.given.append((len(r.context) - len(tokens), len(r.context)))
             r.draft = ()
+            if r.spec.grammar is not None and r.started:
+                # The executor meets it anew, and is told then what is no output.
+                self.scheduler.leaving.append(r.rid)
+                r.started = False
 
     def put(self, id: int, tokens: Sequence[int], index: int = 0, *, drop: int = 0) -> None:
         """Output tokens in place of the last `drop` ones (a search's choice); what they replace must be output itself."""

@@ -18,6 +18,7 @@ from weft.core.tiers import memory_bytes, record_bytes, records
 from weft.errors import CapacityError, ConfigError
 from weft.exec import choices
 from weft.exec.host import cpu_count, parse_size
+from weft.exec.vocabulary import VocabularyShelf
 from weft.hub import resolve_draft
 from weft.models import load_config
 from weft.models.families import read
@@ -28,6 +29,7 @@ from weft.ops.choice import Choice, choose
 from weft.recipe import merged
 from weft.recipe import read as read_recipe
 from weft.registry import Part, load_plugin, parse
+from weft.slots import Vocabulary
 from weft.types import GroupKind, GroupSpec
 
 if TYPE_CHECKING:
@@ -184,6 +186,7 @@ class Runtime:
     pool: KVPool = field(repr=False)
     draft: Decoder | None = None
     adapters: AdapterBook | None = field(default=None, repr=False)
+    words: VocabularyShelf = field(default_factory=VocabularyShelf, repr=False)
 
     @property
     def decoders(self) -> dict[str, Decoder]:
@@ -278,10 +281,17 @@ def _verified(stack: Stack, sequences: int, spec: DecoderSpec) -> int:
     return sequences + min(guesses, GUESSED_BYTES // (spec.vocab * dtype_bytes("float32")))
 
 
-def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | None = None) -> Runtime:
+def build(
+    setup: Setup,
+    progress: Progress | None = None,
+    *,
+    like: Runtime | None = None,
+    vocabulary: Callable[[], Vocabulary] | None = None,
+) -> Runtime:
     """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint.
 
-    like: a runtime of the same model and number format, whose weights and adapters are read by this engine too.
+    like: a runtime of the same model and number format, whose weights, adapters and vocabulary are read by this engine too.
+    vocabulary: gives what the model's tokens stand for, when a request first asks for a grammar.
     """
     setup.require_fit()
     import torch
@@ -318,14 +328,15 @@ def build(setup: Setup, progress: Progress | None = None, *, like: Runtime | Non
     pool = make_pool(setup)
     adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
     with adapters.folders():
-        stacks = Stacks(setup.stack, {"adapt": adapters})
+        words = VocabularyShelf(vocabulary) if like is None else like.words
+        stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words})
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=_settings(setup), reach=reach(setup),
         block_bytes=setup.block_bytes,
     )  # fmt: skip
     adapters.serve(engine)
-    runtime = Runtime(setup, engine, None, decoder, pool, second, adapters)  # type: ignore[arg-type]
+    runtime = Runtime(setup, engine, None, decoder, pool, second, adapters, words)  # type: ignore[arg-type]
     runtime.executor = TorchExecutor(runtime.decoders, pool, stacks, max_guesses=limits.max_guesses)
     return runtime
 

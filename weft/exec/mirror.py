@@ -25,6 +25,8 @@ class Mirrored:
         "first",
         "forced",
         "fresh",
+        "given",
+        "grammar",
         "laws",
         "prompt",
         "request",
@@ -43,6 +45,8 @@ class Mirrored:
         self.request = enter.request
         self.stack = stack
         self.forced = enter.forced
+        self.grammar = enter.grammar
+        self.given = enter.given
         self.laws: Any = None
         """Where the newest guesses were drawn from, by the technique that made them."""
         self.tokens: Ints = np.empty(max(64, 2 * len(enter.tokens)), np.int64)
@@ -63,6 +67,16 @@ class Mirrored:
 
     def table(self, g: int) -> Ints:
         return self.tables[g][: self.used[g]]
+
+    def output(self, length: int) -> Ints:
+        """Ids of the output among the first `length` positions: what follows the prompt and is no program's own word."""
+        if not self.given:
+            return self.tokens[self.prompt : length]
+        own = np.ones(length, bool)
+        own[: self.prompt] = False
+        for start, stop in self.given:
+            own[start:stop] = False
+        return self.tokens[:length][own]
 
     def write(self, start: int, ids: Sequence[int]) -> None:
         """Set tokens [start, start + len(ids))."""

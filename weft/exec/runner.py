@@ -76,6 +76,8 @@ class TorchExecutor:
         self.mirror.follow(plan)
         lost, void = self._instructions(plan)
         self._forward_s = 0.0
+        masks = self._sampling.masks
+        masks.reset()
         works = [w for i, w in enumerate(plan.works) if i not in void]
         mine = [i for i, w in enumerate(works) if w.model == TARGET]
         found = self._forward(TARGET, works, mine) if mine else []
@@ -93,7 +95,7 @@ class TorchExecutor:
         facts = iter(results)
         return StepResult(
             step=plan.step, works=tuple(WorkResult(rows=0) if i in void else next(facts) for i in range(len(plan.works))),
-            lost=tuple(lost), forward_s=self._forward_s, sample_s=sample_s,
+            lost=tuple(lost), forward_s=self._forward_s, sample_s=sample_s, masked=masks.rows, mask_s=masks.seconds,
         )  # fmt: skip
 
     def _ahead(self, name: str, works: Sequence[Work], results: Sequence[WorkResult]) -> Ahead:

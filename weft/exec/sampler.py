@@ -33,7 +33,7 @@ class Row:
     """One row of logits to draw from.
 
     history: ids before this row's token, prompt first; prompt: how many of them are prompt.  output: index of the token.
-    forced: the token, where it is set beforehand.
+    forced: the token, where it is set beforehand.  held: a grammar has left some of the logits only.
     """
 
     sampling: SamplingSpec
@@ -42,6 +42,7 @@ class Row:
     history: Ints
     prompt: int
     forced: int | None = None
+    held: bool = False
 
 
 def gumbel(seed: int, output: int, ids: Ints) -> Floats:
@@ -130,7 +131,11 @@ def adjust(x: Tensor, row: Row) -> Tensor:
         cost = s.frequency_penalty * counts + s.presence_penalty
         x[torch.from_numpy(ids)] -= torch.from_numpy(cost).to(x.dtype)
     if s.stop_ids and row.output < s.min_tokens:
-        x[torch.tensor(s.stop_ids)] = NEVER
+        ends = torch.tensor(s.stop_ids)
+        kept = x[ends]
+        x[ends] = NEVER
+        if row.held and not bool(x.isfinite().any()):
+            x[ends] = kept  # a grammar that has come to its end allows nothing else
     return x
 
 
@@ -193,7 +198,7 @@ def _ranked(x: Tensor, token: int, top: int) -> TokenLogprob:
     best: tuple[tuple[int, float], ...] = ()
     if top > 0:
         values, index = torch.topk(x, min(top, x.shape[0]))
-        best = tuple(zip(index.tolist(), values.tolist(), strict=True))
+        best = tuple((t, v) for t, v in zip(index.tolist(), values.tolist(), strict=True) if v > NEVER)
     return TokenLogprob(token, float(own), rank, best)
 
 

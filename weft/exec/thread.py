@@ -16,6 +16,7 @@ import msgspec
 
 from weft.core.engine import Engine
 from weft.errors import EngineError
+from weft.exec.grammars import GrammarDesk, Ready
 from weft.types import (
     Adapted,
     Add,
@@ -28,6 +29,7 @@ from weft.types import (
     Finished,
     Load,
     Plan,
+    RequestSpec,
     StepResult,
 )
 
@@ -99,7 +101,8 @@ class EngineThread:
     ) -> None:
         self.engine, self.executor, self._info, self.shadow = engine, executor, info, shadow
         self.idle_check = idle_check
-        self._inbox: queue.SimpleQueue[Command | Read | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command | Read | Ready | None] = queue.SimpleQueue()
+        self._grammars = GrammarDesk(engine.stacks, self._inbox.put)
         self._desk = None if adapters is None else _desk(adapters, adapter_root, self._inbox.put)
         self._sink: Callable[[EngineFrame], None] | None = None
         self._stats = engine.stats
@@ -138,6 +141,7 @@ class EngineThread:
         self._closing = True
         if self._desk is not None:
             self._desk.close()
+        self._grammars.close()
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
@@ -149,7 +153,8 @@ class EngineThread:
             self._loop()
         except BaseException as error:  # whatever it is, the front must hear of it
             self._error = f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error)
-            events: list[Event] = [Finished(id, at, "error", error=self._error) for id, at in self.engine.told()]
+            told = (*self.engine.told(), *self._grammars.told())
+            events: list[Event] = [Finished(id, at, "error", error=self._error) for id, at in told]
             self._emit(events, 0.0)
             if not isinstance(error, Exception):
                 raise
@@ -194,12 +199,16 @@ class EngineThread:
             wait = False
             if command is None:
                 return events
-            if isinstance(command, Add):
-                refused = self.engine.add(command.spec, time.monotonic())
-                events.extend(refused)
-                if self.shadow is not None and not refused:
-                    self.shadow.admit(command.spec)
+            if isinstance(command, Add) and command.spec.grammar is not None:
+                events.extend(self._grammars.take(command.spec))
+            elif isinstance(command, Add):
+                events.extend(self._add(command.spec))
+            elif isinstance(command, Ready):
+                refused = self._grammars.entered(command)
+                if refused is not None:
+                    events.extend(refused or self._add(command.spec))
             elif isinstance(command, Cancel):
+                self._grammars.cancel(command.id, command.index)
                 self.engine.cancel(command.id, command.index)
                 if self.shadow is not None:
                     self.shadow.cancelled(command.id)
@@ -210,8 +219,15 @@ class EngineThread:
                     Adapted(command.id, command.name, error="this engine holds no adapters", code="forbidden")
                 )
 
+    def _add(self, spec: RequestSpec) -> list[Event]:
+        refused = self.engine.add(spec, time.monotonic())
+        if self.shadow is not None and not refused:
+            self.shadow.admit(spec)
+        return refused
+
     def _emit(self, events: list[Event], host_s: float) -> None:
         stats = msgspec.structs.replace(self.engine.stats, last_step_s=self._last_step, host_s=host_s)
+        stats = self._grammars.counted(stats)
         if self.shadow is not None:
             stats = self.shadow.told(stats)
         self._stats = stats

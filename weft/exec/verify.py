@@ -14,6 +14,7 @@ from torch import Tensor
 from weft.core import noise
 from weft.exec import sampler
 from weft.exec.ahead import Ahead
+from weft.exec.constrain import Masks
 from weft.exec.gather import Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror, Mirrored
@@ -63,6 +64,7 @@ class Sampling:
         self.mirror, self.pool, self.groups = mirror, pool, pool.groups
         self._max_guesses = max_guesses
         self._members = members
+        self.masks = Masks(mirror)
         self.probe: Probe | None = None
         """Called with every row that a token was taken from: who measures a stack reads laws here."""
 
@@ -80,11 +82,15 @@ class Sampling:
         )
         leads = self._leads(works, wanted)
         self._warp(works, wanted, leads, sampled_NV)
+        failed = self.masks.apply(works, wanted, leads, sampled_NV)
         winners, finite = self._draw(sampled_NV, rows, leads)
         at = 0
         for w in wanted:
             mine = slice(at, at + w.sampled)
             at += w.sampled
+            if w.work in failed:
+                results[w.work] = WorkResult(rows=results[w.work].rows, failed=failed[w.work])
+                continue
             if not all(finite[i] and finite[leads[i]] for i in range(at - w.sampled, at)):
                 results[w.work] = WorkResult(rows=results[w.work].rows, failed=NOT_FINITE)
                 continue
@@ -175,7 +181,8 @@ class Sampling:
             depth = len(history) - base
             output = work.output + depth
             forced = s.forced[output] if output < len(s.forced) else None
-            out.append(sampler.Row(s.sampling, s.seed, output, history, s.prompt, forced))
+            held = s.grammar is not None
+            out.append(sampler.Row(s.sampling, s.seed, output, history, s.prompt, forced, held))
         return out
 
     def _branch(self, work: Work, guess: int, s: Mirrored) -> Ints:
@@ -217,6 +224,8 @@ class Sampling:
             parents = work.parents or range(-1, len(guesses) - 1)
             tokens, path = s.stack["accept"].accept(Verified(guesses, parents, laws, rows, sampled_NV, winners))
             s.stack["draft"].observe(work.guesses, len(path))
+        tokens, ended = self.masks.cut(s, tokens)
+        path = path[: len(tokens) - 1] if ended else path
         if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[i])
@@ -227,7 +236,9 @@ class Sampling:
             at = [0, *(1 + j for j in path)]
             chosen = [sampler.told(sampled_NV[i], rows[i], t) for i, t in zip(at, tokens, strict=True)]
         s.write(work.start + context, tokens)  # a plan may speak of later rows before it says these
-        return WorkResult(rows=context, tokens=tuple(tokens), logprobs=tuple(chosen), prompt_logprobs=tuple(told))
+        return WorkResult(
+            rows=context, tokens=tuple(tokens), logprobs=tuple(chosen), prompt_logprobs=tuple(told), ended=ended
+        )
 
     def _compact(self, work: Work, context: int, path: list[int]) -> None:
         """Bring the entries of an accepted branch together, right after the context's."""

@@ -77,6 +77,9 @@ def create_app(
     stall_s: float = STALL_S,
     store: Store | None = None,
     pooling: str = "last",
+    tool_parser: str = "auto",
+    reasoning_parser: str = "auto",
+    trust_templates: bool = False,
 ) -> Starlette:
     """The application over one engine.
 
@@ -87,8 +90,18 @@ def create_app(
     stall_s: seconds without a step, work waiting, after which /health answers 503.
     store: where responses, files and batches are kept; None keeps none.  The application closes it.
     pooling: last or mean, of embeddings whose requests do not say.
+    tool_parser, reasoning_parser: how the model calls tools and thinks; trust_templates: take requests' own chat templates
+    (see `Service`).  Raises ConfigError for parsers that there are not.
     """
-    service = Service(port, text, tuple(model_ids), __version__)
+    service = Service(
+        port,
+        text,
+        tuple(model_ids),
+        __version__,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
+        trust_templates=trust_templates,
+    )
     attach(service, store)
     service.pooling = pooling
     routes = Routes(service, max_body, body_timeout_s, stall_s)

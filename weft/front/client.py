@@ -24,6 +24,7 @@ from weft.front.generation import (
     Prompt,
     Refused,
 )
+from weft.front.grammars import held, shared_grammars, technique
 from weft.front.metrics import Metrics
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
@@ -66,7 +67,7 @@ class Client:
         return len(self._live)
 
     async def start(self, prompts: Prompt | Sequence[Prompt]) -> Generation:
-        """Check and send one or several prompts.
+        """Check and send one or several prompts; grammars are checked first, in a process that may be ended.
 
         Raises RequestError for a prompt that is empty, too long (code context_length_exceeded, never cut) or holds ids
         outside the vocabulary, and EngineStopped when the engine has ended.  What it refuses comes out of `take`.
@@ -75,7 +76,11 @@ class Client:
         reason = self.port.error()
         if reason is not None:
             raise EngineStopped(f"the engine has stopped: {reason}")
-        batch = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+        batch = [held(p, self.port.info.stack) for p in ([prompts] if isinstance(prompts, Prompt) else prompts)]
+        for grammar, part in {
+            (p.params.grammar, technique(p, self.port.info.stack)) for p in batch if p.params.grammar
+        }:
+            await asyncio.to_thread(shared_grammars().check, part, grammar)
         specs = [
             self.text.request(
                 next(self._ids),
@@ -95,7 +100,7 @@ class Client:
             request = LiveRequest(spec.id, prompt, generation, now)
             generation.requests.append(request)
             for _ in range(spec.n):
-                text = self.text.sequence(prompt.params)
+                text = self.text.sequence(prompt.params, prompt.manner.shown if prompt.manner else ())
                 request.sequences.append(LiveSequence(generation.open, request, text))
                 generation.open += 1
             self._live[spec.id] = request

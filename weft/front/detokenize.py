@@ -24,10 +24,12 @@ class Detokenizer:
 
     __slots__ = ("_pieces", "_skip", "_stages", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: Collection[int] = ()) -> None:
+        """shown: special tokens that give text all the same."""
         self._tokenizer = tokenizer
         self._pieces = tokenizer.pieces
-        self._skip: Collection[int] = tokenizer.special_ids if skip_special else ()
+        skip = tokenizer.special_ids if skip_special else frozenset[int]()
+        self._skip: Collection[int] = skip - frozenset(shown) if shown else skip
         self._stages = tokenizer.plan.open()
 
     def push(self, ids: Iterable[int]) -> str:
@@ -100,7 +102,7 @@ class _Automaton:
 
 
 @lru_cache(maxsize=256)
-def _automaton(stops: tuple[str, ...]) -> _Automaton:
+def automaton(stops: tuple[str, ...]) -> _Automaton:
     return _Automaton(stops)
 
 
@@ -115,7 +117,7 @@ class StopStrings:
     __slots__ = ("_automaton", "_held", "_include", "_node", "stopped")
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        self._automaton = _automaton(tuple(stops))
+        self._automaton = automaton(tuple(stops))
         self._include = include
         self._node = 0
         self._held = ""
@@ -154,6 +156,7 @@ class SequenceText:
     stops           strings that end the text; not searched for in text of the first `min_tokens` tokens
     include_stop    the stop string (and the text of a stop id) stays in the text
     stop_ids        ids that end the sequence: as the last token such an id adds no text
+    shown           special tokens that give text even where others are skipped: marks that a parser looks for
     offsets         for each token, the length of the text when it came: OpenAI's `text_offset`
     text            everything given out so far
     tokens          tokens taken; when a stop string is met, those behind it are not counted
@@ -182,9 +185,10 @@ class SequenceText:
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special: bool = True,
+        shown: Collection[int] = (),
         stop_ids: Collection[int] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special)
+        self._detokenizer = Detokenizer(tokenizer, skip_special=skip_special, shown=shown)
         self._stops = StopStrings(stops, include=include_stop) if stops else None
         self._include = include_stop
         self._min_tokens = min_tokens

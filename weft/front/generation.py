@@ -11,6 +11,7 @@ import msgspec
 
 from weft.errors import CapacityError, EngineError
 from weft.front.detokenize import SequenceText
+from weft.front.speech import Manner
 from weft.sampling import SamplingParams
 from weft.types import FinishReason, TokenLogprob
 
@@ -38,7 +39,8 @@ class Prompt:
 
     salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.  techniques: laid over the server's
     stack.  contrast: ids of a second context, for a technique that contrasts.  pooling: "last" or "mean" to get the
-    prompt's pooled hidden states (`LiveSequence.vector`), "" for none.
+    prompt's pooled hidden states (`LiveSequence.vector`), "" for none.  manner: how the answers are to be read, where they are
+    more than text.
     """
 
     ids: Sequence[int]
@@ -48,6 +50,7 @@ class Prompt:
     techniques: tuple[str, ...] = ()
     contrast: Sequence[int] = ()
     pooling: str = ""
+    manner: Manner | None = None
 
 
 class Delta(msgspec.Struct, kw_only=True):

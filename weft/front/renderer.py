@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from weft.errors import ConfigError, RequestError
+from weft.errors import RequestError
+from weft.front.worker import Worker
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 
@@ -30,14 +27,15 @@ class Renderer:
         self.memory_bytes = memory_bytes
         self.max_chars = max_chars
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        arguments = (str(memory_bytes), str(seconds), str(max_chars))
+        self._worker = Worker(_WORKER, arguments, seconds=seconds, purpose="chat templates")
         self._known: set[str] = set()
+        self._life = 0
 
     def start(self) -> None:
         """Start the worker ahead of its first use; does not wait for it."""
         with self._lock:
-            self._running()
+            self._worker.start()
 
     def render(self, source: str, context: dict[str, Any], kwargs: dict[str, Any], known: list[str]) -> dict[str, Any]:
         """The worker's answer: {"text"} or {"error", "message"}; error "time" when it had to be ended.
@@ -52,78 +50,22 @@ class Renderer:
         except (TypeError, ValueError, RecursionError) as e:
             raise RequestError(f"the conversation is not plain JSON ({e})", param="messages") from e
         with self._lock:
-            self._running()
+            self._worker.start()
+            if self._worker.life != self._life:
+                self._known, self._life = set(), self._worker.life
             if key in self._known:
-                reply = self._exchange(bare)
+                reply = self._worker.ask(bare)
                 if reply.get("error") != "unknown":
                     return reply
-            reply = self._exchange(json.dumps({**request, "source": source}).encode())
-            if self._process is not None:
+            reply = self._worker.ask(json.dumps({**request, "source": source}).encode())
+            if self._worker.running and self._worker.life == self._life:
                 self._known.add(key)
             return reply
 
     def close(self) -> None:
         """End the worker."""
         with self._lock:
-            self._end()
-
-    def _running(self) -> subprocess.Popen[bytes]:
-        process = self._process
-        if process is not None and self._owner == os.getpid() and process.poll() is None:
-            return process
-        if self._owner == os.getpid():
-            self._end()
-        command = [sys.executable, "-P", str(_WORKER), str(self.memory_bytes), str(self.seconds), str(self.max_chars)]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError as e:
-            text = f"the process for chat templates cannot be started ({e}); is {sys.executable} there?"
-            raise ConfigError(text) from e
-        self._process, self._owner, self._known = process, os.getpid(), set()
-        return process
-
-    def _exchange(self, request: bytes) -> dict[str, Any]:
-        """One request and its answer.  A worker that is gone or late is ended and reported."""
-        process = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        late = threading.Timer(self.seconds * 2 + 5.0, process.kill)  # the worker's own alarm comes first
-        late.daemon = True
-        late.start()
-        try:
-            process.stdin.write(len(request).to_bytes(4, "big") + request)
-            process.stdin.flush()
-            head = process.stdout.read(4)
-            body = process.stdout.read(int.from_bytes(head, "big")) if len(head) == 4 else b""
-            if len(head) == 4 and len(body) == int.from_bytes(head, "big"):
-                reply: dict[str, Any] = json.loads(body)
-                return reply
-        except (OSError, ValueError):
-            pass
-        finally:
-            late.cancel()
-        code = self._end()
-        return {"error": "time" if code is not None and code < 0 else "died", "message": f"exit status {code}"}
-
-    def _end(self) -> int | None:
-        """Kill and reap the worker; its exit status."""
-        process, self._process, self._known = self._process, None, set()
-        if process is None:
-            return None
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        try:
-            return process.wait(timeout=0.5)  # it ends by itself when its stdin closes
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+            self._worker.close()
 
 
 _shared: Renderer | None = None

@@ -89,6 +89,16 @@ class ChatTemplate:
     def __bool__(self) -> bool:
         return bool(self.templates)
 
+    def replaced(self, source: str) -> ChatTemplate:
+        """The same model with another template."""
+        return ChatTemplate({"default": source}, self.variables, renderer=self._renderer, name=self.name)
+
+    def sources(self) -> list[str]:
+        """Every template, the one for tools first, then the default."""
+        return [
+            self.templates[name] for name in sorted(self.templates, key=lambda n: (n != "tool_use", n != "default", n))
+        ]
+
     def source(self, tools: Sequence[Any] | None = None) -> str:
         """The template for a conversation with or without tools.  RequestError where the model has none."""
         if not self.templates:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from weft.front.template import ChatTemplate, plain_messages
 from weft.front.tokenizer import Tokenizer
 from weft.models.gguf.header import is_gguf
 from weft.sampling import SamplingParams
+from weft.slots import Vocabulary
 from weft.types import RequestSpec, TokenItem
 
 _SHRINK = 4
@@ -169,11 +170,23 @@ class ModelText:
             priority=priority,
             salt=salt,
             techniques=techniques,
+            grammar=params.grammar,
             companions=((TokenItem(tuple(contrast)),),) if contrast else (),
         )
 
-    def sequence(self, params: SamplingParams) -> SequenceText:
-        """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show."""
+    def vocabulary(self) -> Vocabulary:
+        """What each id stands for, as techniques read it."""
+        tokenizer = self.tokenizer
+        bare = {i for i in range(self.vocab_size) if tokenizer.id_to_token(i) is None}
+        tokens = tuple(b"" if i in bare else tokenizer.token_bytes(i) for i in range(self.vocab_size))
+        special = (bare | tokenizer.special_ids | set(self.eos_ids)) & set(range(self.vocab_size))
+        return Vocabulary(tokens, frozenset(special), self.eos_ids)
+
+    def sequence(self, params: SamplingParams, shown: Collection[int] = ()) -> SequenceText:
+        """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show.
+
+        shown: special tokens that do in any case.
+        """
         own = params.stop_token_ids or []
         return SequenceText(
             self.tokenizer,
@@ -181,6 +194,7 @@ class ModelText:
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
             skip_special=params.skip_special_tokens,
+            shown=shown,
             stop_ids=own if params.ignore_eos else (*own, *self.eos_ids),
         )
 

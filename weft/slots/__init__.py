@@ -10,6 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from weft.slots.constrain import Constrain as Constrain
+from weft.slots.constrain import GrammarPath as GrammarPath
+from weft.slots.constrain import Vocabulary as Vocabulary
+from weft.slots.constrain import Words as Words
 from weft.slots.kv import Compress as Compress
 from weft.slots.kv import Evict as Evict
 from weft.slots.kv import Kept as Kept
@@ -21,11 +25,15 @@ from weft.types import Action, Finished, SamplingSpec, Tokens
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """name as in 'kv.evict=lru'; question: what its techniques decide; null: the default technique's name, if any."""
+    """name as in 'kv.evict=lru'; question: what its techniques decide; null: the default technique's name, if any.
+
+    asked: the technique of a request that asks for what only this slot gives, where its stack leaves the slot open.
+    """
 
     name: str
     question: str
     null: str | None = None
+    asked: str | None = None
 
     @property
     def package(self) -> str:
@@ -49,7 +57,7 @@ SLOTS: dict[str, Slot] = {
         Slot("skip", "which layers, halves of layers or neurons a row takes"),
         Slot("resident", "which weights are in memory, which are fetched"),
         Slot("sample", "logits (of linked rows) to law"),
-        Slot("constrain", "which tokens a grammar allows, per path of a tree"),
+        Slot("constrain", "which tokens a grammar allows, per path of a tree", asked="llguidance"),
         Slot("search", "programs over many generations"),
         Slot("context", "what text or KV enters the prompt"),
         Slot("route", "which model or replica serves"),

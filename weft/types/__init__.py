@@ -30,7 +30,7 @@ from weft.types.events import (
     Rejected,
     Tokens,
 )
-from weft.types.inputs import Item, MediaItem, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
+from weft.types.inputs import Grammar, Item, MediaItem, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 from weft.types.kv import Grant, GroupKind, GroupSpec, KVOp, KVOpKind
 from weft.types.plan import Enter, Keep, Mask, Plan, Work
 from weft.types.result import StepResult, TokenLogprob, WorkResult
@@ -50,6 +50,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "Fork",
+    "Grammar",
     "Grant",
     "GroupKind",
     "GroupSpec",

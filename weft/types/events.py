@@ -137,6 +137,13 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """When the last step ended, on the engine's clock."""
     acts: dict[str, int] = {}
     """What the techniques did, by "slot=name.act" (counters)."""
+    masked_rows: int = 0
+    """Rows of logits that a grammar masked (counter), the steps in which there were some, and the seconds that it took."""
+    masked_steps: int = 0
+    mask_s: float = 0.0
+    grammars: int = 0
+    """Requests whose grammar was made ready off the step thread (counter), and the seconds that it took."""
+    grammar_s: float = 0.0
     shadow_requests: int = 0
     """Requests that were computed once more on the reference path (counter); tokens of theirs, and requests left out."""
     shadow_tokens: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 from msgspec import Struct
 
@@ -77,6 +78,16 @@ class SamplingSpec(Struct, frozen=True, kw_only=True):
     then bias, penalties and the ban of end ids before min_tokens."""
 
 
+class Grammar(Struct, frozen=True):
+    """What an output has to look like, as data; a request's place in it is a function of this and of its output tokens alone.
+
+    kind: json (a JSON schema), regex, choice (a JSON list of strings) or grammar (Lark, or GBNF with ::=).  source: its text.
+    """
+
+    kind: Literal["json", "regex", "choice", "grammar"]
+    source: str
+
+
 class RequestSpec(Struct, frozen=True, kw_only=True):
     """One request as the engine gets it.
 
@@ -100,5 +111,7 @@ class RequestSpec(Struct, frozen=True, kw_only=True):
     As many as the stack's technique in the slot `sample` compares."""
     forced: tuple[int, ...] = ()
     """Output tokens that are set beforehand: the engine computes as if it had drawn them (a stack measured along given text)."""
+    grammar: Grammar | None = None
+    """What the output has to look like; the stack's technique in the slot `constrain` holds it to that."""
     resumed: tuple[int, ...] = ()
     """Output tokens that the client already has (resubmission after a crash): restored as output, never as prompt."""

@@ -6,7 +6,7 @@ import enum
 
 from msgspec import Struct
 
-from weft.types.inputs import SamplingSpec, Span, VectorItem
+from weft.types.inputs import Grammar, SamplingSpec, Span, VectorItem
 from weft.types.kv import Grant, KVOp
 
 
@@ -72,7 +72,8 @@ class Enter(Struct, frozen=True, kw_only=True):
     tokens: the whole context (-1 at non-token positions); the first `prompt` of them are prompt.
     entries[g]: entries already standing in group g's table (a prefix hit or a fork).  spans, vectors: the non-token items.
     techniques: parts laid over the server's stack.  source: the sequence that this one was forked from, whose state it inherits
-    in this very plan; -1 for none.  forced: tokens of the output that are set beforehand.
+    in this very plan; -1 for none.  forced: tokens of the output that are set beforehand.  grammar: what the output has to look
+    like.  given: ranges of the context after the prompt that are a program's own words, and no output.
     """
 
     request: int
@@ -87,6 +88,8 @@ class Enter(Struct, frozen=True, kw_only=True):
     techniques: tuple[str, ...] = ()
     source: int = -1
     forced: tuple[int, ...] = ()
+    grammar: Grammar | None = None
+    given: tuple[tuple[int, int], ...] = ()
 
 
 class Plan(Struct, frozen=True, kw_only=True):

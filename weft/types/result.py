@@ -19,8 +19,9 @@ class WorkResult(Struct, frozen=True, kw_only=True):
 
     rows: rows computed, at most planned (a short result), or more where the work let the executor go ahead.  tokens: tokens
     that stand, in order: accepted guesses and the one sampled after them.  kept: entries kept per group where that is not simply
-    the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  failed: why this request
-    alone cannot go on.  vector: pooled hidden states, little-endian float32 [width], where the sequence asks for them.
+    the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  ended: the last token is the
+    end of the output's grammar.  failed: why this request alone cannot go on.  vector: pooled hidden states, little-endian
+    float32 [width], where the sequence asks for them.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     signals: dict[str, tuple[float, ...]] = {}
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    ended: bool = False
     failed: str | None = None
     vector: bytes = b""
 
@@ -38,7 +40,8 @@ class StepResult(Struct, frozen=True, kw_only=True):
     """Facts of one step, one `WorkResult` for each work of the plan, in its order.  Times in seconds.
 
     lost: tickets of the plan's SAVE and LOAD that could not be carried out.  A work that would have read a block that was not
-    loaded was not computed: its result has no rows.
+    loaded was not computed: its result has no rows.  masked: rows whose logits a grammar masked, and mask_s what that took (of
+    sample_s).
     """
 
     step: int
@@ -46,3 +49,5 @@ class StepResult(Struct, frozen=True, kw_only=True):
     lost: tuple[int, ...] = ()
     forward_s: float = 0.0
     sample_s: float = 0.0
+    masked: int = 0
+    mask_s: float = 0.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from weft.front.anthropic.blocks import Blocks, Told
 from weft.front.anthropic.errors import ANTHROPIC
 from weft.front.anthropic.structs import NEUTRAL, CountRequest, MessagesRequest
 from weft.front.generation import Delta, Generation
@@ -16,6 +17,7 @@ from weft.front.openai.answer import JSONAnswer, StreamAnswer
 from weft.front.openai.calls import Call, fresh_id
 from weft.front.openai.chat import chat_ids, chat_prompt
 from weft.front.openai.own import label
+from weft.front.openai.spoken import Spoken
 from weft.front.openai.structs import read
 
 encode = msgspec.json.encode
@@ -27,8 +29,8 @@ async def create_message(call: Call) -> JSONAnswer | StreamAnswer:
     request = read(call.body, MessagesRequest, NEUTRAL)
     chat = request.chat_request()
     model, prompt = await chat_prompt(service, chat)
-    generation = await service.client.start(prompt)
-    said = label(chat, service.port.info.stack, service.techniques(model))
+    generation = await service.start(chat, prompt)
+    said = label(chat, service.port.info.stack, service.techniques(model), prompt.params.grammar)
     writer = MessageWriter(model, generation, request.max_tokens or 0, said)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer, ANTHROPIC)
 
@@ -41,42 +43,27 @@ async def count_tokens(call: Call) -> dict[str, int]:
 
 
 class MessageWriter:
-    """Deltas as a `message`, or as the events of one.
-
-    The answer is a list of content blocks.  Text is one, at an index that is counted, so that blocks of another kind may come
-    before and after it.
-    """
+    """Deltas as a `message`, or as the events of one."""
 
     def __init__(self, model: str, generation: Generation, most: int, label: dict[str, Any] | None) -> None:
         self._generation, self._most, self._label = generation, most, label
         self._head = {"id": fresh_id("msg_"), "type": "message", "role": "assistant", "model": model}
-        self._text: list[str] = []
+        self._blocks, self._spoken = Blocks(), Spoken(generation.requests[0].prompt.manner)
         self._last: Delta | None = None
-        self._block = 0
 
     # ------------------------------------------------------------------------------------------ stream
 
     def open(self) -> bytes:
         usage = {**_usage(self._generation), "output_tokens": 0}
         message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-        return (
-            _event("message_start", message=message)
-            + _event("content_block_start", index=self._block, content_block={"type": "text", "text": ""})
-            + _event("ping")
-        )
+        return _event("message_start", message=message)
 
     def events(self, deltas: list[Delta]) -> bytes:
-        out = []
-        for delta in deltas:
-            if delta.text:
-                text = {"type": "text_delta", "text": delta.text}
-                out.append(_event("content_block_delta", index=self._block, delta=text))
-            self._last = delta
-        return b"".join(out)
+        return b"".join(_event(kind, **fields) for kind, fields in self._take(deltas))
 
     def close(self, usage: dict[str, Any]) -> bytes:
         return (
-            _event("content_block_stop", index=self._block)
+            b"".join(_event(kind, **fields) for kind, fields in self._blocks.finish())
             + _event("message_delta", delta=self._stop(), usage=_usage(self._generation), **self._said())
             + _event("message_stop")
         )
@@ -84,17 +71,21 @@ class MessageWriter:
     # ------------------------------------------------------------------------------------------ one body
 
     def gather(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            self._text.append(delta.text)
-            self._last = delta
+        self._take(deltas)
 
     def body(self, usage: dict[str, Any]) -> bytes:
-        content = [{"type": "text", "text": "".join(self._text)}]
-        return encode(
-            {**self._head, "content": content, **self._stop(), "usage": _usage(self._generation), **self._said()}
-        )
+        self._blocks.finish()
+        whole = {**self._head, "content": self._blocks.content, **self._stop(), "usage": _usage(self._generation)}
+        return encode({**whole, **self._said()})
 
     # ------------------------------------------------------------------------------------------ both
+
+    def _take(self, deltas: list[Delta]) -> list[Told]:
+        told: list[Told] = []
+        for delta in deltas:
+            told += self._blocks.take(self._spoken.read(delta))
+            self._last = delta
+        return told
 
     def _said(self) -> dict[str, Any]:
         return {} if self._label is None else {"weft": self._label}
@@ -105,7 +96,7 @@ class MessageWriter:
             return {"stop_reason": None, "stop_sequence": None}
         if isinstance(last.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": last.stop_reason}
-        reason = "end_turn"
+        reason = "tool_use" if self._spoken.called else "end_turn"
         if last.finish_reason == "length":
             full = self._generation.completion_tokens < self._most
             reason = "model_context_window_exceeded" if full else "max_tokens"

@@ -6,6 +6,8 @@ Source of the shapes: OpenAI's API reference, "Chat Completions"; `stop_reason` 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -14,10 +16,13 @@ from weft.errors import RequestError
 from weft.front.generation import Delta, Generation, Prompt
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
 from weft.front.openai.logprobs import chat_logprobs
+from weft.front.openai.offer import check_calls, offer_of
 from weft.front.openai.own import label, techniques
 from weft.front.openai.params import routing, sampling_params
 from weft.front.openai.service import Service, answer_id
 from weft.front.openai.structs import ChatRequest, TokenizeRequest, read
+from weft.front.openai.turn import Turn
+from weft.front.speech import Manner
 from weft.front.template import plain_messages
 from weft.types import TokenLogprob
 
@@ -30,7 +35,7 @@ async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     """Start what a request asks for.  Raises RequestError."""
     request = read(body, ChatRequest)
     model, prompt = await chat_prompt(service, request)
-    generation = await service.client.start(prompt)
+    generation = await service.start(request, prompt)
     writer = ChatWriter(service, model, generation, request, prompt.params.n)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)
 
@@ -48,10 +53,14 @@ async def chat_prompt(service: Service, request: ChatRequest) -> tuple[str, Prom
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     priority, salt = routing(request)
-    parts = techniques(request, service.port.info.stack, service.techniques(model))
-    ids = await chat_ids(service, request)
+    ids, manner = await chat_turn(service, request)
+    if manner is not None and manner.grammar is not None:
+        params = replace(params, structured_outputs={"grammar": manner.grammar})
+    parts = techniques(request, service.port.info.stack, service.techniques(model), params.grammar)
     beside = await contrast(service, request)
-    prompt = Prompt(ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside)
+    prompt = Prompt(
+        ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside, manner=manner
+    )
     return model, prompt
 
 
@@ -72,7 +81,15 @@ def checked_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, An
         if role not in ROLES:  # a template writes the role as it is, so nothing else may get there
             raise RequestError(f"{where}.role is {role[:40]!r}; use one of {', '.join(ROLES)}", param="messages")
         message["role"] = ROLES[role]
-        if message.get("content") is None and not message.get("tool_calls"):
+        if message.get("tool_calls"):
+            check_calls(message, where)
+        elif "tool_calls" in message:
+            del message["tool_calls"]
+        if role == "tool" and not isinstance(message.get("tool_call_id", ""), str):
+            raise RequestError(f"{where}.tool_call_id must be the id of a call", param="messages")
+        if message.get("content") is None and message.get("tool_calls"):
+            message["content"] = ""  # templates look into it
+        if message.get("content") is None:
             raise RequestError(f"{where}.content is missing; give text", param="messages")
         if message.get("function_call") is not None or message.get("audio") is not None:
             raise RequestError(f"{where}: function_call and audio are not supported; leave them out", param="messages")
@@ -81,7 +98,13 @@ def checked_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, An
 
 async def chat_ids(service: Service, request: ChatRequest | TokenizeRequest) -> list[int]:
     """Token ids of a request's messages, as the model's template puts them.  Raises RequestError."""
-    text = service.text
+    return (await chat_turn(service, request))[0]
+
+
+async def chat_turn(service: Service, request: ChatRequest | TokenizeRequest) -> tuple[list[int], Manner | None]:
+    """(ids of the prompt, how answers to it are to be read) of a request's messages and tools.  Raises RequestError."""
+    held_to = request.grammar if isinstance(request, ChatRequest) else None
+    text, offer, dialect = service.text, offer_of(request), service.dialect_of(request.chat_template)
     messages = checked_messages(request.messages)
     going_on = bool(request.continue_final_message)
     add_prompt = (not going_on) if request.add_generation_prompt is None else request.add_generation_prompt
@@ -91,11 +114,23 @@ async def chat_ids(service: Service, request: ChatRequest | TokenizeRequest) -> 
             param="continue_final_message",
         )
 
-    def work() -> list[int]:
-        whole = text.chat_text(messages, add_generation_prompt=add_prompt, kwargs=request.chat_template_kwargs)
+    def work() -> tuple[list[int], Manner | None]:
+        given, tools = dialect.conversation(messages, offer.tools)
+        whole = dialect.template.render(
+            given, tools=tools, add_generation_prompt=add_prompt, kwargs=request.chat_template_kwargs
+        )
         if going_on:
             whole = _open_ended(whole, messages[-1])
-        return text.prompt_ids(whole, add_special=bool(request.add_special_tokens), param="messages")
+        ids = text.prompt_ids(whole, add_special=bool(request.add_special_tokens), param="messages")
+        manner = dialect.manner(
+            whole,
+            offer.functions,
+            parallel=offer.parallel,
+            required=offer.choice == "required",
+            answer=held_to,
+            goes_on=messages[-1]["content"] if going_on else None,
+        )
+        return ids, manner
 
     return await service.in_thread(work)  # the template runs in a process of its own, which may take its time
 
@@ -120,7 +155,11 @@ class ChatWriter:
 
     def __init__(self, service: Service, model: str, generation: Generation, request: ChatRequest, n: int) -> None:
         self._service = service
+        self._generation = generation
         self._n = n
+        manner = generation.requests[0].prompt.manner
+        self._turns = [] if manner is None else [Turn(manner) for _ in range(n)]
+        self._thinks = manner is not None and manner.marks is not None
         self._logprobs = bool(request.logprobs)
         self._with_usage = request.include_usage
         self._common = {
@@ -136,7 +175,9 @@ class ChatWriter:
         self._usage_head = start + b',"choices":[],"usage":'
         self._content_heads = [self._head + b'%d,"delta":{"content":' % i for i in range(n)]
         self._choices: dict[int, _Choice] = {}
-        self._label = label(request, service.port.info.stack, service.techniques(model))
+        self._label = label(
+            request, service.port.info.stack, service.techniques(model), generation.requests[0].prompt.params.grammar
+        )
         self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
 
     # ------------------------------------------------------------------------------------------ stream
@@ -148,19 +189,44 @@ class ChatWriter:
     def events(self, deltas: list[Delta]) -> bytes:
         out: list[bytes] = []
         for delta in deltas:
-            if delta.text or (self._logprobs and delta.logprobs):
-                logprobs = (
-                    encode(chat_logprobs(self._service.text.tokenizer, delta.logprobs)) if self._logprobs else b"null"
-                )
+            reason = delta.finish_reason
+            if self._turns:
+                turn = self._turns[delta.index]
+                out += self._pieces(delta, turn.read(delta))
+                reason = turn.reason(delta)
+            elif delta.text or (self._logprobs and delta.logprobs):
+                logprobs = self._encoded_logprobs(delta)
                 head = self._content_heads[delta.index]
                 out += (head, encode(delta.text), b'},"logprobs":', logprobs, b',"finish_reason":null', self._tail)
-            if delta.finish_reason is not None:
-                reason = encode(delta.finish_reason), b',"stop_reason":', encode(delta.stop_reason)
+            if reason is not None:
+                why = encode(reason), b',"stop_reason":', encode(delta.stop_reason)
                 head = self._head + b"%d" % delta.index
-                out += (head, b',"delta":{},"logprobs":null,"finish_reason":', *reason, self._tail)
+                out += (head, b',"delta":{},"logprobs":null,"finish_reason":', *why, self._tail)
         return b"".join(out)
 
+    def _pieces(self, delta: Delta, pieces: list[dict[str, Any]]) -> Iterator[bytes]:
+        """Chunks of what an answer with thoughts or calls says; the first carries the log-probabilities of them all."""
+        logprobs = self._encoded_logprobs(delta)
+        for piece in pieces or ([{}] if self._logprobs and delta.logprobs else []):
+            yield self._head + b'%d,"delta":' % delta.index
+            yield from (encode(piece), b',"logprobs":', logprobs, b',"finish_reason":null', self._tail)
+            logprobs = b"null"
+
+    def _encoded_logprobs(self, delta: Delta) -> bytes:
+        if not self._logprobs:
+            return b"null"
+        return encode(chat_logprobs(self._service.text.tokenizer, delta.logprobs))
+
+    def _counted(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The usage, with the tokens of thoughts where the model's are told apart."""
+        if not self._thinks:
+            return usage
+        sequences = self._generation.requests[0].sequences
+        tokens = sum(turn.thought_tokens(s.text.offsets) for turn, s in zip(self._turns, sequences, strict=False))
+        return {**usage, "completion_tokens_details": {"reasoning_tokens": tokens}}
+
     def close(self, usage: dict[str, Any]) -> bytes:
+        usage = self._counted(usage)
         return self._label_event + (self._usage_head + encode(usage) + b"}\n\n" if self._with_usage else b"")
 
     # ------------------------------------------------------------------------------------------ one body
@@ -168,7 +234,10 @@ class ChatWriter:
     def gather(self, deltas: list[Delta]) -> None:
         for delta in deltas:
             choice = self._choices.setdefault(delta.index, _Choice())
-            choice.text.append(delta.text)
+            if self._turns:
+                self._turns[delta.index].gather(delta)
+            else:
+                choice.text.append(delta.text)
             choice.logprobs += delta.logprobs
             if delta.finish_reason is not None:
                 choice.last = delta
@@ -177,17 +246,22 @@ class ChatWriter:
         choices = []
         for index, choice in sorted(self._choices.items()):
             logprobs = chat_logprobs(self._service.text.tokenizer, choice.logprobs) if self._logprobs else None
+            message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+            reason = choice.last and choice.last.finish_reason
+            if self._turns:
+                message = self._turns[index].message()
+                reason = choice.last and self._turns[index].reason(choice.last)
             choices.append(
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+                    "message": message,
                     "logprobs": logprobs,
-                    "finish_reason": choice.last and choice.last.finish_reason,
+                    "finish_reason": reason,
                     "stop_reason": choice.last and choice.last.stop_reason,
                 }
             )
         said = {} if self._label is None else {"weft": self._label}
-        return encode({**self._common, "choices": choices, "usage": usage, **said})
+        return encode({**self._common, "choices": choices, "usage": self._counted(usage), **said})
 
 
 class _Choice:

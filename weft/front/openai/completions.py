@@ -42,8 +42,12 @@ async def complete(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     special = request.add_special_tokens is not False
     ids = await tokenize(service, prompts, add_special=special)
     beside = await contrast(service, request, add_special=special)
-    generation = await service.client.start(
-        [Prompt(ids=one, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside) for one in ids]
+    generation = await service.start(
+        request,
+        [
+            Prompt(ids=one, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside)
+            for one in ids
+        ],
     )
     writer = CompletionWriter(service, model, generation, request, prompts, hide=hide)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer)

@@ -7,14 +7,19 @@ from typing import Any
 
 from weft.compose import complete, compose
 from weft.errors import ConfigError, RequestError
+from weft.front.grammars import constrained
 from weft.front.openai.structs import MAX_TECHNIQUES, Fields
 from weft.registry import Part, lookup, parse
+from weft.types import Grammar
 
 
-def techniques(fields: Fields, server: Sequence[str], model: Sequence[str] = ()) -> tuple[str, ...]:
+def techniques(
+    fields: Fields, server: Sequence[str], model: Sequence[str] = (), grammar: Grammar | None = None
+) -> tuple[str, ...]:
     """The parts that a request lays over the server's stack, checked.  Raises RequestError saying what is wrong with them.
 
     model: parts that the name of its model stands for (an adapter's), in slots that the request itself leaves open.
+    grammar: what its answers are held to, where that is not what its fields say.
     Only what composes is let through, so that a refusal comes with its reasons before the prompt is even read.
     """
     given = fields.parts
@@ -22,6 +27,7 @@ def techniques(fields: Fields, server: Sequence[str], model: Sequence[str] = ())
         raise RequestError(f"weft.with names {len(given)} techniques; at most {MAX_TECHNIQUES}", param="weft.with")
     try:
         own = [parse(text) for text in given]
+        own = [parse(text) for text in constrained([str(p) for p in own], server, grammar or fields.grammar)]
         named = {part.slot for part in own}
         own = [*(part for part in map(parse, model) if part.slot not in named), *own]
         for part in own:
@@ -43,14 +49,16 @@ def _laid_over(own: Sequence[Part], server: Sequence[str]) -> list[Part]:
     return complete([*(part for part in map(parse, server) if part.slot not in slots), *own])
 
 
-def label(fields: Fields, server: Sequence[str], model: Sequence[str] = ()) -> dict[str, Any] | None:
+def label(
+    fields: Fields, server: Sequence[str], model: Sequence[str] = (), grammar: Grammar | None = None
+) -> dict[str, Any] | None:
     """What an answer says of itself, where the request asks for it: its stack, how faithful that is, and whether to itself.
 
-    server, model: as for `techniques`.
+    server, model, grammar: as for `techniques`.
     """
     if fields.weft is None or not fields.weft.label:
         return None
-    parts = _laid_over([parse(text) for text in techniques(fields, server, model)], server)
+    parts = _laid_over([parse(text) for text in techniques(fields, server, model, grammar)], server)
     verdict = compose(parts)
     told = {"stack": [str(part) for part in parts], "fidelity": verdict.fidelity.value}
     return {**told, "redefines": list(verdict.redefines)}

@@ -49,6 +49,7 @@ def sampling_params(
     if fields.stream_options is not None and not fields.stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
     given = {name: getattr(fields, name) for name in PLAIN}
+    given["structured_outputs"] = fields.structured
     return text.default_params(**given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 

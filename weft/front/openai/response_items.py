@@ -24,34 +24,34 @@ def input_items(given: str | list[dict[str, Any]] | None) -> list[dict[str, Any]
 
 
 def messages_of(instructions: str | None, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation as chat messages; tool calls that follow each other belong to one message of the assistant."""
+    """The conversation as chat messages; tool calls that follow each other belong to one message of the assistant, and so does
+    what it thought before."""
     messages: list[dict[str, Any]] = []
+    thought = ""
     if instructions:
         messages.append({"role": "system", "content": instructions})
     for item in items:
-        if item["type"] == "function_call":
-            call = {
-                "id": item["call_id"], "type": "function",
-                "function": {"name": item["name"], "arguments": item["arguments"]},
-            }  # fmt: skip
-            last = messages[-1] if messages else {}
-            if last.get("role") == "assistant" and (last.get("tool_calls") or last.get("content")):
-                last.setdefault("tool_calls", []).append(call)
-            else:
-                messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-        elif item["type"] == "function_call_output":
-            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
-        else:
-            text = "\n".join(part["text"] for part in item["content"])
-            messages.append({"role": item["role"], "content": text})
+        if item["type"] == "reasoning":
+            thought += "".join(part["text"] for part in item["content"])
+            continue
+        messages += _message_of(item, messages[-1] if messages else {})
+        if thought and messages and messages[-1]["role"] == "assistant":
+            messages[-1]["reasoning_content"], thought = thought, ""
     return messages
 
 
-def output_message(id: str, text: str, logprobs: list[Any], status: str) -> dict[str, Any]:
-    """What the model said, as an item."""
-    return {
-        "id": id, "type": "message", "role": "assistant", "status": status, "content": [text_part(text, logprobs)],
-    }  # fmt: skip
+def _message_of(item: dict[str, Any], last: dict[str, Any]) -> list[dict[str, Any]]:
+    """The message of an item; none where it goes into the last one."""
+    if item["type"] == "function_call_output":
+        return [{"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]}]
+    if item["type"] != "function_call":
+        return [{"role": item["role"], "content": "\n".join(part["text"] for part in item["content"])}]
+    function = {"name": item["name"], "arguments": item["arguments"]}
+    call = {"id": item["call_id"], "type": "function", "function": function}
+    if last.get("role") == "assistant":
+        last.setdefault("tool_calls", []).append(call)
+        return []
+    return [{"role": "assistant", "content": None, "tool_calls": [call]}]
 
 
 def text_part(text: str, logprobs: list[Any]) -> dict[str, Any]:
@@ -72,6 +72,11 @@ def _item(where: str, item: dict[str, Any]) -> dict[str, Any]:
     if kind == "function_call":
         texts = {name: _text(f"{where}.{name}", item.get(name)) for name in ("call_id", "name", "arguments")}
         return {"id": fresh_id("fc_"), "type": kind, "status": "completed", **texts}
+    if kind == "reasoning":
+        parts = item.get("content") or []
+        texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        kept = [{"type": "reasoning_text", "text": text} for text in texts if isinstance(text, str)]
+        return {"id": fresh_id("rs_"), "type": kind, "status": "completed", "summary": [], "content": kept}
     if kind == "function_call_output":
         output = item.get("output")
         if isinstance(output, list):
@@ -81,7 +86,7 @@ def _item(where: str, item: dict[str, Any]) -> dict[str, Any]:
             "call_id": _text(f"{where}.call_id", item.get("call_id")), "output": _text(f"{where}.output", output),
         }  # fmt: skip
     raise RequestError(
-        f"{where} is of type {str(kind)[:40]!r}; weft reads message, function_call and function_call_output",
+        f"{where} is of type {str(kind)[:40]!r}; weft reads message, reasoning, function_call and function_call_output",
         param="input",
     )
 

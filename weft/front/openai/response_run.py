@@ -16,6 +16,7 @@ from weft.front.openai.answer import SSE_HEADERS, logged, until_disconnect
 from weft.front.openai.errors import error_response
 from weft.front.openai.response_object import ResponseObject
 from weft.front.openai.service import Service
+from weft.front.openai.structs import ChatRequest
 from weft.front.store.database import StoreFull
 from weft.front.store.responses import ResponseStore, Stored
 
@@ -33,9 +34,16 @@ class ResponseRun:
     """
 
     def __init__(
-        self, service: Service, response: ResponseObject, prompt: Prompt, row: Stored, store: ResponseStore | None
+        self,
+        service: Service,
+        response: ResponseObject,
+        request: ChatRequest,
+        prompt: Prompt,
+        row: Stored,
+        store: ResponseStore | None,
     ) -> None:
-        self.service, self.response, self.prompt, self.row, self.store = service, response, prompt, row, store
+        self.service, self.response, self.row, self.store = service, response, row, store
+        self._request, self._prompt = request, prompt
         self.generation: Generation | None = None
         self.events_so_far: list[bytes] = []
         """Of a background response, for who reads them later."""
@@ -46,7 +54,7 @@ class ResponseRun:
 
     async def start(self) -> Generation:
         """Raises RequestError, EngineStopped."""
-        self.generation = await self.service.client.start(self.prompt)
+        self.generation = await self.service.start(self._request, self._prompt)
         return self.generation
 
     async def events(self) -> AsyncGenerator[list[bytes], None]:

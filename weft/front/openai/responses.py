@@ -132,14 +132,16 @@ async def _prepare(
         before = await kept.conversation(tenant, request.previous_response_id)
     chat = request.as_chat(messages_of(request.instructions, [*before, *items]))
     model, prompt = await chat_prompt(service, chat)
+    parts = service.techniques(model)
     created = int(time.time()) if row is None else msgspec.json.decode(row.body)["created_at"]
     response = ResponseObject(
         request, model, prompt.params, service.text.tokenizer, id=fresh_id("resp_") if row is None else row.id,
-        created=created, kept=store is not None, label=label(chat, service.port.info.stack, service.techniques(model)),
+        created=created, kept=store is not None, manner=prompt.manner,
+        label=label(chat, service.port.info.stack, parts, prompt.params.grammar),
     )  # fmt: skip
     if row is None:
         row = Stored(
             id=response.id, tenant=tenant, previous=request.previous_response_id, body=encode(response.object()),
             items=encode(items), request=body,
         )  # fmt: skip
-    return ResponseRun(service, response, prompt, row, store)
+    return ResponseRun(service, response, chat, prompt, row, store)

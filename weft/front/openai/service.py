@@ -6,13 +6,19 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from weft.errors import ConfigError, RequestError
 from weft.front.client import Client
+from weft.front.dialect import Dialect
+from weft.front.generation import Generation, Prompt
+from weft.front.grammars import PARAM
+from weft.front.openai.structs import Fields
 from weft.front.port import EnginePort
+from weft.front.template import MAX_TEMPLATE_CHARS
 from weft.front.text import ModelText
 
 if TYPE_CHECKING:
@@ -38,7 +44,21 @@ class Service:
     background: Background
     batches: BatchRunner
 
-    def __init__(self, port: EnginePort, text: ModelText, model_ids: tuple[str, ...], version: str) -> None:
+    def __init__(
+        self,
+        port: EnginePort,
+        text: ModelText,
+        model_ids: tuple[str, ...],
+        version: str,
+        *,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
+        trust_templates: bool = False,
+    ) -> None:
+        """trust_templates: requests may bring a chat template of their own.  See `Dialect` for the parsers."""
+        self._parsers = tool_parser, reasoning_parser
+        self.dialect = Dialect(text, *self._parsers)
+        self.trust_templates = trust_templates
         self.port = port
         self.client = Client(port, text)
         self.text = self.client.text
@@ -51,6 +71,21 @@ class Service:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="weft-text")
         info = port.info
         self._setting = "\n".join((version, info.model_id, info.dtype, info.device, *info.stack))
+
+    def dialect_of(self, template: str | None) -> Dialect:
+        """The model's dialect, or that of a template of the client's own.  Raises RequestError where that is not allowed."""
+        if template is None:
+            return self.dialect
+        if not self.trust_templates:
+            raise RequestError(
+                "chat_template is not allowed here: the model's own template is used; a server that was started with "
+                "--trust-request-chat-template takes the request's",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        if len(template) > MAX_TEMPLATE_CHARS:
+            raise RequestError(f"chat_template has more than {MAX_TEMPLATE_CHARS} characters", param="chat_template")
+        return Dialect(replace(self.text, template=self.text.template.replaced(template)), *self._parsers)
 
     def resolve(self, model: str | None) -> str:
         """The name that an answer carries for the model or adapter that a request names.  RequestError (404) if unknown."""
@@ -81,6 +116,16 @@ class Service:
         adapter = self.client.adapters.get(model)
         own = adapter.digest if adapter is not None and model not in self.model_ids else ""
         return "fp_" + hashlib.blake2b((self._setting + own).encode(), digest_size=6).hexdigest()
+
+    async def start(self, fields: Fields, prompts: Prompt | Sequence[Prompt]) -> Generation:
+        """Send what a request asks for.  Raises RequestError, which names the field as the request wrote it."""
+        try:
+            return await self.client.start(prompts)
+        except RequestError as error:
+            if error.param != PARAM or fields.structured_outputs is not None:
+                raise
+            field = "tools" if fields.structured is None else "response_format"
+            raise RequestError(str(error).replace(PARAM, field), param=field, code=error.code) from None
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Do slow work on text in a thread, so that no stream has to wait for it."""

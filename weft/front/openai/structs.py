@@ -7,11 +7,13 @@ the answer and is not supported is refused, unless its value asks for what happe
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from weft.errors import RequestError
+from weft.sampling import grammar
+from weft.types import Grammar
 
 MAX_SEQUENCES = 2048
 """Prompts times n in one call."""
@@ -42,6 +44,32 @@ class Own(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"tec
     contrast: str | list[dict[str, Any]] | None = None
 
 
+class JSONSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
+    """OpenAI's `response_format.json_schema`.  An answer is held to its schema whether `strict` is set or not."""
+
+    schema_: dict[str, Any] | bool | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's `structured_outputs`: what an answer has to look like, one of these."""
+
+    json: dict[str, Any] | bool | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
 class Fields(msgspec.Struct, kw_only=True):
     """What chat and completions have in common.  None is "not given" everywhere, as clients send null for it."""
 
@@ -57,6 +85,7 @@ class Fields(msgspec.Struct, kw_only=True):
     max_tokens: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     # vLLM's additions
     best_of: int | None = None
     top_k: int | None = None
@@ -69,6 +98,7 @@ class Fields(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
     # weft's own
     weft: Own | None = None
 
@@ -84,6 +114,27 @@ class Fields(msgspec.Struct, kw_only=True):
         if self.drawn > (self.n or 1):
             named.append(f"search=best_of_n(n={self.drawn}, keep={self.n or 1})")
         return named
+
+    @property
+    def structured(self) -> dict[str, Any] | None:
+        """What an answer has to look like, by the names of `structured_outputs`.  Raises RequestError."""
+        own, asked = self.structured_outputs, self.response_format
+        if asked is None or asked.type == "text":
+            return None if own is None else {k: v for k, v in msgspec.structs.asdict(own).items() if v is not None}
+        if own is not None:
+            text = "response_format and structured_outputs both say what the answer looks like; leave one of them out"
+            raise RequestError(text, param="structured_outputs")
+        if asked.type == "json_object":
+            return {"json_object": True}
+        if asked.json_schema is None or asked.json_schema.schema_ is None:
+            text = "response_format of type json_schema needs json_schema: {name, schema}"
+            raise RequestError(text, param="response_format")
+        return {"json": asked.json_schema.schema_}
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """The same as the engine gets it.  Raises RequestError."""
+        return grammar(self.structured)
 
     @property
     def include_usage(self) -> bool:
@@ -110,6 +161,10 @@ class ChatRequest(Fields, kw_only=True):
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -122,6 +177,10 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     return_token_strs: bool | None = None
 
 
@@ -145,14 +204,14 @@ class UnloadRequest(msgspec.Struct, kw_only=True):
     lora_name: str | None = None
 
 
-# Unsupported fields that change the answer, each with the values that ask for nothing special (null always does).
+# Fields that change the answer, for routes that do not have them, each with the values that ask for nothing special (null
+# always does).
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
@@ -166,7 +225,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "structural_tag": (),
-    "structured_outputs": (),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "bad_words": ([],),
@@ -198,14 +256,23 @@ INSTEAD = {
     "suffix": "give the text before the completion only",
     "n_predict": "use max_tokens",
     "reasoning_effort": "give it in chat_template_kwargs if the model's template reads it",
-    "chat_template": "the model's own template is always used",
+    "chat_template": "a completion goes through no template",
+    "tools": "they belong to /v1/chat/completions",
+    "tool_choice": "it belongs to /v1/chat/completions",
     "prompt_logprobs": "use echo with logprobs in /v1/completions",
     "truncate_prompt_tokens": "shorten the prompt; it is never cut",
 }
-STRUCTURED = frozenset(
-    name
-    for name in NEUTRAL
-    if name.startswith(("guided_", "struct")) or name in ("response_format", "grammar", "json_schema")
+STRUCTURED = (
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "grammar",
+    "json_schema",
+    "structural_tag",
+)
+INSTEAD |= dict.fromkeys(
+    STRUCTURED, "use structured_outputs with json, json_object, regex, choice or grammar, or response_format"
 )
 
 R = TypeVar("R", bound=msgspec.Struct)
@@ -219,7 +286,8 @@ def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTR
     if len(body) > SMALL_BYTES:
         _check_values(body)
     try:
-        _refuse(msgspec.json.decode(body, type=dict[str, msgspec.Raw]), neutral)
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        _refuse({name: value for name, value in given.items() if name not in kind.__struct_fields__}, neutral)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None
@@ -245,14 +313,8 @@ def _refuse(fields: dict[str, msgspec.Raw], neutral: dict[str, tuple[Any, ...]])
         value = msgspec.json.decode(fields[name])
         if value is None or any(_same(value, plain) for plain in neutral[name]):
             continue
-        if name == "response_format" and isinstance(value, dict):
-            shown = f" of type {str(value.get('type'))[:40]!r}"
-        else:
-            shown = ""
-        hint = INSTEAD.get(name) or (
-            "structured output comes later; leave it out" if name in STRUCTURED else "leave it out"
-        )
-        raise RequestError(f"{name}{shown} is not supported yet: {hint}", param=name, code="unsupported_parameter")
+        hint = INSTEAD.get(name, "leave it out")
+        raise RequestError(f"{name} is not supported: {hint}", param=name, code="unsupported_parameter")
 
 
 def _same(value: Any, neutral: Any) -> bool:

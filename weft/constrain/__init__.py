@@ -1,0 +1,1 @@
+"""Slot `constrain`: which tokens a grammar allows."""

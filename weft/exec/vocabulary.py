@@ -1,0 +1,62 @@
+"""The vocabulary of an engine's model, for techniques that look at what tokens stand for; read when the first one asks."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from weft.errors import ConfigError
+from weft.slots import Vocabulary
+
+T = TypeVar("T")
+MOST_KEPT = 256
+"""Things made of the vocabulary that are kept; what was not used for longest goes first."""
+
+
+class VocabularyShelf:
+    """read: gives the vocabulary, or raises ConfigError; None where nobody knows the model's tokenizer (a bare config)."""
+
+    def __init__(self, read: Callable[[], Vocabulary] | None = None) -> None:
+        self._read = read
+        self._found: Vocabulary | None = None
+        self._made: OrderedDict[str, Future[Any]] = OrderedDict()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        with self._reading:
+            if self._found is None:
+                if self._read is None:
+                    raise ConfigError(
+                        "this engine was built without a tokenizer, so it does not know what its tokens stand for"
+                    )
+                found = self._read()
+                if not found.ends:
+                    raise ConfigError("this model has no token that ends an output, so no grammar could end one")
+                self._found = found
+            return self._found
+
+    def once(self, key: str, make: Callable[[Vocabulary], T]) -> T:
+        """What `make` makes of the vocabulary, made once for each key while it is kept.  Who asks for it meanwhile waits for
+        that one alone; what fails is told to all of them, and made again for the next."""
+        with self._lock:
+            made = self._made.get(key)
+            mine = made is None
+            if made is None:
+                made = self._made[key] = Future()
+            self._made.move_to_end(key)
+        if mine:
+            try:
+                made.set_result(make(self.vocabulary))
+            except BaseException as error:
+                made.set_exception(error)
+                with self._lock:
+                    self._made.pop(key, None)
+            with self._lock:
+                while len(self._made) > MOST_KEPT:
+                    self._made.popitem(last=False)
+        found: T = made.result()
+        return found

@@ -1,0 +1,54 @@
+"""The process that checks grammars.  Run as a script by `grammars.Grammars`; knows techniques, and no vocabulary.
+
+As in the worker for templates, what ends a grammar that takes too long or too much is outside of the program that reads it:
+SIGALRM with its default action, RLIMIT_AS, no files, no core dumps.
+
+Frames on stdin and stdout: 4 bytes big-endian length, then JSON.  Request: {part, kind, source}.  Answer: {} where the part
+can hold an output to it, or {error, message} with error one of refused and memory.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this very weft, wherever it was started from
+
+from weft.errors import EngineError
+from weft.front.template_worker import alarm, limit, shown
+from weft.registry import parse
+from weft.types import Grammar
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        parse(request["part"]).build().check(Grammar(request["kind"], request["source"]))
+    except EngineError as error:
+        return {"error": "refused", "message": shown(str(error))}
+    except MemoryError:
+        return {"error": "memory", "message": ""}
+    except BaseException as error:  # a library's panic is no Exception
+        return {"error": "refused", "message": shown(f"the grammar can't be used ({type(error).__name__}: {error})")}
+    return {}
+
+
+def serve(source: BinaryIO, sink: BinaryIO, *, seconds: float) -> None:
+    while len(head := source.read(4)) == 4:
+        body = source.read(int.from_bytes(head, "big"))
+        alarm(seconds)
+        data = json.dumps(answer(json.loads(body))).encode()
+        alarm(0)
+        sink.write(len(data).to_bytes(4, "big") + data)
+        sink.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our stdin
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    limit(int(sys.argv[1]))
+    serve(sys.stdin.buffer, sys.stdout.buffer, seconds=float(sys.argv[2]))

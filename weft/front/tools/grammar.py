@@ -1,0 +1,162 @@
+"""The grammar of right calls: what an answer has to be where a tool must be called, in the family's own form.
+
+In Lark's syntax as llguidance reads it: `%json` is a JSON schema, `suffix` ends a text where it first comes.  Every argument is
+held to the schema of its function; JSON is written with the spaces that templates write.  A function's parameters are those that
+its schema has, unless it says itself that there may be others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from weft.front.reasoning import Marks
+from weft.front.tools.events import Tools
+from weft.front.tools.machine import Form
+
+MOST_CALLS = 8
+"""In one answer that has to call: a model that goes on and on would end at its length, in the middle of a call."""
+_SPACES = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+_LOOSE = {**_SPACES, "whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,1}"}
+_PLAIN = frozenset(("type", "properties", "required", "title", "description", "additionalProperties", "$schema"))
+_NOTES = frozenset(("type", "title", "description", "default", "examples"))
+_TEXT = "/(?s:.*)/"
+
+
+def calls(form: Form, tools: Tools, *, parallel: bool, marks: Marks | None = None, inside: bool = False) -> str:
+    """Lark for one call of a tool, or several.
+
+    marks: of a thought that may come before them.  inside: the prompt has opened it, so it must end.
+    """
+    start, rules = _calls(form, tools, parallel)
+    return _lark([*_thought(marks, inside), start], [*rules, *_thought_rules(marks)])
+
+
+def answer(
+    schema: Any, form: Form, tools: Tools, *, parallel: bool, marks: Marks | None = None, inside: bool = False
+) -> str:
+    """Lark for JSON of a schema, or calls of tools where there are any, behind a thought perhaps."""
+    start, rules = _calls(form, tools, parallel) if tools else ("", [])
+    start = f"({start} | answer)" if tools else "answer"
+    written = {"allOf": [schema]} if isinstance(schema, bool) else schema
+    said = "answer: %json " + json.dumps({**written, "x-guidance": _LOOSE})
+    return _lark([*_thought(marks, inside), start], [*rules, said, *_thought_rules(marks)])
+
+
+def _lark(start: list[str], rules: list[str]) -> str:
+    return "\n".join(["start: " + " ".join(start), *rules]) + "\n"
+
+
+def _calls(form: Form, tools: Tools, parallel: bool) -> tuple[str, list[str]]:
+    """(what stands in the rule of the start, other rules) for calls."""
+    rules: list[str] = []
+    for i, (name, schema) in enumerate(tools.items()):
+        rules += _bare(form.tag, i, name, schema) if form.tag and in_bare_text(schema) else _json(form, i, name, schema)
+    most = MOST_CALLS if parallel and form.several else 1
+    several = "call" if most == 1 else f"call ({_said(form.between)} call){{0,{most - 1}}}"
+    choice = " | ".join(f"call_{i}" for i in range(len(tools)))
+    return " ".join(filter(None, (_said(form.open), several, _said(form.close)))), [f"call: {choice}", *rules]
+
+
+def _said(text: str) -> str:
+    """A text as Lark writes it; nothing for none."""
+    return json.dumps(text) if text else ""
+
+
+def _thought(marks: Marks | None, inside: bool) -> list[str]:
+    if marks is None:
+        return []
+    return ["thought"] if inside else [f"({_said(marks.begin)} thought)?"]
+
+
+def _thought_rules(marks: Marks | None) -> list[str]:
+    if marks is None:
+        return []
+    return [f"thought: thinking /[ \\n]{{0,2}}/\nthinking[suffix={_said(marks.end)}]: {_TEXT}"]
+
+
+def _json(form: Form, i: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+    """A call whose arguments are one JSON object."""
+    head, middle, tail = form.parts
+    parts = [_said(head + name + middle), f"arguments_{i}", _said(tail)]
+    return [f"call_{i}: {' '.join(filter(None, parts))}", f"arguments_{i}: {_schema(closed(schema))}"]
+
+
+def _schema(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({**schema, "x-guidance": _SPACES})
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema of an object, with no other properties than it has: what it allows is allowed by the schema as it was."""
+    out = {"type": "object", **schema}
+    properties, required = out.get("properties"), out.get("required", [])
+    known = set(out) <= _PLAIN | {"$defs", "definitions"} and isinstance(properties, Mapping)
+    if known and isinstance(required, list) and all(isinstance(key, str) and key in properties for key in required):
+        out.setdefault("additionalProperties", False)
+        out["properties"] = {key: _closed_inside(value) for key, value in properties.items()}
+    return out
+
+
+def _closed_inside(schema: Any) -> Any:
+    if isinstance(schema, Mapping) and schema.get("type") == "object" and isinstance(schema.get("properties"), Mapping):
+        return closed(schema)
+    if isinstance(schema, Mapping) and schema.get("type") == "array" and isinstance(schema.get("items"), Mapping):
+        return {**schema, "items": _closed_inside(schema["items"])}
+    return schema
+
+
+# ------------------------------------------------------------------------------------------ values in bare text
+
+
+def in_bare_text(schema: Mapping[str, Any]) -> bool:
+    """Whether arguments of this schema can be told in bare text, and be read back as what they are."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if (
+        not set(schema) <= _PLAIN
+        or not isinstance(required, Sequence)
+        or not set(map(str, required)) <= set(properties)
+    ):
+        return False
+    return all(_tellable(key, value) for key, value in properties.items())
+
+
+def _tellable(key: str, schema: Any) -> bool:
+    if not key or not key.isprintable() or set(key) & set("<> ") or not isinstance(schema, Mapping):
+        return False
+    if schema.get("type") == "string":
+        words = schema.get("enum", ["a"])
+        plain = isinstance(words, list) and words and all(isinstance(w, str) and w.strip() == w for w in words)
+        return bool(plain) and set(schema) <= _NOTES | {"enum"} and not any(set(w) & set("\n<") for w in words)
+    return (
+        isinstance(schema.get("type"), str)
+        and not {"$ref", "enum"} & set(schema)
+        and '"$ref"' not in json.dumps(schema)
+    )
+
+
+def _bare(tag: str, i: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+    """A call whose arguments are bare texts, in the order of the schema; one that is not required may be missing."""
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    parts, rules = [], []
+    for j, (key, value) in enumerate(properties.items()):
+        rule = f"value_{i}_{j}"
+        parts.append(rule if key in required else f"{rule}?")
+        head = _said(f"<parameter={key}>\n")
+        if value["type"] != "string":
+            rules.append(f'{rule}: {head} json_{i}_{j} "\\n</parameter>\\n"')
+            rules.append(f"json_{i}_{j}: {_schema(_closed_inside(value))}")
+        elif "enum" in value:
+            words = " | ".join(json.dumps(word) for word in value["enum"])
+            rules.append(f'{rule}: {head} ({words}) "\\n</parameter>\\n"')
+        else:
+            rules.append(f'{rule}: {head} text_{i}_{j} "\\n"')
+            rules.append(f'text_{i}_{j}[suffix="</parameter>"]: {_TEXT}')
+    head, tail = _said(f"<{tag}>\n<function={name}>\n"), _said(f"</function>\n</{tag}>")
+    return [f"call_{i}: {' '.join([head, *parts, tail])}", *rules]
