@@ -14,14 +14,13 @@ from typing import Any
 
 import msgspec
 
-from weft.errors import CapacityError, EngineError, RequestError
-from weft.front.generation import EngineStopped
+from weft.errors import EngineError, RequestError
 from weft.front.openai.answer import JSONAnswer, logged
 from weft.front.openai.calls import Call, fresh_id
 from weft.front.openai.chat import chat
 from weft.front.openai.completions import complete
 from weft.front.openai.embeddings import embed
-from weft.front.openai.errors import error_payload, status_of
+from weft.front.openai.errors import error_payload, passes, status_of
 from weft.front.openai.response_run import ResponseAnswer
 from weft.front.openai.responses import create_response
 from weft.front.openai.service import Service
@@ -224,13 +223,10 @@ class BatchRunner:
         while True:
             try:
                 status, body = 200, await self._ask(row, line)
-            except (CapacityError, EngineStopped) as error:
-                if status_of(error) != 503:
-                    status, body = status_of(error), error_payload(error)
-                else:
+            except EngineError as error:
+                if passes(error):
                     await asyncio.sleep(AGAIN_S)
                     continue
-            except EngineError as error:
                 status, body = status_of(error), error_payload(error)
             break
         result = {

@@ -46,6 +46,11 @@ def status_of(error: BaseException) -> int:
     return 500
 
 
+def passes(error: BaseException) -> bool:
+    """Whether the same request may be taken later: who is in no hurry waits, and asks again."""
+    return isinstance(error, EngineError) and status_of(error) in (429, 503)
+
+
 def error_payload(error: BaseException) -> dict[str, Any]:
     """The JSON object for an error, as OpenAI's clients read it."""
     status = status_of(error)

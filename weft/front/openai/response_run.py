@@ -10,10 +10,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from weft.errors import CapacityError
+from weft.errors import CapacityError, EngineError
 from weft.front.generation import EngineStopped, Generation, Prompt
 from weft.front.openai.answer import SSE_HEADERS, logged, until_disconnect
-from weft.front.openai.errors import error_response
+from weft.front.openai.errors import error_response, passes
 from weft.front.openai.response_object import ResponseObject
 from weft.front.openai.service import Service
 from weft.front.openai.structs import ChatRequest
@@ -225,8 +225,8 @@ class Background:
                 try:
                     await self._once(run)
                     return
-                except CapacityError as error:
-                    if getattr(error, "code", None) == "never_fits":
+                except EngineError as error:
+                    if isinstance(error, EngineStopped) or not passes(error):
                         raise
                     await asyncio.sleep(AGAIN_S)
             await run.keep()
