@@ -258,7 +258,7 @@ class Engine(Sequences):
         for m in range(len(self.models)):
             self.kv.publish(r, m)
         for index in (r.index,) if r.fanned else range(r.spec.n):
-            events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error, vector))
+            events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error, vector=vector))
         for c in r.companions:
             self.kv.publish(c, 0)
         self._leave(r)

@@ -68,10 +68,10 @@ class Finished(Struct, frozen=True, tag="finished"):
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix index."""
     error: str | None = None
-    vector: bytes = b""
-    """Pooled hidden states of the prompt, little-endian float32 [width], where `SamplingSpec.pooling` asks for them."""
     discarded: int = 0
     """Tokens that a search drew for the request and did not return; told with the last of its sequences that ends."""
+    vector: bytes = b""
+    """Pooled hidden states of the prompt, little-endian float32 [width], where `SamplingSpec.pooling` asks for them."""
 
 
 class Preempted(Struct, frozen=True, tag="preempted"):

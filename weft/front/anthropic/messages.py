@@ -55,7 +55,13 @@ class MessageWriter:
 
     def open(self) -> bytes:
         usage = {**_usage(self._generation), "output_tokens": 0}
-        message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        message: dict[str, Any] = {
+            **self._head,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage,
+        }
         return _event("message_start", message=message)
 
     def events(self, deltas: list[Delta]) -> bytes:

@@ -74,8 +74,8 @@ def _item(where: str, item: dict[str, Any]) -> dict[str, Any]:
         return {"id": fresh_id("fc_"), "type": kind, "status": "completed", **texts}
     if kind == "reasoning":
         parts = item.get("content") or []
-        texts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-        kept = [{"type": "reasoning_text", "text": text} for text in texts if isinstance(text, str)]
+        thoughts = [part.get("text") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        kept = [{"type": "reasoning_text", "text": text} for text in thoughts if isinstance(text, str)]
         return {"id": fresh_id("rs_"), "type": kind, "status": "completed", "summary": [], "content": kept}
     if kind == "function_call_output":
         output = item.get("output")
