@@ -135,6 +135,7 @@ def description() -> dict[str, Any]:
 
 def _operation(path: str, described: Described) -> dict[str, Any]:
     error = ref("AnthropicError" if path.startswith("/v1/messages") else "Error")
+    worse = ref("Health") if described.answer == "Health" else error
     operation: dict[str, Any] = {
         "summary": described.text,
         "parameters": [
@@ -144,7 +145,7 @@ def _operation(path: str, described: Described) -> dict[str, Any]:
         "responses": {
             "200": {"description": described.text, "content": _content(described)},
             "4XX": {"description": "The request is wrong", "content": {"application/json": {"schema": error}}},
-            "5XX": {"description": "The server cannot answer", "content": {"application/json": {"schema": error}}},
+            "5XX": {"description": "The server cannot answer", "content": {"application/json": {"schema": worse}}},
         },
     }
     if described.body is not None:
