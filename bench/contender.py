@@ -23,8 +23,9 @@ from weft.errors import CapacityError, ConfigError, EngineError
 from weft.exec.build import EngineConfig, Setup, build, prepare, with_limits
 from weft.exec.host import peak_rss_bytes
 from weft.exec.thread import step
+from weft.front.text import ModelText
 from weft.registry import load_plugin
-from weft.types import Event, Finished, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
+from weft.types import Event, Finished, Grammar, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 EMPTY_STEPS = 1000
@@ -61,6 +62,7 @@ class Case:
     own         parts that each prompt lays over the stack, in turns: prompt i has own[i % len(own)]
     companions  a second context for each prompt, where the stack contrasts
     plugins     files that register techniques which no installation has, such as a draft that knows the answer
+    grammar     what every answer has to look like
     bound       whether it stands for the most that can be had, and not for the technique as it is used
     apart       whether a wave's prompts are all computed, and parked, before any of its sequences decodes.  Then prefill and
                 decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the
@@ -83,6 +85,7 @@ class Case:
     apart: bool = True
     plugins: Sequence[str] = ()
     bound: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -139,7 +142,8 @@ class Contender:
 
     def __init__(self, model: Model, case: Case, threads: int) -> None:
         self.case = case
-        self.runtime = build(setup(model, case, threads))
+        words = ModelText.load(model.folder).vocabulary if case.grammar is not None else None
+        self.runtime = build(setup(model, case, threads), vocabulary=words)
         self.runs: list[Run] = []
         self._ids = 0
         self._wave_began = 0.0
@@ -174,7 +178,7 @@ class Contender:
             beside = tuple((TokenItem(tuple(ids)),) for ids in case.companions[index : index + 1])
             spec = RequestSpec(
                 id=self._ids, items=items, sampling=sampling, seed=index, salt=turn.to_bytes(8, "little"), n=case.n,
-                companions=beside, techniques=tuple(case.own[index % len(case.own)]) if case.own else (),
+                companions=beside, techniques=tuple(case.own[index % len(case.own)]) if case.own else (), grammar=case.grammar,
             )  # fmt: skip
             _refuse(engine.add(spec, time.monotonic()))
         if case.apart:

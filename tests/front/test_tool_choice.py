@@ -85,7 +85,7 @@ def test_a_named_function_is_called_once(client: openai.OpenAI) -> None:
 def test_tools_of_others(client: openai.OpenAI, shared: Callable[[str], Path]) -> None:
     """One call of each of some tools of the leaderboard, drawn with as many seeds."""
     small = [s for s in samples(shared("data/tools").parent) if s.calls and len(json.dumps(s.tools)) < 500]
-    found = small[::40]
+    found = small[::30]
     assert len(found) > 10
     for i, sample in enumerate(found):
         tool = sample.tools[0]
@@ -116,6 +116,16 @@ def test_an_answer_in_json_or_a_call(client: openai.OpenAI) -> None:
             assert json.loads(choice.message.content) in ("calm", "wild")
         seen.add(choice.finish_reason)
     assert "stop" in seen
+
+
+def test_a_strict_function_is_called_rightly_or_not_at_all(client: openai.OpenAI) -> None:
+    strict = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    answer = ask(
+        client, tools=strict, n=6, seed=4, temperature=1.2, max_tokens=40, extra_body={"weft": {"label": True}}
+    )
+    assert "constrain=llguidance" in answer.weft["stack"]
+    for choice in answer.choices:
+        assert choice.message.tool_calls or not (choice.message.content or "").lstrip().startswith("{")
 
 
 def test_the_label_names_what_holds_the_answer(client: openai.OpenAI) -> None:

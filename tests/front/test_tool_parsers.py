@@ -284,6 +284,50 @@ def test_work_is_linear_on_what_is_meant_to_hurt(name: str, unit: str) -> None:
         assert machine.steps <= 3 * len(text) + 3
 
 
+# ---------------------------------------------------------------------------------------------- templates
+
+PAST: list[Call] = [
+    ("weather", {"city": 'Oslo "</tool_call>"', "days": 3, "near": ["a", {"b": None}], "wet": True}),
+    ("time", {}),
+]
+SEEN = {"weather": {"properties": {"city": {"type": "string"}}}, "time": {}}
+
+
+def test_calls_that_templates_write_are_read_back(shared: Callable[[str], Path]) -> None:
+    """A template writes an answer of the assistant's in a conversation; what it wrote is an output of its model."""
+    from weft.errors import RequestError
+    from weft.front.template import ChatTemplate
+
+    families: dict[str, int] = {}
+    for path in sorted(shared("data/templates").rglob("*.jinja")):
+        family = told(path.read_text())
+        if family is None or path.stem.partition("_")[2].startswith(("audio", "image", "spm")):
+            continue
+        template = ChatTemplate({"default": path.read_text()}, {"bos_token": "", "eos_token": "<END>"})
+        for calls in (PAST, PAST[:1]):
+            made = [
+                {"id": f"abcde{i:04d}", "type": "function", "function": {"name": name, "arguments": given}}
+                for i, (name, given) in enumerate(calls)
+            ]
+            asked = [{"role": "user", "content": "Hi"}]
+            said = {"role": "assistant", "content": "", "tool_calls": made}
+            try:
+                head = template.render(asked, tools=[], add_generation_prompt=True)
+                whole = template.render([*asked, said], tools=[], add_generation_prompt=False)
+            except RequestError:
+                continue
+            for tail in ("<END>", "<|im_end|>", "<|eot_id|>", "<seed:eos>"):
+                whole = whole.rstrip().removesuffix(tail)
+            assert whole.startswith(head.rstrip()), path.name
+            output = whole[len(head.rstrip()) :].lstrip()
+            output = output.removeprefix("<think>").lstrip().removeprefix("</think>").lstrip()
+            text, found = called(parsed(family.name, output, SEEN))
+            assert (text.strip(), found) == ("", calls), path.name
+            families[family.name] = families.get(family.name, 0) + 1
+    assert set(families) == set(PARSERS) - {"json"}
+    assert sum(families.values()) > 30
+
+
 # ---------------------------------------------------------------------------------------------- which parser
 
 

@@ -15,10 +15,16 @@ import pytest
 from tests.front import calls as forms
 from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort
+from weft.constrain.llguidance import LLGuidance
+from weft.exec.vocabulary import VocabularyShelf
 from weft.front.port import EngineInfo
+from weft.front.renderer import Renderer
 from weft.front.template import ChatTemplate
 from weft.front.text import ModelText
-from weft.types import Add, TokenItem
+from weft.front.tokenizer import Tokenizer as Own
+from weft.front.tools.grammar import calls
+from weft.front.tools.mistral import Mistral
+from weft.types import Add, Grammar, TokenItem
 
 PLACE = {"city": {"type": "string"}, "days": {"type": "integer"}}
 WEATHER = {
@@ -65,13 +71,22 @@ def speaking(info: EngineInfo, text: ModelText, shared: Callable[[str], Path]) -
     with contextlib.ExitStack() as stack:
 
         def make(
-            says: str, family: str | None = None, template: str | None = None, group: int = 1, **options: Any
+            says: str,
+            family: str | None = None,
+            template: str | None = None,
+            group: int = 1,
+            renderer: Renderer | None = None,
+            **options: Any,
         ) -> Spoken:
             name = SOURCES.get(family or "", template)
             own = text
             if name is not None:
                 source = shared(f"data/templates/{name}.jinja").read_text()
                 own = replace(text, template=ChatTemplate({"default": source}, {"bos_token": "", "eos_token": ""}))
+            if renderer is not None:
+                own = replace(
+                    own, template=ChatTemplate(own.template.templates, own.template.variables, renderer=renderer)
+                )
             ids = [*text.tokenizer.encode(says, add_special=False), text.eos_ids[0]]
             port = ScriptedPort(lambda spec, index: ids, replace(info, max_model_len=4096), group=group)
             stack.callback(port.close)
@@ -192,24 +207,45 @@ def test_special_tokens_that_mark_calls_are_kept(speaking: Callable[..., Spoken]
     """Marks are special tokens in many tokenizers, and special tokens are left out of texts."""
     from tokenizers import AddedToken, Tokenizer
 
-    from weft.front.tokenizer import Tokenizer as Own
-
     backend = Tokenizer.from_str(text.tokenizer._backend.to_str())
     backend.add_special_tokens([AddedToken(t, special=True) for t in ("[TOOL_CALLS]", "<|python_tag|>")])
     own = Own(backend, text.tokenizer.config)
     mark = own.token_to_id("[TOOL_CALLS]")
     assert mark in own.special_ids
-    from weft.front.dialect import Dialect
-
     model = replace(text, tokenizer=own, vocab_size=text.vocab_size + 2)
-    manner = Dialect(model, "mistral").manner("", {"time": {}})
-    assert manner is not None
-    assert manner.shown == {mark}
+    assert model.marks == {mark, own.token_to_id("<|python_tag|>")}
     ids = own.encode("[TOOL_CALLS]time[ARGS]{}<|end|>", add_special=False)
     assert mark in ids
-    for shown, want in ((manner.shown, "[TOOL_CALLS]time[ARGS]{}"), ((), "time[ARGS]{}")):
+    for shown, want in ((model.marks, "[TOOL_CALLS]time[ARGS]{}"), ((), "time[ARGS]{}")):
         sequence = model.sequence(model.default_params(max_tokens=5), shown)
         assert "".join(sequence.push((i,))[0] for i in ids[:-1]) == want
+    vocabulary = model.vocabulary()
+    assert mark not in vocabulary.special, "a grammar may ask for it as for any text"
+    assert set(model.eos_ids) <= vocabulary.special
+    technique = LLGuidance()
+    technique.attach(VocabularyShelf(lambda: vocabulary))
+    path = technique.begin(Grammar("grammar", calls(Mistral.form, {"time": {"type": "object"}}, parallel=True)))
+    assert path.mask()[mark // 8] >> mark % 8 & 1
+    assert path.advance(ids) == len(ids)
+
+
+def test_a_mark_that_is_a_special_token_is_read_in_answers(info: EngineInfo, text: ModelText) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    backend = Tokenizer.from_str(text.tokenizer._backend.to_str())
+    backend.add_special_tokens([AddedToken("[TOOL_CALLS]", special=True)])
+    model = replace(text, tokenizer=Own(backend, text.tokenizer.config))
+    ids = model.tokenizer.encode("[TOOL_CALLS]time[ARGS]{}<|end|>", add_special=False)
+    port = ScriptedPort(lambda spec, index: ids, replace(info, vocab_size=5000))
+    try:
+        with (
+            serving(port, model, tool_parser="mistral") as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client,
+        ):
+            answer = client.chat.completions.create(model=MODEL, messages=ASK, tools=[TIME])
+    finally:
+        port.close()
+    assert answer.choices[0].message.tool_calls[0].function.name == "time"
 
 
 # ---------------------------------------------------------------------------------------------- thoughts
@@ -338,3 +374,45 @@ def test_ids_and_names_that_a_template_asks_for(speaking: Callable[..., Spoken])
     id = spoken.ask(tools=TOOLS).choices[0].message.tool_calls[0].id
     assert len(id) == 9
     assert id.isalnum()
+
+
+# ---------------------------------------------------------------------------------------------- templates of requests
+
+
+def test_a_template_of_the_request_only_where_it_is_trusted(speaking: Callable[..., Spoken]) -> None:
+    own: Any = {"chat_template": "{% for m in messages %}<{{ m.content }}>{% endfor %}"}
+    with pytest.raises(openai.BadRequestError, match="--trust-request-chat-template") as error:
+        speaking("Rain.").ask(extra_body=own)
+    assert (error.value.param, error.value.code) == ("chat_template", "unsupported_parameter")
+    model = speaking("Rain.", trust_templates=True)
+    model.ask(extra_body=own)
+    assert model.prompt() == "<What is the weather?>"
+    model.ask()
+    assert model.prompt() == "<|user|>What is the weather?<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10 ** 9 }}",
+        "{% include '/etc/passwd' %}",
+        "{{",
+        "x" * (1 << 20) + "x",
+    ],
+    ids=lambda source: source[:20],
+)
+def test_a_trusted_template_can_do_no_harm(speaking: Callable[..., Spoken], source: str) -> None:
+    """Also where it is asked whether it tells of tools, which renders it."""
+    quick = Renderer(seconds=0.5, memory_bytes=1 << 28)
+    try:
+        model = speaking("Rain.", trust_templates=True, renderer=quick)
+        with pytest.raises(openai.BadRequestError) as error:
+            model.ask(tools=TOOLS, extra_body={"chat_template": source})
+        assert error.value.param in ("messages", "chat_template")
+        assert "weather" not in str(error.value)
+        assert model.ask().choices[0].message.content == "Rain."
+    finally:
+        quick.close()

@@ -92,7 +92,7 @@ def templates(place: Path) -> Iterator[tuple[str, str]]:
 
 def conversations(place: Path) -> list[Talk]:
     """Conversations, among them what many templates refuse."""
-    talks = [(messages, None) for messages in OWN]
+    talks: list[Talk] = [(messages, None) for messages in OWN]
     for path in sorted((place / "minja-contexts").glob("*.json")):
         context = json.loads(path.read_text(encoding="utf8"))
         messages, tools = context["messages"], context.get("tools")

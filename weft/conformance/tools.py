@@ -19,21 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from weft.conformance.count import Count, folder
+from weft.conformance.schema import BYTES
 from weft.errors import RequestError
 from weft.exec.vocabulary import VocabularyShelf
 from weft.front.openai.offer import offer_of
 from weft.front.openai.structs import ChatRequest
 from weft.front.tools import PARSERS
 from weft.front.tools.events import Arguments, Begun, Ended, Event, Tools
+from weft.front.tools.form import Form
 from weft.front.tools.grammar import calls as grammar_of
 from weft.front.tools.grammar import in_bare_text
-from weft.front.tools.machine import Form, Machine
+from weft.front.tools.machine import Machine
 from weft.registry import Part
-from weft.slots import SLOTS, Constrain, GrammarPath, Vocabulary
+from weft.slots import SLOTS, Constrain, GrammarPath
 from weft.types import Grammar
 
-BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,))
-"""A vocabulary in which every text can be written: what a grammar allows does not depend on the model's."""
 Begin = Callable[[str], GrammarPath]
 """Lark to the beginning of its grammar.  Raises RequestError for what is refused."""
 Call = tuple[str, dict[str, Any]]
@@ -152,8 +152,8 @@ def read(parser: type[Machine], tools: Tools, pieces: Iterable[str]) -> list[Cal
 
 def takes(path: GrammarPath, text: str) -> bool:
     """Whether a grammar has a text."""
-    path = path.fork()
-    return all(path.advance(byte) for byte in text.encode()) and path.advance(256)
+    tokens = [*text.encode(), 256]
+    return path.fork().advance(tokens) == len(tokens)
 
 
 def made_wrong(schema: Mapping[str, Any], call: Call) -> Iterator[Call]:
@@ -249,7 +249,7 @@ def _schema(schema: Any) -> Any:
     """A schema with JSON schema's types, and without what is none of its words; names of properties are left alone."""
     if not isinstance(schema, dict):
         return schema
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "type" and isinstance(value, str):
             word = TYPES.get(value.lower(), value.lower())

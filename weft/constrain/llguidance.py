@@ -3,7 +3,8 @@
 Paper    the library llguidance (Microsoft, github.com/guidance-ai/llguidance), which walks a trie of the vocabulary with
          derivatives of regular expressions (Brzozowski, 1964) under an Earley parser (Earley, 1970)
 Rule     logit(t) = -inf for each id t for which no text of the grammar begins with the output so far followed by t's bytes; an
-         end id is allowed where the output so far is a text of the grammar
+         end id is allowed where the output so far is a text of the grammar.  Where all texts go on with the same bytes, the one
+         token by which the tokenizer writes them is allowed
 Shapes   mask: a bit for each of vocab ids
 Units    masks: rows of logits; tokens: taken into grammars; grammars: made ready
 Cost     a mask for each sampled row on one thread of the CPU, and the grammar's parser for each live sequence.  A grammar is made
@@ -22,9 +23,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from weft.constrain._common import exact, unheld
 from weft.errors import RequestError
 from weft.registry import register
 from weft.slots import Vocabulary, Words
@@ -33,7 +36,7 @@ from weft.types import Grammar
 
 MOST_CHARS = 300
 """Of the library's own words that are told to a client."""
-BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,))
+BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,), lambda text: list(text.encode()))
 """A vocabulary in which every text can be written: what a grammar means does not depend on the model's."""
 
 
@@ -42,7 +45,7 @@ BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (
 class LLGuidance:
     """items: of a row of the parser, at most.  whitespace: characters of it between two tokens of JSON, at most."""
 
-    items: int = 1000
+    items: int = 500
     whitespace: int = 1
     acts: dict[str, int] = field(
         default_factory=lambda: {"masks": 0, "tokens": 0, "grammars": 0}, init=False, compare=False
@@ -109,7 +112,10 @@ class LLGuidance:
             options["whitespace_pattern"] = rf"[\x20\x0A\x0D\x09]{{1,{self.whitespace}}}"
         try:
             schema = json.loads(grammar.source)
-            return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+            found = unheld(schema)
+            if found is not None:
+                raise _refused(grammar, f"format {found[0]}: {found[1]}")
+            return str(LLMatcher.grammar_from_json_schema(json.dumps(exact(schema)), overrides=options))
         except (ValueError, RecursionError) as error:
             raise _refused(grammar, str(error)) from None
 
@@ -134,13 +140,18 @@ class Path:
         _fail(self.matcher, self.grammar)
         return bits
 
-    def advance(self, token: int) -> bool:
-        if token in self.ends:
-            taken = self.over > 0 or bool(self.matcher.is_accepting())
-            self.over += taken
-        else:
-            taken = not self.over and bool(self.matcher.try_consume_tokens([token]))
-        _fail(self.matcher, self.grammar)
+    def advance(self, tokens: Sequence[int]) -> int:
+        text = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+        taken = 0
+        if text and not self.over:
+            taken = int(self.matcher.try_consume_tokens([*tokens[:text]]))
+            _fail(self.matcher, self.grammar)
+        if taken == text:
+            for token in tokens[text:]:
+                if token not in self.ends or not (self.over or self.matcher.is_accepting()):
+                    break
+                self.over += 1
+                taken += 1
         self.acts["tokens"] += taken
         return taken
 
@@ -161,17 +172,17 @@ def _tokenizer(vocabulary: Vocabulary) -> Any:
 
 
 class _Spelling:
-    """A vocabulary as the library asks for it.  A text's own tokens are not needed: none is ever forced."""
+    """A vocabulary as the library asks for it."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.eos_token_id = vocabulary.ends[0]
         self.bos_token_id = None
         self.tokens = [*vocabulary.tokens]
         self.special_token_ids = sorted(vocabulary.special)
-        self._first = {text: i for i, text in reversed([*enumerate(vocabulary.tokens)]) if len(text) == 1}
+        self._encode = vocabulary.encode
 
     def __call__(self, text: bytes) -> list[int]:
-        return [self._first[bytes([b])] for b in text if bytes([b]) in self._first]
+        return [*self._encode(text.decode())]
 
 
 def _fail(matcher: Any, grammar: Grammar) -> None:

@@ -48,11 +48,9 @@ class Place:
         if common < len(self.taken):
             self.path.rollback(len(self.taken) - common)
             del self.taken[common:]
-        for token in tokens[common:]:
-            if not self.path.advance(token):
-                return False
-            self.taken.append(token)
-        return True
+        if common < len(tokens):
+            self.taken += tokens[common : common + self.path.advance(tokens[common:])]
+        return len(self.taken) == len(tokens)
 
 
 class Masks:
@@ -131,10 +129,14 @@ class Masks:
         return line[::-1]
 
     def _write(self, place: Place, row_V: Tensor) -> None:
-        bits = np.frombuffer(place.path.mask(), np.uint8)
-        vocab = row_V.shape[0]
-        allowed = np.zeros(vocab, np.uint8)
-        known = np.unpackbits(bits, count=min(vocab, 8 * len(bits)), bitorder="little")
-        allowed[: len(known)] = known
-        row_V.masked_fill_(torch.from_numpy(allowed == 0).to(row_V.device), float("-inf"))
+        write_mask(place.path, row_V)
         self.rows += 1
+
+
+def write_mask(path: GrammarPath, row_V: Tensor) -> None:
+    """Put -inf in place of the logits whose ids may not follow."""
+    bits, vocab = np.frombuffer(path.mask(), np.uint8), row_V.shape[0]
+    refused = np.ones(vocab, bool)
+    known = np.unpackbits(bits, count=min(vocab, 8 * len(bits)), bitorder="little")
+    np.equal(known, 0, out=refused[: len(known)])
+    row_V.masked_fill_(torch.from_numpy(refused).to(row_V.device), float("-inf"))

@@ -95,12 +95,12 @@ class Client:
             for p in batch
         ]
         generation = Generation(self._forget)
-        now = self._clock()
+        now, marks = self._clock(), self.text.marks
         for prompt, spec in zip(batch, specs, strict=True):
             request = LiveRequest(spec.id, prompt, generation, now)
             generation.requests.append(request)
             for _ in range(spec.n):
-                text = self.text.sequence(prompt.params, prompt.manner.shown if prompt.manner else ())
+                text = self.text.sequence(prompt.params, marks if prompt.manner or prompt.params.grammar else ())
                 request.sequences.append(LiveSequence(generation.open, request, text))
                 generation.open += 1
             self._live[spec.id] = request

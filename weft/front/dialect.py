@@ -20,7 +20,8 @@ from weft.front.template import ChatTemplate
 from weft.front.text import ModelText
 from weft.front.tools import grammar
 from weft.front.tools.events import Tools
-from weft.front.tools.machine import Machine, to_json
+from weft.front.tools.form import to_json
+from weft.front.tools.machine import Machine
 from weft.front.tools.plain import Plain
 from weft.types import Grammar
 
@@ -35,9 +36,9 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "A word."}}},
     },
 }
-_ASKED = {"role": "user", "content": "Hello."}
+_ASKED: Message = {"role": "user", "content": "Hello."}
 _CALL = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": {"a": _VALUE}}}
-_PAST = [
+_PAST: list[Message] = [
     _ASKED,
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "tool_call_id": _ID, "name": _NAME, "content": _RESULT},
@@ -83,13 +84,14 @@ class Dialect:
         *,
         parallel: bool = True,
         required: bool = False,
+        strict: bool = False,
         answer: Grammar | None = None,
         goes_on: str | None = None,
     ) -> Manner | None:
         """How answers to a prompt are to be read; None where they are text and nothing else.
 
-        functions: what may be called; required: what must be.  answer: what other answers are held to.  goes_on: the text that
-        the answer goes on with, where it does.  Raises RequestError.
+        functions: what may be called; required: what must be; strict: rightly, where it is.  answer: what other answers are held
+        to.  goes_on: the text that the answer goes on with, where it does.  Raises RequestError.
         """
         marks, inside = self.marks, False
         if marks is not None and goes_on is not None:
@@ -111,19 +113,11 @@ class Dialect:
                 "tools go together with an answer in JSON, and with no other structured output; set tool_choice to none",
                 param=PARAM,
             )
+        elif parser is not None and strict:
+            lark = grammar.free(parser, functions, **around)
         elif answer is not None:
             return None  # it holds from the first character on, so that no thought has room
-        texts = [*(parser.special if parser else ()), *((marks.begin, marks.end) if marks else ())]
-        shown = self._special(texts)
-        return Manner(
-            marks=marks, inside=inside, parser=parser, tools=functions, parallel=parallel, shown=shown, grammar=lark
-        )
-
-    def _special(self, texts: Iterable[str]) -> frozenset[int]:
-        """Ids of those texts that are special tokens, which are no text otherwise."""
-        tokenizer = self._text.tokenizer
-        ids = (tokenizer.token_to_id(text) for text in texts)
-        return frozenset(i for i in ids if i is not None and i in tokenizer.special_ids)
+        return Manner(marks=marks, inside=inside, parser=parser, tools=functions, parallel=parallel, grammar=lark)
 
     def conversation(
         self, messages: Sequence[Message], offered: Sequence[Mapping[str, Any]]
@@ -142,14 +136,16 @@ class Dialect:
         return told_of(found, offered, self.parser), None
 
 
-def _schema(answer: Grammar) -> Any:
-    """The JSON schema of a grammar.  Raises RequestError."""
+def _schema(answer: Grammar) -> dict[str, Any]:
+    """The JSON schema of a grammar, as an object.  Raises RequestError."""
     try:
         schema = json.loads(answer.source)
     except (ValueError, RecursionError):
         schema = None
-    if not isinstance(schema, dict | bool):
-        raise RequestError("structured_outputs.json must be a JSON schema: an object, true or false", param=PARAM)
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise RequestError(f"{PARAM}.json must be a JSON schema that something fits: an object, or true", param=PARAM)
     return schema
 
 

@@ -26,9 +26,8 @@ class Manner:
     """marks: of thoughts; None where they are left in the text.  inside: the prompt has opened one.
 
     parser: of tool calls; None where none may come.  tools: what may be called.  parallel: whether more than one call may come;
-    others are left out if not.  shown: special tokens that the parsers must see.
-
-    grammar: what answers are held to, in Lark; None where they are free, or held to what the request says itself.
+    others are left out if not.  grammar: what answers are held to, in Lark; None where they are free, or held to what the
+    request says itself.
     """
 
     marks: Marks | None = None
@@ -36,7 +35,6 @@ class Manner:
     parser: type[Machine] | None = None
     tools: Tools | None = None
     parallel: bool = True
-    shown: frozenset[int] = frozenset()
     grammar: str | None = None
 
     def open(self) -> Speech:

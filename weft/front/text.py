@@ -14,13 +14,18 @@ import msgspec
 from weft.errors import ConfigError, RequestError
 from weft.front.detokenize import SequenceText
 from weft.front.files import read_json
+from weft.front.reasoning import MARKS as THOUGHTS
 from weft.front.template import ChatTemplate, plain_messages
 from weft.front.tokenizer import Tokenizer
+from weft.front.tools import PARSERS
 from weft.models.gguf.header import is_gguf
 from weft.sampling import SamplingParams
 from weft.slots import Vocabulary
 from weft.types import RequestSpec, TokenItem
 
+MARKS = frozenset(text for parser in PARSERS.values() for text in parser.special) | frozenset(
+    text for marks in THOUGHTS.values() for text in (marks.begin, marks.end)
+)
 _SHRINK = 4
 """Unicode normalization makes at most so many characters into one (NFC; Unicode Standard Annex 15)."""
 
@@ -174,13 +179,19 @@ class ModelText:
             companions=((TokenItem(tuple(contrast)),),) if contrast else (),
         )
 
+    @property
+    def marks(self) -> frozenset[int]:
+        """Special tokens that mark calls or thoughts of a family.  They are text where answers are read or held to a grammar."""
+        ids = (self.tokenizer.token_to_id(text) for text in MARKS)
+        return frozenset(i for i in ids if i is not None and i in self.tokenizer.special_ids and i not in self.eos_ids)
+
     def vocabulary(self) -> Vocabulary:
         """What each id stands for, as techniques read it."""
         tokenizer = self.tokenizer
         bare = {i for i in range(self.vocab_size) if tokenizer.id_to_token(i) is None}
         tokens = tuple(b"" if i in bare else tokenizer.token_bytes(i) for i in range(self.vocab_size))
-        special = (bare | tokenizer.special_ids | set(self.eos_ids)) & set(range(self.vocab_size))
-        return Vocabulary(tokens, frozenset(special), self.eos_ids)
+        special = (bare | (tokenizer.special_ids - self.marks) | set(self.eos_ids)) & set(range(self.vocab_size))
+        return Vocabulary(tokens, frozenset(special), self.eos_ids, Speller(tokenizer, tokens, special))
 
     def sequence(self, params: SamplingParams, shown: Collection[int] = ()) -> SequenceText:
         """The text of one output sequence under `params`: stop strings, stop ids, whether special tokens show.
@@ -213,6 +224,44 @@ class ModelText:
             param=param,
             code="context_length_exceeded",
         )
+
+
+class Speller:
+    """Text to ids whose bytes are exactly the text's, as the tokenizer writes it in the middle of a text.
+
+    Tokenizers that put a space before every text are asked with a character before it, which is taken away again; where neither
+    way gives the text's own bytes, it is the longest tokens from left to right.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tokens: Sequence[bytes], special: Collection[int]) -> None:
+        self._tokenizer, self._tokens, self._special = tokenizer, tokens, frozenset(special)
+        self._ids = {token: i for i, token in reversed([*enumerate(tokens)]) if token and i not in special}
+
+    def __call__(self, text: str) -> list[int]:
+        for before in ("", "\x02"):
+            head = self._plain(before) if before else []
+            ids = self._plain(before + text)
+            if ids[: len(head)] == head and b"".join(self._tokens[i] for i in ids[len(head) :]) == text.encode():
+                return ids[len(head) :]
+        return longest(self._ids, text)
+
+    def _plain(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special=False)
+        if not self._special.isdisjoint(ids):  # other special tokens than marks are no text
+            ids = self._tokenizer.encode(text, add_special=False, parse_special=False)
+        return [i for i in ids if i < len(self._tokens)]
+
+
+def longest(ids: Mapping[bytes, int], text: str) -> list[int]:
+    """A text in the longest tokens from left to right; bytes that no token has are left out."""
+    data, most = text.encode(), max(map(len, ids), default=0)
+    found, at = [], 0
+    while at < len(data):
+        size = next((n for n in range(min(most, len(data) - at), 0, -1) if data[at : at + n] in ids), 0)
+        if size:
+            found.append(ids[data[at : at + size]])
+        at += size or 1
+    return found
 
 
 def sampling_defaults(generation: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from weft.errors import ConfigError
+
+ENDS = {-9: "time", -14: "time", -6: "memory"}
+"""What it means that a process ended by SIGKILL (its parent's), SIGALRM, or SIGABRT (a library that got no memory)."""
 
 
 class Worker:
@@ -38,7 +40,8 @@ class Worker:
         self._started()
 
     def ask(self, request: bytes) -> dict[str, Any]:
-        """One request and its answer.  A process that is gone or late is ended: {"error": "time" or "died", "message"}."""
+        """One request and its answer.  A process that is gone or late is ended: {"error", "message"} with error one of time,
+        memory and died."""
         process = self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -58,8 +61,7 @@ class Worker:
         finally:
             late.cancel()
         code = self.close()
-        late_code = code in (-signal.SIGALRM, -signal.SIGKILL) if hasattr(signal, "SIGALRM") else code not in (0, None)
-        return {"error": "time" if late_code else "died", "message": f"exit status {code}"}
+        return {"error": ENDS.get(code or 0, "died"), "message": f"exit status {code}"}
 
     def close(self) -> int | None:
         """Kill and reap the process; its exit status."""

@@ -16,12 +16,13 @@ class Vocabulary:
     """What token ids stand for.
 
     tokens: the bytes of each id inside a text, b"" where it has none; as many as rows of logits.  special: ids that are no text.
-    ends: ids of which each ends an output.
+    ends: ids of which each ends an output.  encode: ids of a text as it is commonly written, whose bytes are exactly the text's.
     """
 
     tokens: Sequence[bytes]
     special: frozenset[int]
     ends: tuple[int, ...]
+    encode: Callable[[str], Sequence[int]]
 
 
 class Words(Protocol):
@@ -42,7 +43,7 @@ class GrammarPath(Protocol):
     grammar is too complex to go on.
 
     mask      which ids may follow, a bit for each, the lowest first; at least one
-    advance   take a token in; False, and nothing is changed, where the grammar does not allow it
+    advance   take in the first of these tokens, as many as the grammar allows, and say how many
     rollback  forget the last tokens
     fork      another path that stands in the same place
 
@@ -52,7 +53,7 @@ class GrammarPath(Protocol):
     @property
     def ends(self) -> frozenset[int]: ...
     def mask(self) -> bytes: ...
-    def advance(self, token: int) -> bool: ...
+    def advance(self, tokens: Sequence[int]) -> int: ...
     def rollback(self, count: int) -> None: ...
     def fork(self) -> GrammarPath: ...
 

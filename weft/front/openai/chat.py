@@ -127,6 +127,7 @@ async def chat_turn(service: Service, request: ChatRequest | TokenizeRequest) ->
             offer.functions,
             parallel=offer.parallel,
             required=offer.choice == "required",
+            strict=offer.strict,
             answer=held_to,
             goes_on=messages[-1]["content"] if going_on else None,
         )
@@ -189,7 +190,7 @@ class ChatWriter:
     def events(self, deltas: list[Delta]) -> bytes:
         out: list[bytes] = []
         for delta in deltas:
-            reason = delta.finish_reason
+            reason: str | None = delta.finish_reason
             if self._turns:
                 turn = self._turns[delta.index]
                 out += self._pieces(delta, turn.read(delta))
@@ -246,18 +247,20 @@ class ChatWriter:
         choices = []
         for index, choice in sorted(self._choices.items()):
             logprobs = chat_logprobs(self._service.text.tokenizer, choice.logprobs) if self._logprobs else None
-            message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
-            reason = choice.last and choice.last.finish_reason
-            if self._turns:
-                message = self._turns[index].message()
-                reason = choice.last and self._turns[index].reason(choice.last)
+            turn, last = self._turns[index] if self._turns else None, choice.last
+            message = (
+                {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+                if turn is None
+                else turn.message()
+            )
+            reason = None if last is None else last.finish_reason if turn is None else turn.reason(last)
             choices.append(
                 {
                     "index": index,
                     "message": message,
                     "logprobs": logprobs,
                     "finish_reason": reason,
-                    "stop_reason": choice.last and choice.last.stop_reason,
+                    "stop_reason": last and last.stop_reason,
                 }
             )
         said = {} if self._label is None else {"weft": self._label}

@@ -32,12 +32,14 @@ class Offer:
     """tools: what the prompt tells of.  functions: what may be called, with the schema of its parameters.
 
     choice: whether a call may come, or must.  parallel: whether several may; a function that is named is called once.
+    strict: whether calls must be right even where none must come: one of the functions says so.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     functions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     choice: Choice = "none"
     parallel: bool = True
+    strict: bool = False
 
 
 def offer_of(request: Asks) -> Offer:
@@ -70,6 +72,7 @@ def offer_of(request: Asks) -> Offer:
         functions=kept,
         choice="required" if choice == "required" else "auto",
         parallel=request.parallel_tool_calls is not False and not named,
+        strict=any(tool["function"].get("strict") is True for tool in tools if tool["function"]["name"] in kept),
     )
 
 

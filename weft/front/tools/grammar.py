@@ -8,12 +8,15 @@ its schema has, unless it says itself that there may be others.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from weft.front.reasoning import Marks
 from weft.front.tools.events import Tools
-from weft.front.tools.machine import Form
+from weft.front.tools.form import Form
+from weft.front.tools.machine import Machine
 
 MOST_CALLS = 8
 """In one answer that has to call: a model that goes on and on would end at its length, in the middle of a call."""
@@ -40,29 +43,72 @@ def calls(form: Form, tools: Tools, *, parallel: bool, marks: Marks | None = Non
 
 
 def answer(
-    schema: Any, form: Form, tools: Tools, *, parallel: bool, marks: Marks | None = None, inside: bool = False
+    schema: Mapping[str, Any],
+    form: Form,
+    tools: Tools,
+    *,
+    parallel: bool,
+    marks: Marks | None = None,
+    inside: bool = False,
 ) -> str:
     """Lark for JSON of a schema, or calls of tools where there are any, behind a thought perhaps."""
     start, rules = _calls(form, tools, parallel) if tools else ("", [])
     start = f"({start} | answer)" if tools else "answer"
-    written = {"allOf": [schema]} if isinstance(schema, bool) else schema
-    said = "answer: %json " + json.dumps({**written, "x-guidance": _LOOSE})
+    said = "answer: %json " + json.dumps({**schema, "x-guidance": _LOOSE})
     return _lark([*_thought(marks, inside), start], [*rules, said, *_thought_rules(marks)])
+
+
+def free(
+    parser: type[Machine], tools: Tools, *, parallel: bool, marks: Marks | None = None, inside: bool = False
+) -> str:
+    """Lark for any text in which every call is right, as functions that are `strict` ask for.
+
+    A mark that begins a call begins one wherever it stands.  Where calls are marked by being JSON from the first character
+    on, an answer that begins like that is a call.
+    """
+    form, wild = parser.form, "(?s:.*)"
+    no = [f"/{wild}/", *(f"~/{wild}{_pattern(marker)}{wild}/" for marker in parser.markers)]
+    lead = next((marker for marker in parser.markers if form.written([("a", {})]).startswith(marker)), "")
+    start, rules = _calls(
+        form if form.open else replace(form, several=form.several and not lead), tools, parallel, lead
+    )
+    if lead:
+        rules += [f"lead[suffix={_said(lead)}]: {_TEXT}"]
+        start = f"(lead {start}){'*' if parallel else '?'} rest"
+    else:
+        no.append(f"~/[ \\t\\r\\n]*[{_pattern(parser.openings)}]{wild}/")
+        start = f"({start} | rest)"
+    return _lark(
+        [*_thought(marks, inside), start], [*rules, "rest: REST", "REST: " + " & ".join(no), *_thought_rules(marks)]
+    )
+
+
+def _pattern(text: str) -> str:
+    """A text as a regular expression in Lark."""
+    return re.escape(text).replace("/", "\\/")
 
 
 def _lark(start: list[str], rules: list[str]) -> str:
     return "\n".join(["start: " + " ".join(start), *rules]) + "\n"
 
 
-def _calls(form: Form, tools: Tools, parallel: bool) -> tuple[str, list[str]]:
-    """(what stands in the rule of the start, other rules) for calls."""
+def _calls(form: Form, tools: Tools, parallel: bool, lead: str = "") -> tuple[str, list[str]]:
+    """(what stands in the rule of the start, other rules) for calls.  lead: what stands before them already."""
+    head = "" if form.open else lead
     rules: list[str] = []
     for i, (name, schema) in enumerate(tools.items()):
-        rules += _bare(form.tag, i, name, schema) if form.tag and in_bare_text(schema) else _json(form, i, name, schema)
+        rules += (
+            _bare(form, i, name, schema, head)
+            if form.tag and in_bare_text(schema)
+            else _json(form, i, name, schema, head)
+        )
     most = MOST_CALLS if parallel and form.several else 1
     several = "call" if most == 1 else f"call ({_said(form.between)} call){{0,{most - 1}}}"
     choice = " | ".join(f"call_{i}" for i in range(len(tools)))
-    return " ".join(filter(None, (_said(form.open), several, _said(form.close)))), [f"call: {choice}", *rules]
+    return " ".join(filter(None, (_said(form.open.removeprefix(lead)), several, _said(form.close)))), [
+        f"call: {choice}",
+        *rules,
+    ]
 
 
 def _said(text: str) -> str:
@@ -82,10 +128,10 @@ def _thought_rules(marks: Marks | None) -> list[str]:
     return [f"thought: thinking /[ \\n]{{0,2}}/\nthinking[suffix={_said(marks.end)}]: {_TEXT}"]
 
 
-def _json(form: Form, i: int, name: str, schema: Mapping[str, Any]) -> list[str]:
-    """A call whose arguments are one JSON object."""
+def _json(form: Form, i: int, name: str, schema: Mapping[str, Any], lead: str) -> list[str]:
+    """A call whose arguments are one JSON object, without the mark that leads it."""
     head, middle, tail = form.parts
-    parts = [_said(head + name + middle), f"arguments_{i}", _said(tail)]
+    parts = [_said(head.removeprefix(lead) + name + middle), f"arguments_{i}", _said(tail)]
     return [f"call_{i}: {' '.join(filter(None, parts))}", f"arguments_{i}: {_schema(closed(schema))}"]
 
 
@@ -97,8 +143,9 @@ def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A schema of an object, with no other properties than it has: what it allows is allowed by the schema as it was."""
     out = {"type": "object", **schema}
     properties, required = out.get("properties"), out.get("required", [])
-    known = set(out) <= _PLAIN | {"$defs", "definitions"} and isinstance(properties, Mapping)
-    if known and isinstance(required, list) and all(isinstance(key, str) and key in properties for key in required):
+    if not set(out) <= _PLAIN | {"$defs", "definitions"} or not isinstance(properties, Mapping):
+        return out
+    if isinstance(required, list) and all(isinstance(key, str) and key in properties for key in required):
         out.setdefault("additionalProperties", False)
         out["properties"] = {key: _closed_inside(value) for key, value in properties.items()}
     return out
@@ -141,7 +188,7 @@ def _tellable(key: str, schema: Any) -> bool:
     )
 
 
-def _bare(tag: str, i: int, name: str, schema: Mapping[str, Any]) -> list[str]:
+def _bare(form: Form, i: int, name: str, schema: Mapping[str, Any], lead: str) -> list[str]:
     """A call whose arguments are bare texts, in the order of the schema; one that is not required may be missing."""
     properties, required = schema.get("properties", {}), schema.get("required", [])
     parts, rules = [], []
@@ -158,5 +205,6 @@ def _bare(tag: str, i: int, name: str, schema: Mapping[str, Any]) -> list[str]:
         else:
             rules.append(f'{rule}: {head} text_{i}_{j} "\\n"')
             rules.append(f'text_{i}_{j}[suffix="</parameter>"]: {_TEXT}')
-    head, tail = _said(f"<{tag}>\n<function={name}>\n"), _said(f"</function>\n</{tag}>")
+    head = _said(f"<{form.tag}>\n<function={name}>\n".removeprefix(lead))
+    tail = _said(f"</function>\n</{form.tag}>")
     return [f"call_{i}: {' '.join([head, *parts, tail])}", *rules]

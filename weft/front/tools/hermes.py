@@ -5,7 +5,8 @@ Source: the templates of Hermes 2 Pro and 3, Qwen 2.5 and 3.  The closing tag ma
 
 from __future__ import annotations
 
-from weft.front.tools.machine import Form, Machine, Reading
+from weft.front.tools.form import Form
+from weft.front.tools.machine import Machine, Reading
 
 
 class Hermes(Machine):

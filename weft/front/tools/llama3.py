@@ -6,7 +6,8 @@ model sends to its built-in tools (`<|python_tag|>brave_search.call(...)`, Pytho
 
 from __future__ import annotations
 
-from weft.front.tools.machine import Form, Machine, Reading
+from weft.front.tools.form import Form
+from weft.front.tools.machine import Machine, Reading
 
 
 class Llama3(Machine):

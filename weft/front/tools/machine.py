@@ -12,17 +12,15 @@ import secrets
 import string
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn, TypeVar
+from collections.abc import Callable, Generator
+from typing import ClassVar, NoReturn, TypeVar
 
 from weft.front.detokenize import automaton
 from weft.front.tools.events import Arguments, Begun, Broken, Ended, Event, Text, Tools
+from weft.front.tools.form import Form
 from weft.front.tools.value import BAD, DONE, OVER, SPACE, Value, is_json
 
 T = TypeVar("T")
-Call = tuple[str, Mapping[str, Any]]
-"""Name and arguments."""
 Reading = Generator[None, str, T]
 """A grammar: is sent characters ("" at the end of the output), returns what it made of them."""
 
@@ -35,51 +33,9 @@ class Malformed(Exception):
     """What was read is no call after all."""
 
 
-def to_json(value: Any) -> str:
-    """JSON as chat templates write it."""
-    return json.dumps(value, ensure_ascii=False)
-
-
 def call_id() -> str:
     """An id as OpenAI's look."""
     return "call_" + secrets.token_hex(12)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """How a family writes calls: `open`, each as `call` with NAME and ARGUMENTS filled in, `between` them, and `close`.
-
-    tag: calls are rather written in bare text, as `<function=NAME>` with its parameters between this tag and its end; `call` is
-    then for what bare text cannot say.  several: whether more than one may stand in an answer.
-    """
-
-    call: str
-    open: str = ""
-    between: str = "\n"
-    close: str = ""
-    tag: str = ""
-    several: bool = True
-
-    @property
-    def parts(self) -> tuple[str, str, str]:
-        """What stands before the name, between it and the arguments, and behind them."""
-        head, _, rest = self.call.partition("NAME")
-        middle, _, tail = rest.partition("ARGUMENTS")
-        return head, middle, tail
-
-    def written(self, calls: Sequence[Call]) -> str:
-        """The text of some calls."""
-        said = (self._bare(*call) if self.tag else self._json(*call) for call in calls)
-        return self.open + self.between.join(said) + self.close
-
-    def _json(self, name: str, given: Mapping[str, Any]) -> str:
-        head, middle, tail = self.parts
-        return head + name + middle + to_json(given) + tail
-
-    def _bare(self, name: str, given: Mapping[str, Any]) -> str:
-        values = {key: value if isinstance(value, str) else to_json(value) for key, value in given.items()}
-        parameters = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
-        return f"<{self.tag}>\n<function={name}>\n{parameters}</function>\n</{self.tag}>"
 
 
 class Machine(ABC):

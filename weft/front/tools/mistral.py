@@ -10,7 +10,8 @@ import hashlib
 import secrets
 import string
 
-from weft.front.tools.machine import MAX_NAME, NAME_CHARS, Form, Machine, Malformed, Reading
+from weft.front.tools.form import Form
+from weft.front.tools.machine import MAX_NAME, NAME_CHARS, Machine, Malformed, Reading
 from weft.front.tools.value import SPACE
 
 ID_CHARS = string.ascii_letters + string.digits

@@ -5,7 +5,8 @@ For models whose template knows no tools: this is the form that `fallback` asks 
 
 from __future__ import annotations
 
-from weft.front.tools.machine import Form, Machine, Reading
+from weft.front.tools.form import Form
+from weft.front.tools.machine import Machine, Reading
 
 
 class Plain(Machine):

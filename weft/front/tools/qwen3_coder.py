@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from weft.front.detokenize import automaton
-from weft.front.tools.machine import END, Form, Machine, Malformed, Reading, to_json
+from weft.front.tools.form import Form, to_json
+from weft.front.tools.machine import END, Machine, Malformed, Reading
 from weft.front.tools.value import SPACE, is_json
 
 MAX_KEY = 256

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from weft.front.tools.machine import Form
+from weft.front.tools.form import Form
 from weft.front.tools.qwen3_coder import Qwen3Coder
 
 
