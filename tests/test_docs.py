@@ -20,15 +20,19 @@ import pytest
 import typer
 
 import weft
+from weft.bench.serve import Load, Sample, summary
 from weft.cli import _compare, app, features, generate, plan
 from weft.cli._flags import EngineFlags
 from weft.cli._sampling import SamplingFlags
 from weft.errors import ConfigError
 from weft.exec.build import EngineConfig, prepare
+from weft.front.anthropic import structs as anthropic_structs
 from weft.front.app import OPEN_PATHS, Routes
 from weft.front.metrics import Metrics
-from weft.front.openai import structs
-from weft.front.openai.errors import STATUS_OF_CODE
+from weft.front.openai import response_structs, structs
+from weft.front.openai.batches import BatchRequest
+from weft.front.openai.embeddings import EmbeddingRequest
+from weft.front.openai.errors import CAPACITY, STATUS_OF_CODE
 from weft.llm import configure
 from weft.outputs import CompletionOutput, Logprob, RequestOutput
 from weft.sampling import SamplingParams
@@ -275,6 +279,12 @@ def test_json_of_bench() -> None:
     assert set(spans(sections(page("bench/README.md"))["The limit"])) >= inner
 
 
+def test_json_of_bench_serve() -> None:
+    record = summary([Sample(ttft_s=1.0, e2e_s=2.0, output_tokens=2)], 1.0, Load(), url="u", model="m")
+    told = keys_after(section_of("weft bench serve"), "JSON keys") - {"connection", "timeout", "stream", "answer"}
+    assert told == {*record, *(record["ttft_s"] or {})}
+
+
 def test_json_of_generate() -> None:
     result = generate.as_json(RequestOutput("1", "a", [1], [CompletionOutput(0)]))
     assert keys_after(section_of("weft generate"), "Each result in the JSON") == {*result, *result["outputs"][0]}
@@ -324,6 +334,19 @@ def test_request_fields() -> None:
     assert named(ids.split("|---", 1)[1]) == struct_fields(structs.DetokenizeRequest)
 
 
+def test_fields_of_what_is_kept_and_of_vectors() -> None:
+    responses = named(HTTP["Responses"])
+    assert responses == struct_fields(response_structs.ResponseRequest)
+    assert named(HTTP["Files and batches"]) - {"/v1/batches"} == struct_fields(BatchRequest)
+    assert named(HTTP["Embeddings"]) - {"/v1/embeddings"} == struct_fields(EmbeddingRequest)
+    messages = HTTP["Anthropic's messages"]
+    assert named(messages) - {"/v1/messages"} == struct_fields(anthropic_structs.MessagesRequest)
+    counted = keys_after(messages, "`/v1/messages/count_tokens` takes")
+    assert counted == struct_fields(anthropic_structs.CountRequest)
+    for text, neutral in ((HTTP["Responses"], response_structs.NEUTRAL), (messages, anthropic_structs.NEUTRAL)):
+        assert keys_after(text, "Refused, unless") == neutral.keys()
+
+
 def test_refused_fields() -> None:
     _, listed = HTTP["Fields that are refused"].strip().split("\n\n", 1)
     assert set(spans(listed)) == structs.NEUTRAL.keys()
@@ -338,7 +361,7 @@ def test_error_codes() -> None:
     for row in rows(HTTP["Errors"]):
         told |= dict.fromkeys(spans(row[1]), int(row[0]))
     assert told.keys() == written
-    unavailable = {"overloaded": 503, "engine_stopped": 503}
+    unavailable = {"overloaded": 503, "engine_stopped": 503, **CAPACITY}
     assert told == {code: {**STATUS_OF_CODE, **unavailable}.get(code, 400) for code in written}
 
 

@@ -32,6 +32,7 @@ class Serving:
 
     def __init__(self, folder: Path, *args: str, **environment: str) -> None:
         self.out, self.err = folder / "stdout", folder / "stderr"
+        environment.setdefault("WEFT_HOME", str(folder))
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [*COMMAND, "serve", *args], cwd=ROOT, env=_environment(environment), stdout=out, stderr=err, text=True

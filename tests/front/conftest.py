@@ -17,6 +17,7 @@ from tests.front.scripted import Script, ScriptedPort
 from weft.front.app import create_app
 from weft.front.port import EngineInfo, EnginePort
 from weft.front.server import Server
+from weft.front.store import open_store
 from weft.front.text import ModelText
 
 MODEL = "weft-tiny"
@@ -86,9 +87,10 @@ def engine(bundled: Path, text: ModelText) -> Iterator[EnginePort]:
 
 
 @pytest.fixture(scope="session")
-def url(engine: EnginePort, text: ModelText) -> Iterator[str]:
+def url(engine: EnginePort, text: ModelText, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The real server."""
-    with serving(engine, text, model_ids=[MODEL, "alias"]) as address:
+    store = open_store(tmp_path_factory.mktemp("store"))
+    with serving(engine, text, model_ids=[MODEL, "alias"], store=store) as address:
         yield address
 
 

@@ -42,8 +42,8 @@ class _Run:
 class ScriptedPort:
     """script(spec, index): the tokens that the sequence would produce; cut by max_tokens and stop ids.
 
-    group: tokens per frame.  interval_s: pause between frames.  A script that returns fewer tokens than max_tokens and
-    ends with no stop id keeps the sequence waiting for ever.
+    group: tokens per frame.  interval_s: pause between frames.  vector: what it gives for pooled states.  A
+    script that returns fewer tokens than max_tokens and ends with no stop id keeps the sequence waiting for ever.
     """
 
     def __init__(self, script: Script, info: EngineInfo, *, group: int = 1, interval_s: float = 0.001) -> None:
@@ -54,6 +54,7 @@ class ScriptedPort:
         self.reject: Rejected | None = None
         self.give_up: str | None = None
         self.stall = 0.0
+        self.vector = b""
         self._info = info
         self._error: str | None = None
         self._sink: FrameSink | None = None
@@ -147,7 +148,8 @@ class ScriptedPort:
             if token in sampling.stop_ids:
                 ended = Finished(run.spec.id, run.index, "stop", stop_id=token, cached_tokens=3)
             elif run.sent == sampling.max_tokens:
-                ended = Finished(run.spec.id, run.index, "length", cached_tokens=3)
+                vector = self.vector if sampling.pooling else b""
+                ended = Finished(run.spec.id, run.index, "length", cached_tokens=3, vector=vector)
         if not out:
             return []
         logprobs = tuple(self._logprob(run.spec, token) for token in out) if sampling.logprobs >= 0 else ()

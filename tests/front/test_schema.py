@@ -11,6 +11,8 @@ import httpx
 import pytest
 import yaml
 
+from tests.front.scripted import wait_until
+
 MODEL = "weft-tiny"
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 TEXT: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 5}
@@ -26,7 +28,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 KNOWN = frozenset(
     "type properties required enum items anyOf oneOf allOf $ref nullable additionalProperties minimum maximum const "
     "description title default deprecated example format discriminator maxLength x-oaiMeta x-stainless-const "
-    "x-oaiExpandable maxItems minItems maxProperties propertyNames".split()
+    "x-oaiExpandable x-oaiTypeLabel x-oaiSupportedSDKs maxItems minItems maxProperties propertyNames".split()
 )
 
 
@@ -120,3 +122,91 @@ def test_the_check_finds_faults(http: httpx.Client, api: Description) -> None:
     )
     for one in bad:
         assert list(api.faults(one, api.schemas["CreateChatCompletionResponse"]))
+
+
+SAY: dict[str, Any] = {"model": MODEL, "input": "Hi", "max_output_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"instructions": "Be kind."},
+        {"top_logprobs": 2},
+        {"background": True},
+        {"metadata": {"a": "b"}},
+        {"store": False},
+    ],
+    ids=str,
+)
+def test_responses(http: httpx.Client, api: Description, change: dict[str, Any]) -> None:
+    made = http.post("/v1/responses", json={**SAY, **change}).json()
+    api.check(made, "Response")
+    if made["store"]:
+        api.check(http.get(f"/v1/responses/{made['id']}").json(), "Response")
+        api.check(http.get(f"/v1/responses/{made['id']}/input_items").json(), "ResponseItemList")
+
+
+EVENTS = {
+    "response.created": "ResponseCreatedEvent",
+    "response.in_progress": "ResponseInProgressEvent",
+    "response.output_item.added": "ResponseOutputItemAddedEvent",
+    "response.content_part.added": "ResponseContentPartAddedEvent",
+    "response.output_text.delta": "ResponseTextDeltaEvent",
+    "response.output_text.done": "ResponseTextDoneEvent",
+    "response.content_part.done": "ResponseContentPartDoneEvent",
+    "response.output_item.done": "ResponseOutputItemDoneEvent",
+    "response.completed": "ResponseCompletedEvent",
+    "response.incomplete": "ResponseIncompleteEvent",
+}
+
+
+def test_events_of_responses(http: httpx.Client, api: Description) -> None:
+    seen = set()
+    for change in ({"top_logprobs": 1, "ignore_eos": True}, {"stop": " ", "max_output_tokens": 200}):
+        answer = http.post("/v1/responses", json={**SAY, "stream": True, **change})
+        for line in answer.text.splitlines():
+            if line.startswith("data: "):
+                event = json.loads(line[6:])
+                api.check(event, EVENTS[event["type"]])
+                seen.add(event["type"])
+    assert seen == EVENTS.keys()
+
+
+def test_embeddings(http: httpx.Client, api: Description) -> None:
+    api.check(http.post("/v1/embeddings", json={"model": MODEL, "input": ["a", "b"]}).json(), "CreateEmbeddingResponse")
+
+
+def test_models(http: httpx.Client, api: Description) -> None:
+    api.check(http.get("/v1/models").json(), "ListModelsResponse")
+    api.check(http.get(f"/v1/models/{MODEL}").json(), "Model")
+
+
+def test_files_and_batches(http: httpx.Client, api: Description) -> None:
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": MODEL, "input": "a"}}
+    for data in (json.dumps(line), "no json"):
+        form: Any = {
+            "files": {"file": ("a.jsonl", data)},
+            "data": {"purpose": "batch", "expires_after[seconds]": "3600"},
+        }
+        file = http.post("/v1/files", **form).json()
+        api.check(file, "OpenAIFile")
+        body = {
+            "input_file_id": file["id"],
+            "endpoint": "/v1/embeddings",
+            "completion_window": "24h",
+            "metadata": {"k": "v"},
+        }
+        made = http.post("/v1/batches", json=body).json()
+        api.check(made, "Batch")
+        path = f"/v1/batches/{made['id']}"
+        assert wait_until(lambda path=path: "finalizing_at" in (b := http.get(path).json()) or "failed_at" in b)
+        api.check(http.get(path).json(), "Batch")
+    api.check(http.get("/v1/files").json(), "ListFilesResponse")
+    api.check(http.get("/v1/batches").json(), "ListBatchesResponse")
+    api.check(http.delete(f"/v1/files/{file['id']}").json(), "DeleteFileResponse")
+
+
+def test_errors(http: httpx.Client, api: Description) -> None:
+    for path in ("/v1/responses/resp_x", "/v1/files/file-x", "/v1/batches/batch_x"):
+        api.check(http.get(path).json(), "ErrorResponse")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from weft.cli import bench_serve
 from weft.cli._flags import EngineFlags, Json, engine_flags, source_of
 from weft.cli._terminal import loading, stderr, stdout
 from weft.errors import ConfigError
@@ -63,6 +64,9 @@ def decode(
         print(json.dumps(records, indent=2))
     else:
         stdout().print(table(records))
+
+
+app.command("serve")(bench_serve.serve)
 
 
 def batches(text: str) -> tuple[int, ...]:

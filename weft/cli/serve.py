@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli._flags import EngineFlags, Model, spread
+from weft.cli._store import StoreFlags
 from weft.cli._terminal import LEVELS, log, say
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from weft.front.admission import Bounds
     from weft.front.remote import RemoteEngine
+    from weft.front.store import Store
     from weft.front.text import ModelText
 
 SERVER = "Server"
@@ -67,6 +69,9 @@ class ServerFlags:
             metavar="FOLDER",
         ),
     ] = None
+    pooling: Annotated[
+        str, typer.Option("--pooling", help="Embeddings: last or mean.", metavar="HOW", rich_help_panel=SERVER)
+    ] = "last"
     shadow: Annotated[
         float | None,
         _option(
@@ -194,6 +199,8 @@ class ServerFlags:
         names = self.served_model_name or ()
         if not all(name.strip() for name in names):
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
+        if self.pooling not in ("last", "mean"):
+            raise ConfigError(f"--pooling is last or mean, got {self.pooling!r}")
         from weft.front import reasoning, tools
 
         tools.chosen(self.tool_parser or "auto", ())
@@ -204,8 +211,8 @@ class ServerFlags:
             raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
 
-@functools.partial(spread, server=ServerFlags, flags=EngineFlags)
-def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> None:
+@functools.partial(spread, server=ServerFlags, store=StoreFlags, flags=EngineFlags)
+def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags: EngineFlags) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
     from weft.front.server import bind
     from weft.front.text import ModelText
@@ -214,19 +221,27 @@ def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> No
     with _ended_by_signals():
         log(level(server.log_level))
         server.check()
+        store.check()
         flags.check()
         names = list(server.served_model_name or ()) or [model_id(model)]
         key = server.api_key or os.environ.get("WEFT_API_KEY") or None
         # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
         with contextlib.closing(bind(server.host, server.port)) as held:
+            kept = store.open()
             folder = resolve(model, progress=sys.stderr.isatty())
             with engine(folder, model_id(model), flags, server) as port:
                 text = ModelText.load(folder, name=model_id(model))
-                _run(port, text, held, server, names, key)
+                _run(port, text, held, server, names, key, kept)
 
 
 def _run(
-    port: RemoteEngine, text: ModelText, held: socket.socket, flags: ServerFlags, names: list[str], key: str | None
+    port: RemoteEngine,
+    text: ModelText,
+    held: socket.socket,
+    flags: ServerFlags,
+    names: list[str],
+    key: str | None,
+    store: Store | None,
 ) -> None:
     from weft.config import parse_size
     from weft.front.app import STALL_S, create_app
@@ -246,6 +261,8 @@ def _run(
             api_key=key,
             max_body=parse_size(flags.max_body),
             bounds=flags.bounds,
+            store=store,
+            pooling=flags.pooling,
             **flags.speech,
         ),
         lambda: port.state(STALL_S),

@@ -246,7 +246,7 @@ class Engine(Sequences):
         cached = r.cached_tokens if len(r.output) == len(stand) else 0
         events.append(Tokens(r.id, r.index, tuple(stand), fact.logprobs[: len(stand)], told, cached))
         if reason is not None:
-            self._end(r, reason, events, stop_id=stop_id)
+            self._end(r, reason, events, stop_id=stop_id, vector=fact.vector)
         elif not r.single:
             r.draft = fact.draft
 
@@ -258,11 +258,12 @@ class Engine(Sequences):
         *,
         stop_id: int | None = None,
         error: str | None = None,
+        vector: bytes = b"",
     ) -> None:
         for m in range(len(self.models)):
             self.kv.publish(r, m)
         for index in (r.index,) if r.fanned else range(r.spec.n):
-            events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error))
+            events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error, vector=vector))
         for c in r.companions:
             self.kv.publish(c, 0)
         self._leave(r)

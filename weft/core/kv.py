@@ -88,9 +88,9 @@ class KV:
         """Tokens that may come from the index.
 
         The last one is always computed, for its logits; so are the positions that a technique reads, that a cut acts on, or whose
-        logprobs are still to be told.
+        logprobs are still to be told, and all of them where their hidden states are averaged.
         """
-        if not (self.share and request.publishes):
+        if not (self.share and request.publishes) or request.sampling.pooling == "mean":
             return 0
         cap = min(len(request.context) - 1, request.common)
         if request.history:

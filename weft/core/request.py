@@ -266,6 +266,10 @@ def check_spec(
         raise RequestError(
             "the resumed output has max_tokens tokens already; there is nothing left to do", param="max_tokens"
         )
+    if spec.sampling.pooling and (spec.n > 1 or spec.sampling.max_tokens > 1):
+        raise RequestError(
+            "hidden states are pooled for one sequence of one token; ask for nothing more", param="pooling"
+        )
     if spec.resumed and spec.n > 1:
         raise RequestError("a request with n > 1 is resumed one sequence at a time", param="n")
 

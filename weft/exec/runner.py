@@ -24,6 +24,7 @@ from weft.exec.gather import Gather, Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.leaving import EarlyExits, leaves_early
 from weft.exec.mirror import Mirror
+from weft.exec.pooled import Pooling
 from weft.exec.tiers import TierStore
 from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
@@ -57,6 +58,7 @@ class TorchExecutor:
         self.tiers = None if offload is None else TierStore(offload, pool)
         self._gather = Gather(self.mirror, pool, self._members)
         self._sampling = Sampling(self.mirror, pool, self._members, max_guesses, self.decoders[TARGET].program)
+        self._pooling = Pooling(self.mirror, self.decoders[TARGET])
         self._compression = Compression(self.mirror, pool, self._members)
 
     def close(self) -> None:
@@ -84,6 +86,7 @@ class TorchExecutor:
         for logits, wanted in found:
             self._sampling.sample(works, logits, wanted, results)
         self._compression.settle(works, results)
+        self._pooling.settle(works, results)
         ahead = {name: self._ahead(name, works, results) for name in self.decoders if name != TARGET}
         self._sampling.propose(works, results, ahead.get(DRAFT))
         for other in ahead.values():
@@ -125,8 +128,13 @@ class TorchExecutor:
             self._compression.ask(batch, works, mine)
             logits = self._timed(decoder, batch)
             self._compression.take(batch)
+            self._pool(name, batch, works, mine)
             return [(logits, wanted)] if wanted else []
         return self._forward_split(name, decoder, works, mine)
+
+    def _pool(self, name: str, batch: Batch, works: Sequence[Work], mine: Sequence[int]) -> None:
+        if name == TARGET:
+            self._pooling.take(batch, works, mine)
 
     def _timed(
         self, decoder: Decoder, batch: Batch, layers: tuple[int, int] | None = None, hidden: Tensor | None = None
@@ -161,6 +169,7 @@ class TorchExecutor:
             result = self._timed(decoder, batch, (low, high), entering)
             self._compression.take(batch)
             if high == depth:
+                self._pool(name, batch, works, active)
                 if wanted:
                     out.append((result, wanted))
                 continue

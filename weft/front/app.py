@@ -1,7 +1,10 @@
 """The HTTP application: routes, keys, limits on bodies, errors in OpenAI's form.
 
 /v1/models  /v1/models/{id}  /v1/completions  /v1/chat/completions     OpenAI's
+/v1/responses  /v1/files  /v1/batches  /v1/embeddings                   OpenAI's
+/v1/messages  /v1/messages/count_tokens                                Anthropic's
 /tokenize  /detokenize  /v1/load_lora_adapter  /v1/unload_lora_adapter  vLLM's
+/openapi.json                                                          what all of these take and give
 /health  /ready  /metrics  /version                                    for machines; open without a key
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -25,22 +29,42 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from weft import __version__
 from weft.errors import EngineError, RequestError
 from weft.front.admission import Bounds
+from weft.front.anthropic.errors import ANTHROPIC
+from weft.front.anthropic.messages import count_tokens, create_message
 from weft.front.health import health, state_of
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
-from weft.front.openai.answer import JSONAnswer, StreamAnswer
+from weft.front.openai.answer import OPENAI, Form
+from weft.front.openai.batches import cancel_batch, create_batch, get_batch, list_batches
+from weft.front.openai.calls import Call
 from weft.front.openai.chat import chat
 from weft.front.openai.completions import complete
-from weft.front.openai.errors import error_response
+from weft.front.openai.embeddings import embed
+from weft.front.openai.files import delete_file, file_content, get_file, list_files, upload_file
+from weft.front.openai.kept import attach, working
 from weft.front.openai.models import get_model, list_models
+from weft.front.openai.responses import (
+    cancel_response,
+    create_response,
+    delete_response,
+    get_response,
+    input_items_of,
+)
 from weft.front.openai.service import Service
 from weft.front.openai.tokens import detokenize, tokenize
+from weft.front.openapi import description
 from weft.front.port import EnginePort
+from weft.front.store import Store
 from weft.front.text import ModelText
 
 MAX_BODY_BYTES = 32 << 20
 BODY_TIMEOUT_S = 120.0
+SLOW_BYTES_S = 64 << 10
+"""Bytes a second, at least, of an upload."""
 STALL_S = 30.0
+MESSAGES = "/v1/messages"
+TENANT = "weft.tenant"
+"""Under this name a request's scope says whose it is."""
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
@@ -49,10 +73,12 @@ def create_app(
     text: ModelText,
     *,
     model_ids: Sequence[str],
-    api_key: str | None = None,
+    api_key: str | Sequence[str] | None = None,
     max_body: int = MAX_BODY_BYTES,
     body_timeout_s: float = BODY_TIMEOUT_S,
     stall_s: float = STALL_S,
+    store: Store | None = None,
+    pooling: str = "last",
     tool_parser: str = "auto",
     reasoning_parser: str = "auto",
     trust_templates: bool = False,
@@ -61,9 +87,12 @@ def create_app(
     """The application over one engine.
 
     model_ids: names that requests may use for the model, at least one.
-    api_key: what `Authorization: Bearer` must carry on all routes but OPEN_PATHS; None asks for none.
+    api_key: what `Authorization: Bearer` (or `x-api-key`) must carry on all routes but OPEN_PATHS, one of several where a list is
+    given; None asks for none.  What is stored under one key is not there for another.
     max_body: bytes of a request's body.  body_timeout_s: for sending it.
     stall_s: seconds without a step, work waiting, after which /health answers 503.  bounds: of what is let in at once.
+    store: where responses, files and batches are kept; None keeps none.  The application closes it.
+    pooling: last or mean, of embeddings whose requests do not say.
     tool_parser, reasoning_parser: how the model calls tools and thinks; trust_templates: take requests' own chat templates
     (see `Service`).  Raises ConfigError for parsers that there are not.
     """
@@ -77,12 +106,15 @@ def create_app(
         reasoning_parser=reasoning_parser,
         trust_templates=trust_templates,
     )
+    attach(service, store)
+    service.pooling = pooling
     routes = Routes(service, max_body, body_timeout_s, stall_s)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         try:
-            yield
+            async with working(service):
+                yield
         finally:
             service.close()
 
@@ -117,10 +149,28 @@ class Routes:
             Route("/v1/models/{name:path}", self.model, methods=["GET"]),
             self.post("/v1/completions", complete),
             self.post("/v1/chat/completions", chat),
+            self.call("POST", "/v1/responses", create_response, body=True),
+            self.call("GET", "/v1/responses/{id}", get_response),
+            self.call("DELETE", "/v1/responses/{id}", delete_response),
+            self.call("POST", "/v1/responses/{id}/cancel", cancel_response),
+            self.call("GET", "/v1/responses/{id}/input_items", input_items_of),
+            self.call("POST", "/v1/files", upload_file, stream=True),
+            self.call("GET", "/v1/files", list_files),
+            self.call("GET", "/v1/files/{id}", get_file),
+            self.call("DELETE", "/v1/files/{id}", delete_file),
+            self.call("GET", "/v1/files/{id}/content", file_content),
+            self.call("POST", "/v1/batches", create_batch, body=True),
+            self.call("GET", "/v1/batches", list_batches),
+            self.call("GET", "/v1/batches/{id}", get_batch),
+            self.call("POST", "/v1/batches/{id}/cancel", cancel_batch),
+            self.call("POST", "/v1/messages", create_message, body=True),
+            self.call("POST", "/v1/messages/count_tokens", count_tokens, body=True),
+            self.call("POST", "/v1/embeddings", embed, body=True),
             self.post("/tokenize", tokenize),
             self.post("/detokenize", detokenize),
             self.post("/v1/load_lora_adapter", load_adapter),
             self.post("/v1/unload_lora_adapter", unload_adapter),
+            Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -131,17 +181,62 @@ class Routes:
         """A route whose JSON body `make` turns into an answer, or into an object to be sent as JSON."""
 
         async def endpoint(request: Request) -> Any:
-            _check_type(request)
-            try:
-                async with asyncio.timeout(self.body_timeout_s):
-                    body = await _read_body(request, self.max_body)
-            except TimeoutError:
-                text = f"the body did not arrive within {self.body_timeout_s:g} s; send it faster"
-                raise RequestError(text, code="timeout") from None
-            made = await make(self.service, body)
-            return made if isinstance(made, JSONAnswer | StreamAnswer | Response) else _json(made)
+            return _answer(await make(self.service, await self._body(request)))
 
         return Route(path, endpoint, methods=["POST"])
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        make: Callable[[Call], Awaitable[Any]],
+        *,
+        body: bool = False,
+        stream: bool = False,
+    ) -> Route:
+        """A route whose function sees the whole request.  body: it takes JSON.  stream: it reads the body itself."""
+
+        async def endpoint(request: Request) -> Any:
+            return _answer(
+                await make(
+                    Call(
+                        service=self.service,
+                        tenant=request.scope.get(TENANT, ""),
+                        body=await self._body(request) if body else b"",
+                        stream=self._stream(request) if stream else None,
+                        path=request.path_params,
+                        query=request.query_params,
+                        headers=request.headers,
+                    )
+                )
+            )
+
+        return Route(path, endpoint, methods=[method])
+
+    async def _body(self, request: Request) -> bytes:
+        _check_type(request)
+        try:
+            async with asyncio.timeout(self.body_timeout_s):
+                return await _read_body(request, self.max_body)
+        except TimeoutError:
+            text = f"the body did not arrive within {self.body_timeout_s:g} s; send it faster"
+            raise RequestError(text, code="timeout") from None
+
+    async def _stream(self, request: Request) -> AsyncIterator[bytes]:
+        """The body as it comes, by whoever sends at least SLOW_BYTES_S after the time that every body has."""
+        loop, total = asyncio.get_running_loop(), 0
+        began = loop.time()
+        try:
+            chunks = request.stream()
+            while True:
+                async with asyncio.timeout_at(began + self.body_timeout_s + total / SLOW_BYTES_S):
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    return
+                total += len(chunk)
+                yield chunk
+        except TimeoutError:
+            raise RequestError("the body comes too slowly; send it faster", code="timeout") from None
 
     async def health(self, _: Request) -> Response:
         return health(state_of(self.service.port, self.stall_s))
@@ -153,6 +248,9 @@ class Routes:
     async def version(self, _: Request) -> Response:
         return _json({"version": self.service.version})
 
+    async def openapi(self, _: Request) -> Response:
+        return _json(description())
+
     async def models(self, _: Request) -> Response:
         return _json(list_models(self.service))
 
@@ -161,24 +259,38 @@ class Routes:
 
 
 class Key:
-    """Middleware: every route but OPEN_PATHS needs the key."""
+    """Middleware: every route but OPEN_PATHS needs a key, and what a request stores belongs to the key that it came with."""
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | Sequence[str]) -> None:
         self.app = app
-        self._want = api_key.encode()
+        self._want = [key.encode() for key in ([api_key] if isinstance(api_key, str) else api_key)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, key = given.partition(b" ")
-            # compare_digest is called either way, so that time tells nothing about the key
-            if not hmac.compare_digest(key.strip(), self._want) or scheme.lower() != b"bearer":
+            key = _given_key(scope)
+            right = False
+            for want in self._want:  # all of them either way, so that time tells nothing about a key
+                right |= hmac.compare_digest(key, want)
+            if not right:
                 error = RequestError(
                     "this server needs its key: send the header Authorization: Bearer KEY", code="invalid_api_key"
                 )
-                await error_response(error)(scope, receive, send)
+                await _form(scope["path"]).response(error)(scope, receive, send)
                 return
+            scope[TENANT] = hashlib.blake2b(key, digest_size=16, person=b"weft.tenant").hexdigest()
         await self.app(scope, receive, send)
+
+
+def _given_key(scope: Scope) -> bytes:
+    """The key of a request, by OpenAI's header or by Anthropic's; empty where there is none."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                return bytes(key.strip())
+        elif name == b"x-api-key":
+            return bytes(value.strip())
+    return b""
 
 
 def _check_type(request: Request) -> None:
@@ -215,14 +327,24 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(chunks)
 
 
+def _answer(made: Any) -> Any:
+    """What a route's function made, as an ASGI response: it is one, or an object to be sent as JSON."""
+    return made if callable(made) else _json(made)
+
+
 def _json(payload: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(payload), status_code=status, media_type="application/json")
 
 
-async def _on_error(_: Request, error: Exception) -> Response:
+def _form(path: str) -> Form:
+    """In whose form a route tells its errors."""
+    return ANTHROPIC if path == MESSAGES or path.startswith(f"{MESSAGES}/") else OPENAI
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    return error_response(error)
+    return _form(request.url.path).response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -232,6 +354,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if status == 405:
         allowed = headers.get("Allow", "another method")
         text = f"{request.method} is not possible on {request.url.path[:200]}; use {allowed}"
-        return error_response(RequestError(text, code="method_not_allowed"), headers)
+        return _form(request.url.path).response(RequestError(text, code="method_not_allowed"), headers)
     text = f"there is no route {request.url.path[:200]}; weft has /v1/chat/completions, /v1/completions and /v1/models"
-    return error_response(RequestError(text, code="not_found"), headers)
+    return _form(request.url.path).response(RequestError(text, code="not_found"), headers)

@@ -94,6 +94,7 @@ class Client:
                 salt=p.salt,
                 techniques=p.techniques,
                 contrast=p.contrast,
+                pooling=p.pooling,
             )
             for p in batch
         ]
@@ -248,6 +249,7 @@ class Client:
                 else EngineStopped(f"the engine has stopped: {died}")
             )
             return
+        sequence.vector = event.vector
         delta = sequence.pending()
         new, stop = sequence.text.push((), finished=True)
         delta.text += new

@@ -46,8 +46,9 @@ class Prompt:
     """One prompt as token ids, and how to go on from it.
 
     salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.  techniques: laid over the server's
-    stack.  contrast: ids of a second context, for a technique that contrasts.  manner: how the answers are to be read, where they
-    are more than text.
+    stack.  contrast: ids of a second context, for a technique that contrasts.  pooling: "last" or "mean" to get the
+    prompt's pooled hidden states (`LiveSequence.vector`), "" for none.  manner: how the answers are to be read, where they are
+    more than text.
     """
 
     ids: Sequence[int]
@@ -56,6 +57,7 @@ class Prompt:
     salt: bytes = b""
     techniques: tuple[str, ...] = ()
     contrast: Sequence[int] = ()
+    pooling: str = ""
     manner: Manner | None = None
 
 
@@ -83,7 +85,7 @@ class Delta(msgspec.Struct, kw_only=True):
 class LiveSequence:
     """One output on its way: its text, the delta that nobody has taken yet, and the times that metrics need."""
 
-    __slots__ = ("delta", "done", "first_s", "index", "last_s", "request", "text")
+    __slots__ = ("delta", "done", "first_s", "index", "last_s", "request", "text", "vector")
 
     def __init__(self, index: int, request: LiveRequest, text: SequenceText) -> None:
         self.index = index
@@ -92,6 +94,7 @@ class LiveSequence:
         self.delta: Delta | None = None
         self.done = False
         self.first_s = self.last_s = 0.0
+        self.vector = b""
 
     def pending(self) -> Delta:
         """The delta under construction; from now on it is due to be taken."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from weft.errors import ConfigError, RequestError
 from weft.front.detokenize import SequenceText
 from weft.front.files import read_json
@@ -151,6 +153,7 @@ class ModelText:
         salt: bytes = b"",
         techniques: tuple[str, ...] = (),
         contrast: Sequence[int] = (),
+        pooling: str = "",
     ) -> RequestSpec:
         """What the engine is asked for one prompt; its seed is drawn where `params` names none.
 
@@ -162,10 +165,11 @@ class ModelText:
         if contrast:
             self.check_prompt_ids(contrast, param="weft.contrast")
         room = self.max_model_len - max(len(ids), len(contrast))
+        sampling = params.spec(eos=self.eos_ids, vocab=self.vocab_size, room=room)
         return RequestSpec(
             id=id,
             items=(TokenItem(tuple(ids)),),
-            sampling=params.spec(eos=self.eos_ids, vocab=self.vocab_size, room=room),
+            sampling=msgspec.structs.replace(sampling, pooling=pooling) if pooling else sampling,
             seed=secrets.randbits(64) if params.seed is None else params.seed & ((1 << 64) - 1),
             n=params.n,
             priority=priority,

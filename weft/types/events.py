@@ -72,6 +72,8 @@ class Finished(Struct, frozen=True, tag="finished", omit_defaults=True):
     error: str | None = None
     discarded: int = 0
     """Tokens that a search drew for the request and did not return; told with the last of its sequences that ends."""
+    vector: bytes = b""
+    """Pooled hidden states of the prompt, little-endian float32 [width], where `SamplingSpec.pooling` asks for them."""
 
 
 class Preempted(Struct, frozen=True, tag="preempted"):

@@ -71,6 +71,8 @@ class SamplingSpec(Struct, frozen=True, kw_only=True):
     min_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     """Ids that end the sequence with reason "stop" (every eos id of the model unless ignore_eos, and the client's own)."""
+    pooling: str = ""
+    """What is told of the prompt's hidden states at its end: "" nothing, "last" the last row's, "mean" the mean over all rows."""
     steered: bool = False
     """A search ranks what may come next: no stop id ends the sequence, and log-probabilities are what it ranks by: the model's,
     then bias, penalties and the ban of end ids before min_tokens."""

@@ -20,7 +20,8 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     rows: rows computed, at most planned (a short result), or more where the work let the executor go ahead.  tokens: tokens
     that stand, in order: accepted guesses and the one sampled after them.  kept: entries kept per group where that is not simply
     the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  ended: the last token is the
-    end of the output's grammar.  failed: why this request alone cannot go on.
+    end of the output's grammar.  failed: why this request alone cannot go on.  vector: pooled hidden states, little-endian
+    float32 [width], where the sequence asks for them.
     """
 
     rows: int
@@ -32,6 +33,7 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     ended: bool = False
     failed: str | None = None
+    vector: bytes = b""
 
 
 class StepResult(Struct, frozen=True, kw_only=True):

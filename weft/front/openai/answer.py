@@ -49,23 +49,55 @@ class Writer(Protocol):
         """The whole answer as JSON."""
 
 
+class Form(Protocol):
+    """How an answer says that it failed, and that its stream is over.  done: the stream's last bytes."""
+
+    @property
+    def done(self) -> bytes: ...
+
+    def response(self, error: BaseException, headers: dict[str, str] | None = None) -> Response:
+        """Before anything was sent."""
+
+    def event(self, error: BaseException) -> bytes:
+        """In the midst of a stream."""
+
+
+class OpenAIForm:
+    """OpenAI's."""
+
+    done = DONE
+
+    def response(self, error: BaseException, headers: dict[str, str] | None = None) -> Response:
+        return error_response(error, headers)
+
+    def event(self, error: BaseException) -> bytes:
+        return b"data: " + msgspec.json.encode(error_payload(error)) + b"\n\n"
+
+
+OPENAI = OpenAIForm()
+
+
 class JSONAnswer:
     """An ASGI response that waits for the end of a generation."""
 
-    def __init__(self, generation: Generation, writer: Writer) -> None:
+    def __init__(self, generation: Generation, writer: Writer, form: Form = OPENAI) -> None:
         self.generation = generation
         self.writer = writer
+        self.form = form
+
+    async def whole(self) -> bytes:
+        """The body, once it is there.  Raises EngineError."""
+        while deltas := await self.generation.take():
+            self.writer.gather(deltas)
+        return self.writer.body(usage_of(self.generation))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _until_disconnect(receive, self.generation):
+        async with until_disconnect(receive, self.generation):
             response: Response
             try:
-                while deltas := await self.generation.take():
-                    self.writer.gather(deltas)
-                body = self.writer.body(usage_of(self.generation))
-                response = Response(body, media_type="application/json")
+                response = Response(await self.whole(), media_type="application/json")
             except Exception as error:
-                response = error_response(logged(error))
+                response = self.form.response(logged(error))
             if not self.generation.cancelled:
                 await response(scope, receive, send)
 
@@ -73,17 +105,18 @@ class JSONAnswer:
 class StreamAnswer:
     """An ASGI response that sends each delta as it comes."""
 
-    def __init__(self, generation: Generation, writer: Writer) -> None:
+    def __init__(self, generation: Generation, writer: Writer, form: Form = OPENAI) -> None:
         self.generation = generation
         self.writer = writer
+        self.form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generation, writer = self.generation, self.writer
-        async with _until_disconnect(receive, generation):
+        async with until_disconnect(receive, generation):
             try:
                 deltas = await generation.take()
             except Exception as error:
-                await error_response(logged(error))(scope, receive, send)
+                await self.form.response(logged(error))(scope, receive, send)
                 return
             if generation.cancelled:
                 return
@@ -98,8 +131,8 @@ class StreamAnswer:
                     deltas = await generation.take()
                 out += writer.close(usage_of(generation))
             except Exception as error:
-                out = b"data: " + msgspec.json.encode(error_payload(logged(error))) + b"\n\n"
-            await send({"type": "http.response.body", "body": out + DONE})
+                out = self.form.event(logged(error))
+            await send({"type": "http.response.body", "body": out + self.form.done})
 
 
 def usage_of(generation: Generation) -> dict[str, Any]:
@@ -121,7 +154,7 @@ def logged(error: Exception) -> Exception:
 
 
 @contextlib.asynccontextmanager
-async def _until_disconnect(receive: Receive, generation: Generation) -> AsyncIterator[None]:
+async def until_disconnect(receive: Receive, generation: Generation) -> AsyncIterator[None]:
     """Cancel the generation when the client goes away, and in any case at the end."""
 
     async def watch() -> None:

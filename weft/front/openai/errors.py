@@ -1,7 +1,7 @@
 """OpenAI's error form, `{"error": {message, type, param, code}}`, and which of weft's errors becomes which status.
 
-RequestError      400, or what its code says: 401, 403, 404, 405, 408, 409, 413, 415, 429
-CapacityError     503, as it may be taken later; 400 with the code "never_fits"
+RequestError      400, or what its code says: 401, 403, 404, 405, 408, 409, 413, 415, 429, 501
+CapacityError     503, as it may be taken later; 400 with the code "never_fits", 507 with "storage_full"
 EngineStopped     503, the engine is gone
 GenerationFailed  500 of the type engine_error: the engine could not go on with this one
 anything else     500, and no detail: the text of an unexpected error is for the log, never for a client
@@ -27,13 +27,16 @@ STATUS_OF_CODE = {
     "method_not_allowed": 405,
     "timeout": 408,
     "adapter_in_use": 409,
+    "conflict": 409,
     "body_too_large": 413,
     "unsupported_media_type": 415,
     "invalid_adapter": 400,
     "rate_limit_exceeded": 429,
     "loading": 503,
     "draining": 503,
+    "no_store": 501,
 }
+CAPACITY = {"never_fits": 400, "storage_full": 507}
 INTERNAL = "weft failed on this request; the server's log says why"
 
 
@@ -42,10 +45,15 @@ def status_of(error: BaseException) -> int:
     if isinstance(error, RequestError):
         return STATUS_OF_CODE.get(error.code or "", 400)
     if isinstance(error, CapacityError):
-        return 400 if getattr(error, "code", None) == "never_fits" else 503
+        return CAPACITY.get(getattr(error, "code", None) or "", 503)
     if isinstance(error, EngineStopped):
         return 503
     return 500
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same request may be taken later: who is in no hurry waits, and asks again."""
+    return isinstance(error, EngineError) and status_of(error) in (429, 503)
 
 
 def error_payload(error: BaseException) -> dict[str, Any]:

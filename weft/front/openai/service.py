@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from weft.errors import ConfigError, RequestError
 from weft.front.admission import Bounds
@@ -22,6 +22,11 @@ from weft.front.port import EnginePort
 from weft.front.template import MAX_TEMPLATE_CHARS
 from weft.front.text import ModelText
 
+if TYPE_CHECKING:
+    from weft.front.openai.batch_runner import BatchRunner
+    from weft.front.openai.response_run import Background
+    from weft.front.store import Store
+
 SHORT_CHARS = 2048
 """Texts up to this length are tokenized on the event loop; a thread would cost more than it saves."""
 
@@ -29,7 +34,16 @@ T = TypeVar("T")
 
 
 class Service:
-    """One served model.  model_ids: the names that requests may use; answers carry the first.  bounds: of what is let in."""
+    """One served model.  model_ids: the names that requests may use; answers carry the first.  bounds: of what is let in.
+
+    store: what is kept on disk, None for nothing.  background, batches: work without a client; see `kept.attach`.
+    """
+
+    store: Store | None = None
+    pooling = "last"
+    """How embeddings are pooled where a request does not say."""
+    background: Background
+    batches: BatchRunner
 
     def __init__(
         self,

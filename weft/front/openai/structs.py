@@ -20,6 +20,10 @@ MAX_SEQUENCES = 2048
 MAX_SALT_CHARS = 256
 MAX_BEST_OF = 20
 """OpenAI's bound."""
+SMALL_BYTES = 1 << 20
+"""A body up to this size is decoded without a second thought."""
+MAX_QUOTES = 500_000
+MAX_COMMAS = 2_000_000
 MAX_TECHNIQUES = 16
 """Parts that one request may lay over the server's stack."""
 
@@ -274,11 +278,16 @@ INSTEAD |= dict.fromkeys(
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-def read(body: bytes, kind: type[R]) -> R:
-    """Decode a request body.  Raises RequestError naming the field and what is wrong with it."""
+def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTRAL) -> R:
+    """Decode a request body.  Raises RequestError naming the field and what is wrong with it.
+
+    neutral: unsupported fields, as in NEUTRAL.
+    """
+    if len(body) > SMALL_BYTES:
+        _check_values(body)
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        _refuse({name: value for name, value in given.items() if name not in kind.__struct_fields__})
+        _refuse({name: value for name, value in given.items() if name not in kind.__struct_fields__}, neutral)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None
@@ -290,11 +299,19 @@ def read(body: bytes, kind: type[R]) -> R:
         raise RequestError("the body is nested too deeply; flatten it", code="invalid_json") from None
 
 
-def _refuse(fields: dict[str, msgspec.Raw]) -> None:
+def _check_values(body: bytes) -> None:
+    """Refuse more values than any request has, which would hold up everybody while they are decoded.  Two looks at the bytes, and
+    never too few: a string has two quotation marks, of which a backslash at its end can hide one; an array has its commas.
+    """
+    if body.count(b'"') - body.count(b'\\"') > MAX_QUOTES or body.count(b",") > MAX_COMMAS:
+        raise RequestError("the body has too many values; send less at once", code="body_too_large")
+
+
+def _refuse(fields: dict[str, msgspec.Raw], neutral: dict[str, tuple[Any, ...]]) -> None:
     """Refuse what weft can't do, rather than answer another question than the one asked."""
-    for name in fields.keys() & NEUTRAL.keys():
+    for name in fields.keys() & neutral.keys():
         value = msgspec.json.decode(fields[name])
-        if value is None or any(_same(value, neutral) for neutral in NEUTRAL[name]):
+        if value is None or any(_same(value, plain) for plain in neutral[name]):
             continue
         hint = INSTEAD.get(name, "leave it out")
         raise RequestError(f"{name} is not supported: {hint}", param=name, code="unsupported_parameter")

@@ -1,0 +1,175 @@
+"""A real server under attack, `weft serve` in a process of its own, and what must hold meanwhile.
+
+    with server.attacked():
+        ...                       # requests
+
+A stream beside them shows no gap above 250 ms (longer by what this machine itself stood still), memory grows by at most 64 MB,
+the process lives, nothing new listens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cli.running import Serving
+
+KEY = "sesame"
+GAP_S = 0.25
+GROWTH_BYTES = 64 << 20
+MAX_FILE = 8 << 20
+STREAM = {"prompt": "Once upon a time", "max_tokens": 3500, "ignore_eos": True, "stream": True, "temperature": 0.5}
+
+
+class Attacked:
+    """folder: its --data-dir."""
+
+    def __init__(self, process: Serving, url: str, folder: Path) -> None:
+        self.process, self.url, self.folder = process, url, folder
+        self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+
+    def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
+        """A JSON body, or whatever else httpx sends."""
+        return self.http.post(path, json=body, **more) if body is not None else self.http.post(path, **more)
+
+    @contextlib.contextmanager
+    def attacked(self) -> Iterator[None]:
+        pids = tree(self.process.process.pid)
+        memory, sockets = resident(pids), listening(pids)
+        with self._stream() as gap:
+            yield
+        assert self.process.process.poll() is None
+        assert tree(self.process.process.pid) == pids, "a process of the server has gone"
+        assert self.http.get("/health").status_code == 200
+        assert gap[0] <= GAP_S, f"the stream beside it stood still for {gap[0]:.3f} s"
+        assert resident(pids) - memory <= GROWTH_BYTES
+        assert listening(pids) == sockets
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[list[float]]:
+        """A stream beside the attack; its longest gap, less what a thread that only sleeps was late by meanwhile."""
+        gap, begun, over = [0.0], threading.Event(), threading.Event()
+        late: list[tuple[float, float]] = []
+        came: list[float] = []
+
+        def sleep() -> None:
+            while not over.is_set():
+                before = time.perf_counter()
+                time.sleep(0.01)
+                late.append((before + 0.01, time.perf_counter()))
+
+        def read() -> None:
+            headers = {"authorization": f"Bearer {KEY}"}
+            while not over.is_set():
+                with httpx.stream(
+                    "POST", f"{self.url}/v1/completions", json=STREAM, headers=headers, timeout=60
+                ) as answer:
+                    for _ in answer.iter_lines():
+                        came.append(time.perf_counter())
+                        begun.set()
+                        if over.is_set():
+                            return
+                came.append(float("nan"))  # the next stream has its own first token to wait for
+
+        threads = [threading.Thread(target=work) for work in (sleep, read)]
+        for thread in threads:
+            thread.start()
+        try:
+            assert begun.wait(30)
+            yield gap
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(60)
+            gap[0] = max([0.0, *(b - a - own(late, a, b) for a, b in itertools.pairwise(came) if b - a > GAP_S)])
+
+
+def own(late: list[tuple[float, float]], start: float, stop: float) -> float:
+    """Seconds of [start, stop] in which a thread of this process that wanted to run did not."""
+    return sum(max(0.0, min(b, stop) - max(a, start)) for a, b in late)
+
+
+def tree(pid: int) -> list[int]:
+    """The process and all below it."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += sorted(child for child, parent in parents.items() if parent == one)
+    return found
+
+
+def resident(pids: list[int]) -> int:
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                total += int(line.split()[1]) << 10
+    return total
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Inodes of TCP sockets on which one of the processes listens."""
+    open_ones: set[str] = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                name = str(file.readlink())
+                if name.startswith("socket:["):
+                    open_ones.add(name[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                cells = line.split()
+                if cells[3] == "0A" and cells[9] in open_ones:
+                    found.add(cells[9])
+    return found
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+    folder = tmp_path_factory.mktemp("attacked")
+    flags = (
+        "--port",
+        "0",
+        "--api-key",
+        KEY,
+        "--data-dir",
+        str(folder / "data"),
+        "--max-file",
+        str(MAX_FILE),
+        "--threads",
+        "1",
+    )
+    with Serving(folder, *flags) as process:
+        made = Attacked(process, process.url(), folder / "data")
+        until = time.monotonic() + 60
+        while made.http.get("/health").status_code != 200:  # where it answers before the model is loaded
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        yield made
+        made.http.close()
+        assert process.end(signal.SIGTERM) == 0
+
+
+def is_refused(answer: httpx.Response) -> None:
+    """A 4xx in the form of its route, with a text that names nothing of the inside."""
+    assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:300])
+    told = json.loads(answer.text)["error"]
+    assert told["message"]
+    for inside in ("Traceback", "site-packages", "sqlite", "0x", "/weft/"):
+        assert inside not in answer.text
