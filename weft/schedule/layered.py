@@ -34,6 +34,7 @@ class Layered:
     acts: dict[str, int] = field(default_factory=lambda: {"prompts_split": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(gives=frozenset({Trait.STARVATION_FREE}), effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
     layered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

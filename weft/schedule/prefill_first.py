@@ -30,6 +30,7 @@ class PrefillFirst:
     acts: dict[str, int] = field(default_factory=lambda: {"decodes_held": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
 
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:

@@ -10,22 +10,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from weft.slots.cost import Cost as Cost
 from weft.slots.kv import Compress as Compress
 from weft.slots.kv import Evict as Evict
 from weft.slots.kv import Kept as Kept
 from weft.slots.kv import Offload as Offload
 from weft.slots.kv import Store as Store
 from weft.slots.kv import Tier as Tier
+from weft.slots.route import ReplicaView as ReplicaView
+from weft.slots.route import Route as Route
 from weft.types import Action, Finished, SamplingSpec, Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """name as in 'kv.evict=lru'; question: what its techniques decide; null: the default technique's name, if any."""
+    """name as in 'kv.evict=lru'; question: what its techniques decide; null: the default technique's name, if any.
+
+    inside: whether its techniques are part of an engine; those of the others decide about engines, or price their steps.
+    """
 
     name: str
     question: str
     null: str | None = None
+    inside: bool = True
 
     @property
     def package(self) -> str:
@@ -52,9 +59,9 @@ SLOTS: dict[str, Slot] = {
         Slot("constrain", "which tokens a grammar allows, per path of a tree"),
         Slot("search", "programs over many generations"),
         Slot("context", "what text or KV enters the prompt"),
-        Slot("route", "which model or replica serves"),
-        Slot("place", "roles, devices, hand-offs"),
-        Slot("cost", "how long a plan takes on given hardware"),
+        Slot("route", "which model or replica serves", inside=False),
+        Slot("place", "roles, devices, hand-offs", inside=False),
+        Slot("cost", "how long a plan takes on given hardware", inside=False),
     )
 }
 
@@ -120,6 +127,9 @@ class Schedule(Protocol):
 
     static: the order of a waiting request never changes while it waits (the queue is then a heap and costs nothing to keep).
     layered: quota may ask for part of the layers.
+
+    A class variable `steady = True` promises a simulator that it may leave out asking: where only decodes run, each gets its row and
+    their order stays, and whom `admit` refuses it refuses until a sequence ends or another request comes.
     """
 
     @property
