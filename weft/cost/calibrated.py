@@ -11,6 +11,7 @@ Raises   ValueError for a scale that is not above 0; ConfigError, when it is use
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from bisect import bisect_right
@@ -85,7 +86,7 @@ def read(path: Path) -> tuple[list[tuple[float, float]], dict[str, float]]:
     if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_POINTS:
         raise ConfigError(f"{path}: rows must be a list of 1 to {MAX_POINTS} pairs of rows and seconds")
     points = [(_number(path, "rows", p[0]), _number(path, "rows", p[1])) for p in rows if _is_pair(path, p)]
-    if any(a[0] >= b[0] for a, b in zip(points, points[1:], strict=False)):
+    if any(a[0] >= b[0] for a, b in itertools.pairwise(points)):
         raise ConfigError(f"{path}: rows must ascend")
     return points, {name: _number(path, name, found.get(name, 0.0)) for name in COEFFICIENTS}
 

@@ -96,7 +96,8 @@ def stacks(bars: Mapping[str, Mapping[str, float]], *, across: str) -> str:
                 )
                 if width > 34:
                     out.append(
-                        f'<text class="inside" x="{x + width / 2:.1f}" y="{y + 14}" text-anchor="middle">{100 * share:.0f} %</text>'
+                        f'<text class="inside" x="{x + width / 2:.1f}" y="{y + 14}" text-anchor="middle">'
+                        f"{100 * share:.0f} %</text>"
                     )
             x += width
     out.append(

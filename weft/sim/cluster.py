@@ -19,7 +19,7 @@ from weft.slots.route import Route
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is simulated.  parts: the engines' stack (each has one of its own).  blocks: KV blocks of a replica, None for what fits.
+    """What is simulated.  parts: of the engines' stack (each has its own).  blocks: KV blocks of a replica, None for what fits.
 
     cost: the technique that prices steps.  coasting: False takes every step by itself (slower, the same).
     """

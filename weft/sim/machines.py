@@ -122,8 +122,8 @@ class Model:
         blocks = int(room // self.block_bytes)
         if blocks < 1:
             raise ConfigError(
-                f"{self.name} takes {self.figures.stored_bytes / 1e9:.1f} GB of weights, and {hardware.devices} x {hardware.name} "
-                f"leave no room for KV; give it more devices, or fewer bits with --weight-bits"
+                f"{self.name} takes {self.figures.stored_bytes / 1e9:.1f} GB of weights, and {hardware.devices} x "
+                f"{hardware.name} leave no room for KV; give it more devices, or fewer bits with --weight-bits"
             )
         return blocks
 

@@ -196,7 +196,7 @@ class Meter:
         return [t / s for t, s in zip(tokens, spent, strict=True) if s > 0], prompts
 
     def curves(self, replicas: int) -> Mapping[str, list[tuple[float, float]]]:
-        """By name, points over time: shares of devices that are busy and of KV blocks in use, requests that run, rows a second."""
+        """By name, points over time: shares of devices busy and of KV blocks held, sequences that run, rows a second."""
         names = {"busy": self.busy, "running": self.running, "memory": self.memory, "tokens": self.tokens}
         scale = {"busy": 1.0 / replicas, "memory": 1.0 / replicas}
         return {

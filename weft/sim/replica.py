@@ -25,7 +25,10 @@ FOREVER = float("inf")
 
 
 class Replica:
-    """name: for the report.  stack: its own, not shared with others.  blocks: of the KV pool.  coasting: whether runs of decode steps are taken as a whole."""
+    """name: for the report.  stack: its own, not shared with others.  blocks: of the KV pool.
+
+    coasting: whether runs of decode steps are taken without planning each.
+    """
 
     def __init__(
         self, name: str, model: Model, price: Price, stack: Stack, limits: Limits, blocks: int, meter: Meter, *,

@@ -102,13 +102,16 @@ def _over_load(points: Sequence[Point], names: Sequence[str], wanted: Wanted) ->
         ("SLO attainment", "share of all requests", lambda p: 100 * p.result["slo_met"], "%", False, 100.0, None),
         *(
             (f"{name} {q}", "", latency(key, q), "s", True, 0.0, limit)
-            for name, key, limit in (("Time to first token,", "ttft_s", wanted.slo.ttft_s), ("Time per token,", "tpot_s", wanted.slo.tpot_s))
+            for name, key, limit in (
+                ("Time to first token,", "ttft_s", wanted.slo.ttft_s), ("Time per token,", "tpot_s", wanted.slo.tpot_s)
+            )
             for q in ("p50", "p90", "p99")
         ),
         ("Tokens out", "of all answers", lambda p: p.result["output_tok_s"], "tokens/s", False, 0.0, None),
         ("Fairness", "Jain's index of the service that tenants get, or requests where there is one tenant",
          lambda p: p.result["fairness"], "index", False, 1.0, None),
-        ("Utilization", "share of the time in which devices compute", lambda p: 100 * p.result["utilization"], "%", False, 100.0, None),
+        ("Utilization", "share of the time in which devices compute", lambda p: 100 * p.result["utilization"],
+         "%", False, 100.0, None),
         ("Memory", "largest share of the KV pool that is held",
          lambda p: 100 * max((v for _, v in p.curves["memory"]), default=0.0), "%", False, 100.0, None),
     ]  # fmt: skip

@@ -25,7 +25,7 @@ MOST_RUNS = 1000
 class Wanted:
     """A simulation as a user writes it.
 
-    policy: NAME(args) of a schedule or a route, or SLOT=NAME(args); several with + between them.  cost: likewise, of the slot cost.
+    policy: NAME(args) of a schedule or a route, or SLOT=NAME(args); several with + between them.  cost: of the slot cost.
     devices: that compute one model together.  weight_bits: of a parameter, 0 for those of the model's dtype.
     """
 
@@ -66,7 +66,6 @@ def policies(text: str) -> tuple[list[Part], Part | None]:
 
 
 def _part(word: str) -> Part:
-    name, arguments = None, ()
     head = word.partition("(")[0]
     if "=" in head:
         return parse(word)

@@ -1,8 +1,8 @@
 """ServeGen's clients (Xiang et al., arXiv:2505.09999): rates, bursts and lengths of one client over time.
 
-`chunk-N-trace.csv` has a line for each window: start [s], requests a second, coefficient of variation, the law of the time between
-two requests (Gamma or Weibull) and its shape and scale; `chunk-N-dataset.json` the laws of lengths, by the second from which they
-hold, each as text {tokens: probability}.  A client is a tenant.
+`chunk-N-trace.csv` has a line for each window: start [s], requests a second, coefficient of variation, the law of the time
+between two requests (Gamma or Weibull) and its shape and scale; `chunk-N-dataset.json` the laws of lengths, by the second from
+which they hold, each as text {tokens: probability}.  A client is a tenant.
 """
 
 from __future__ import annotations

@@ -128,8 +128,8 @@ class Schedule(Protocol):
     static: the order of a waiting request never changes while it waits (the queue is then a heap and costs nothing to keep).
     layered: quota may ask for part of the layers.
 
-    A class variable `steady = True` promises a simulator that it may leave out asking: where only decodes run, each gets its row and
-    their order stays, and whom `admit` refuses it refuses until a sequence ends or another request comes.
+    A class variable `steady = True` promises a simulator that it may leave out asking: where only decodes run, each gets its
+    row and their order stays, and whom `admit` refuses it refuses until a sequence ends or another request comes.
     """
 
     @property
