@@ -50,12 +50,12 @@ class Calibrated:
         step, sequence, sample, pair, entry, prompt_entry, block = (c[name] * self.scale for name in COEFFICIENTS)
 
         def price(load: Load) -> Parts:
-            rows = load.rows
-            weights = line(xs, ys, rows) if rows else 0.0
+            weights = sum(share * line(xs, ys, n) for share, n in load.spans or ((1.0, load.rows),) if n)
             return Parts(
-                weights * load.layers + load.samples * sample,
-                sum(load.prompt_pairs) * pair * load.layers,
-                (sum(load.decode_entries) * entry + sum(load.prompt_entries) * prompt_entry) * load.layers
+                weights + load.samples * sample,
+                sum(load.prompt_pairs) * pair,
+                sum(load.decode_entries) * entry
+                + sum(load.prompt_entries) * prompt_entry
                 + (load.moved + load.stored) * block,
                 0.0,
                 step + load.works * sequence,

@@ -54,8 +54,8 @@ class Roofline:
         if self.dtype not in hardware.flops:
             known = ", ".join(hardware.flops)
             raise ConfigError(f"{hardware.name} says nothing of products in {self.dtype}; it has: {known}")
-        n = hardware.devices
-        peak, band = hardware.flops[self.dtype] * n, hardware.memory_bytes_s * self.memory * n
+        devices = hardware.devices
+        peak, band = hardware.flops[self.dtype] * devices, hardware.memory_bytes_s * self.memory * devices
         multiply, attend = 1.0 / (peak * self.compute), 1.0 / (peak * self.attention)
         row_s = 2.0 * model.active_params * multiply
         head_s, head_read_s = 2.0 * model.head_params * multiply, model.head_params * model.weight_bytes / band
@@ -68,24 +68,26 @@ class Roofline:
         sequence_s, read_bytes, mixture = self.sequence_s, model.read_bytes, bool(model.experts)
 
         def price(load: Load) -> Parts:
-            rows, share = load.rows, load.layers
-            read_s = read_bytes(rows) / band if mixture and rows else fixed_read_s
-            weights = max(rows * row_s, read_s) * share if rows else 0.0
+            rows = load.whole_rows
+            weights = 0.0
+            for share, n in load.spans or ((1.0, load.rows),):
+                if n:
+                    weights += share * max(n * row_s, read_bytes(n) / band if mixture else fixed_read_s)
             if load.samples:
                 weights += max(load.samples * head_s, head_read_s)
-            attention, kv = 0.0, rows * write_s * share
+            attention, kv = 0.0, rows * write_s
             for i, (pair_s, entry_s) in enumerate(kinds):
                 for pairs, entries in (
                     (load.prompt_pairs[i], load.prompt_entries[i]),
                     (load.decode_entries[i], load.decode_entries[i]),
                 ):
-                    compute_s, traffic_s = pairs * pair_s * share, entries * entry_s * share
+                    compute_s, traffic_s = pairs * pair_s, entries * entry_s
                     if compute_s > traffic_s:
                         attention += compute_s
                     else:
                         kv += traffic_s
             kv += load.moved * block_s + load.stored * stored_s
-            told = (rows * ring_s + hop_s) * share if rows and n > 1 else 0.0
+            told = rows * ring_s + hop_s if rows and devices > 1 else 0.0
             return Parts(weights, attention, kv, told, host_s + load.works * sequence_s)
 
         return price

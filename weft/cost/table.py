@@ -46,7 +46,7 @@ class Table:
         def price(load: Load) -> Parts:
             if not load.rows:
                 return Parts()
-            i, u = place(rows, load.rows)
+            i, u = place(rows, load.whole_rows)
             j, v = place(entries, sum(load.decode_entries) + sum(load.prompt_entries))
             corners = (
                 ((1 - u) * (1 - v), grid[i][j]), (u * (1 - v), grid[min(i + 1, len(rows) - 1)][j]),

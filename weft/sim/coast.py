@@ -19,7 +19,7 @@ from weft.sim.executor import OUTPUT
 from weft.slots.cost import Load, Parts, Price
 from weft.types import Event, Grant, GroupKind, KVOp
 
-Step = Callable[[float, float, Parts, int, int], None]
+Step = Callable[[float, float, Parts, float, int], None]
 """Told of a step: when it began and ended, its parts, its rows, and how many sequences ran."""
 
 
@@ -70,6 +70,9 @@ class Coast:
         for r in running.values():
             if not self._plain(r):
                 return False
+        at_edge = sum(len(r.tables[self.group].blocks) * self.size == r.tables[self.group].count for r in running.values())
+        if at_edge > self.pool.available:
+            return False
         order = s.policy.order
         self.requests = [r for _, _, r in sorted((order(r, now), r.rid, r) for r in running.values())]
         self.base = [0] * len(self.requests)

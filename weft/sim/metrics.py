@@ -125,7 +125,7 @@ class Meter:
     def preempted(self, id: int) -> None:
         self.preemptions += 1
 
-    def step(self, start: float, end: float, parts: Parts, rows: int, running: int, memory: float) -> None:
+    def step(self, start: float, end: float, parts: Parts, rows: float, running: int, memory: float) -> None:
         for i, part in enumerate(parts):
             self.parts[i] += part
         self.rows += rows

@@ -45,7 +45,7 @@ class Replica:
         self.now = 0.0
         """When the last committed step ended."""
         self.ends = FOREVER
-        self._flight: tuple[Plan, Parts] | None = None
+        self._flight: tuple[Plan, Parts, float] | None = None
         self._inbox: deque[tuple[int, Arrival]] = deque()
         self._coast = Coast(
             self.engine, price, len(model.figures.kinds), self._stepped, self._ended, log if log is not None else None
@@ -129,21 +129,22 @@ class Replica:
     def _launch(self) -> None:
         """Plan a step; it ends when its parts have passed."""
         plan, events = self.engine.schedule(self.now)
-        parts = self.price(load_of(plan, self.model.figures, self.layers))
+        load = load_of(plan, self.model.figures, self.layers)
+        parts = self.price(load)
         if self.log is not None:
             self.log.append(entry(self.now, plan, events))
         for event in events:
             if isinstance(event, Preempted):
                 self.meter.preempted(event.id)
-        self._flight, self.ends = (plan, parts), self.now + sum(parts)
+        self._flight, self.ends = (plan, parts, load.whole_rows), self.now + sum(parts)
 
     def _land(self) -> None:
         assert self._flight is not None
-        plan, parts = self._flight
+        plan, parts, rows = self._flight
         self._flight = None
         running = len(self.engine.scheduler.running)
         events = self.engine.commit(self.ends, plan, facts(plan))
-        self._stepped(self.now, self.ends, parts, plan.rows, running)
+        self._stepped(self.now, self.ends, parts, rows, running)
         self.now, self.ends = self.ends, FOREVER
         for event in events:
             if isinstance(event, Tokens):
@@ -155,7 +156,7 @@ class Replica:
             if isinstance(event, Finished):
                 self.meter.finished(event.id, now, event.cached_tokens)
 
-    def _stepped(self, start: float, end: float, parts: Parts, rows: int, running: int) -> None:
+    def _stepped(self, start: float, end: float, parts: Parts, rows: float, running: int) -> None:
         self.steps += 1
         self.meter.step(start, end, parts, rows, running, self.engine.pool.referenced / self.engine.pool.total)
 

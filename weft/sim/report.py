@@ -22,6 +22,7 @@ h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:34px 0 4px}p{margin:4p
 .legend{display:flex;flex-wrap:wrap;gap:4px 20px;margin:12px 0}.legend span{display:flex;align-items:center;gap:7px}
 .legend i{width:14px;height:14px;border-radius:3px;display:inline-block}
 .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(400px,1fr));gap:14px;margin-top:10px}
+.three{grid-template-columns:repeat(auto-fit,minmax(290px,1fr))}.bars{max-width:660px}
 figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 10px 6px}
 figcaption{font-weight:600;font-size:14px;padding:0 6px 4px}figcaption small{font-weight:400;color:var(--dim)}
 svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,"Segoe UI",Helvetica,Arial,sans-serif;fill:var(--dim)}
@@ -45,12 +46,13 @@ def page(points: Sequence[Point], wanted: Wanted) -> str:
         f"<title>{escape(' and '.join(names))}: a simulation</title><style>{STYLE}</style></head><body><main>",
         f"<h1>{escape(_listed(names))}</h1>", f'<p class="dim">{escape(_what(points, wanted))}</p>',
         _legend(names),
-        "<h2>Over the load</h2>", f'<div class="grid">{"".join(_over_load(points, names, wanted))}</div>',
+        "<h2>Over the load</h2>", _grid(_over_load(points, names)),
+        "<h2>Latency over the load</h2>", _grid(_latencies(points, names, wanted), " three"),
         f"<h2>Over time, at {number(last[0].offered)} requests a second</h2>",
-        f'<div class="grid">{"".join(_over_time(last, names))}</div>',
+        _grid(_over_time(last, names)),
         "<h2>What bounds the steps</h2>",
         '<p class="dim">Share of the time that steps spend on each part of their cost.</p>', _legend(list(PARTS)),
-        f'<div class="grid">{_figure("Shares of step time", "", stacks(_bounds(points), across="share of step time"))}</div>',
+        f'<div class="bars">{_figure("Shares of step time", "", stacks(_bounds(points), across="share of step time"))}</div>',
         "<h2>Numbers</h2>", _table(points),
         f'<p class="dim">weft {escape(__version__)}, weft sim; the schedulers are those that serve.</p>', "</main></body></html>",
     ]  # fmt: skip
@@ -89,36 +91,45 @@ def _figure(title: str, small: str, svg: str) -> str:
     return f"<figure><figcaption>{escape(title)}{note}</figcaption>{svg}</figure>"
 
 
-def _over_load(points: Sequence[Point], names: Sequence[str], wanted: Wanted) -> list[str]:
-    def series(value: Value) -> dict[str, Points]:
-        return {n: [(p.offered, value(p)) for p in points if p.policy == n] for n in names}
+def _grid(figures: Sequence[str], kind: str = "") -> str:
+    return f'<div class="grid{kind}">{"".join(figures)}</div>'
 
+
+def _series(points: Sequence[Point], names: Sequence[str], value: Value) -> dict[str, Points]:
+    return {n: [(p.offered, value(p)) for p in points if p.policy == n] for n in names}
+
+
+ACROSS = "requests a second, offered"
+
+
+def _over_load(points: Sequence[Point], names: Sequence[str]) -> list[str]:
+    charts: list[tuple[str, str, Value, str, float]] = [
+        ("Goodput", "requests a second that meet both SLOs", lambda p: p.result["goodput"], "1/s", 0.0),
+        ("SLO attainment", "share of all requests", lambda p: 100 * p.result["slo_met"], "%", 100.0),
+        ("Tokens out", "of all answers", lambda p: p.result["output_tok_s"], "tokens/s", 0.0),
+        ("Fairness", "Jain's index of what tenants, or requests, get", lambda p: p.result["fairness"], "index", 1.0),
+        ("Utilization", "share of the time in which devices compute", lambda p: 100 * p.result["utilization"], "%", 100.0),
+        ("Memory", "largest share of the KV pool that is held",
+         lambda p: 100 * max((v for _, v in p.curves["memory"]), default=0.0), "%", 100.0),
+    ]  # fmt: skip
+    return [
+        _figure(title, small, lines(_series(points, names, value), across=ACROSS, up=up, least=least))
+        for title, small, value, up, least in charts
+    ]
+
+
+def _latencies(points: Sequence[Point], names: Sequence[str], wanted: Wanted) -> list[str]:
     def latency(key: str, q: str) -> Value:
         return lambda p: float(p.result[key][q])
 
-    across = "requests a second, offered"
-    charts = [
-        ("Goodput", "requests a second that meet both SLOs", lambda p: p.result["goodput"], "1/s", False, 0.0, None),
-        ("SLO attainment", "share of all requests", lambda p: 100 * p.result["slo_met"], "%", False, 100.0, None),
-        *(
-            (f"{name} {q}", "", latency(key, q), "s", True, 0.0, limit)
-            for name, key, limit in (
-                ("Time to first token,", "ttft_s", wanted.slo.ttft_s), ("Time per token,", "tpot_s", wanted.slo.tpot_s)
-            )
-            for q in ("p50", "p90", "p99")
-        ),
-        ("Tokens out", "of all answers", lambda p: p.result["output_tok_s"], "tokens/s", False, 0.0, None),
-        ("Fairness", "Jain's index of the service that tenants get, or requests where there is one tenant",
-         lambda p: p.result["fairness"], "index", False, 1.0, None),
-        ("Utilization", "share of the time in which devices compute", lambda p: 100 * p.result["utilization"],
-         "%", False, 100.0, None),
-        ("Memory", "largest share of the KV pool that is held",
-         lambda p: 100 * max((v for _, v in p.curves["memory"]), default=0.0), "%", False, 100.0, None),
-    ]  # fmt: skip
-    return [
-        _figure(title, small, lines(series(value), across=across, up=up, log=log, least=least, limit=limit))
-        for title, small, value, up, log, least, limit in charts
-    ]
+    found = []
+    for title, key, limit in (
+        ("Time to first token", "ttft_s", wanted.slo.ttft_s), ("Time per token", "tpot_s", wanted.slo.tpot_s)
+    ):  # fmt: skip
+        for q in ("p50", "p90", "p99"):
+            series = _series(points, names, latency(key, q))
+            found.append(_figure(f"{title}, {q}", "", lines(series, across=ACROSS, up="seconds", log=True, limit=limit)))
+    return found
 
 
 def _over_time(last: Sequence[Point], names: Sequence[str]) -> list[str]:

@@ -41,7 +41,8 @@ class Load:
     rows       of the target model (the tokens of the step).  samples: rows whose logits are computed.  works: sequences in it
     prompt     by kind of layer (`Figures.kinds`), pairs of the rows of prompts, and the entries that they read
     decode     by kind of layer, pairs of single rows that go on from what stands: as many as the entries that they read
-    layers     share of the layers that the rows pass, 1 for all
+    spans      (share of the layers, rows that pass them), where rows stop between layers; else empty: all rows pass all layers.
+               Pairs and entries are counted in the share of the layers that their rows pass
     moved      blocks that are copied.  stored: blocks that go to or come from below the pool
     """
 
@@ -52,9 +53,14 @@ class Load:
     prompt_entries: list[float] = field(default_factory=list)
     decode_entries: list[float] = field(default_factory=list)
     decode_rows: int = 0
-    layers: float = 1.0
+    spans: list[tuple[float, int]] = field(default_factory=list)
     moved: int = 0
     stored: int = 0
+
+    @property
+    def whole_rows(self) -> float:
+        """Rows, each counted in the share of the layers that it passes."""
+        return sum(share * rows for share, rows in self.spans) if self.spans else self.rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
