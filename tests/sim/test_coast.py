@@ -30,7 +30,9 @@ def crowd(seed: int, n: int = 60, pace: float = 300.0) -> Iterator[Arrival]:
         )  # fmt: skip
 
 
-def simulated(seed: int, *, coasting: bool, blocks: int, schedule: str, route: str = "round_robin", replicas: int = 1) -> Cluster:
+def simulated(
+    seed: int, *, coasting: bool, blocks: int, schedule: str, route: str = "round_robin", replicas: int = 1
+) -> Cluster:
     limits = Limits(max_model_len=400, max_num_seqs=12, max_rows=48, max_samples=12)
     setting = Setting(
         model=MODEL, hardware=hardware("cpu2"), cost=Roofline(dtype="float32", host_s=1e-5), parts=[parse(schedule)],

@@ -70,7 +70,9 @@ class Coast:
         for r in running.values():
             if not self._plain(r):
                 return False
-        at_edge = sum(len(r.tables[self.group].blocks) * self.size == r.tables[self.group].count for r in running.values())
+        at_edge = sum(
+            len(r.tables[self.group].blocks) * self.size == r.tables[self.group].count for r in running.values()
+        )
         if at_edge > self.pool.available:
             return False
         order = s.policy.order

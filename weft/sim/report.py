@@ -128,7 +128,9 @@ def _latencies(points: Sequence[Point], names: Sequence[str], wanted: Wanted) ->
     ):  # fmt: skip
         for q in ("p50", "p90", "p99"):
             series = _series(points, names, latency(key, q))
-            found.append(_figure(f"{title}, {q}", "", lines(series, across=ACROSS, up="seconds", log=True, limit=limit)))
+            found.append(
+                _figure(f"{title}, {q}", "", lines(series, across=ACROSS, up="seconds", log=True, limit=limit))
+            )
     return found
 
 
