@@ -69,7 +69,7 @@ def test_the_log_is_that_of_single_steps(schedule: str, blocks: int) -> None:
 
 @pytest.mark.parametrize("route", ["round_robin", "least_loaded", "power_of_two", "prefix_aware"])
 def test_routers_see_the_same_and_choose_the_same(route: str) -> None:
-    args = dict(blocks=90, schedule="schedule=fcfs", route=route, replicas=3)
+    args = {"blocks": 90, "schedule": "schedule=fcfs", "route": route, "replicas": 3}
     whole, single = simulated(5, coasting=True, **args), simulated(5, coasting=False, **args)  # type: ignore[arg-type]
     assert whole.logs == single.logs
     assert whole.result() == single.result()

@@ -110,7 +110,7 @@ def test_every_description_is_read_and_has_a_source() -> None:
     assert len(model_names()) >= 12
     with pytest.raises(ConfigError, match="did you mean h100"):
         hardware("h10")
-    with pytest.raises(ConfigError, match="did you mean llama-3.1-8b"):
+    with pytest.raises(ConfigError, match=r"did you mean llama-3\.1-8b"):
         model("llama-3.1-8")
     with pytest.raises(ConfigError, match="more devices"):
         model("llama-3.1-70b").blocks(hardware("h100"))

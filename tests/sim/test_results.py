@@ -1,4 +1,4 @@
-"""What a simulation says: latencies and goodput worked by hand, the same bytes for the same seed, and the page of a comparison."""
+"""What a simulation says: latencies and goodput worked by hand, equal bytes for equal seeds, and the page of a comparison."""
 
 from __future__ import annotations
 
@@ -156,8 +156,10 @@ def test_policies_are_found_by_name() -> None:
 @pytest.mark.parametrize(
     "args",
     [("sim",), ("sim", "--trace", "no.csv"), (*SMALL, "--slo", "ttft=x"), (*SMALL, "--policy", "x"), (*SMALL, "--hardware", "x"),
-     (*SMALL, "--model", "x"), (*SMALL, "--replicas", "0"), (*SMALL, "--compare", "fcfs", "--rates", "0"), (*SMALL, "--duration", "1e-9"),
-     (*SMALL, "--cost", "fcfs"), (*SMALL, "--kv-blocks", "0"), (*SMALL, "--max-model-len", "99999999"), (*SMALL, "--requests", "0")],
+     (*SMALL, "--model", "x"), (*SMALL, "--replicas", "0"), (*SMALL, "--compare", "fcfs", "--rates", "0"),
+     (*SMALL, "--duration", "1e-9"),
+     (*SMALL, "--cost", "fcfs"), (*SMALL, "--kv-blocks", "0"), (*SMALL, "--max-model-len", "99999999"),
+     (*SMALL, "--requests", "0")],
     ids=lambda a: a[-1][-14:],
 )  # fmt: skip
 def test_what_cannot_be_simulated_is_said_in_a_sentence(args: tuple[str, ...]) -> None:

@@ -176,7 +176,8 @@ def test_broken_clients_are_named(tmp_path: Path, row: str, laws: str, says: str
         list(trace(str(tmp_path)))
 
 
-@pytest.mark.parametrize("text", ["poisson()", "poisson(rate=0)", "poisson(rate=1, cv=2)", "poisson(rate='x')", "gamma(rate=1, cv=0)",
+@pytest.mark.parametrize("text", ["poisson()", "poisson(rate=0)", "poisson(rate=1, cv=2)", "poisson(rate='x')",
+                                  "gamma(rate=1, cv=0)",
                                   "poisson(rate=1, requests=1.5)", "poisson(rate=1, requests=0)", "nowhere.csv"])  # fmt: skip
 def test_broken_loads_are_named(text: str) -> None:
     with pytest.raises(ConfigError):

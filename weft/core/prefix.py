@@ -31,6 +31,14 @@ def extend(
 
     names[i] is the name of tokens[: (i + 1) * block_tokens].
     """
+    if not spans:
+        first, size = len(names) * block_tokens, 8 * block_tokens
+        data = array("q", tokens[first : upto // block_tokens * block_tokens]).tobytes()
+        name, hashed, append = names[-1] if names else base, hashlib.blake2b, names.append
+        for at in range(0, len(data), size):
+            name = hashed(name + data[at : at + size], digest_size=DIGEST_BYTES).digest()
+            append(name)
+        return
     starts = [s.start for s in spans]
     while (len(names) + 1) * block_tokens <= upto:
         a = len(names) * block_tokens
