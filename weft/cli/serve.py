@@ -84,6 +84,14 @@ class ServerFlags:
             metavar="NATS",
         ),
     ] = None
+    record: Annotated[
+        Path | None,
+        _option(
+            "--record",
+            help="Write what comes to the engine and what it decides, prompts included, for weft sim --replay.",
+            metavar="FILE",
+        ),
+    ] = None
     log_level: Annotated[
         str | None,
         _option("--log-level", help="debug, info, warning or error; else WEFT_LOG, else warning.", metavar="LEVEL"),
@@ -121,7 +129,7 @@ def serve(model: Model = None, *, server: ServerFlags, flags: EngineFlags) -> No
         # Clients that come while the model loads wait in the socket's queue and are answered then.
         with contextlib.closing(bind(server.host, server.port)) as held:
             folder = resolve(model, progress=sys.stderr.isatty())
-            engine, text = start(folder, model_id(model), flags, server.checks, server.lora_root)
+            engine, text = start(folder, model_id(model), flags, server.checks, server.lora_root, server.record)
             _run(engine, text, held, server.host, names, key)
 
 
@@ -144,12 +152,18 @@ def _run(
 
 
 def start(
-    folder: Path, name: str, flags: EngineFlags, checks: Checks = None, lora_root: Path | None = None
+    folder: Path,
+    name: str,
+    flags: EngineFlags,
+    checks: Checks = None,
+    lora_root: Path | None = None,
+    record: Path | None = None,
 ) -> tuple[EngineThread, ModelText]:
     """Plan, show the plan, and only then load: the engine in its thread, and the text side of its model."""
     from weft.cli.plan import table
     from weft.exec.build import build, prepare
     from weft.exec.host import format_size
+    from weft.exec.record import tap
     from weft.exec.shadow import Shadow, check_options, planned
     from weft.exec.thread import EngineThread
     from weft.front.text import ModelText
@@ -169,6 +183,8 @@ def start(
     text = ModelText.load(folder, max_model_len=setup.limits.max_model_len, name=name)
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
         runtime = build(setup, progress)
+    if record is not None:
+        tap(runtime.engine, record)
     shadow = None if checks is None else Shadow(runtime, *checks)
     info = engine_info(setup, name, runtime.adapters, loads_adapters=lora_root is not None)
     root = None if lora_root is None else str(lora_root.resolve())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli._flags import Json, spread
+from weft.cli._flags import Json, Plugins, spread
 from weft.cli._terminal import stderr, stdout
 from weft.errors import ConfigError
 
@@ -129,14 +129,30 @@ def sim(
     report: Annotated[
         Path | None, _option("--report", help="Write the comparison as a page with charts.", metavar="FILE.html")
     ] = None,
+    replay: Annotated[
+        Path | None,
+        _option(
+            "--replay", help="Hold a new engine's decisions against a record of weft serve --record.", metavar="FILE"
+        ),
+    ] = None,
+    plugin: Plugins = None,
     json_: Json = False,
     flags: SimFlags,
 ) -> None:
-    """Simulate a load: the scheduler that serves, line for line, under a virtual clock."""
+    """Simulate a load: the scheduler that serves, line for line, under a virtual clock.
+
+    With --replay nothing is simulated; exit status 1 when a decision is not the recorded one.
+    """
+    from weft.registry import load_plugin
     from weft.sim.report import page
     from weft.sim.run import compare as simulate
     from weft.sim.run import run, split
 
+    for path in plugin or ():
+        load_plugin(path)
+    if replay is not None:
+        replayed(replay, json_)
+        return
     wanted = flags.wanted()
     if compare is None and report is None:
         result, _ = run(wanted)
@@ -154,6 +170,23 @@ def sim(
         print(json.dumps(found, indent=2))
     else:
         stdout().print(table({f"{p.policy} at {p.rate:g}": p.result for p in points}))
+
+
+def replayed(path: Path, json_: bool) -> None:
+    """Print what a record holds and the first difference.  Exits with status 1 where there is one."""
+    from weft.sim.replay import replay
+
+    found = replay(path)
+    if json_:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        said = {
+            k.replace("_", " "): v for k, v in found.as_dict().items() if k not in ("identical", "difference", "at")
+        }
+        print(", ".join(f"{v:,} {k}" for k, v in said.items()))
+        print(found.difference or "every decision is the recorded one")
+    if found.difference is not None:
+        raise typer.Exit(1)
 
 
 def numbers(text: str) -> list[float]:
