@@ -51,13 +51,15 @@ class Setting:
 class Look:
     """A replica as a router sees it at the moment of a request; those that it does not look at need not be brought there."""
 
-    __slots__ = ("_clock", "_replica")
+    __slots__ = ("_clock", "_replica", "_seen")
 
     def __init__(self, replica: Replica, clock: list[float]) -> None:
-        self._replica, self._clock = replica, clock
+        self._replica, self._clock, self._seen = replica, clock, -1.0
 
     def _now(self) -> Replica:
-        self._replica.advance(self._clock[0])
+        if self._seen != self._clock[0]:
+            self._seen = self._clock[0]
+            self._replica.advance(self._seen)
         return self._replica
 
     @property

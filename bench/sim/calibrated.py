@@ -1,0 +1,143 @@
+"""The simulator against this machine: a cost calibrated on one load, tested on another at shares of the capacity.
+
+    python -m bench.sim.calibrated --out bench/results/sim-calibrated.json
+
+The load that is tested is served in real time by the engine's own loop (no HTTP), and simulated with the same arrivals and limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from weft.bench.calibrate import Driver, fit, measure
+from weft.cost.calibrated import Calibrated
+from weft.exec.build import EngineConfig, Runtime, build, prepare
+from weft.hub import resolve
+from weft.sim.cluster import Cluster, Setting
+from weft.sim.machines import Model, hardware
+from weft.sim.metrics import quantile
+from weft.sim.workload import UNIQUE, Arrival
+from weft.types import EngineFrame, RequestSpec, SamplingSpec, TokenItem, Tokens
+
+PROMPT, OUTPUT, SPREAD = 120, 48, 0.8
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[Arrival]:
+    """A Poisson load that the calibration has not seen: lognormal lengths, other numbers of sequences at once."""
+    chance, now, found = random.Random(f"tested {seed}"), 0.0, list[Arrival]()
+    sigma = (2 * 0.2) ** 0.5
+    while True:
+        now += chance.expovariate(rate)
+        if now >= seconds:
+            return found
+        lengths = [max(1, min(700, round(m * chance.lognormvariate(-sigma**2 / 2, sigma)))) for m in (PROMPT, OUTPUT)]
+        found.append(Arrival(now, ((UNIQUE + len(found), lengths[0]),), lengths[1]))
+
+
+def served(runtime: Runtime, load: list[Arrival]) -> dict[str, Any]:
+    """The load in real time."""
+    chance = random.Random(7)
+    vocab = runtime.setup.spec.vocab
+    specs = [
+        RequestSpec(
+            id=i, items=(TokenItem(tuple(chance.randrange(vocab) for _ in range(a.prompt))),),
+            sampling=SamplingSpec(temperature=0.0, max_tokens=a.output),
+        )
+        for i, a in enumerate(load)
+    ]  # fmt: skip
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    driver = Driver(runtime)
+    driver.batch(1, 8, (20, 100), (8,))
+
+    def hear(frame: EngineFrame) -> None:
+        now = time.monotonic()
+        for event in frame.events:
+            if isinstance(event, Tokens):
+                first.setdefault(event.id, now)
+                last[event.id] = now
+
+    began = time.monotonic() + 0.2
+
+    def wait(i: int) -> None:
+        time.sleep(max(0.0, began + load[i].time_s - time.monotonic()))
+
+    driver.hear = hear
+    driver.run(specs, wait)
+    driver.close()
+    rows = [(first[i] - began - a.time_s, (last[i] - first[i]) / (a.output - 1) if a.output > 1 else None,
+             last[i] - began - a.time_s) for i, a in enumerate(load)]  # fmt: skip
+    return figures(rows, max(last.values()) - began, sum(a.output for a in load))
+
+
+def figures(rows: list[tuple[float, float | None, float]], duration: float, tokens: int) -> dict[str, Any]:
+    out: dict[str, Any] = {"requests": len(rows), "duration_s": duration, "output_tok_s": tokens / duration}
+    for i, name in enumerate(("ttft_s", "tpot_s", "e2e_s")):
+        values = sorted(v for row in rows if (v := row[i]) is not None)
+        out[name] = {"p50": quantile(values, 0.5), "p99": quantile(values, 0.99), "mean": statistics.fmean(values)}
+    return out
+
+
+def simulated(runtime: Runtime, calibration: Path, load: list[Arrival]) -> dict[str, Any]:
+    setup = runtime.setup
+    setting = Setting(
+        model=Model("measured", setup.spec, setup.dtype), hardware=hardware("cpu2"), cost=Calibrated(file=str(calibration)),
+        parts=setup.stack.parts, limits=setup.limits, blocks=setup.plan.kv_blocks,
+    )  # fmt: skip
+    meter = Cluster(setting).run(load)
+    rows = [(meter.first[i] - a.time_s, (meter.ended[i] - meter.first[i]) / (a.output - 1) if a.output > 1 else None,
+             meter.ended[i] - a.time_s) for i, a in enumerate(load)]  # fmt: skip
+    return figures(rows, meter.last_s, sum(a.output for a in load))
+
+
+def compared(real: dict[str, Any], told: dict[str, Any]) -> dict[str, float]:
+    """Relative errors of the simulation."""
+    errors = {"output_tok_s": told["output_tok_s"] / real["output_tok_s"] - 1}
+    for name in ("ttft_s", "tpot_s", "e2e_s"):
+        for q in ("p50", "p99"):
+            errors[f"{name} {q}"] = told[name][q] / real[name][q] - 1
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--model", default=None)
+    given = parser.parse_args()
+    config = EngineConfig(model=resolve(given.model), max_model_len=1024, max_num_seqs=32, threads=1, memory_bytes=900 << 20)
+    setup = prepare(config)
+    first = build(setup)
+    calibration = fit(measure(first, given.rounds))
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "calibration.json"
+        file.write_text(json.dumps(calibration))
+        crowd = arrivals(1000.0, 0.3, 1)
+        capacity = len(crowd) / simulated(first, file, crowd)["duration_s"]
+        for share in (0.5, 0.8, 1.1):
+            load = arrivals(capacity * share, given.seconds, round(100 * share))
+            runtime = build(setup, like=first)
+            real, told = served(runtime, load), simulated(first, file, load)
+            runtime.close()
+            cases.append({"share_of_capacity": share, "rate": capacity * share, "measured": real, "simulated": told,
+                          "error": compared(real, told)})  # fmt: skip
+            print(share, {k: f"{100 * v:+.1f} %" for k, v in cases[-1]["error"].items()}, flush=True)
+    result = {
+        "benchmark": "simulator against the engine", "model": "weft-tiny", "threads": setup.threads, "capacity_rps": capacity,
+        "calibration": calibration, "cases": cases,
+    }  # fmt: skip
+    if given.out is not None:
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
