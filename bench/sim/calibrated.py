@@ -2,7 +2,8 @@
 
     python -m bench.sim.calibrated --out bench/results/sim-calibrated.json
 
-The load that is tested is served in real time by the engine's own loop (no HTTP), and simulated with the same arrivals and limits.
+The load that is tested is served in real time by the engine's own loop (no HTTP), and simulated with the same arrivals and
+limits.  Calibration runs before and between the tests, since what a shared machine gives changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[Arrival]:
         now += chance.expovariate(rate)
         if now >= seconds:
             return found
-        lengths = [max(1, min(700, round(m * chance.lognormvariate(-sigma**2 / 2, sigma)))) for m in (PROMPT, OUTPUT)]
+        lengths = [max(1, min(700, round(m * chance.lognormvariate(-(sigma**2) / 2, sigma)))) for m in (PROMPT, OUTPUT)]
         found.append(Arrival(now, ((UNIQUE + len(found), lengths[0]),), lengths[1]))
 
 
@@ -113,21 +114,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--model", default=None)
     given = parser.parse_args()
-    config = EngineConfig(model=resolve(given.model), max_model_len=1024, max_num_seqs=32, threads=1, memory_bytes=900 << 20)
+    config = EngineConfig(
+        model=resolve(given.model), max_model_len=1024, max_num_seqs=32, threads=1, memory_bytes=900 << 20
+    )
     setup = prepare(config)
     first = build(setup)
-    calibration = fit(measure(first, given.rounds))
-    cases = []
+    samples = measure(first, given.rounds)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "calibration.json"
-        file.write_text(json.dumps(calibration))
+        file.write_text(json.dumps(fit(samples)))
         crowd = arrivals(1000.0, 0.3, 1)
         capacity = len(crowd) / simulated(first, file, crowd)["duration_s"]
+        tested = []
         for share in (0.5, 0.8, 1.1):
             load = arrivals(capacity * share, given.seconds, round(100 * share))
             runtime = build(setup, like=first)
-            real, told = served(runtime, load), simulated(first, file, load)
-            runtime.close()
+            tested.append((share, load, served(runtime, load)))
+            samples += measure(build(setup, like=first), 1)
+        calibration = fit(samples)
+        file.write_text(json.dumps(calibration))
+        cases = []
+        for share, load, real in tested:
+            told = simulated(first, file, load)
             cases.append({"share_of_capacity": share, "rate": capacity * share, "measured": real, "simulated": told,
                           "error": compared(real, told)})  # fmt: skip
             print(share, {k: f"{100 * v:+.1f} %" for k, v in cases[-1]["error"].items()}, flush=True)

@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,22 @@ def read(folder: Path) -> Run:
     apart = min(r["queued_ts"] - r["arrival_time"] for r in found)
     zero = min(r["arrival_time"] for r in found) + apart
     rows = sorted(
-        (r["arrival_time"] + apart - zero, r["input_toks"], r["output_toks"], r["first_token_ts"] - zero, r["last_token_ts"] - zero)
+        (
+            r["arrival_time"] + apart - zero,
+            r["input_toks"],
+            r["output_toks"],
+            r["first_token_ts"] - zero,
+            r["last_token_ts"] - zero,
+        )
         for r in found
     )
     engine, cache = meta["engine_kwargs"], meta.get("kv_cache") or {}
-    replicas = engine["data_parallel_size"]
+    # Ranks that share a mixture's experts go step by step together: as one engine with the limits of all of them.
+    ranks = engine["data_parallel_size"]
     wanted = Wanted(
-        trace=folder.name, policy="fcfs+least_loaded" if replicas > 1 else "fcfs", hardware=DEVICES[folder.parent.name],
-        model=MODELS[folder.name], replicas=replicas, devices=engine["tensor_parallel_size"],
-        max_num_seqs=engine["max_num_seqs"], max_rows=engine["max_num_batched_tokens"], blocks=cache.get("num_gpu_blocks"),
+        trace=folder.name, hardware=DEVICES[folder.parent.name], model=MODELS[folder.name],
+        devices=engine["tensor_parallel_size"] * ranks, max_num_seqs=engine["max_num_seqs"] * ranks,
+        max_rows=engine["max_num_batched_tokens"] * ranks, blocks=cache.get("num_gpu_blocks"),
         max_model_len=engine["max_model_len"],
     )  # fmt: skip
     return Run(f"{folder.parent.name} {folder.name}", wanted, rows)
@@ -64,10 +71,8 @@ def read(folder: Path) -> Run:
 
 def simulated(run: Run, compute: float, memory: float) -> list[tuple[float, float]]:
     """(first token, last token) of each request."""
-    from dataclasses import replace
-
     made = replace(setting(run.wanted), cost=Roofline(compute=compute, memory=memory, attention=compute))
-    if run.wanted.replicas > 1 and made.blocks is None:  # experts are spread over the replicas
+    if made.blocks is None:
         made = replace(made, blocks=made.model.blocks(made.hardware, USABLE))
     meter = Cluster(made).run(run.load)
     return list(zip(meter.first, meter.ended, strict=True))
@@ -79,7 +84,11 @@ def figures(run: Run, tokens: list[tuple[float, float]], of: range) -> dict[str,
     tpot = sorted((tokens[i][1] - tokens[i][0]) / (run.rows[i][2] - 1) for i in of if run.rows[i][2] > 1)
     out = {"duration_s": max(tokens[i][1] for i in of)}
     for name, values in (("ttft_s", ttft), ("tpot_s", tpot)):
-        out |= {f"{name} mean": statistics.fmean(values), f"{name} p50": quantile(values, 0.5), f"{name} p99": quantile(values, 0.99)}
+        out |= {
+            f"{name} mean": statistics.fmean(values),
+            f"{name} p50": quantile(values, 0.5),
+            f"{name} p99": quantile(values, 0.99),
+        }
     return out
 
 
@@ -118,7 +127,8 @@ def main() -> None:
         run = read(meta.parent)
         compute, memory = fit(run)
         rest = range(len(run.rows) // 3, len(run.rows))
-        told, real = figures(run, simulated(run, compute, memory), rest), figures(run, [(r[3], r[4]) for r in run.rows], rest)
+        told = figures(run, simulated(run, compute, memory), rest)
+        real = figures(run, [(r[3], r[4]) for r in run.rows], rest)
         error = {k: told[k] / real[k] - 1 for k in real}
         cases.append({"run": run.name, "requests": len(run.rows), "fitted": {"compute": compute, "memory": memory},
                       "measured": real, "simulated": told, "error": error})  # fmt: skip

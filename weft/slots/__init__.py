@@ -110,6 +110,20 @@ class StepView:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """What a policy's authors say of it, and what of a simulation's result would show it.
+
+    metric: a key of the result, with dots.  better: "less" or "more".  factor: it holds where the ratio to FCFS is at most, or at
+    least, this.
+    """
+
+    text: str
+    metric: str
+    factor: float
+    better: str
+
+
+@dataclass(frozen=True, slots=True)
 class Quota:
     """rows: how many rows may advance at most.  layers: how many layers they pass in this step, None for all."""
 
