@@ -8,7 +8,22 @@ import typer
 from typer.core import TyperGroup
 
 from weft import __version__
-from weft.cli import bench, calibrate, chat, check, convert, doctor, features, fidelity, generate, new, plan, serve, sim
+from weft.cli import (
+    bench,
+    calibrate,
+    chat,
+    check,
+    convert,
+    doctor,
+    features,
+    fidelity,
+    generate,
+    new,
+    plan,
+    policies,
+    serve,
+    sim,
+)
 from weft.cli._terminal import complain
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
 
@@ -69,6 +84,7 @@ app.command("compose")(features.compose)
 app.command("fidelity")(fidelity.fidelity)
 app.command("convert")(convert.convert)
 app.command("sim")(sim.sim)
+app.command("policies")(policies.policies)
 app.command("calibrate")(calibrate.calibrate)
 app.command("new")(new.new)
 app.command("conform")(new.conform)

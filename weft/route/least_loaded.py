@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.slots.route import ReplicaView
+from weft.slots import Claim, ReplicaView
 from weft.traits import Traits
 
 
@@ -27,6 +27,10 @@ class LeastLoaded:
     acts: dict[str, int] = field(default_factory=lambda: {"compared": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits()
     looks: ClassVar[bool] = True
+    claim: ClassVar[Claim] = Claim(
+        "queues of equal length, and so a shorter tail",
+        "ttft_s.p99", 1.0, "less", against="round_robin", case="replicas",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.each < 0:

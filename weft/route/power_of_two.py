@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.slots.route import ReplicaView
+from weft.slots import Claim, ReplicaView
 from weft.traits import Traits
 
 
@@ -28,6 +28,10 @@ class PowerOfTwo:
     acts: dict[str, int] = field(default_factory=lambda: {"compared": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits()
     looks: ClassVar[bool] = True
+    claim: ClassVar[Claim] = Claim(
+        "nearly the balance of asking everybody, by asking two",
+        "ttft_s.p99", 1.0, "less", against="round_robin", case="replicas",
+    )  # fmt: skip
 
     def choose(self, prompt: Sequence[int], tenant: bytes, replicas: Sequence[ReplicaView], now: float) -> int:
         n = len(replicas)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.slots.route import ReplicaView
+from weft.slots import Claim, ReplicaView
 from weft.traits import Traits
 
 
@@ -34,6 +34,10 @@ class PrefixAware:
     acts: dict[str, int] = field(default_factory=lambda: {"followed": 0, "balanced": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits()
     looks: ClassVar[bool] = True
+    claim: ClassVar[Claim] = Claim(
+        "prompts that begin alike meet the cache that has their beginning",
+        "cached_tokens", 1.5, "more", against="round_robin", case="prefixes",
+    )  # fmt: skip
     _seen: OrderedDict[bytes, int] = field(default_factory=OrderedDict, init=False, compare=False)
 
     def __post_init__(self) -> None:

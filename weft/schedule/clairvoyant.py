@@ -31,7 +31,10 @@ class Clairvoyant:
     static: ClassVar[bool] = True
     steady: ClassVar[bool] = False
     layered: ClassVar[bool] = False
-    claim: ClassVar[Claim] = Claim("the least mean time to the end", "e2e_s.mean", 1.0, "less")
+    claim: ClassVar[Claim] = Claim(
+        "the least mean time to the end",
+        "e2e_s.mean", 1.0, "less",
+    )  # fmt: skip
 
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:
         self.acts["ordered"] += 1

@@ -34,8 +34,9 @@ class Deadline:
     steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
     claim: ClassVar[Claim] = Claim(
-        "more requests keep their limit under overload than first come, first served", "goodput", 1.0, "more"
-    )
+        "more requests keep their limit under overload than first come, first served",
+        "goodput", 1.0, "more",
+    )  # fmt: skip
     trial: ClassVar[dict[str, float]] = {"ttft_s": 0.01, "row_s": 1e-5}
 
     def __post_init__(self) -> None:

@@ -33,8 +33,9 @@ class Orca:
     steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
     claim: ClassVar[Claim] = Claim(
-        "over 11 times the throughput of static batches under random arrivals", "output_tok_s", 1.0, "more"
-    )
+        "over 11 times the throughput of static batches under random arrivals",
+        "output_tok_s", 11.0, "more", against="static",
+    )  # fmt: skip
     trial: ClassVar[dict[str, float]] = {"size": 6}
 
     def __post_init__(self) -> None:

@@ -33,7 +33,10 @@ class Prepacking:
     static: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
-    claim: ClassVar[Claim] = Claim("up to 6 times the speed of prefill with padded batches", "ttft_s.mean", 1.0, "less")
+    claim: ClassVar[Claim] = Claim(
+        "prompts are computed sooner, up to 6 times with padded batches",
+        "ttft_s.mean", 1.0, "less",
+    )  # fmt: skip
     trial: ClassVar[dict[str, float]] = {"bin": 160, "window_s": 1.0}
 
     def __post_init__(self) -> None:

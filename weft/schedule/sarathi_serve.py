@@ -36,8 +36,9 @@ class SarathiServe:
     steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
     claim: ClassVar[Claim] = Claim(
-        "2.6 to 6.9 times the capacity under a limit on the time between tokens", "tpot_s.p99", 1.0, "less"
-    )
+        "at least 2.6 times the requests within their limits of prompts first",
+        "goodput", 2.6, "more", against="prefill_first",
+    )  # fmt: skip
     trial: ClassVar[dict[str, float]] = {"tbt_s": 0.05, "step_s": 0.01, "row_s": 1e-3, "tile": 8}
 
     def __post_init__(self) -> None:

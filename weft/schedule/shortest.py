@@ -34,7 +34,10 @@ class Shortest:
     static: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
-    claim: ClassVar[Claim] = Claim("47 % lower mean completion time beside its other parts", "e2e_s.mean", 1.0, "less")
+    claim: ClassVar[Claim] = Claim(
+        "47 % lower mean completion time, beside its other parts",
+        "e2e_s.mean", 0.53, "less",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.ageing < 0 or self.bucket < 1 or not 0 <= self.accuracy <= 1:

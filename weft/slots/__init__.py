@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from weft.slots.cost import Cost as Cost
 from weft.slots.kv import Compress as Compress
@@ -113,14 +113,16 @@ class StepView:
 class Claim:
     """What a policy's authors say of it, and what of a simulation's result would show it.
 
-    metric: a key of the result, with dots.  better: "less" or "more".  factor: it holds where the ratio to FCFS is at most, or at
-    least, this.
+    metric: a key of the result, with dots.  factor: it holds where the ratio to the policy `against` is at most ("less"), or at
+    least ("more"), this.  case: the load on which it is judged (`bench/sim/policies.py`).
     """
 
     text: str
     metric: str
     factor: float
-    better: str
+    better: Literal["less", "more"]
+    against: str = "fcfs"
+    case: str = "overload"
 
 
 @dataclass(frozen=True, slots=True)
