@@ -4,7 +4,7 @@ Paper    none; join the shortest queue, with work in place of length (Splitwise'
 Rule     the least of (rows of prompts not computed + sequences * each); of equals the first
 Units    rows; each: rows that a running or waiting sequence stands for
 Cost     O(replicas) a request
-Pays     where prompts differ much in length: bench/results/sim-routes.json
+Pays     where prompts differ much in length; `weft policies` has the figures
 Differs  the rows that answers will take are not known, so a sequence counts for a fixed number
 Raises   ValueError if each < 0
 """

@@ -4,7 +4,7 @@ Paper    Mitzenmacher, The Power of Two Choices in Randomized Load Balancing, IE
 Rule     draw i and j, i != j; the one with fewer running and waiting sequences, of equals i
 Units    sequences
 Cost     O(1) a request: two replicas are looked at
-Pays     with many replicas, of which only two are asked: bench/results/sim-routes.json
+Pays     with many replicas, of which only two are asked; `weft policies` has the figures
 Differs  the draw is a function of seed and the number of the request, so that a run can be repeated
 Raises   nothing
 """

@@ -5,7 +5,7 @@ Rule     the replica that last saw the longest prefix of the prompt, where that 
          most the fewest + slack; else the one with the fewest
 Units    block: tokens by which prefixes are told apart.  slack: sequences.  least: share of the prompt
 Cost     one hash for each block of a prompt; `most` prefixes are remembered, the least recently used forgotten
-Pays     where prompts of a conversation or of an agent begin alike: bench/results/sim-routes.json
+Pays     where prompts of a conversation or of an agent begin alike; `weft policies` has the figures
 Differs  the router remembers what it sent where, and is not told what replicas have evicted
 Raises   ValueError for a block, most or slack below 1, or a share outside [0, 1]
 """
