@@ -2,7 +2,8 @@
 
     python -m bench.sim.policies ../shared/data/traces
 
-writes `weft/sim/data/policies.json`, which `weft policies` tells, and a page of charts for each case where --pages names a folder.
+writes `weft/sim/data/policies.json`, which `weft policies` tells; with --pages FOLDER a page of charts instead, for each policy
+beside FCFS and the clairvoyant bound.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 from weft.registry import lookup, names
 from weft.sim.cluster import Cluster
 from weft.sim.metrics import Meter, slo, summary
-from weft.sim.run import Wanted, setting
+from weft.sim.report import page
+from weft.sim.run import Wanted, compare, setting
 from weft.sim.traces import trace
 from weft.sim.workload import UNIQUE, Arrival, Pace, paced
 from weft.slots import Claim
@@ -55,6 +57,17 @@ def urgent() -> list[Arrival]:
     return [replace(a, tenant="", priority=-1 if chance.random() < 0.05 else 0) for a in tenants()]
 
 
+def beginnings() -> list[Arrival]:
+    """A thousand requests at once, each with one of fifty beginnings, in no order."""
+    chance = random.Random("beginnings")
+    return [
+        Arrival(
+            0.0, ((1 + chance.randrange(50), 1500), (UNIQUE + i, chance.randrange(20, 200))), chance.randrange(20, 200)
+        )
+        for i in range(1000)
+    ]
+
+
 def of(
     load: Callable[[], list[Arrival]], name: str, chosen: Callable[[Arrival], bool]
 ) -> Callable[[Meter], dict[str, Any]]:
@@ -80,9 +93,13 @@ def cases(folder: Path) -> dict[str, Case]:
 
     return {
         "overload": Case("Azure conversations at 3.6 times their pace, one h100", BASE, conversation(3.6, 1500)),
-        "tenants": Case("a heavy and a light tenant, one h100", BASE, tenants, of(tenants, "light", lambda a: a.tenant == "light")),
+        "tenants": Case("a heavy and a light tenant, one h100", BASE, tenants,
+                        of(tenants, "light", lambda a: a.tenant == "light")),
         "urgent": Case("a twentieth is urgent, one h100", BASE, urgent, of(urgent, "urgent", lambda a: a.priority < 0)),
-        "replicas": Case("Azure conversations at 14 times their pace, four h100", replace(BASE, replicas=4), conversation(14, 3000)),
+        "replicas": Case("Azure conversations at 14 times their pace, four h100", replace(BASE, replicas=4),
+                         conversation(14, 3000)),
+        "cache": Case("1,000 prompts with 50 beginnings of 1,500 tokens, shuffled, a cache for a few",
+                      replace(BASE, blocks=1500), beginnings),
         "prefixes": Case("Mooncake's synthetic trace, half its pace, eight h100", replace(BASE, replicas=8),
                          lambda: paced(trace(str(mooncake)), Pace(time=0.5, requests=1000))),
     }  # fmt: skip
@@ -106,19 +123,38 @@ def judged(claim: Claim, own: dict[str, Any], other: dict[str, Any], title: str)
     ratio = a / b if b else float("inf") if a else 1.0
     holds = ratio <= claim.factor if claim.better == "less" else ratio >= claim.factor
     wanted = f"at {'most' if claim.better == 'less' else 'least'} {claim.factor:.3g}"
-    reason = f"{title}: {claim.metric} {a:.4g} against {b:.4g} of {claim.against}, {ratio:.3g} times; the claim asks for {wanted}"
+    seen = f"{claim.metric} {a:.4g} against {b:.4g} of {claim.against}, {ratio:.3g} times"
+    reason = f"{title}: {seen}; the claim asks for {wanted}"
+    verdict = "holds" if holds else "does not hold"
     keys = ("goodput", "output_tok_s", "fairness", "cached_tokens", "slo_met")
     told = {k: own[k] for k in keys} | {k: own[k] for k in ("ttft_s", "tpot_s", "e2e_s")}
-    return {
-        "verdict": "holds" if holds else "does not hold", "reason": reason, "ratio": min(ratio, 1e9), "case": claim.case, **told,
-    }  # fmt: skip
+    return {"verdict": verdict, "reason": reason, "ratio": min(ratio, 1e9), "case": claim.case, **told}
+
+
+def charts(folder: Path, out: Path) -> None:
+    """A page for each schedule beside FCFS and the clairvoyant bound, and one for the routers."""
+    out.mkdir(parents=True, exist_ok=True)
+    source = str(folder / "azure2023" / "AzureLLMInferenceTrace_conv.csv")
+    wanted = replace(BASE, trace=source, pace=Pace(requests=800))
+    for name in names("schedule"):
+        if name not in ("fcfs", "clairvoyant"):
+            points = compare(wanted, ("fcfs", name, "clairvoyant"), (1.0, 2.5, 4.0))
+            (out / f"schedule-{name}.html").write_text(page(points, wanted), encoding="utf8")
+    many = replace(wanted, replicas=4)
+    (out / "route.html").write_text(page(compare(many, names("route"), (4.0, 10.0, 16.0)), many), encoding="utf8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", help="policies, with commas between them; the others stay as they are")
+    parser.add_argument(
+        "--pages", type=Path, help="folder for charts of every policy over the conversations at three rates"
+    )
     given = parser.parse_args()
+    if given.pages is not None:
+        charts(given.folder, given.pages)
+        return
     known, done = cases(given.folder), dict[tuple[str, str], dict[str, Any]]()
     found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {}
     for slot in ("schedule", "route"):

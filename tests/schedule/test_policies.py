@@ -24,18 +24,19 @@ Steps = list[dict[int, int]]
 
 
 def steps(
-    policy: str, asks: Sequence[Ask], *, rows: int = 8, seqs: int = 8, urgent: Sequence[int] = (), tenants: str = ""
-) -> Steps:
-    """The rows of every request in each step."""
+    policy: str, asks: Sequence[Ask], *, rows: int = 8, seqs: int = 8, urgent: Sequence[int] = (), tenants: str = "",
+    alike: int = 1000,
+) -> Steps:  # fmt: skip
+    """The rows of every request in each step.  alike: so many different beginnings there are."""
     limits = Limits(max_model_len=200, max_num_seqs=seqs, max_rows=rows, max_samples=seqs)
     engine = Engine(GROUPS, 400, limits, build_stack([f"schedule={policy}"]))
     found: Steps = []
     now, sent, left = 0.0, 0, len(asks)
     while left:
         while sent < len(asks) and asks[sent][0] <= now:
-            _, prompt, output = asks[sent]
+            (_, prompt, output), at = asks[sent], 100 * (sent % alike)
             spec = RequestSpec(
-                id=sent, items=(TokenItem(tuple(range(100 * sent, 100 * sent + prompt))),), priority=-(sent in urgent),
+                id=sent, items=(TokenItem(tuple(range(at, at + prompt))),), priority=-(sent in urgent),
                 sampling=SamplingSpec(max_tokens=output), salt=tenants[sent].encode() if tenants else b"",
             )  # fmt: skip
             assert engine.add(spec, now) == []
@@ -139,6 +140,35 @@ def test_clairvoyant_goes_by_what_is_left() -> None:
     assert steps("fcfs", asks, rows=4)[:2] == [{0: 4}, {0: 1, 1: 3}]
 
 
+def shared(policy: str, heads: str, *, patience: float = 0.0) -> list[int]:
+    """The order in which requests with these beginnings (a letter each, of 8 tokens) end, one at a time."""
+    engine = Engine(
+        GROUPS, 400, Limits(max_model_len=200, max_num_seqs=1, max_rows=16, max_samples=1), build_stack([policy])
+    )
+    for i, letter in enumerate(heads):
+        tokens = (*[ord(letter)] * 8, *range(1000 * i, 1000 * i + 4))
+        sampling = SamplingSpec(max_tokens=1 if letter != "c" else 3)
+        assert engine.add(RequestSpec(id=i, items=(TokenItem(tokens),), sampling=sampling), 0.0) == []
+    found, now = list[int](), patience
+    while engine.has_work:
+        plan, _ = engine.schedule(now)
+        now += 1.0
+        found += [e.id for e in engine.commit(now, plan, facts(plan)) if isinstance(e, Finished)]
+    return found
+
+
+def test_cache_aware_follows_what_was_computed_and_lets_nobody_starve() -> None:
+    assert shared("schedule=cache_aware(block=4)", "abdabd") == [0, 3, 1, 4, 2, 5]
+    assert shared("schedule=fcfs", "abdabd") == [0, 1, 2, 3, 4, 5]
+    # From 2.5 s on everybody has waited too long, and by arrival it goes.
+    assert shared("schedule=cache_aware(block=4, patience_s=2.5)", "abdaaab") == [0, 3, 4, 1, 2, 5, 6]
+
+
+def test_batchllm_runs_group_by_group_the_longest_answers_first() -> None:
+    # c has answers of 3 tokens, the others of 1, for prompts of equal length.
+    assert shared("schedule=batchllm(prefix=8)", "abcabc") == [2, 5, 0, 3, 1, 4]
+
+
 CROWD = [(float(i // 3), 3 + 7 * (i % 5), 1 + (5 * i) % 11) for i in range(30)]
 
 
@@ -151,7 +181,7 @@ def trial(name: str) -> str:
 def test_no_two_schedules_decide_alike() -> None:
     """On one crowd, where each has something to decide."""
     logs = {
-        name: json.dumps(steps(trial(name), CROWD, rows=48, urgent=range(0, 30, 7), tenants="abc" * 10))
+        name: json.dumps(steps(trial(name), CROWD, rows=48, urgent=range(0, 30, 7), tenants="abc" * 10, alike=9))
         for name in names("schedule")
         if not lookup("schedule", name).layered  # type: ignore[attr-defined]
     }

@@ -48,9 +48,8 @@ def calibrate(
     if json_:
         print(json.dumps({**found, "machine": machine}, indent=2))
     else:
-        say(
-            f"{found['steps']} steps, median error {100 * found['median_error']:.1f} %, of all {100 * found['total_error']:+.1f} %"
-        )
+        errors = f"median error {100 * found['median_error']:.1f} %, of all {100 * found['total_error']:+.1f} %"
+        say(f"{found['steps']} steps, {errors}")
         say(f"try:  weft sim --cost 'calibrated(file=\"{out}\")' --trace 'poisson(rate=2)'")
 
 

@@ -93,6 +93,8 @@ class RequestView(Protocol):
     def preemptions(self) -> int: ...
     @property
     def partial(self) -> tuple[int, int, int] | None: ...
+    def heads(self, block: int) -> Sequence[bytes]:
+        """Names of the prompt's beginnings of `block`, 2 * `block`, ... tokens: equal ones are equal tokens of one tenant."""
 
 
 @dataclass(slots=True)
