@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from weft.registry import lookup, names
-from weft.sim.cluster import Cluster
 from weft.sim.metrics import Meter, slo, summary
+from weft.sim.placement import splits
+from weft.sim.pools import cluster_of
 from weft.sim.report import page
 from weft.sim.run import Wanted, compare, setting
 from weft.sim.traces import trace
-from weft.sim.workload import UNIQUE, Arrival, Pace, paced
+from weft.sim.workload import UNIQUE, Arrival, Pace, Synthetic, paced
 from weft.slots import Claim
 
 OUT = Path(__file__).resolve().parents[2] / "weft" / "sim" / "data" / "policies.json"
@@ -98,6 +99,9 @@ def cases(folder: Path) -> dict[str, Case]:
         "urgent": Case("a twentieth is urgent, one h100", BASE, urgent, of(urgent, "urgent", lambda a: a.priority < 0)),
         "replicas": Case("Azure conversations at 14 times their pace, four h100", replace(BASE, replicas=4),
                          conversation(14, 3000)),
+        "disaggregated": Case("long prompts at 22 requests a second, tokens due every 15 ms, four h100",
+                              replace(BASE, replicas=4, slo=slo("ttft=1s,tpot=15ms")),
+                              lambda: Synthetic(rate=22.0, requests=1500, prompt=3000, output=150).arrivals()),
         "cache": Case("1,000 prompts with 50 beginnings of 1,500 tokens, shuffled, a cache for a few",
                       replace(BASE, blocks=1500), beginnings),
         "prefixes": Case("Mooncake's synthetic trace, half its pace, eight h100", replace(BASE, replicas=8),
@@ -106,7 +110,10 @@ def cases(folder: Path) -> dict[str, Case]:
 
 
 def measured(case: Case, policy: str) -> dict[str, Any]:
-    cluster = Cluster(setting(replace(case.wanted, policy=policy)))
+    if policy in names("place"):  # as its authors do: the proportion is searched on the load
+        best = splits(case.wanted, policy, list(case.load()))[0]
+        return {**best.result, "placement": best.policy}
+    cluster = cluster_of(setting(replace(case.wanted, policy=policy)))
     meter = cluster.run(case.load())
     return {**cluster.result(), **case.more(meter)}
 
@@ -157,7 +164,7 @@ def main() -> None:
         return
     known, done = cases(given.folder), dict[tuple[str, str], dict[str, Any]]()
     found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    for slot in ("schedule", "route"):
+    for slot in ("schedule", "route", "place"):
         for name in names(slot):
             claim = getattr(lookup(slot, name), "claim", None)
             if claim is None or (given.only and name not in given.only.split(",")):

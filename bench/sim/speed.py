@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from weft.sim.cluster import Cluster
+from weft.sim.pools import cluster_of
 from weft.sim.run import Wanted, load, setting
 from weft.sim.workload import Pace
 
@@ -22,7 +22,7 @@ ROUTERS = ("round_robin", "least_loaded", "power_of_two", "prefix_aware")
 def timed(title: str, wanted: Wanted) -> dict[str, Any]:
     """One simulation: processor seconds of one core, and tokens for each of them."""
     began = time.process_time()
-    cluster = Cluster(setting(wanted))
+    cluster = cluster_of(setting(wanted))
     meter = cluster.run(load(wanted))
     took = time.process_time() - began
     result = cluster.result()

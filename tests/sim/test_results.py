@@ -144,9 +144,9 @@ def test_a_comparison_is_a_page_by_itself(tmp_path: Path) -> None:
 
 
 def test_policies_are_found_by_name() -> None:
-    inside, route = policies("layered(groups=2)+power_of_two(seed=3)")
+    inside, outside = policies("layered(groups=2)+power_of_two(seed=3)")
     assert [str(p) for p in inside] == ["schedule=layered(groups=2)"]
-    assert str(route) == "route=power_of_two(seed=3)"
+    assert str(outside["route"]) == "route=power_of_two(seed=3)"
     assert split("a(x=1, y='b,c'), b", ",") == ["a(x=1, y='b,c')", "b"]
     for text in ("nothing", "fcfs+", "cost=roofline", "fcfs(", "layered(groups=0)"):
         with pytest.raises(ConfigError):

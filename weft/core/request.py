@@ -59,8 +59,8 @@ class Request:
     __slots__ = (
         "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
         "generation", "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output",
-        "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed", "settings", "single",
-        "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed",
+        "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(

@@ -13,7 +13,7 @@ from weft.sim.machines import Model
 from weft.sim.metrics import SLO, Meter
 from weft.sim.replica import FOREVER, LogEntry, Replica
 from weft.sim.workload import Arrival
-from weft.slots.cost import Cost, Hardware
+from weft.slots.cost import Cost, Hardware, Price
 from weft.slots.route import Route
 
 
@@ -29,6 +29,7 @@ class Setting:
     cost: Cost
     parts: Sequence[Part] = ()
     route: Part | None = None
+    place: Part | None = None
     replicas: int = 1
     limits: Limits
     blocks: int | None = None
@@ -88,13 +89,15 @@ class Cluster:
         blocks = setting.kv_blocks()
         self.route: Route = (setting.route or Part("route", "round_robin")).build()
         self.logs: list[list[LogEntry]] = [[] for _ in range(setting.replicas if log else 0)]
-        self.replicas = [
-            Replica(
-                f"replica{i}", setting.model, price, setting.stack(), setting.limits, blocks, self.meter,
-                share=setting.share, coasting=setting.coasting, log=self.logs[i] if log else None,
-            )
-            for i in range(setting.replicas)
-        ]  # fmt: skip
+        self.replicas = [self.replica(i, price, blocks) for i in range(setting.replicas)]
+
+    def replica(self, i: int, price: Price, blocks: int) -> Replica:
+        """The engine number i."""
+        s = self.setting
+        return Replica(
+            f"replica{i}", s.model, price, s.stack(), s.limits, blocks, self.meter, share=s.share, coasting=s.coasting,
+            log=self.logs[i] if self.logs else None,
+        )  # fmt: skip
 
     def run(self, arrivals: Iterable[Arrival]) -> Meter:
         """Let the load pass, and everybody finish."""

@@ -7,7 +7,7 @@ deliver(...)     a request that comes at that moment
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from weft.config import Limits, Stack
 from weft.core.engine import Engine
@@ -27,12 +27,14 @@ FOREVER = float("inf")
 class Replica:
     """name: for the report.  stack: its own, not shared with others.  blocks: of the KV pool.
 
-    coasting: whether runs of decode steps are taken without planning each.
+    coasting: whether runs of decode steps are taken without planning each.  ended: told of answers that end, instead of the
+    meter.
     """
 
     def __init__(
         self, name: str, model: Model, price: Price, stack: Stack, limits: Limits, blocks: int, meter: Meter, *,
         share: bool = True, coasting: bool = True, log: list[LogEntry] | None = None,
+        ended: Callable[[Finished, float], None] | None = None,
     ) -> None:  # fmt: skip
         self.name, self.model, self.price, self.meter, self.log = name, model, price, meter, log
         layers = len(model.spec.layers)
@@ -41,6 +43,7 @@ class Replica:
             groups, blocks, limits, stack, layers=layers, share=share, block_bytes=model.block_bytes,
         )  # fmt: skip
         self.layers = layers
+        self._told = ended or (lambda e, now: meter.finished(e.id, now, e.cached_tokens))
         self.coasting = coasting
         self.now = 0.0
         """When the last committed step ended."""
@@ -126,9 +129,13 @@ class Replica:
     def _take_in(self) -> None:
         while self._inbox and self._inbox[0][1].time_s <= self.now:
             id, arrival = self._inbox.popleft()
-            for event in self.engine.add(arrival.spec(id), arrival.time_s):
-                if isinstance(event, Rejected):
-                    self.meter.refused(id)
+            self.take_in(id, arrival)
+
+    def take_in(self, id: int, arrival: Arrival) -> None:
+        """Hand a request to the engine."""
+        for event in self.engine.add(arrival.spec(id), arrival.time_s):
+            if isinstance(event, Rejected):
+                self.meter.refused(id)
 
     def _launch(self) -> None:
         """Plan a step; it ends when its parts have passed."""
@@ -158,7 +165,7 @@ class Replica:
     def _ended(self, events: Sequence[Event], now: float) -> None:
         for event in events:
             if isinstance(event, Finished):
-                self.meter.finished(event.id, now, event.cached_tokens)
+                self._told(event, now)
 
     def _stepped(self, start: float, end: float, parts: Parts, rows: float, running: int) -> None:
         self.steps += 1

@@ -9,9 +9,10 @@ from typing import Any
 from weft.config import Limits
 from weft.errors import ConfigError
 from weft.registry import Part, names, parse, parse_call
-from weft.sim.cluster import Cluster, Setting
+from weft.sim.cluster import Setting
 from weft.sim.machines import hardware, model
 from weft.sim.metrics import SLO, Meter
+from weft.sim.pools import cluster_of
 from weft.sim.traces import Encode, trace
 from weft.sim.workload import Arrival, Pace, paced
 from weft.slots import SLOTS
@@ -50,19 +51,24 @@ class Wanted:
     encode: Encode | None = field(default=None, compare=False)
 
 
-def policies(text: str) -> tuple[list[Part], Part | None]:
-    """(parts of an engine's stack, router) of 'fcfs', 'schedule=fcfs', or several with + between them.  Raises ConfigError."""
-    inside, route = list[Part](), None
+def policies(text: str) -> tuple[list[Part], dict[str, Part]]:
+    """(parts of an engine's stack, route and place) of 'fcfs', 'schedule=fcfs', or several with + between them.
+
+    Raises ConfigError.
+    """
+    inside, outside = list[Part](), dict[str, Part]()
     for word in split(text, "+"):
         part = _part(word)
-        if part.slot == "route":
-            route = part
+        if part.slot in ("route", "place"):
+            outside[part.slot] = part
         elif SLOTS[part.slot].inside:
             inside.append(part)
         else:
             raise ConfigError(f"{part} is no policy of an engine or a router; the cost is chosen with --cost")
         part.build()
-    return inside, route
+    if len(outside) > 1:
+        raise ConfigError(f"{outside['place']} decides which replica serves; leave out {outside['route']}")
+    return inside, outside
 
 
 def _part(word: str) -> Part:
@@ -101,7 +107,7 @@ def split(text: str, at: str) -> list[str]:
 def setting(wanted: Wanted) -> Setting:
     """Everything by name looked up.  Raises ConfigError."""
     shape = model(wanted.model, block_tokens=wanted.block_tokens, weight_bits=wanted.weight_bits)
-    inside, route = policies(wanted.policy)
+    inside, outside = policies(wanted.policy)
     longest = wanted.max_model_len or shape.spec.max_positions
     if longest > shape.spec.max_positions:
         raise ConfigError(f"--max-model-len {longest} exceeds the {shape.spec.max_positions} of {shape.name}")
@@ -118,7 +124,8 @@ def setting(wanted: Wanted) -> Setting:
     if wanted.blocks is not None and wanted.blocks < 1:
         raise ConfigError(f"--kv-blocks must be at least 1, got {wanted.blocks}")
     return Setting(
-        model=shape, hardware=device, cost=price.build(), parts=inside, route=route, replicas=wanted.replicas, limits=limits,
+        model=shape, hardware=device, cost=price.build(), parts=inside, route=outside.get("route"), place=outside.get("place"),
+        replicas=wanted.replicas, limits=limits,
         blocks=wanted.blocks, share=wanted.share, coasting=wanted.coasting, wanted=wanted.slo, seed=wanted.seed,
     )  # fmt: skip
 
@@ -129,7 +136,7 @@ def load(wanted: Wanted) -> Iterator[Arrival]:
 
 def run(wanted: Wanted) -> tuple[dict[str, Any], Meter]:
     """One simulation: its result, and all that was noted.  Raises ConfigError."""
-    cluster = Cluster(setting(wanted))
+    cluster = cluster_of(setting(wanted))
     meter = cluster.run(load(wanted))
     if not meter.arrived:
         raise ConfigError(f"the trace {wanted.trace} has no requests within what was asked for")
