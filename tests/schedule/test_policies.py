@@ -57,10 +57,10 @@ def test_static_waits_for_the_whole_batch() -> None:
 
 
 def test_orca_takes_prompts_whole_and_lets_them_join_at_once() -> None:
-    asks = [(0, 4, 3), (1, 6, 2), (2, 8, 1)]
-    # 6 rows fit beside one decode; 8 do not fit beside two, and have a step for themselves.
-    assert steps("orca", asks) == [{0: 4}, {0: 1, 1: 6}, {0: 1, 1: 1}, {2: 8}]
-    assert steps("fcfs", asks) == [{0: 4}, {0: 1, 1: 6}, {0: 1, 1: 1, 2: 6}, {2: 2}]
+    asks = [(0, 4, 3), (1, 5, 2), (1, 4, 1)]
+    # 5 rows fit beside one decode; 4 do not fit beside both, and come whole a step later.
+    assert steps("orca", asks) == [{0: 4}, {0: 1, 1: 5}, {0: 1, 1: 1, 2: 4}]
+    assert steps("fcfs", asks) == [{0: 4}, {0: 1, 1: 5, 2: 2}, {0: 1, 1: 1, 2: 2}]
     assert steps("orca(size=1)", asks[:2])[1] == {0: 1}
 
 

@@ -5,7 +5,7 @@ Rule     requests by arrival, at most `size` at once; a new one joins at the nex
 Units    size: sequences
 Cost     O(1) for each request
 Pays     against static batching, by far; against chunks it lengthens the steps of those who decode
-Differs  a prompt longer than a step is cut, where nothing else is in the step; memory is not reserved for the longest answer
+Differs  a prompt longer than what decodes leave of a step is cut; memory is not reserved for the longest answer
 Raises   ValueError if size < 1
 """
 
@@ -54,8 +54,8 @@ class Orca:
     def quota(self, request: RequestView, step: StepView) -> Quota:
         if request.decoding or request.remaining <= step.rows_left:
             return Quota(step.rows_left)
-        if step.prompt_rows + step.decode_rows == 0:
-            return Quota(step.rows_left)  # longer than any step: it has this one for itself
+        if not step.prompt_rows:
+            return Quota(step.rows_left)  # longer than a step beside those who decode: it takes all of it
         self.acts["put_off"] += 1
         return Quota(0)
 
