@@ -94,6 +94,7 @@ def cases(folder: Path) -> dict[str, Case]:
 
     return {
         "overload": Case("Azure conversations at 3.6 times their pace, one h100", BASE, conversation(3.6, 1500)),
+        "jam": Case("Azure conversations at 7 times their pace, one h100: more than it can serve", BASE, conversation(7, 1500)),
         "tenants": Case("a heavy and a light tenant, one h100", BASE, tenants,
                         of(tenants, "light", lambda a: a.tenant == "light")),
         "urgent": Case("a twentieth is urgent, one h100", BASE, urgent, of(urgent, "urgent", lambda a: a.priority < 0)),
