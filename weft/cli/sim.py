@@ -56,18 +56,16 @@ class SimFlags:
     slo: Annotated[
         str | None, _option("--slo", help="What a good request meets, as in ttft=1s,tpot=50ms.", metavar="SLO")
     ] = None
-    seed: Annotated[int, _option("--seed", help="Of everything that is drawn. (0)", metavar="N")] = 0
+    draws: Annotated[int, _option("--seed", help="Of everything that is drawn. (0)", metavar="N")] = 0
     time_scale: Annotated[float, _option("--time-scale", help="Times the trace's own pace. (1)", metavar="X")] = 1.0
     rate_scale: Annotated[
         float, _option("--rate-scale", help="Times the trace's requests, at its own pace. (1)", metavar="X")
     ] = 1.0
     requests: Annotated[int | None, _option("--requests", help="Stop after so many requests.", metavar="N")] = None
     duration: Annotated[str | None, _option("--duration", help="Stop after so long, as in 10m.", metavar="TIME")] = None
-    max_num_seqs: Annotated[int, _option("--max-num-seqs", help="Sequences computed at once. (256)", metavar="N")] = 256
-    max_num_batched_tokens: Annotated[
-        int, _option("--max-num-batched-tokens", help="Rows of one step. (2048)", metavar="N")
-    ] = 2048
-    max_model_len: Annotated[
+    seqs: Annotated[int, _option("--max-num-seqs", help="Sequences computed at once. (256)", metavar="N")] = 256
+    rows: Annotated[int, _option("--max-num-batched-tokens", help="Rows of one step. (2048)", metavar="N")] = 2048
+    longest: Annotated[
         int | None, _option("--max-model-len", help="Longest context; else the model's own.", metavar="N")
     ] = None
     kv_blocks: Annotated[
@@ -78,7 +76,7 @@ class SimFlags:
     weight_bits: Annotated[
         float, _option("--weight-bits", help="Bits of a parameter; else those of the model's dtype.", metavar="N")
     ] = 0.0
-    prefix_cache: Annotated[
+    share: Annotated[
         bool,
         typer.Option(
             "--prefix-cache/--no-prefix-cache", help="Share the KV of equal prefixes. (yes)", show_default=False
@@ -97,9 +95,9 @@ class SimFlags:
         pace = Pace(time=self.time_scale, rate=self.rate_scale, requests=self.requests, seconds=limit)
         return Wanted(
             trace=self.trace, policy=self.policy, hardware=self.hardware, model=self.model, cost=self.cost,
-            replicas=self.replicas, devices=self.devices, slo=slo(self.slo), pace=pace, seed=self.seed,
-            max_num_seqs=self.max_num_seqs, max_rows=self.max_num_batched_tokens, max_model_len=self.max_model_len,
-            block_tokens=self.block_tokens, blocks=self.kv_blocks, weight_bits=self.weight_bits, share=self.prefix_cache,
+            replicas=self.replicas, devices=self.devices, slo=slo(self.slo), pace=pace, seed=self.draws,
+            max_num_seqs=self.seqs, max_rows=self.rows, max_model_len=self.longest,
+            block_tokens=self.block_tokens, blocks=self.kv_blocks, weight_bits=self.weight_bits, share=self.share,
             encode=encoder(),
         )  # fmt: skip
 
