@@ -45,6 +45,7 @@ from weft.types import (
 )  # fmt: skip
 
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048)
+COUNTS = (1, 2, 3, 5, 8, 12, 20, 32, 48)
 PAUSE_S = 0.02
 """Mean time between two requests that trickle in."""
 TURNS, SWEEPS = 6, 600
@@ -156,8 +157,10 @@ class Driver:
         self.port.close()
 
 
-def measure(runtime: Runtime, rounds: int = 2, tell: Callable[[str], None] | None = None) -> list[Sample]:
-    """Step times of a mixture of loads.  The engine is used up: it is closed afterwards."""
+def measure(
+    runtime: Runtime, rounds: int = 2, tell: Callable[[str], None] | None = None, counts: Sequence[int] = COUNTS
+) -> list[Sample]:
+    """Step times of a mixture of loads.  The engine is used up: it is closed afterwards.  counts: sequences at once."""
     limits, spec = runtime.setup.limits, runtime.setup.spec
     figures = Model("measured", spec, runtime.setup.dtype).figures
     timings = Timings(runtime.engine, figures, len(spec.layers))
@@ -168,7 +171,7 @@ def measure(runtime: Runtime, rounds: int = 2, tell: Callable[[str], None] | Non
         driver.batch(0, 4, prompts[:3], (8,))  # warm
         runtime.engine.tap = timings
         for turn in range(rounds):
-            for count in (1, 2, 3, 5, 8, 12, 20, 32, 48):
+            for count in counts:
                 if tell is not None:
                     tell(f"{min(count, limits.max_num_seqs)} sequences, round {turn + 1} of {rounds}")
                 for i, few in enumerate((prompts[:2], prompts[2:4], prompts)):

@@ -44,17 +44,15 @@ def extend(
         a = len(names) * block_tokens
         h = hashlib.blake2b(names[-1] if names else base, digest_size=DIGEST_BYTES)
         h.update(array("q", tokens[a : a + block_tokens]).tobytes())
-        if spans:
-            first = max(0, bisect_right(starts, a) - 1)
-            for s in spans[first:]:
-                if s.start >= a + block_tokens:
-                    break
-                if s.stop > a:
-                    # Where the block cuts the item matters, not where the item stands in the prompt; and its rows, since one
-                    # source may be encoded into more or fewer of them.
-                    for n in (len(s.digest), s.stop - s.start, a - s.start):
-                        h.update(n.to_bytes(8, "little", signed=True))
-                    h.update(s.digest)
+        for s in spans[max(0, bisect_right(starts, a) - 1) :]:
+            if s.start >= a + block_tokens:
+                break
+            if s.stop > a:
+                # Where the block cuts the item matters, not where the item stands in the prompt; and its rows, since one
+                # source may be encoded into more or fewer of them.
+                for n in (len(s.digest), s.stop - s.start, a - s.start):
+                    h.update(n.to_bytes(8, "little", signed=True))
+                h.update(s.digest)
         names.append(h.digest())
 
 
