@@ -64,8 +64,8 @@ def test_too_few_steps_are_no_calibration() -> None:
 def test_a_live_engine_is_listened_to() -> None:
     """Every step but those before which the engine had nothing to do, with a load that adds up."""
     setup = prepare(EngineConfig(model=resolve(None), max_model_len=256, max_num_seqs=8, threads=1))
-    samples = measure(build(setup), 1, counts=(1, 3))
-    assert len(samples) > 60
+    samples = measure(build(setup), 1, counts=(3,))
+    assert len(samples) > 40
     assert all(s.model_s > 0 and s.rest_s > 0 for s in samples)
     assert {s.load.works for s in samples} >= {1, 2, 3}
     assert any(s.load.rows > s.load.works for s in samples)
