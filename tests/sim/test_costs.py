@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from weft.cost._common import Rates
 from weft.cost.calibrated import Calibrated
+from weft.cost.megatron import Megatron
+from weft.cost.nanoflow import NanoFlow
 from weft.cost.roofline import Roofline
 from weft.cost.table import Table
 from weft.errors import ConfigError
@@ -169,3 +172,44 @@ def test_a_table_is_a_grid(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(ConfigError):
             Table(file=str(file)).on(DEVICE, MODEL)
+
+
+def test_nanoflow_takes_the_longest_of_three_where_that_is_shorter() -> None:
+    price = NanoFlow(compute=1.0, memory=1.0, attention=1.0, efficiency=1.0).on(DEVICE, MODEL)
+    # 20 decodes of 20,000 entries each: products take 4 ms and reading their weights 2 ms, entries 2 ms.
+    both = load(20, 20, single=400_000)
+    both.works = 20
+    compute = 20 * 2e8 / 1e12 + 20 * 2e7 / 1e12 + 400_000 * 512 / 1e12
+    memory = 2 * (2e-3 + 2e-4) + 400_020 * 512 / 1e11  # weights are read twice, by two nano-batches
+    assert sum(price(both)) - price(both).host == pytest.approx(max(compute, memory))
+    # One sequence has no two halves, and a step of products alone is not shorter for being cut in two.
+    single = load(1, 1, single=400_000)
+    assert sum(price(single)) - price(single).host == pytest.approx(2e-3 + 2e-4 + 400_001 * 512 / 1e11)
+    with pytest.raises(ValueError, match="nano"):
+        NanoFlow(nano=1)
+
+
+def test_a_pipeline_has_its_bubble() -> None:
+    """Four micro-batches on two stages: five turns of half the model instead of eight, each with a fourth of the rows."""
+    one = Megatron(stages=1, micro=1, compute=1.0, memory=1.0, attention=1.0).on(DEVICE, MODEL)
+    two = Megatron(stages=2, micro=4, compute=1.0, memory=1.0, attention=1.0).on(DEVICE, MODEL)
+    many = load(400)
+    many.works = 4
+    assert one(many).weights == pytest.approx(400 * 2e8 / 1e12)
+    assert two(many).weights == pytest.approx(400 * 2e8 / 1e12 * 5 / 8)
+    assert two(many).communication == pytest.approx(4 * (100 * 64 * 2 / 1e9 + 1e-6))
+    few = load(4)
+    few.works = 4
+    assert two(few).weights == pytest.approx(2e-3 * 5 / 2)  # each micro-batch reads the weights of its stage
+
+
+def test_operators_add_up_to_the_roofline() -> None:
+    for one in (
+        load(3, 3, single=900),
+        load(200, 1, pairs=20100, read=200),
+        load(50, 9, pairs=900, read=41, single=99),
+    ):
+        found = Rates(DEVICE, MODEL, "bfloat16", 1.0, 1.0, 1.0).operators(one)
+        assert sum(max(o.compute_s, o.memory_s) for o in found) == pytest.approx(
+            sum(WHOLE.on(DEVICE, MODEL)(one)) - 1e-4
+        )
