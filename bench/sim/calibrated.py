@@ -3,17 +3,21 @@
     python -m bench.sim.calibrated --out bench/results/sim-calibrated.json
 
 The load that is tested is served in real time by the engine's own loop (no HTTP), and simulated with the same arrivals and
-limits.  Calibration runs before and between the tests, since what a shared machine gives changes from minute to minute.
+limits.  Calibration runs before and between the tests, since what a shared machine gives changes from minute to minute; and of
+--tries of each, the one counts beside which the machine did least else (`others`: processors that other processes kept busy
+meanwhile), since a simulator can't know of those.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ from weft.sim.metrics import quantile
 from weft.sim.workload import UNIQUE, Arrival
 from weft.types import EngineFrame, RequestSpec, SamplingSpec, TokenItem, Tokens
 
-PROMPT, OUTPUT, SPREAD = 120, 48, 0.8
+PROMPT, OUTPUT = 120, 48
+HARDLY = 0.15
+"""Processors that may be busy with something else in a try that is good enough."""
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[Arrival]:
@@ -40,6 +46,39 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[Arrival]:
             return found
         lengths = [max(1, min(700, round(m * chance.lognormvariate(-(sigma**2) / 2, sigma)))) for m in (PROMPT, OUTPUT)]
         found.append(Arrival(now, ((UNIQUE + len(found), lengths[0]),), lengths[1]))
+
+
+class Others:
+    """Processors that other processes keep busy, from the moment in which this is made."""
+
+    def __init__(self) -> None:
+        self.began, self.own, self.all = time.monotonic(), time.process_time(), self._busy()
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds in which any processor did something, steal included."""
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+    def share(self) -> float:
+        own = time.process_time() - self.own
+        return max(0.0, self._busy() - self.all - own) / (time.monotonic() - self.began)
+
+
+def quietest(tries: int, what: Callable[[], Any]) -> tuple[float, Any]:
+    """(others, outcome) of the try beside which the machine did least else; the first that was hardly disturbed ends it."""
+    best: tuple[float, Any] | None = None
+    for _ in range(tries):
+        others = Others()
+        outcome = what()
+        share = others.share()
+        print(f"  others kept {share:.2f} processors busy", flush=True)
+        if best is None or share < best[0]:
+            best = share, outcome
+        if share < HARDLY:
+            break
+    assert best is not None
+    return best
 
 
 def served(runtime: Runtime, load: list[Arrival]) -> dict[str, Any]:
@@ -112,6 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tries", type=int, default=3)
     parser.add_argument("--model", default=None)
     given = parser.parse_args()
     config = EngineConfig(
@@ -119,7 +159,11 @@ def main() -> None:
     )
     setup = prepare(config)
     first = build(setup)
-    samples = measure(first, given.rounds)
+
+    def calibrated() -> Any:
+        return measure(build(setup, like=first), given.rounds)
+
+    noise, samples = quietest(given.tries, calibrated)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "calibration.json"
         file.write_text(json.dumps(fit(samples)))
@@ -128,20 +172,22 @@ def main() -> None:
         tested = []
         for share in (0.5, 0.8, 1.1):
             load = arrivals(capacity * share, given.seconds, round(100 * share))
-            runtime = build(setup, like=first)
-            tested.append((share, load, served(runtime, load)))
-            samples += measure(build(setup, like=first), 1)
+            others, real = quietest(given.tries, lambda load=load: served(build(setup, like=first), load))  # type: ignore[misc]
+            tested.append((share, load, others, real))
+            again, more = quietest(given.tries, calibrated)
+            if again < max(HARDLY, 2 * noise):
+                samples += more
         calibration = fit(samples)
         file.write_text(json.dumps(calibration))
         cases = []
-        for share, load, real in tested:
+        for share, load, others, real in tested:
             told = simulated(first, file, load)
-            cases.append({"share_of_capacity": share, "rate": capacity * share, "measured": real, "simulated": told,
-                          "error": compared(real, told)})  # fmt: skip
+            cases.append({"share_of_capacity": share, "rate": capacity * share, "others": others, "measured": real,
+                          "simulated": told, "error": compared(real, told)})  # fmt: skip
             print(share, {k: f"{100 * v:+.1f} %" for k, v in cases[-1]["error"].items()}, flush=True)
     result = {
         "benchmark": "simulator against the engine", "model": "weft-tiny", "threads": setup.threads, "capacity_rps": capacity,
-        "calibration": calibration, "cases": cases,
+        "others_while_calibrating": noise, "calibration": calibration, "cases": cases,
     }  # fmt: skip
     if given.out is not None:
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
