@@ -48,7 +48,9 @@ class DistServe:
             raise ConfigError(
                 f"{self.prefill} replicas for prompts leave none of {replicas} for answers; give it more --replicas"
             )
-        return ["prefill"] * self.prefill + ["decode"] * (replicas - self.prefill)
+        prompts: list[Role] = ["prefill"] * self.prefill
+        answers: list[Role] = ["decode"] * (replicas - self.prefill)
+        return prompts + answers
 
     def enter(self, prompt: int, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int:
         return idlest(replicas, roles, ("prefill",))

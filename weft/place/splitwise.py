@@ -55,7 +55,10 @@ class Splitwise:
             raise ConfigError(
                 f"{self.prefill} + {self.mixed} replicas leave none of {replicas} for answers; give it more --replicas"
             )
-        return ["prefill"] * self.prefill + ["mixed"] * self.mixed + ["decode"] * rest
+        prompts: list[Role] = ["prefill"] * self.prefill
+        both: list[Role] = ["mixed"] * self.mixed
+        answers: list[Role] = ["decode"] * rest
+        return prompts + both + answers
 
     def enter(self, prompt: int, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int:
         best = idlest(replicas, roles, ("prefill",), each=0)
