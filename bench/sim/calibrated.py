@@ -3,7 +3,8 @@
     python -m bench.sim.calibrated --out bench/results/sim-calibrated.json
 
 The load that is tested is served in real time by the engine's own loop (no HTTP), and simulated with the same arrivals and
-limits.  Calibration runs before and between the tests, since what a shared machine gives changes from minute to minute; and of
+limits.  What a shared machine gives changes from minute to minute: the calibration's load runs before and after each test, all
+of it is fitted together, and a test is simulated at the speed (`scale`) that the steps right before and after it had.  Of
 --tries of each, the one counts beside which the machine did least else (`others`: processors that other processes kept busy
 meanwhile), since a simulator can't know of those.
 """
@@ -21,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weft.bench.calibrate import Driver, fit, measure
+from weft.bench.calibrate import Driver, Sample, fit, measure
 from weft.cost.calibrated import Calibrated
-from weft.exec.build import EngineConfig, Runtime, build, prepare
+from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.hub import resolve
 from weft.sim.cluster import Cluster, Setting
 from weft.sim.machines import Model, hardware
@@ -125,16 +126,23 @@ def figures(rows: list[tuple[float, float | None, float]], duration: float, toke
     return out
 
 
-def simulated(runtime: Runtime, calibration: Path, load: list[Arrival]) -> dict[str, Any]:
+def simulated(runtime: Runtime, calibration: Path, load: list[Arrival], scale: float = 1.0) -> dict[str, Any]:
     setup = runtime.setup
     setting = Setting(
-        model=Model("measured", setup.spec, setup.dtype), hardware=hardware("cpu2"), cost=Calibrated(file=str(calibration)),
+        model=Model("measured", setup.spec, setup.dtype), hardware=hardware("cpu2"),
+        cost=Calibrated(file=str(calibration), scale=scale),
         parts=setup.stack.parts, limits=setup.limits, blocks=setup.plan.kv_blocks,
     )  # fmt: skip
     meter = Cluster(setting).run(load)
     rows = [(meter.first[i] - a.time_s, (meter.ended[i] - meter.first[i]) / (a.output - 1) if a.output > 1 else None,
              meter.ended[i] - a.time_s) for i, a in enumerate(load)]  # fmt: skip
     return figures(rows, meter.last_s, sum(a.output for a in load))
+
+
+def speed(setup: Setup, calibration: Path, samples: list[Sample]) -> float:
+    """How long these steps took, in times of what the calibration says of them: the median."""
+    price = Calibrated(file=str(calibration)).on(hardware("cpu2"), Model("measured", setup.spec, setup.dtype).figures)
+    return statistics.median(s.total_s / sum(price(s.load)) for s in samples)
 
 
 def compared(real: dict[str, Any], told: dict[str, Any]) -> dict[str, float]:
@@ -169,22 +177,22 @@ def main() -> None:
         file.write_text(json.dumps(fit(samples)))
         crowd = arrivals(1000.0, 0.3, 1)
         capacity = len(crowd) / simulated(first, file, crowd)["duration_s"]
-        tested = []
+        tested, before = [], samples
         for share in (0.5, 0.8, 1.1):
             load = arrivals(capacity * share, given.seconds, round(100 * share))
             others, real = quietest(given.tries, lambda load=load: served(build(setup, like=first), load))  # type: ignore[misc]
-            tested.append((share, load, others, real))
-            again, more = quietest(given.tries, calibrated)
-            if again < max(HARDLY, 2 * noise):
-                samples += more
+            _, after = quietest(given.tries, calibrated)
+            tested.append((share, load, others, real, [*before, *after]))
+            samples, before = [*samples, *after], after
         calibration = fit(samples)
         file.write_text(json.dumps(calibration))
         cases = []
-        for share, load, others, real in tested:
-            told = simulated(first, file, load)
-            cases.append({"share_of_capacity": share, "rate": capacity * share, "others": others, "measured": real,
-                          "simulated": told, "error": compared(real, told)})  # fmt: skip
-            print(share, {k: f"{100 * v:+.1f} %" for k, v in cases[-1]["error"].items()}, flush=True)
+        for share, load, others, real, around in tested:
+            scale = speed(setup, file, around)
+            told = simulated(first, file, load, scale)
+            cases.append({"share_of_capacity": share, "rate": capacity * share, "others": others, "scale": scale,
+                          "measured": real, "simulated": told, "error": compared(real, told)})  # fmt: skip
+            print(share, round(scale, 3), {k: f"{100 * v:+.1f} %" for k, v in cases[-1]["error"].items()}, flush=True)
     result = {
         "benchmark": "simulator against the engine", "model": "weft-tiny", "threads": setup.threads, "capacity_rps": capacity,
         "others_while_calibrating": noise, "calibration": calibration, "cases": cases,
