@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from weft.cli.app import app
+from weft.config import build_stack
 from weft.errors import ConfigError
 from weft.sim.metrics import SLO, Curve, Meter, jain, quantile, seconds, slo
 from weft.sim.run import Wanted, policies, run, split
@@ -151,6 +152,13 @@ def test_policies_are_found_by_name() -> None:
     for text in ("nothing", "fcfs+", "cost=roofline", "fcfs(", "layered(groups=0)"):
         with pytest.raises(ConfigError):
             policies(text)
+
+
+@pytest.mark.parametrize("part", ["cost=roofline", "route=round_robin", "place=distserve"])
+def test_what_is_no_part_of_an_engine_is_not_taken_for_one(part: str) -> None:
+    """Nothing is taken and then left unused."""
+    with pytest.raises(ConfigError, match="no part of an engine"):
+        build_stack([part])
 
 
 @pytest.mark.parametrize(
