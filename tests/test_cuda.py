@@ -51,7 +51,7 @@ def lab() -> Lab:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("text", [f"{slot}={name}" for slot in SLOTS for name in names(slot)])
+@pytest.mark.parametrize("text", [f"{s}={name}" for s in SLOTS if SLOTS[s].inside for name in names(s)])
 def test_a_technique_conforms(lab: Lab, text: str) -> None:
     slot, _, name = text.partition("=")
     results = list(conform(lab, slot, name))

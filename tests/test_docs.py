@@ -195,7 +195,7 @@ def test_defaults_of_flags_are_those_of_the_code() -> None:
     wanted: dict[tuple[str, str], str] = {}
     for path, command in COMMANDS.items():
         for flag, parameter in options(command).items():
-            value = UNSEEN.get(flag, parameter.default)
+            value = UNSEEN.get(flag) if parameter.default is None else parameter.default
             if flag.startswith("--") and isinstance(value, str | int) and not isinstance(value, bool):
                 home = "Flags of an engine" if flag in flags_of(EngineFlags, command) else path
                 wanted[home, flag] = str(value)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 VOCABULARY = frozenset({"types", "traits", "slots", "registry", "compose", "config", "errors", "sampling", "recipe"})
 TECHNIQUES = frozenset(
-    "schedule kv attention draft accept weights adapt skip resident sample constrain search context route place "
+    "schedule kv attention draft accept weights adapt skip resident sample constrain search context route place cost "
     "bundle".split()
 )
 # What each part of weft may import from weft, besides itself.  exec.batch and exec.kvpool (what a decoder reads) and models.spec,
@@ -28,7 +28,7 @@ TECHNIQUES = frozenset(
 # where a second model's files are.
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "core": VOCABULARY,
-    "sim": VOCABULARY | {"core"},
+    "sim": VOCABULARY | {"core", "models"},
     "exec": VOCABULARY | {"core", "models", "ops", "hub"},
     "models": VOCABULARY | {"ops", "native", "exec.batch", "exec.kvpool"},
     "ops": VOCABULARY

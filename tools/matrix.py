@@ -70,8 +70,8 @@ def page(found: Sequence[Feature]) -> str:
 
 
 def shown() -> list[Feature]:
-    """Every technique but the nulls, which are in every stack that names nothing else."""
-    return [f for f in features() if SLOTS[f.slot].null != f.name]
+    """Every technique of an engine but the nulls, which are in every stack that names nothing else."""
+    return [f for f in features() if SLOTS[f.slot].null != f.name and SLOTS[f.slot].inside]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FIDELITY = "fidelity.json"
 NOT_RESULTS = frozenset(
-    "test-long.json pairs.json pairs-cuda.json decode-cuda.json quantization.json rivals.json operations.json".split()
+    "test-long.json pairs.json pairs-cuda.json decode-cuda.json quantization.json rivals.json operations.json sim-speed.json "
+    "sim-calibrated.json sim-measured-vllm.json".split()
 ) | {FIDELITY}
 """Files in bench/results that are no technique's."""
 CLEAR = 0.03

@@ -163,11 +163,29 @@ def facts(f: Feature, module: str) -> str:
         ("slot", f"`{f.slot}`: {SLOTS[f.slot].question}"),
         ("paper", f.paper + (f" (catalogue {', '.join(f.catalogue)})" if f.catalogue else "")),
         ("answers", f"{f.traits.answers}: {answers}"),
-        ("use", "what a stack has that names none" if null else f"`weft serve --with '{f.slot}={f.name}'`"),
-        ("for one request", "yes, laid over the server's stack" if alone else "no, it belongs to the whole server"),
+        ("use", "what a stack has that names none" if null else _use(f)),
+        *(
+            [
+                (
+                    "for one request",
+                    "yes, laid over the server's stack" if alone else "no, it belongs to the whole server",
+                )
+            ]
+            if SLOTS[f.slot].inside
+            else []
+        ),
         ("source", f"[{module}](../../{module})"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {cell(b)} |" for a, b in rows)])
+
+
+def _use(f: Feature) -> str:
+    """A command line that has the technique in use."""
+    if SLOTS[f.slot].inside:
+        return f"`weft serve --with '{f.slot}={f.name}'`"
+    needed = "file='FILE'" if any(a.name == "file" for a in fields(lookup(f.slot, f.name))) else ""
+    flag = "cost" if f.slot == "cost" else "policy"
+    return f'`weft sim --trace FILE --{flag} "{f.name}({needed})"`'
 
 
 def _trial(f: Feature) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from weft.compose import Verdict, complete, require, traits_of
 from weft.errors import ConfigError
 from weft.registry import Part, lookup, parse
-from weft.slots import Compress
+from weft.slots import SLOTS, Compress
 from weft.traits import Effect, Trait
 
 
@@ -147,6 +147,11 @@ class Stack:
 def build_stack(techniques: Sequence[str | Part] = ()) -> Stack:
     """Parse, complete with nulls, compose and build.  Raises ConfigError or ComposeError."""
     parts = complete([parse(t) if isinstance(t, str) else t for t in techniques])
+    for part in parts:
+        if not SLOTS[part.slot].inside:
+            raise ConfigError(
+                f"{part} is no part of an engine; it decides about engines, or prices their steps, in weft sim"
+            )
     verdict = require(parts)
     return Stack(tuple(parts), {p.slot: p.build() for p in parts}, verdict)
 

@@ -192,11 +192,11 @@ def test_what_is_written_is_read_back(arguments: dict[str, Any]) -> None:
         ("zzzzz=lru", "there are: schedule, kv.evict"),
         ("schedule=fcsf", "did you mean fcfs"),
         ("schedule=layerd(groups=2)", "did you mean layered"),
-        ("schedule=qqq", "there are: fcfs, layered, prefill_first"),
+        ("accept=qqq", "there are: race, rejection"),
         ("kv.evict=lur", "did you mean lru"),
-        ("schedule=__init__", "there are: fcfs"),
-        ("schedule=registry", "there are: fcfs"),
-        ("place=anything", "that slot has no techniques yet"),
+        ("schedule=__init__", "there are: batchllm, cache_aware"),
+        ("schedule=registry", "there are: batchllm, cache_aware"),
+        ("weights=anything", "that slot has no techniques yet"),
     ],
 )
 def test_an_unknown_word_lists_the_nearest(text: str, near: str) -> None:

@@ -10,16 +10,21 @@ import pytest
 
 from weft import types
 from weft.types import (
+    Abandoned,
     Action,
     Adapted,
     Add,
+    Added,
     Append,
     Cancel,
+    Cancelled,
     Command,
+    Committed,
     Drop,
     EngineFrame,
     EngineStats,
     Enter,
+    Entry,
     Event,
     Finished,
     Fork,
@@ -30,10 +35,12 @@ from weft.types import (
     KVOp,
     KVOpKind,
     Load,
+    Made,
     Mask,
     MediaItem,
     Park,
     Plan,
+    Planned,
     Preempted,
     Put,
     Rejected,
@@ -127,7 +134,15 @@ ACTIONS: tuple[Action, ...] = (
     Fork(1, 2), Put(1, (3, 4), drop=2), Append(2, (5,)), Truncate(1, 9), Park(1), Resume(1), Stop(2),
     Tell(1, (3, 4), (LOGPROB, LOGPROB), "stop", stop_id=4, error="why"),
 )  # fmt: skip
-WHOLE: list[Any] = [PLAN, RESULT, FRAME, SPEC, *GROUPS, *COMMANDS, *ACTIONS, *EVENTS, *ITEMS]
+ENTRIES: tuple[Entry, ...] = (
+    Made(
+        format=2, groups=GROUPS, blocks=9, limits={"max_rows": 8}, parts=("schedule=fcfs",), models=("target", "draft"), layers=2,
+        vocab=7, share=False, settings=b"s", in_flight=2, reach={"draft": 4}, block_bytes=64,
+    ),
+    Added(1.5, SPEC, refused=True), Cancelled(3, 1, found=False), Planned(2.5, PLAN, ((1, 0),)), Committed(3.5, RESULT),
+    Abandoned(4.5, 6),
+)  # fmt: skip
+WHOLE: list[Any] = [*ENTRIES, PLAN, RESULT, FRAME, SPEC, *GROUPS, *COMMANDS, *ACTIONS, *EVENTS, *ITEMS]
 
 
 def structs() -> dict[str, type[msgspec.Struct]]:

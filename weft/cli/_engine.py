@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import queue
 import select
@@ -279,6 +280,7 @@ class Inbox:
 def _built(start: Start) -> EngineThread:
     """Plan, show the plan, and only then load.  Raises EngineError."""
     from weft.exec.build import build, engine_config, prepare
+    from weft.exec.record import tap
     from weft.exec.shadow import Shadow, check_options, planned
     from weft.llm import engine_info
 
@@ -292,12 +294,19 @@ def _built(start: Start) -> EngineThread:
         runtime = build(setup, vocabulary=_vocabulary(start))
     else:
         runtime = _shown(setup, start)
+    if start.record is not None:
+        tap(runtime.engine, _free(start.record) if start.quiet else Path(start.record))
     shadow = None if start.shadow is None else Shadow(runtime, *start.shadow)
     info = engine_info(setup, start.name, runtime.adapters, loads_adapters=start.lora_root is not None)
     return EngineThread(
         runtime.engine, runtime.executor, info, adapters=runtime.adapters, adapter_root=start.lora_root, shadow=shadow,
         foretell=True,
     )  # fmt: skip
+
+
+def _free(record: str) -> Path:
+    """FILE.2, or the first of its kind that is not there."""
+    return next(path for n in itertools.count(2) if not (path := Path(f"{record}.{n}")).exists())
 
 
 def _shown(setup: Any, start: Start) -> Any:

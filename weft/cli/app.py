@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from weft import __version__
 from weft.cli import (
     bench,
+    calibrate,
     chat,
     check,
     conformance,
@@ -20,7 +21,9 @@ from weft.cli import (
     generate,
     new,
     plan,
+    policies,
     serve,
+    sim,
     soak,
 )
 from weft.cli._terminal import complain
@@ -82,6 +85,9 @@ app.command("features")(features.features)
 app.command("compose")(features.compose)
 app.command("fidelity")(fidelity.fidelity)
 app.command("convert")(convert.convert)
+app.command("sim")(sim.sim)
+app.command("policies")(policies.policies)
+app.command("calibrate")(calibrate.calibrate)
 app.command("new")(new.new)
 app.command("conform")(new.conform)
 app.command("conformance")(conformance.conformance)

@@ -155,6 +155,14 @@ class ServerFlags:
             rich_help_panel=SERVER,
         ),
     ] = 120.0
+    record: Annotated[
+        Path | None,
+        _option(
+            "--record",
+            help="Write what comes to the engine and what it decides, prompts included, for weft sim --replay.",
+            metavar="FILE",
+        ),
+    ] = None
     log_level: Annotated[
         str | None,
         _option("--log-level", help="debug, info, warning or error; else WEFT_LOG, else warning.", metavar="LEVEL"),
@@ -287,6 +295,7 @@ def engine(folder: Path, name: str, flags: EngineFlags, server: ServerFlags) -> 
         shadow=server.checks,
         lora_root=None if server.lora_root is None else str(server.lora_root.resolve()),
         log_level=level(server.log_level),
+        record=None if server.record is None else str(server.record.resolve()),
     )
     how, where = command()
     port = RemoteEngine(how, start, cwd=where, stall_s=server.stall_timeout)

@@ -45,7 +45,8 @@ class Pair:
 
 def techniques() -> list[tuple[str, str]]:
     """Everything that is no null: a null is in every stack anyway."""
-    return [(slot, name) for slot in SLOTS for name in names(slot) if name != SLOTS[slot].null]
+    inside = [slot for slot in SLOTS if SLOTS[slot].inside]
+    return [(slot, name) for slot in inside for name in names(slot) if name != SLOTS[slot].null]
 
 
 def pairs() -> list[Pair]:

@@ -11,6 +11,7 @@ What programs may do to single sequences between a commit and the next schedule 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core.kv import KV
@@ -21,13 +22,17 @@ from weft.core.sequences import Sequences
 from weft.core.tiers import TierIndex, record_bytes
 from weft.errors import ConfigError, InvariantError
 from weft.types import (
+    Abandoned,
+    Committed,
     EngineStats,
     Event,
     Finished,
     FinishReason,
     GroupSpec,
     KVOpKind,
+    Made,
     Plan,
+    Planned,
     Preempted,
     StepResult,
     Tokens,
@@ -78,6 +83,11 @@ class Engine(Sequences):
         far = [(reach or {}).get(name, limits.max_model_len) for name in models]
         scheduler = Scheduler(kv, policy, limits, tuple(models), layers, self.stack, far)
         super().__init__(kv, scheduler, limits, tuple(models), vocab, stacks, cuts)
+        self.made = Made(
+            groups=tuple(groups), blocks=blocks, limits=asdict(limits), parts=tuple(str(p) for p in self.stack.parts),
+            models=tuple(models), layers=layers, vocab=vocab, share=share, settings=settings, in_flight=in_flight,
+            reach=dict(reach or {}), block_bytes=block_bytes,
+        )  # fmt: skip
         self._layers = layers
         self._step = 0
         self._flights: dict[int, list[tuple[Request, int]]] = {}
@@ -106,7 +116,10 @@ class Engine(Sequences):
         self.pool.submitted(self._step)
         self.kv.submitted()
         self._rows = plan.rows
-        return plan, [Preempted(r.id, r.index) for r in d.preempted if r.leader is None and r.id not in self.programs]
+        told = [Preempted(r.id, r.index) for r in d.preempted if r.leader is None and r.id not in self.programs]
+        if self.tap is not None:
+            self.tap(Planned(now, plan, tuple((e.id, e.index) for e in told)))
+        return plan, list(told)
 
     def members(self, plan: Plan) -> tuple[int, ...]:
         """Ids of the requests that a plan in flight computes for, ascending."""
@@ -120,6 +133,8 @@ class Engine(Sequences):
             raise InvariantError(
                 f"step {plan.step} does not match its result (step {result.step}, {len(result.works)} works)"
             )
+        if self.tap is not None:
+            self.tap(Committed(now, result))
         flight = zip(self._flights.pop(plan.step), plan.works, result.works, strict=True)
         self.pool.now = now
         self._masked += result.masked
@@ -160,6 +175,8 @@ class Engine(Sequences):
 
     def abandon(self, plan: Plan, now: float) -> None:
         """An executor broke off inside a plan, and nobody knows how far it came: all who run are computed anew."""
+        if self.tap is not None:
+            self.tap(Abandoned(now, plan.step))
         for request, _ in (*self._flights.pop(plan.step), *self._loads.pop(plan.step)):
             request.in_flight -= 1
         self.kv.lost(t for op in plan.kv if op.kind is KVOpKind.SAVE for t in op.argument)

@@ -100,7 +100,8 @@ class Membership:
         _, rid, generation, request = entry
         return self.waiting.get(rid) is request and request.generation == generation
 
-    def _head(self) -> Request | None:
+    def head(self) -> Request | None:
+        """Who waits first."""
         while self._heap:
             if self._waits(self._heap[0]):
                 return self._heap[0][3]

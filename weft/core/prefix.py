@@ -31,22 +31,28 @@ def extend(
 
     names[i] is the name of tokens[: (i + 1) * block_tokens].
     """
+    if not spans:
+        first, size = len(names) * block_tokens, 8 * block_tokens
+        data = array("q", tokens[first : upto // block_tokens * block_tokens]).tobytes()
+        name, hashed, append = names[-1] if names else base, hashlib.blake2b, names.append
+        for at in range(0, len(data), size):
+            name = hashed(name + data[at : at + size], digest_size=DIGEST_BYTES).digest()
+            append(name)
+        return
     starts = [s.start for s in spans]
     while (len(names) + 1) * block_tokens <= upto:
         a = len(names) * block_tokens
         h = hashlib.blake2b(names[-1] if names else base, digest_size=DIGEST_BYTES)
         h.update(array("q", tokens[a : a + block_tokens]).tobytes())
-        if spans:
-            first = max(0, bisect_right(starts, a) - 1)
-            for s in spans[first:]:
-                if s.start >= a + block_tokens:
-                    break
-                if s.stop > a:
-                    # Where the block cuts the item matters, not where the item stands in the prompt; and its rows, since one
-                    # source may be encoded into more or fewer of them.
-                    for n in (len(s.digest), s.stop - s.start, a - s.start):
-                        h.update(n.to_bytes(8, "little", signed=True))
-                    h.update(s.digest)
+        for s in spans[max(0, bisect_right(starts, a) - 1) :]:
+            if s.start >= a + block_tokens:
+                break
+            if s.stop > a:
+                # Where the block cuts the item matters, not where the item stands in the prompt; and its rows, since one
+                # source may be encoded into more or fewer of them.
+                for n in (len(s.digest), s.stop - s.start, a - s.start):
+                    h.update(n.to_bytes(8, "little", signed=True))
+                h.update(s.digest)
         names.append(h.digest())
 
 

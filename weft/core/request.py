@@ -9,6 +9,7 @@ import enum
 from collections.abc import Callable, Sequence
 
 from weft.config import Limits, Stack
+from weft.core import prefix
 from weft.errors import RequestError
 from weft.types import Item, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 
@@ -56,10 +57,10 @@ class Request:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "companions", "computed", "context", "cut", "draft", "fanned", "followed", "generation",
-        "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output", "partial",
-        "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed", "settings", "single",
-        "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
+        "generation", "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output",
+        "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed",
+        "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +94,8 @@ class Request:
         self.state = State.WAITING
         self.draft: tuple[int, ...] = ()
         self.names: dict[int, list[bytes]] = {}
+        self.chains: dict[int, list[bytes]] = {}
+        """Names that schedules asked for, by size of a block."""
         self.publishes = True
         """False from the first compression on, recomputation included: what follows is no function of the tokens alone."""
         self.in_flight = 0
@@ -157,6 +160,14 @@ class Request:
     @property
     def tenant(self) -> bytes:
         return self.spec.salt
+
+    def heads(self, block: int) -> list[bytes]:
+        """Names of the prompt's beginnings of whole blocks of this size, the tenant's own."""
+        names = self.chains.get(block)
+        if names is None:
+            names = self.chains[block] = []
+            prefix.extend(names, prefix.root(self.spec.salt), self.context, self.spans, block, self.prompt)
+        return names
 
     # ------------------------------------------------------------------ what the engine does
 

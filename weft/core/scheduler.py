@@ -59,8 +59,7 @@ class Scheduler(Membership):
         self.pool.now = now
         if not self.policy.static:
             self._reorder(now)
-        view = StepView(now, self.limits.max_rows, self.layers, len(self.running), len(self.waiting))
-        view.free_blocks = self.pool.available
+        view = self.view(now)
         d = Planning.begin(view, self.limits)
         for request, waits in self._candidates(now, d):
             if view.rows_left <= 0:
@@ -77,13 +76,19 @@ class Scheduler(Membership):
         forked, self.forked = self.forked, []
         return d, d.finish(step, leaving, forked)
 
+    def view(self, now: float) -> StepView:
+        """A step in which nothing is planned yet."""
+        view = StepView(now, self.limits.max_rows, self.layers, len(self.running), len(self.waiting))
+        view.free_blocks = self.pool.available
+        return view
+
     def _candidates(self, now: float, d: Planning) -> Iterator[tuple[Request, bool]]:
         """(request, whether it waits) by the policy's key; whoever is admitted meanwhile is not met twice."""
         order = self.policy.order
         queue = sorted([(r.partial is None, order(r, now), r.rid, r) for r in self.running.values()])
         i = 0
         while True:
-            head = None if d.closed else self._head()
+            head = None if d.closed else self.head()
             if i < len(queue) and (head is None or queue[i][:3] <= (True, head.key, head.rid)):
                 request = queue[i][3]
                 i += 1
@@ -94,13 +99,13 @@ class Scheduler(Membership):
             else:
                 return
 
-    def _admit(self, r: Request, d: Planning) -> bool:
-        """Take a waiting request in, with those linked to it and what the prefix index has of them.  False ends admission."""
+    def entry(self, r: Request, view: StepView) -> list[tuple[list[int], list[dict[int, list[int]]], int]] | None:
+        """What the prefix index has of a waiting request and of those linked to it; None where they can't enter now."""
         entering = self.linked(r)
-        if len(self.running) + len(entering) > self.limits.max_num_seqs or not self.policy.admit(r, d.view):
-            return False
+        if len(self.running) + len(entering) > self.limits.max_num_seqs or not self.policy.admit(r, view):
+            return None
         if self.running and not self.parked and self.pool.available <= len(self.running):
-            return False  # as the sum below would say, but without looking anything up
+            return None  # as the sum below would say, but without looking anything up
         matches = [self.kv.match(x) for x in entering]
         if self.kv.tiers is not None and sum(idle for _, _, idle in matches) > self.pool.available:
             matches = [self.kv.match(x, stored=False) for x in entering]  # there is no room to load into
@@ -113,7 +118,15 @@ class Scheduler(Membership):
                 wanted += idle + self._blocks(x, rest)
             if wanted > self.pool.available:
                 self._reclaim_parked(wanted)
-                return False
+                return None
+        return matches
+
+    def _admit(self, r: Request, d: Planning) -> bool:
+        """Take a waiting request in, with those linked to it and what the prefix index has of them.  False ends admission."""
+        matches = self.entry(r, d.view)
+        if matches is None:
+            return False
+        entering = self.linked(r)
         heapq.heappop(self._heap)
         for _, tables, _ in matches:
             self.kv.hold(tables)

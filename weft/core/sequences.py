@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
@@ -18,7 +18,7 @@ from weft.core.programs import Programs
 from weft.core.request import CutRule, Request, State, check_ids, check_spec, every
 from weft.core.scheduler import Scheduler
 from weft.errors import CapacityError, ConfigError, EngineError, RequestError
-from weft.types import Event, Item, Rejected, RequestSpec
+from weft.types import Added, Cancelled, Entry, Event, Item, Rejected, RequestSpec
 
 
 class Sequences:
@@ -42,11 +42,19 @@ class Sequences:
         self._links = 0
         self._arrivals = -math.inf
         self.programs = Programs(self)
+        self.tap: Callable[[Entry], None] | None = None
+        """Told of everything that comes to the engine and of everything that it decides, for a record (`types.record`)."""
 
     # ------------------------------------------------------------------ requests
 
     def add(self, spec: RequestSpec, now: float) -> list[Event]:
         """Accept a request, or refuse it with a Rejected event (never an exception for a client's mistake)."""
+        events = self._add(spec, now)
+        if self.tap is not None:
+            self.tap(Added(now, spec, bool(events)))
+        return events
+
+    def _add(self, spec: RequestSpec, now: float) -> list[Event]:
         if len(self.scheduler.waiting) >= self.limits.max_waiting:
             text = f"{self.limits.max_waiting} requests are waiting already; try again later"
             return [Rejected(spec.id, text, "capacity", code="overloaded")]
@@ -73,6 +81,12 @@ class Sequences:
         A first sequence that is still to fan out into the others stands for all of them and is not cancelled alone.  Of a request
         that a search serves, `index` is one of its outputs: the search goes on for the others.
         """
+        found = self._cancel(id, index)
+        if self.tap is not None:
+            self.tap(Cancelled(id, index, found))
+        return found
+
+    def _cancel(self, id: int, index: int | None) -> bool:
         if index is not None and id in self.programs:
             return self.programs.cancel(id, index)
         self.programs.close(id)

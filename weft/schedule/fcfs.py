@@ -27,6 +27,7 @@ class FCFS:
 
     traits: ClassVar[Traits] = Traits(gives=frozenset({Trait.STARVATION_FREE}), effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
 
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:

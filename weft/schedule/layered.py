@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.slots import Quota, RequestView, StepView
+from weft.slots import Claim, Quota, RequestView, StepView
 from weft.traits import Effect, Trait, Traits
 
 
@@ -34,7 +34,9 @@ class Layered:
     acts: dict[str, int] = field(default_factory=lambda: {"prompts_split": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(gives=frozenset({Trait.STARVATION_FREE}), effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
     layered: ClassVar[bool] = True
+    claim: ClassVar[Claim] = Claim("at most 0.3 times the time to the first token", "ttft_s.mean", 0.3, "less")
 
     def __post_init__(self) -> None:
         if self.groups < 1 or self.least < 1:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.slots import Quota, RequestView, StepView
+from weft.slots import Claim, Quota, RequestView, StepView
 from weft.traits import Effect, Traits
 
 
@@ -30,7 +30,9 @@ class PrefillFirst:
     acts: dict[str, int] = field(default_factory=lambda: {"decodes_held": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = True
+    steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
+    claim: ClassVar[Claim] = Claim("first tokens come sooner, and others later", "ttft_s.p50", 1.0, "less")
 
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:
         return (-request.rank, request.priority, request.arrival)

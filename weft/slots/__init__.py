@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from weft.slots.constrain import Constrain as Constrain
 from weft.slots.constrain import GrammarPath as GrammarPath
 from weft.slots.constrain import Vocabulary as Vocabulary
 from weft.slots.constrain import Words as Words
+from weft.slots.cost import Cost as Cost
 from weft.slots.kv import Compress as Compress
 from weft.slots.kv import Evict as Evict
 from weft.slots.kv import Kept as Kept
 from weft.slots.kv import Offload as Offload
 from weft.slots.kv import Store as Store
 from weft.slots.kv import Tier as Tier
+from weft.slots.route import ReplicaView as ReplicaView
+from weft.slots.route import Route as Route
 from weft.types import Action, Finished, SamplingSpec, Tokens
 
 
@@ -28,12 +31,14 @@ class Slot:
     """name as in 'kv.evict=lru'; question: what its techniques decide; null: the default technique's name, if any.
 
     asked: the technique of a request that asks for what only this slot gives, where its stack leaves the slot open.
+    inside: whether its techniques are part of an engine; those of the others decide about engines, or price their steps.
     """
 
     name: str
     question: str
     null: str | None = None
     asked: str | None = None
+    inside: bool = True
 
     @property
     def package(self) -> str:
@@ -60,9 +65,9 @@ SLOTS: dict[str, Slot] = {
         Slot("constrain", "which tokens a grammar allows, per path of a tree", asked="llguidance"),
         Slot("search", "programs over many generations"),
         Slot("context", "what text or KV enters the prompt"),
-        Slot("route", "which model or replica serves"),
-        Slot("place", "roles, devices, hand-offs"),
-        Slot("cost", "how long a plan takes on given hardware"),
+        Slot("route", "which model or replica serves", inside=False),
+        Slot("place", "roles, devices, hand-offs", inside=False),
+        Slot("cost", "how long a plan takes on given hardware", inside=False),
     )
 }
 
@@ -94,6 +99,8 @@ class RequestView(Protocol):
     def preemptions(self) -> int: ...
     @property
     def partial(self) -> tuple[int, int, int] | None: ...
+    def heads(self, block: int) -> Sequence[bytes]:
+        """Names of the prompt's beginnings of `block`, 2 * `block`, ... tokens: equal ones are equal tokens of one tenant."""
 
 
 @dataclass(slots=True)
@@ -108,6 +115,22 @@ class StepView:
     prompt_rows: int = 0
     decode_rows: int = 0
     free_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a policy's authors say of it, and what of a simulation's result would show it.
+
+    metric: a key of the result, with dots.  factor: it holds where the ratio to the policy `against` is at most ("less"), or at
+    least ("more"), this.  case: the load on which it is judged (`bench/sim/policies.py`).
+    """
+
+    text: str
+    metric: str
+    factor: float
+    better: Literal["less", "more"]
+    against: str = "fcfs"
+    case: str = "overload"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +151,9 @@ class Schedule(Protocol):
 
     static: the order of a waiting request never changes while it waits (the queue is then a heap and costs nothing to keep).
     layered: quota may ask for part of the layers.
+
+    A class variable `steady = True` promises a simulator that it may leave out asking: where only decodes run, each gets its
+    row and their order stays, and whom `admit` refuses it refuses until a sequence ends or another request comes.
     """
 
     @property

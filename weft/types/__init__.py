@@ -33,19 +33,25 @@ from weft.types.events import (
 from weft.types.inputs import Grammar, Item, MediaItem, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 from weft.types.kv import Grant, GroupKind, GroupSpec, KVOp, KVOpKind
 from weft.types.plan import Enter, Keep, Mask, Plan, Work
+from weft.types.record import Abandoned, Added, Cancelled, Committed, Entry, Made, Planned
 from weft.types.result import StepResult, TokenLogprob, WorkResult
 
 __all__ = [
+    "Abandoned",
     "Action",
     "Adapted",
     "Add",
+    "Added",
     "Append",
     "Cancel",
+    "Cancelled",
     "Command",
+    "Committed",
     "Drop",
     "EngineFrame",
     "EngineStats",
     "Enter",
+    "Entry",
     "Event",
     "FinishReason",
     "Finished",
@@ -59,10 +65,12 @@ __all__ = [
     "KVOpKind",
     "Keep",
     "Load",
+    "Made",
     "Mask",
     "MediaItem",
     "Park",
     "Plan",
+    "Planned",
     "Preempted",
     "Put",
     "Rejected",

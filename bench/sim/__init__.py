@@ -1,0 +1,1 @@
+"""Benchmarks of the simulator: its speed, and its errors against what was measured."""

@@ -1,0 +1,184 @@
+"""Policies against what their authors say of them: each on the load of its claim, beside the policy that it is compared with.
+
+    python -m bench.sim.policies ../shared/data/traces
+
+writes `weft/sim/data/policies.json`, which `weft policies` tells; with --pages FOLDER a page of charts instead, for each policy
+beside FCFS and the clairvoyant bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from weft.registry import lookup, names
+from weft.sim.metrics import Meter, slo, summary
+from weft.sim.placement import splits
+from weft.sim.pools import cluster_of
+from weft.sim.report import page
+from weft.sim.run import Wanted, compare, setting
+from weft.sim.traces import trace
+from weft.sim.workload import UNIQUE, Arrival, Pace, Synthetic, paced
+from weft.slots import Claim
+
+OUT = Path(__file__).resolve().parents[2] / "weft" / "sim" / "data" / "policies.json"
+BASE = Wanted(trace="", slo=slo("ttft=1s,tpot=50ms"))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A load, and what is read of it beside the common result."""
+
+    title: str
+    wanted: Wanted
+    load: Callable[[], Iterable[Arrival]]
+    more: Callable[[Meter], dict[str, Any]] = lambda meter: {}
+
+
+def tenants() -> list[Arrival]:
+    """One tenant asks for three times what the device gives, another for a tenth of it."""
+    chance, found = random.Random("tenants"), []
+    for who, rate, n in (("heavy", 40.0, 1200), ("light", 1.5, 60)):
+        now = 0.0
+        for i in range(n):
+            now += chance.expovariate(rate)
+            segments = ((UNIQUE * (1 + (who == "light")) + i, chance.randrange(300, 1500)),)
+            found.append(Arrival(now, segments, chance.randrange(60, 300), who))
+    return sorted(found, key=lambda a: a.time_s)
+
+
+def urgent() -> list[Arrival]:
+    """The same crowd for everybody, a twentieth of which is urgent."""
+    chance = random.Random("urgent")
+    return [replace(a, tenant="", priority=-1 if chance.random() < 0.05 else 0) for a in tenants()]
+
+
+def beginnings() -> list[Arrival]:
+    """A thousand requests at once, each with one of fifty beginnings, in no order."""
+    chance = random.Random("beginnings")
+    return [
+        Arrival(
+            0.0, ((1 + chance.randrange(50), 1500), (UNIQUE + i, chance.randrange(20, 200))), chance.randrange(20, 200)
+        )
+        for i in range(1000)
+    ]
+
+
+def of(
+    load: Callable[[], list[Arrival]], name: str, chosen: Callable[[Arrival], bool]
+) -> Callable[[Meter], dict[str, Any]]:
+    """The time to the first token of some of the requests."""
+
+    def read(meter: Meter) -> dict[str, Any]:
+        times = [
+            meter.first[i] - a.time_s for i, a in enumerate(load()) if chosen(a) and meter.first[i] == meter.first[i]
+        ]
+        return {f"{name}_ttft_s": summary(times)}
+
+    return read
+
+
+def cases(folder: Path) -> dict[str, Case]:
+    azure, mooncake = (
+        folder / "azure2023" / "AzureLLMInferenceTrace_conv.csv",
+        folder / "mooncake" / "synthetic_trace.jsonl",
+    )
+
+    def conversation(pace: float, requests: int) -> Callable[[], Iterable[Arrival]]:
+        return lambda: paced(trace(str(azure)), Pace(time=pace, requests=requests))
+
+    return {
+        "overload": Case("Azure conversations at 3.6 times their pace, one h100", BASE, conversation(3.6, 1500)),
+        "jam": Case("Azure conversations at 7 times their pace, one h100: more than it can serve", BASE, conversation(7, 1500)),
+        "tenants": Case("a heavy and a light tenant, one h100", BASE, tenants,
+                        of(tenants, "light", lambda a: a.tenant == "light")),
+        "urgent": Case("a twentieth is urgent, one h100", BASE, urgent, of(urgent, "urgent", lambda a: a.priority < 0)),
+        "replicas": Case("Azure conversations at 14 times their pace, four h100", replace(BASE, replicas=4),
+                         conversation(14, 3000)),
+        "disaggregated": Case("long prompts at 22 requests a second, tokens due every 15 ms, four h100",
+                              replace(BASE, replicas=4, slo=slo("ttft=1s,tpot=15ms")),
+                              lambda: Synthetic(rate=22.0, requests=1500, prompt=3000, output=150).arrivals()),
+        "cache": Case("1,000 prompts with 50 beginnings of 1,500 tokens, shuffled, a cache for a few",
+                      replace(BASE, blocks=1500), beginnings),
+        "prefixes": Case("Mooncake's synthetic trace, half its pace, eight h100", replace(BASE, replicas=8),
+                         lambda: paced(trace(str(mooncake)), Pace(time=0.5, requests=1000))),
+    }  # fmt: skip
+
+
+def measured(case: Case, policy: str) -> dict[str, Any]:
+    if policy in names("place"):  # as its authors do: the proportion is searched on the load
+        best = splits(case.wanted, policy, list(case.load()))[0]
+        return {**best.result, "placement": best.policy}
+    cluster = cluster_of(setting(replace(case.wanted, policy=policy)))
+    meter = cluster.run(case.load())
+    return {**cluster.result(), **case.more(meter)}
+
+
+def value(result: dict[str, Any], metric: str) -> float:
+    for key in metric.split("."):
+        result = result[key]
+    return float(result)  # type: ignore[arg-type]
+
+
+def judged(claim: Claim, own: dict[str, Any], other: dict[str, Any], title: str) -> dict[str, Any]:
+    """The verdict on a claim, with the numbers that it rests on."""
+    a, b = value(own, claim.metric), value(other, claim.metric)
+    ratio = a / b if b else float("inf") if a else 1.0
+    holds = ratio <= claim.factor if claim.better == "less" else ratio >= claim.factor
+    wanted = f"at {'most' if claim.better == 'less' else 'least'} {claim.factor:.3g}"
+    seen = f"{claim.metric} {a:.4g} against {b:.4g} of {claim.against}, {ratio:.3g} times"
+    reason = f"{title}: {seen}; the claim asks for {wanted}"
+    verdict = "holds" if holds else "does not hold"
+    keys = ("goodput", "output_tok_s", "fairness", "cached_tokens", "slo_met")
+    told = {k: own[k] for k in keys} | {k: own[k] for k in ("ttft_s", "tpot_s", "e2e_s")}
+    return {"verdict": verdict, "reason": reason, "ratio": min(ratio, 1e9), "case": claim.case, **told}
+
+
+def charts(folder: Path, out: Path) -> None:
+    """A page for each schedule beside FCFS and the clairvoyant bound, and one for the routers."""
+    out.mkdir(parents=True, exist_ok=True)
+    source = str(folder / "azure2023" / "AzureLLMInferenceTrace_conv.csv")
+    wanted = replace(BASE, trace=source, pace=Pace(requests=800))
+    for name in names("schedule"):
+        if name not in ("fcfs", "clairvoyant"):
+            points = compare(wanted, ("fcfs", name, "clairvoyant"), (1.0, 2.5, 4.0))
+            (out / f"schedule-{name}.html").write_text(page(points, wanted), encoding="utf8")
+    many = replace(wanted, replicas=4)
+    (out / "route.html").write_text(page(compare(many, names("route"), (4.0, 10.0, 16.0)), many), encoding="utf8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", help="policies, with commas between them; the others stay as they are")
+    parser.add_argument(
+        "--pages", type=Path, help="folder for charts of every policy over the conversations at three rates"
+    )
+    given = parser.parse_args()
+    if given.pages is not None:
+        charts(given.folder, given.pages)
+        return
+    known, done = cases(given.folder), dict[tuple[str, str], dict[str, Any]]()
+    found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    for slot in ("schedule", "route", "place"):
+        for name in names(slot):
+            claim = getattr(lookup(slot, name), "claim", None)
+            if claim is None or (given.only and name not in given.only.split(",")):
+                continue
+            for policy in (name, claim.against):
+                if (claim.case, policy) not in done:
+                    done[claim.case, policy] = measured(known[claim.case], policy)
+            found[f"{slot}={name}"] = judged(
+                claim, done[claim.case, name], done[claim.case, claim.against], known[claim.case].title
+            )
+            print(name, found[f"{slot}={name}"]["verdict"], found[f"{slot}={name}"]["reason"], flush=True)
+            OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""`weft sim`: a trace through the engine's own scheduler under a virtual clock, on machines that need not be here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weft.cli._flags import Json, Plugins, spread
+from weft.cli._terminal import stderr, stdout
+from weft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from weft.sim.run import Wanted
+
+
+def _option(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, show_default=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimFlags:
+    """What a user may say about what is simulated."""
+
+    trace: Annotated[
+        str | None,
+        _option("--trace", help="A trace, a folder of them, or 'poisson(rate=4, requests=1000)'.", metavar="FILE"),
+    ] = None
+    policy: Annotated[
+        str,
+        _option("--policy", help="A schedule or a route; several with + between them. (fcfs)", metavar="NAME(ARGS)"),
+    ] = "fcfs"
+    hardware: Annotated[
+        str, _option("--hardware", help="A device by name, or FILE.toml:NAME. (h100)", metavar="NAME")
+    ] = "h100"
+    model: Annotated[
+        str, _option("--model", help="A shape by name, a folder, or a config.json. (llama-3.1-8b)", metavar="NAME")
+    ] = "llama-3.1-8b"
+    cost: Annotated[
+        str,
+        _option("--cost", help="What prices a step: roofline, calibrated or table. (roofline)", metavar="NAME(ARGS)"),
+    ] = "roofline"
+    replicas: Annotated[int, _option("--replicas", help="Engines behind the router. (1)", metavar="N")] = 1
+    devices: Annotated[
+        int, _option("--devices", help="Devices that compute one replica's model together. (1)", metavar="N")
+    ] = 1
+    slo: Annotated[
+        str | None, _option("--slo", help="What a good request meets, as in ttft=1s,tpot=50ms.", metavar="SLO")
+    ] = None
+    draws: Annotated[int, _option("--seed", help="Of everything that is drawn. (0)", metavar="N")] = 0
+    time_scale: Annotated[float, _option("--time-scale", help="Times the trace's own pace. (1)", metavar="X")] = 1.0
+    rate_scale: Annotated[
+        float, _option("--rate-scale", help="Times the trace's requests, at its own pace. (1)", metavar="X")
+    ] = 1.0
+    requests: Annotated[int | None, _option("--requests", help="Stop after so many requests.", metavar="N")] = None
+    duration: Annotated[str | None, _option("--duration", help="Stop after so long, as in 10m.", metavar="TIME")] = None
+    seqs: Annotated[int, _option("--max-num-seqs", help="Sequences computed at once. (256)", metavar="N")] = 256
+    rows: Annotated[int, _option("--max-num-batched-tokens", help="Rows of one step. (2048)", metavar="N")] = 2048
+    longest: Annotated[
+        int | None, _option("--max-model-len", help="Longest context; else the model's own.", metavar="N")
+    ] = None
+    kv_blocks: Annotated[
+        int | None,
+        _option("--kv-blocks", help="Blocks of the KV pool; else what the device's memory holds.", metavar="N"),
+    ] = None
+    block_tokens: Annotated[int, _option("--block-tokens", help="Tokens of a block. (16)", metavar="N")] = 16
+    weight_bits: Annotated[
+        float, _option("--weight-bits", help="Bits of a parameter; else those of the model's dtype.", metavar="N")
+    ] = 0.0
+    share: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache", help="Share the KV of equal prefixes. (yes)", show_default=False
+        ),
+    ] = True
+
+    def wanted(self) -> Wanted:
+        """As the simulator takes it.  Raises ConfigError."""
+        from weft.sim.metrics import seconds, slo
+        from weft.sim.run import Wanted
+        from weft.sim.workload import Pace
+
+        if self.trace is None:
+            raise ConfigError("give a load with --trace: a file, a folder, or 'poisson(rate=4, requests=1000)'")
+        limit = None if self.duration is None else seconds(self.duration)
+        pace = Pace(time=self.time_scale, rate=self.rate_scale, requests=self.requests, seconds=limit)
+        return Wanted(
+            trace=self.trace, policy=self.policy, hardware=self.hardware, model=self.model, cost=self.cost,
+            replicas=self.replicas, devices=self.devices, slo=slo(self.slo), pace=pace, seed=self.draws,
+            max_num_seqs=self.seqs, max_rows=self.rows, max_model_len=self.longest,
+            block_tokens=self.block_tokens, blocks=self.kv_blocks, weight_bits=self.weight_bits, share=self.share,
+            encode=encoder(),
+        )  # fmt: skip
+
+
+def encoder() -> Callable[[str], list[int]]:
+    """Text to ids by the bundled model's tokenizer, which is loaded when the first text comes."""
+
+    @functools.lru_cache(maxsize=1)
+    def tokenizer() -> Any:
+        from weft.front.tokenizer import Tokenizer
+        from weft.hub import resolve
+
+        return Tokenizer.load(resolve(None))
+
+    return lambda text: list(tokenizer().encode(text)) if text else []
+
+
+@functools.partial(spread, flags=SimFlags)
+def sim(
+    *,
+    compare: Annotated[
+        str | None, _option("--compare", help="Policies to compare, with commas between them.", metavar="A,B")
+    ] = None,
+    rates: Annotated[
+        str, _option("--rates", help="Times the trace's pace at which they are compared. (1)", metavar="X,X")
+    ] = "1",
+    report: Annotated[
+        Path | None, _option("--report", help="Write the comparison as a page with charts.", metavar="FILE.html")
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        _option(
+            "--replay", help="Hold a new engine's decisions against a record of weft serve --record.", metavar="FILE"
+        ),
+    ] = None,
+    plugin: Plugins = None,
+    json_: Json = False,
+    flags: SimFlags,
+) -> None:
+    """Simulate a load: the scheduler that serves, line for line, under a virtual clock.
+
+    With --replay nothing is simulated; exit status 1 when a decision is not the recorded one.
+    """
+    from weft.registry import load_plugin
+    from weft.sim.report import page
+    from weft.sim.run import compare as simulate
+    from weft.sim.run import run, split
+
+    for path in plugin or ():
+        load_plugin(path)
+    if replay is not None:
+        replayed(replay, json_)
+        return
+    wanted = flags.wanted()
+    if compare is None and report is None:
+        result, _ = run(wanted)
+        if json_:
+            print(json.dumps(result, indent=2))
+        else:
+            stdout().print(table({wanted.policy: result}))
+        return
+    with _telling() as tell:
+        points = simulate(wanted, split(compare or wanted.policy, ","), numbers(rates), tell)
+    if report is not None:
+        report.write_text(page(points, wanted), encoding="utf8")
+    if json_:
+        found = [{"policy": p.policy, "rate": p.rate, "offered": p.offered, **p.result} for p in points]
+        print(json.dumps(found, indent=2))
+    else:
+        stdout().print(table({f"{p.policy} at {p.rate:g}": p.result for p in points}))
+
+
+def replayed(path: Path, json_: bool) -> None:
+    """Print what a record holds and the first difference.  Exits with status 1 where there is one."""
+    from weft.sim.replay import replay
+
+    found = replay(path)
+    if json_:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        said = {
+            k.replace("_", " "): v for k, v in found.as_dict().items() if k not in ("identical", "difference", "at")
+        }
+        print(", ".join(f"{v:,} {k}" for k, v in said.items()))
+        print(found.difference or "every decision is the recorded one")
+    if found.difference is not None:
+        raise typer.Exit(1)
+
+
+def numbers(text: str) -> list[float]:
+    """'0.5,1,2' as numbers above 0.  Raises ConfigError."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < x < 1e9 for x in found):
+        raise ConfigError(f"--rates takes numbers above 0 with commas between them, as in 0.5,1,2; got {text[:80]!r}")
+    return found
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    """Results for people."""
+    from rich.table import Table
+
+    grid = Table(title_justify="left")
+    for i, column in enumerate(
+        ("policy", "finished", "goodput /s", "TTFT p50", "p99", "TPOT p50", "p99", "tokens/s", "bound by")
+    ):
+        grid.add_column(column, justify="left" if i in (0, 8) else "right", no_wrap=True)
+    for name, r in results.items():
+        bound = sorted(r["bound_by"].items(), key=lambda x: -x[1])[:2]
+        grid.add_row(
+            name, f"{r['finished']:,} of {r['requests']:,}", f"{r['goodput']:.2f}",
+            *(f"{1e3 * r[key][q]:,.0f} ms" for key in ("ttft_s", "tpot_s") for q in ("p50", "p99")),
+            f"{r['output_tok_s']:,.0f}", ", ".join(f"{part} {100 * share:.0f} %" for part, share in bound),
+        )  # fmt: skip
+    return grid
+
+
+@contextlib.contextmanager
+def _telling() -> Iterator[Callable[[str], None] | None]:
+    """A line that says what is being simulated, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with stderr().status("getting ready") as status:
+        yield lambda text: status.update(f"simulating {text}")

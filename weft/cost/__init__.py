@@ -1,0 +1,1 @@
+"""Slot `cost`: how long a plan takes on given hardware."""

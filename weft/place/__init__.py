@@ -1,0 +1,1 @@
+"""Slot `place`: which devices do what."""

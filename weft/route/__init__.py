@@ -1,0 +1,1 @@
+"""Slot `route`: which replica serves a request."""

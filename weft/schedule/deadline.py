@@ -1,0 +1,61 @@
+"""Deadline: who has the least time left until the first token is due goes first; who is too late goes last.
+
+Paper    none; least slack first (Mok, MIT, 1983) with the overdue put behind those who can still make it
+Rule     slack = arrival + ttft_s - prompt * row_s - now; new ones with slack by slack, then those without it by arrival
+Units    ttft_s, row_s: seconds; row_s is what a row of a prompt takes
+Cost     O(1) for each request
+Pays     under overload, where requests that are late anyway would make others late too
+Differs  an overdue request is served last and not refused
+Raises   ValueError if ttft_s or row_s is not above 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from weft.registry import register
+from weft.schedule._common import latest
+from weft.slots import Claim, Quota, RequestView, StepView
+from weft.traits import Effect, Traits
+
+
+@register("schedule", "deadline")
+@dataclass(slots=True, kw_only=True)
+class Deadline:
+    """Time goes to those whom it can still help."""
+
+    ttft_s: float = 1.0
+    row_s: float = 5e-5
+    acts: dict[str, int] = field(default_factory=lambda: {"ordered": 0, "overdue": 0}, init=False, compare=False)
+    traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
+    static: ClassVar[bool] = False
+    steady: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
+    claim: ClassVar[Claim] = Claim(
+        "more requests keep their limit under overload than first come, first served",
+        "goodput", 1.05, "more", case="jam",
+    )  # fmt: skip
+    trial: ClassVar[dict[str, float]] = {"ttft_s": 0.01, "row_s": 1e-5}
+
+    def __post_init__(self) -> None:
+        if not (self.ttft_s > 0 and self.row_s > 0):
+            raise ValueError(f"ttft_s and row_s are above 0, got {self.ttft_s} and {self.row_s}")
+
+    def order(self, request: RequestView, now: float) -> tuple[float, ...]:
+        if request.rank < 2 or request.output:
+            return (request.rank, 0, request.priority, request.arrival)
+        slack = request.arrival + self.ttft_s - request.prompt * self.row_s - now
+        self.acts["ordered"] += 1
+        self.acts["overdue"] += slack < 0
+        return (2, slack < 0, request.priority, request.arrival if slack < 0 else slack)
+
+    def admit(self, request: RequestView, step: StepView) -> bool:
+        return True
+
+    def quota(self, request: RequestView, step: StepView) -> Quota:
+        return Quota(step.rows_left)
+
+    def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None:
+        return latest(needy, candidates)

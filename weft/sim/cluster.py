@@ -1,0 +1,126 @@
+"""A cluster: replicas behind a router, and the load that runs through them in the order of time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft.config import Limits, Stack, build_stack
+from weft.errors import ConfigError, InvariantError
+from weft.registry import Part
+from weft.sim.machines import Model
+from weft.sim.metrics import SLO, Meter
+from weft.sim.replica import FOREVER, LogEntry, Replica
+from weft.sim.workload import Arrival
+from weft.slots.cost import Cost, Hardware, Price
+from weft.slots.route import Route
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is simulated.  parts: of the engines' stack (each has its own).  blocks: KV blocks of a replica, None for what fits.
+
+    cost: the technique that prices steps.  coasting: False takes every step by itself (slower, the same).
+    """
+
+    model: Model
+    hardware: Hardware
+    cost: Cost
+    parts: Sequence[Part] = ()
+    route: Part | None = None
+    place: Part | None = None
+    replicas: int = 1
+    limits: Limits
+    blocks: int | None = None
+    share: bool = True
+    coasting: bool = True
+    wanted: SLO = field(default_factory=SLO)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= 100_000:
+            raise ConfigError(f"from 1 to 100000 replicas can be simulated, got {self.replicas}")
+
+    def stack(self) -> Stack:
+        return build_stack(self.parts)
+
+    def kv_blocks(self) -> int:
+        return self.blocks if self.blocks is not None else self.model.blocks(self.hardware)
+
+
+class Look:
+    """A replica as a router sees it at the moment of a request; those that it does not look at need not be brought there."""
+
+    __slots__ = ("_clock", "_replica", "_seen")
+
+    def __init__(self, replica: Replica, clock: list[float]) -> None:
+        self._replica, self._clock, self._seen = replica, clock, -1.0
+
+    def _now(self) -> Replica:
+        if self._seen != self._clock[0]:
+            self._seen = self._clock[0]
+            self._replica.advance(self._seen)
+        return self._replica
+
+    @property
+    def running(self) -> int:
+        return self._now().running
+
+    @property
+    def waiting(self) -> int:
+        return self._now().waiting
+
+    @property
+    def pending(self) -> int:
+        return self._now().pending
+
+    @property
+    def used(self) -> float:
+        return self._now().used
+
+
+class Cluster:
+    """A setting at work.  log: keeps the decisions of each replica."""
+
+    def __init__(self, setting: Setting, *, log: bool = False) -> None:
+        self.setting, self.meter = setting, Meter()
+        price = setting.cost.on(setting.hardware, setting.model.figures)
+        blocks = setting.kv_blocks()
+        self.route: Route = (setting.route or Part("route", "round_robin")).build()
+        self.logs: list[list[LogEntry]] = [[] for _ in range(setting.replicas if log else 0)]
+        self.replicas = [self.replica(i, price, blocks) for i in range(setting.replicas)]
+
+    def replica(self, i: int, price: Price, blocks: int) -> Replica:
+        """The engine number i."""
+        s = self.setting
+        return Replica(
+            f"replica{i}", s.model, price, s.stack(), s.limits, blocks, self.meter, share=s.share, coasting=s.coasting,
+            log=self.logs[i] if self.logs else None,
+        )  # fmt: skip
+
+    def run(self, arrivals: Iterable[Arrival]) -> Meter:
+        """Let the load pass, and everybody finish."""
+        replicas, meter, route = self.replicas, self.meter, self.route
+        looks = route.looks and len(replicas) > 1
+        clock = [0.0]
+        views = [Look(r, clock) for r in replicas]
+        last = 0.0
+        for a in arrivals:
+            if a.time_s < last:
+                raise ConfigError(f"the load goes back in time, from {last} s to {a.time_s} s")
+            clock[0] = last = a.time_s
+            target = replicas[0]
+            if len(replicas) > 1:
+                i = route.choose(a.tokens(), a.tenant.encode(), views, a.time_s)
+                if not 0 <= i < len(replicas):
+                    raise InvariantError(f"the router chose replica {i} of {len(replicas)}")
+                target = replicas[i]
+            target.advance(a.time_s, ahead=not looks)
+            target.deliver(meter.arrives(a), a)
+        for replica in replicas:
+            replica.advance(FOREVER)
+        return meter
+
+    def result(self) -> dict[str, Any]:
+        return self.meter.result(self.setting.wanted, self.setting.replicas)

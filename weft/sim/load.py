@@ -1,0 +1,60 @@
+"""What a plan computes, in the numbers that a cost is told."""
+
+from __future__ import annotations
+
+import itertools
+
+from weft.slots.cost import Figures, Load
+from weft.types import KVOpKind, Plan
+
+
+def load_of(plan: Plan, model: Figures, layers: int) -> Load:
+    """The load of a plan's works on the target model.
+
+    A row sees itself and all before it, or as many as its window.  A work of several rows reads its entries once for all of them.
+    """
+    kinds = model.kinds
+    pairs, read, single = [0.0] * len(kinds), [0.0] * len(kinds), [0.0] * len(kinds)
+    decode_rows = works = 0
+    parted = False
+    for work in plan.works:
+        if work.model != "target":
+            continue
+        n = len(work.tokens)
+        start, stop = work.rows[0][0], work.rows[-1][1]
+        works += 1
+        share = 1.0
+        if work.layers is not None:
+            parted, share = True, (work.layers[1] - work.layers[0]) / layers
+        if n == 1:
+            decode_rows += 1
+            for i, kind in enumerate(kinds):
+                single[i] += share * (stop if kind.window is None else min(stop, kind.window))
+            continue
+        for i, kind in enumerate(kinds):
+            pairs[i] += share * _pairs(start, stop, kind.window)
+            read[i] += share * (stop if kind.window is None else min(stop, kind.window + n))
+    moved = sum(len(op.source) for op in plan.kv if op.kind is KVOpKind.COPY)
+    stored = sum(len(op.argument) for op in plan.kv if op.kind in (KVOpKind.LOAD, KVOpKind.SAVE))
+    return Load(
+        rows=plan.rows, samples=plan.samples, works=works, prompt_pairs=pairs, prompt_entries=read, decode_entries=single,
+        decode_rows=decode_rows, spans=_spans(plan, layers) if parted else [], moved=moved, stored=stored,
+    )  # fmt: skip
+
+
+def _spans(plan: Plan, layers: int) -> list[tuple[float, int]]:
+    """(share of the layers, rows that pass them): layers between two bounds are passed by the same rows."""
+    passed = [(w.layers or (0, layers), len(w.tokens)) for w in plan.works if w.model == "target"]
+    bounds = sorted({0, layers, *(at for span, _ in passed for at in span)})
+    return [
+        ((stop - start) / layers, sum(n for (first, last), n in passed if first <= start and stop <= last))
+        for start, stop in itertools.pairwise(bounds)
+    ]
+
+
+def _pairs(start: int, stop: int, window: int | None) -> float:
+    """Sum of what the rows [start, stop) see: i + 1 positions each, or the window."""
+    if window is None or stop <= window:
+        return (stop * (stop + 1) - start * (start + 1)) / 2
+    full = max(start, min(stop, window))  # rows before it see everything
+    return (full * (full + 1) - start * (start + 1)) / 2 + (stop - full) * window
