@@ -91,11 +91,7 @@ class Dialect:
     ) -> Manner | None:
         """How answers to a prompt are to be read; None where they are text and nothing else.
 
-<<<<<<< HEAD
-        functions: what may be called; required: what must be; strict: rightly, where it is.  room: tokens of an answer.
-=======
         functions: what may be called; required: what must be; strict: rightly, where it is.  room: tokens for an answer.
->>>>>>> tools
         answer: what other answers are held to.  goes_on: the text that the answer goes on with, where it does.
         Raises RequestError.
         """
