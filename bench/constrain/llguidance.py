@@ -86,8 +86,8 @@ def ranked(file: Path) -> Vocabulary:
     """The first ids of an encoding's file of ranks, and an end."""
     lines = file.read_text(encoding="ascii").splitlines()
     tokens = tuple(base64.b64decode(line.split()[0]) for line in lines[: VOCAB - 1])
-    ids = {token: i for i, token in enumerate(tokens)}
-    return Vocabulary((*tokens, b""), frozenset({VOCAB - 1}), (VOCAB - 1,), lambda text: longest(ids, text))
+    ids, most = {token: i for i, token in enumerate(tokens)}, max(map(len, tokens))
+    return Vocabulary((*tokens, b""), frozenset({VOCAB - 1}), (VOCAB - 1,), lambda text: longest(ids, text, most))
 
 
 def alone(vocabulary: Vocabulary) -> Iterator[str]:

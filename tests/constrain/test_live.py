@@ -228,3 +228,22 @@ def test_kernels_and_reference_draw_alike_from_masked_rows(law: dict[str, Any], 
         drawn = sampler.draw(logits, rows, program)
         assert drawn == sampler.draw(logits, rows)
         assert all(bool(torch.isfinite(logits[i, token])) for i, token in enumerate(drawn))
+
+
+def test_a_programs_own_words_are_no_output() -> None:
+    """A grammar speaks of the output alone: what a search puts into the context between is passed over."""
+    from weft.config import build_stack
+    from weft.exec.mirror import Mirrored
+    from weft.types import Enter
+
+    law = SamplingSpec()
+    s = Mirrored(
+        Enter(request=1, tokens=(9, 9, 1, 2, 7, 7, 3), prompt=2, sampling=law, seed=0, given=((4, 6),)),
+        1,
+        build_stack(),
+    )
+    assert s.output(7).tolist() == [1, 2, 3]
+    assert s.output(5).tolist() == [1, 2]
+    assert Mirrored(Enter(request=1, tokens=(9, 1), prompt=1, sampling=law, seed=0), 1, build_stack()).output(
+        2
+    ).tolist() == [1]

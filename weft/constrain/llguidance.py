@@ -25,6 +25,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from weft.constrain._common import exact, unheld
@@ -34,6 +35,8 @@ from weft.slots import Vocabulary, Words
 from weft.traits import Effect, Traits
 from weft.types import Grammar
 
+MOST_TEXTS = 8192
+"""Texts that must follow whose tokens are kept: names of members and the like, which come again and again."""
 MOST_CHARS = 300
 """Of the library's own words that are told to a client."""
 BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,), lambda text: list(text.encode()))
@@ -179,10 +182,10 @@ class _Spelling:
         self.bos_token_id = None
         self.tokens = [*vocabulary.tokens]
         self.special_token_ids = sorted(vocabulary.special)
-        self._encode = vocabulary.encode
+        self._encode = lru_cache(MOST_TEXTS)(lambda text: [*vocabulary.encode(text)])
 
     def __call__(self, text: bytes) -> list[int]:
-        return [*self._encode(text.decode())]
+        return self._encode(text.decode())
 
 
 def _fail(matcher: Any, grammar: Grammar) -> None:

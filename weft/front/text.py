@@ -232,6 +232,7 @@ class Speller:
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[bytes], special: Collection[int]) -> None:
         self._tokenizer, self._tokens, self._special = tokenizer, tokens, frozenset(special)
         self._ids = {token: i for i, token in reversed([*enumerate(tokens)]) if token and i not in special}
+        self._most = max(map(len, self._ids), default=0)
 
     def __call__(self, text: str) -> list[int]:
         for before in ("", "\x02"):
@@ -239,7 +240,7 @@ class Speller:
             ids = self._plain(before + text)
             if ids[: len(head)] == head and b"".join(self._tokens[i] for i in ids[len(head) :]) == text.encode():
                 return ids[len(head) :]
-        return longest(self._ids, text)
+        return longest(self._ids, text, self._most)
 
     def _plain(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special=False)
@@ -248,10 +249,9 @@ class Speller:
         return [i for i in ids if i < len(self._tokens)]
 
 
-def longest(ids: Mapping[bytes, int], text: str) -> list[int]:
-    """A text in the longest tokens from left to right; bytes that no token has are left out."""
-    data, most = text.encode(), max(map(len, ids), default=0)
-    found, at = [], 0
+def longest(ids: Mapping[bytes, int], text: str, most: int) -> list[int]:
+    """A text in the longest tokens, of at most `most` bytes, from left to right; bytes that no token has are left out."""
+    data, found, at = text.encode(), [], 0
     while at < len(data):
         size = next((n for n in range(min(most, len(data) - at), 0, -1) if data[at : at + n] in ids), 0)
         if size:
