@@ -234,7 +234,7 @@ def _bare(form: Form, i: int, name: str, schema: Mapping[str, Any], lead: str) -
             rules.append(f'{rule}: {head} ({words}) "\\n</parameter>\\n"')
         else:
             rules.append(f'{rule}: {head} text_{i}_{j} "\\n"')
-            text = f"/(?s:.{{0,{value['maxLength']}}})/" if "maxLength" in value else _TEXT
+            text = f"/(?s:.{{0,{value['maxLength']}}})\\n?/" if "maxLength" in value else _TEXT
             rules.append(f'text_{i}_{j}[suffix="</parameter>"]: {text}')
     head = _said(f"<{form.tag}>\n<function={name}>\n".removeprefix(lead))
     tail = _said(f"</function>\n</{form.tag}>")
