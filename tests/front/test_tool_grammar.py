@@ -128,26 +128,22 @@ def test_what_bare_text_can_tell() -> None:
 
 def test_strings_end_within_the_room() -> None:
     """Those that no other word of their schema bounds, wherever they stand; the tools themselves are left as they were."""
-    string, own = {"type": "string"}, {"type": "string", "pattern": "a"}
-    schema = {
-        "properties": {
-            "a": string,
-            "b": own,
-            "c": {"type": "array", "items": string},
-            "d": {"properties": {"e": string}},
-        }
-    }
-    for room, longest in ((1, 16), (100, 128), (1000, 1024), (30_000, 32_768)):
-        made = within({"f": schema}, room)["f"]["properties"]
-        bound = {"type": "string", "maxLength": longest}
-        assert made == {"a": bound, "b": own, "c": {"type": "array", "items": bound}, "d": {"properties": {"e": bound}}}
-    assert string == {"type": "string"}
-    assert (
-        within({"f": {"properties": {"a": {"type": "string", "minLength": 99}}}}, 1)["f"]["properties"]["a"][
-            "maxLength"
-        ]
-        == 99
+    string, own, several = (
+        {"type": "string"},
+        {"type": "string", "pattern": "a"},
+        {"type": "array", "items": {"type": "string"}},
     )
+    schema = {"properties": {"a": string, "b": own, "c": several, "d": {"properties": {"e": string}}}}
+    for room, chars, items in ((1, 16, 16), (100, 128, 16), (1000, 1024, 32), (30_000, 32_768, 1024)):
+        made = within({"f": schema}, room)["f"]["properties"]
+        bound = {"type": "string", "maxLength": chars}
+        inner = {"type": "string", "maxLength": max(chars // items, 16)}
+        assert made["c"] == {"type": "array", "items": inner, "maxItems": items}
+        assert (made["a"], made["b"], made["d"]) == (bound, own, {"properties": {"e": bound}})
+    assert (string, several) == ({"type": "string"}, {"type": "array", "items": {"type": "string"}})
+    least = {"properties": {"a": {"type": "string", "minLength": 99}, "b": {"type": "array", "minItems": 99}}}
+    made = within({"f": least}, 1)["f"]["properties"]
+    assert (made["a"]["maxLength"], made["b"]["maxItems"]) == (99, 99)
 
 
 def test_closing_a_schema_takes_nothing_away_that_it_names() -> None:

@@ -44,6 +44,7 @@ SOURCES = {
     "hermes": "llama.cpp/Qwen-Qwen2.5-7B-Instruct",
     "llama3_json": "llama.cpp/meta-llama-Llama-3.1-8B-Instruct",
     "mistral": "mistral-common/chat_templates/v13",
+    "mistral v7": "mistral-common/chat_templates/v7",
     "mistral_list": "llama.cpp/mistralai-Mistral-Nemo-Instruct-2407",
     "qwen3_coder": "llama.cpp/Qwen3-Coder",
     "seed_oss": "llama.cpp/ByteDance-Seed-OSS",
@@ -121,7 +122,7 @@ def streamed(stream: Any) -> tuple[str, str, list[tuple[str, str, str]], str | N
 
 @pytest.mark.parametrize("family", [*SOURCES, "json"])
 def test_calls_of_every_family(speaking: Callable[..., Spoken], family: str) -> None:
-    says = forms.FORMS[family][0](TWO)
+    says = forms.FORMS[family.partition(" ")[0]][0](TWO)
     model = speaking(says, family)
     answer = model.ask(tools=TOOLS)
     (choice,) = answer.choices
@@ -147,6 +148,7 @@ def test_calls_of_every_family(speaking: Callable[..., Spoken], family: str) -> 
     model.ask(messages=then, tools=TOOLS)
     assert "Paris" in model.prompt()
     assert "Rain." in model.prompt()
+    assert "&#34;" not in model.prompt()
 
 
 def test_text_around_calls_and_without(speaking: Callable[..., Spoken]) -> None:

@@ -43,6 +43,8 @@ _PAST: list[Message] = [
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "tool_call_id": _ID, "name": _NAME, "content": _RESULT},
 ]
+_ESCAPED = "&#34;"
+"""A quotation mark as some templates write it by mistake, where arguments are objects (`tojson | safe`, then added to a text)."""
 
 
 class Dialect:
@@ -74,8 +76,16 @@ class Dialect:
     @cached_property
     def recalls(self) -> bool:
         """Whether the template writes the calls and results of a conversation."""
-        text = _rendered(self._text.template, _PAST) if self.native else ""
-        return all(word in text for word in (_NAME, _VALUE, _RESULT))
+        return all(word in self._past for word in (_NAME, _VALUE, _RESULT))
+
+    @cached_property
+    def wants_text(self) -> bool:
+        """Whether the template writes arguments of past calls rightly only where they are JSON text."""
+        return self.recalls and _ESCAPED in self._past
+
+    @cached_property
+    def _past(self) -> str:
+        return _rendered(self._text.template, _PAST) if self.native else ""
 
     def manner(
         self,
@@ -132,7 +142,7 @@ class Dialect:
         if past and not self.recalls:
             found = in_words(found, self.parser)
         elif past:
-            found = [_fitted(m, self.parser) for m in found]
+            found = [_fitted(m, self.parser, self.wants_text) for m in found]
         if not offered or self.native:
             return found, offered or None
         return told_of(found, offered, self.parser), None
@@ -170,13 +180,17 @@ def _named(messages: Iterable[Message]) -> list[Message]:
     return out
 
 
-def _fitted(message: Message, parser: type[Machine]) -> Message:
-    """A message whose ids of calls are such as the template takes."""
+def _fitted(message: Message, parser: type[Machine], text: bool) -> Message:
+    """A message whose calls are such as the template takes: their ids, and their arguments where these must be text."""
     fitted = dict(message)
     if message.get("tool_calls"):
-        fitted["tool_calls"] = [{**call, "id": parser.fit_id(call["id"])} for call in message["tool_calls"]]
+        fitted["tool_calls"] = calls = [{**call, "id": parser.fit_id(call["id"])} for call in message["tool_calls"]]
+        for call in calls if text else ():
+            arguments = call["function"].get("arguments")
+            said = arguments if isinstance(arguments, str) else to_json(arguments)
+            call["function"] = {**call["function"], "arguments": said}
     if message["role"] == "tool":
-        fitted["tool_call_id"] = parser.fit_id(message["tool_call_id"])
+        fitted["tool_call_id"] = parser.fit_id(message.get("tool_call_id", ""))
     return fitted
 
 

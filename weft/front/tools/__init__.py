@@ -26,7 +26,7 @@ _TOLD: tuple[tuple[type[Machine], tuple[str, ...], tuple[str, ...]], ...] = (
     (MistralList, ("[TOOL_CALLS]",), ()),
     (SeedOSS, ("seed:tool_call", "<function=", "<parameter="), ()),
     (Qwen3Coder, ("<tool_call>", "<function=", "<parameter="), ()),
-    (Hermes, ("<tool_call>", "arguments"), ("<arg_key>", "<function=")),
+    (Hermes, ("<tool_call>", "arguments"), ("<arg_key>", "<function=", "<tool_calls>")),
     (Llama3, ("<|start_header_id|>", '{"name": ', '"parameters": '), ("<function=", "functools")),
 )
 

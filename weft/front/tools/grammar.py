@@ -161,26 +161,37 @@ def _closed_inside(schema: Any) -> Any:
 
 def within(tools: Tools, room: int) -> Tools:
     """The same tools, for an answer of at most `room` tokens: a string without a bound of its own ends where it would fill about
-    half of the room, so that a model that goes on and on in one still ends its call.
+    half of the room, a list where its items would, so that a model that goes on and on still ends its call.
 
-    A token is taken for three characters; bounds are powers of two, so that there are few grammars.
+    A token is taken for three characters, an item for eight tokens; bounds are powers of two, so that there are few grammars.
     """
-    longest = 1 << max((3 * room // 2).bit_length() - 1, 4)
-    return {name: _bounded(schema, longest) for name, schema in tools.items()}
+    return {name: _bounded(schema, _power(3 * room // 2), _power(room // 16)) for name, schema in tools.items()}
 
 
-def _bounded(schema: Any, longest: int) -> Any:
+def _power(size: int) -> int:
+    """The largest power of two that is no larger, and at least 16."""
+    return 1 << max(size.bit_length() - 1, 4)
+
+
+def _bounded(schema: Any, chars: int, items: int) -> Any:
+    """chars: of a string.  items: of a list."""
     if not isinstance(schema, Mapping):
         return schema
     out = dict(schema)
     if out.get("type") == "string" and set(out) <= _NOTES | {"minLength"}:
-        least = out.get("minLength", 0)
-        out["maxLength"] = max(longest, least) if isinstance(least, int) else longest
+        out["maxLength"] = max(chars, _least(out, "minLength"))
     if isinstance(out.get("properties"), Mapping):
-        out["properties"] = {key: _bounded(value, longest) for key, value in out["properties"].items()}
-    if isinstance(out.get("items"), Mapping):
-        out["items"] = _bounded(out["items"], longest)
+        out["properties"] = {key: _bounded(value, chars, items) for key, value in out["properties"].items()}
+    if out.get("type") == "array":
+        out.setdefault("maxItems", max(items, _least(out, "minItems")))
+        if isinstance(out.get("items"), Mapping):
+            out["items"] = _bounded(out["items"], max(chars // items, 16), 16)
     return out
+
+
+def _least(schema: Mapping[str, Any], word: str) -> int:
+    least = schema.get(word, 0)
+    return least if isinstance(least, int) else 0
 
 
 # ------------------------------------------------------------------------------------------ values in bare text
@@ -234,7 +245,7 @@ def _bare(form: Form, i: int, name: str, schema: Mapping[str, Any], lead: str) -
             rules.append(f'{rule}: {head} ({words}) "\\n</parameter>\\n"')
         else:
             rules.append(f'{rule}: {head} text_{i}_{j} "\\n"')
-            text = f"/(?s:.{{0,{value['maxLength']}}})/" if "maxLength" in value else _TEXT
+            text = f"/(?s:.{{0,{value['maxLength']}}})\\n?/" if "maxLength" in value else _TEXT
             rules.append(f'text_{i}_{j}[suffix="</parameter>"]: {text}')
     head = _said(f"<{form.tag}>\n<function={name}>\n".removeprefix(lead))
     tail = _said(f"</function>\n</{form.tag}>")
