@@ -105,6 +105,7 @@ ROUTES: dict[tuple[str, str], Described] = {
     ("POST", "/v1/unload_lora_adapter"): Described(text="Let go of one", answer="text/plain", body=UnloadRequest),
     ("GET", "/openapi.json"): Described(text="This description", answer="application/json"),
     ("GET", "/health"): Described(text="Whether tokens advance", answer="Health", open=True),
+    ("GET", "/ready"): Described(text="Whether requests are taken", answer="Health", open=True),
     ("GET", "/metrics"): Described(text="Prometheus text", answer="text/plain", open=True),
     ("GET", "/version"): Described(text="weft's version", answer="Version", open=True),
 }  # fmt: skip
