@@ -11,7 +11,7 @@ import pytest
 
 from weft import SamplingParams
 from weft.errors import RequestError
-from weft.sampling import MAX_BIAS, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOP_STRINGS
+from weft.sampling import MAX_BIAS, MAX_GRAMMAR_CHARS, MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOP_STRINGS
 from weft.types import SamplingSpec
 
 NAN, INF = math.nan, math.inf
@@ -47,6 +47,13 @@ OTHER: dict[str, tuple[list[Any], list[Any]]] = {
     "stop_token_ids": (
         [None, [], [0], [1 << 31], [3] * MAX_STOP_IDS],
         [[-1], [(1 << 31) + 1], [True], [1.0], ["1"], [None], [NAN], [3] * (MAX_STOP_IDS + 1)],
+    ),
+    "structured_outputs": (
+        [None, {"json": {"type": "null"}}, {"json": True}, {"json": "{}"}, {"json_object": True}, {"regex": "a"},
+         {"choice": ["", "a"]}, {"grammar": "start: \"a\""}, {"regex": "a", "choice": None}],
+        [{}, "a", ["a"], 1, {"jsn": {}}, {"regex": "a", "choice": ["a"]}, {"regex": ""}, {"regex": 1}, {"choice": []},
+         {"choice": "a"}, {"choice": [1]}, {"json_object": 1}, {"json": {1, 2}}, {"json": {"const": NAN}},
+         {"grammar": "a" * (MAX_GRAMMAR_CHARS + 1)}, {1: "a"}],
     ),
 }  # fmt: skip
 SWITCHES = {"include_stop_str_in_output", "ignore_eos", "skip_special_tokens"}

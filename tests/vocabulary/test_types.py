@@ -23,6 +23,7 @@ from weft.types import (
     Event,
     Finished,
     Fork,
+    Grammar,
     Grant,
     GroupKind,
     GroupSpec,
@@ -73,6 +74,7 @@ SPEC = RequestSpec(
     techniques=("draft=ngram(guesses=3)",),
     companions=((TokenItem((4,)),),),
     forced=(3, 1),
+    grammar=Grammar("regex", "[\u03b2\U0001f600]+"),
 )
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
 LINKED = Work(
@@ -82,6 +84,7 @@ LINKED = Work(
 ENTER = Enter(
     request=1, tokens=(7, -1, -1, 8), prompt=3, sampling=SAMPLING, seed=2**64 - 1, entries=(2, 0),
     spans=(Span(1, 3, DIGEST),), vectors={1: VECTOR}, techniques=("accept=race",), source=3, forced=(1,),
+    grammar=SPEC.grammar, given=((3, 4),),
 )  # fmt: skip
 GRANT = Grant(request=1, group=2, at=3, blocks=(4, 5), first=16)
 PLAN = Plan(
@@ -90,11 +93,11 @@ PLAN = Plan(
     fetch=(7, 8),
 )  # fmt: skip
 RESULT = StepResult(
-    step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12),
+    step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12), masked=3, mask_s=1e-7,
     works=(
         WorkResult(
             rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), signals={"entropy": (0.5, 1.0 / 3.0)},
-            logprobs=(LOGPROB,), prompt_logprobs=(LOGPROB, LOGPROB),
+            logprobs=(LOGPROB,), prompt_logprobs=(LOGPROB, LOGPROB), ended=True,
         ),
         WorkResult(rows=0, failed="not enough nerve: \u03b2 \U0001f600"),
     ),
@@ -103,7 +106,8 @@ STATS = EngineStats(
     steps=1, running=2, waiting=3, kv_blocks_total=4, kv_blocks_referenced=5, kv_blocks_cached=6, prompt_tokens=7,
     generation_tokens=8, prefix_hit_tokens=9, prefix_query_tokens=10, preemptions=11, evictions=12, finished=13, rows=14,
     last_step_s=1.5, host_s=2.5e-4, acts={"draft=ngram.proposed": 4}, shadow_requests=1, shadow_tokens=2,
-    shadow_skipped=3, shadow_kl=0.25, shadow_top1=0.5, shadow_alarm=1,
+    shadow_skipped=3, shadow_kl=0.25, shadow_top1=0.5, shadow_alarm=1, masked_rows=1,
+    masked_steps=2, mask_s=0.5, grammars=3, grammar_s=0.25,
 )  # fmt: skip
 EVENTS: tuple[Event, ...] = (
     Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB)),
