@@ -117,8 +117,9 @@ def alone(vocabulary: Vocabulary, name: str) -> Iterator[str]:
                     assert one.advance([ids[at]]) == 1
         p50, p99 = (1e3 * float(x) for x in np.percentile(took[5:], [50, 99]))
         yield (
-            f"Masks by themselves, over {VOCAB:,} ids of {name}: {p50:.2f} ms for a step with {rows} constrained row{'s' * (rows > 1)} in "
-            f"the median and {p99:.2f} ms at most in 99 of 100 steps, made by one thread and written into the logits."
+            f"Masks by themselves, over {VOCAB:,} ids of {name}: {p50:.2f} ms for a step with {rows} constrained "
+            f"row{'s' * (rows > 1)} in the median and {p99:.2f} ms at most in 99 of 100 steps, made by one thread and written "
+            "into the logits."
         )
     yield f"The vocabulary and the grammar are made ready once: {first_s:.2f} s for both."
 

@@ -180,28 +180,28 @@ def test_other_grammars(http: httpx.Client, structured: dict[str, Any], pattern:
 
 
 def test_many_at_once(http: httpx.Client) -> None:
-    """32 with five schemas, and as many without: all fit, the same as alone, and the cost is told."""
+    """32 with five schemas, and eight without: all fit, the same as alone, and the cost is told."""
     before = metric(http, "weft:grammar_rows_total"), metric(http, "weft:grammars_total")
     names = list(SCHEMAS)
 
     def ask(i: int) -> str:
         body: dict[str, Any] = {"messages": ASK, "max_tokens": 400, "seed": i, "temperature": 0.8}
-        if i % 2 == 0:
-            body["response_format"] = format_of(SCHEMAS[names[i // 2 % 5]])
+        if i < 32:
+            body["response_format"] = format_of(SCHEMAS[names[i % 5]])
         else:
             body["max_tokens"] = 12
         answer = http.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         choice = answer.json()["choices"][0]
-        if i % 2 == 0 and choice["finish_reason"] == "stop":
-            fits(choice["message"]["content"], SCHEMAS[names[i // 2 % 5]])
+        if i < 32 and choice["finish_reason"] == "stop":
+            fits(choice["message"]["content"], SCHEMAS[names[i % 5]])
         return str(choice["message"]["content"])
 
-    with ThreadPoolExecutor(64) as threads:
-        together = list(threads.map(ask, range(64)))
-    assert [ask(i) for i in (0, 2, 4, 7)] == [together[i] for i in (0, 2, 4, 7)]
+    with ThreadPoolExecutor(40) as threads:
+        together = list(threads.map(ask, range(40)))
+    assert [ask(i) for i in (0, 1, 35)] == [together[i] for i in (0, 1, 35)]
     assert metric(http, "weft:grammar_rows_total") - before[0] > 32 * 5
-    assert metric(http, "weft:grammars_total") - before[1] == 35
+    assert metric(http, "weft:grammars_total") - before[1] == 34
     assert metric(http, "weft:grammar_mask_seconds_total") > 0
     assert metric(http, "weft:grammar_steps_total") > 0
 

@@ -9,7 +9,8 @@ Shapes   mask: a bit for each of vocab ids
 Units    masks: rows of logits; tokens: taken into grammars; grammars: made ready
 Cost     a mask for each sampled row on one thread of the CPU, and the grammar's parser for each live sequence.  A grammar is made
          ready once, off the step thread, and kept
-Pays     where an answer is read by a program: every answer that ends is one of the grammar.  It costs time, never saves any
+Pays     where an answer is read by a program: every answer that ends is one of the grammar.  It costs time, never saves any:
+         0.1 ms in the median for a row of 151,936 logits, and a few milliseconds where the parser meets something new
 Differs  nothing is drawn ahead where only one text can follow (the library's forced tokens): such tokens take a step each, and
          a draft guesses them.  White space between the tokens of JSON is at most `whitespace` characters long, as models that
          are free to write it may write nothing else.  Rows of the parser have at most `items` items, fewer than the library
