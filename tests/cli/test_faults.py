@@ -149,7 +149,10 @@ def test_twenty_engines_die_and_no_token_is_lost_doubled_or_different(serving: S
             step = total(calm) // 24
             for round in range(1, 21):
                 await until(lambda round=round: total(readers) >= step * round)  # type: ignore[misc]
-                pid = (await client.get("/health")).json()["engine_pid"]
+                told: dict[str, Any] = {}
+                while told.get("status") != "ok" or told["engine_restarts"] < before + round - 1:
+                    told = (await client.get("/health")).json()  # until it has heard of the last death
+                pid = told["engine_pid"]
                 os.kill(pid, signal.SIGKILL)
                 began, seen = time.monotonic(), total(readers)
                 while not gone(pid):
