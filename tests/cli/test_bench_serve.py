@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort
 from weft.bench.client import Target
 from weft.bench.dataset import made_up, read_dataset
-from weft.bench.serve import Load, Sample, spread, summary
+from weft.bench.serve import Load, Sample, _arrive, spread, summary
 from weft.cli.app import app
 from weft.errors import ConfigError
 from weft.front.port import EngineInfo
@@ -66,16 +70,23 @@ def _length(command: Any) -> int:
 
 
 def test_requests_arrive_at_their_times(url: str) -> None:
-    """20 requests at 100 a second last as long as the drawn times say, however quick the answers are."""
-    import random
+    """Never before the times that were drawn for them, at distances of the rate, however the answers fare."""
+    asked: list[tuple[float, float]] = []
 
+    async def one(ask: Any, due: float) -> None:
+        asked.append((due, time.perf_counter()))
+        await asyncio.sleep(0.05)
+
+    asyncio.run(_arrive(one, made_up(20, 3, 0), Load(rate=200, concurrency=None, seed=3)))
+    assert len(asked) == 20
+    assert all(now >= due for due, now in asked)
     draw = random.Random(3)
-    last = sum(draw.expovariate(100) for _ in range(19))
-    code, record = bench("--url", url, "--requests", "20", "--rate", "100", "--max-tokens", "1", "--seed", "3")
+    assert [b - a for (a, _), (b, _) in itertools.pairwise(asked)] == pytest.approx(
+        [draw.expovariate(200) for _ in range(19)]
+    )
+    code, record = bench("--url", url, "--requests", "5", "--rate", "100", "--max-tokens", "1", "--seed", "3")
     assert code == 0
-    assert record["concurrency"] is None
-    assert record["duration_s"] >= last
-    assert record["errors"] == 0
+    assert (record["concurrency"], record["rate"], record["errors"]) == (None, 100, 0)
 
 
 def test_errors_are_counted_by_their_kind(url: str) -> None:

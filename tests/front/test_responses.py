@@ -173,13 +173,18 @@ def test_responses_outlive_the_server_and_belong_to_a_key(
         assert ask(url, "one", "POST", json=follow).status_code == 200
 
 
+@pytest.mark.parametrize("dies", [False, True])
 def test_a_background_response_goes_on_at_the_next_start(
-    tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort]
+    tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort], dies: bool
 ) -> None:
+    """Whether the server ends in good order, or its engine dies before."""
     open_ended = scripted(lambda spec, index: [65] * 3)  # never comes to its end
     with serving(open_ended, text, store=open_store(tmp_path)) as url:
         made = httpx.post(f"{url}/v1/responses", json={**ASK, "background": True}).json()
         assert wait_until(lambda: httpx.get(f"{url}/v1/responses/{made['id']}").json()["status"] == "in_progress")
+        if dies:
+            open_ended.die("the engine is gone")
+            assert wait_until(lambda: httpx.get(f"{url}/v1/responses/{made['id']}").json()["status"] == "queued")
     port = scripted(lambda spec, index: [65] * spec.sampling.max_tokens)
     with serving(port, text, store=open_store(tmp_path)) as url:
         path = f"{url}/v1/responses/{made['id']}"

@@ -173,6 +173,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         assert process.end(signal.SIGTERM) == 0
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gaps and memory are measured: these tests run alone."""
+    for item in items:
+        if "server" in getattr(item, "fixturenames", ()) and item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.serial)
+
+
 def is_refused(answer: httpx.Response) -> None:
     """A 4xx in the form of its route, with a text that names nothing of the inside."""
     assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:300])

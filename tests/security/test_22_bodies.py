@@ -40,8 +40,8 @@ MANY = (
     b'{"metadata":{'
     + b",".join(b'"k%d":"\\\\"' % i for i in range(400_000))
     + b"}}",  # each string ends with a backslash
-    b'{"input":[' + b",".join([b"12345678"] * 3_000_000) + b"]}",
-    b'{"messages":[' + b",".join([b"{}"] * 3_000_000) + b"]}",
+    b'{"input":[' + b",".join([b"1"] * 2_100_000) + b"]}",
+    b'{"messages":[' + b",".join([b"{}"] * 2_100_000) + b"]}",
 )
 
 
