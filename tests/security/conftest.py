@@ -31,13 +31,6 @@ MAX_FILE = 8 << 20
 STREAM = {"prompt": "Once upon a time", "max_tokens": 3500, "ignore_eos": True, "stream": True, "temperature": 0.5}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """They measure gaps in a stream, so nothing else runs beside them."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.serial)
-
-
 class Attacked:
     """folder: its --data-dir."""
 
