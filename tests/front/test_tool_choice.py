@@ -83,18 +83,14 @@ def test_a_named_function_is_called_once(client: openai.OpenAI) -> None:
 
 
 def test_tools_of_others(client: openai.OpenAI, shared: Callable[[str], Path]) -> None:
-    """One call of each of some tools of the leaderboard, drawn with as many seeds; the toy may write a number without end."""
+    """One right call of each of some tools of the leaderboard, drawn with as many seeds."""
     small = [s for s in samples(shared("data/tools").parent) if s.calls and len(json.dumps(s.tools)) < 500]
-    found, cut = small[::50], 0
+    found = small[::50]
     assert len(found) > 6
     for i, sample in enumerate(found):
         tool = sample.tools[0]
         (choice,) = ask(client, tools=[tool], tool_choice="required", seed=i, parallel_tool_calls=False).choices
-        if choice.finish_reason == "length":
-            cut += 1
-        else:
-            check(choice, {tool["function"]["name"]: tool["function"]["parameters"]})
-    assert cut <= 1
+        check(choice, {tool["function"]["name"]: tool["function"]["parameters"]})
 
 
 def test_a_schema_that_is_none_is_refused(client: openai.OpenAI) -> None:

@@ -146,6 +146,31 @@ def test_strings_end_within_the_room() -> None:
     assert (made["a"]["maxLength"], made["b"]["maxItems"]) == (99, 99)
 
 
+def test_digits_of_numbers_end() -> None:
+    """Where nothing else bounds them, or only one side does; a range beyond the bounds is left to itself."""
+    properties = {
+        "whole": {"type": "integer"},
+        "any": {"type": "number", "description": "of anything"},
+        "share": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+        "huge": {"type": "number", "maximum": 1e20},
+        "fine": {"type": "number", "multipleOf": 0.5},
+    }
+    made = within({"f": {"properties": properties}}, 100)["f"]["properties"]
+    assert made["whole"] == {"type": "integer", "minimum": -(10**15), "maximum": 10**15}
+    assert made["any"] == properties["any"] | {"minimum": -(10**15), "maximum": 10**15, "multipleOf": 1e-9}
+    assert made["share"] == properties["share"] | {"multipleOf": 1e-9}
+    assert (made["huge"], made["fine"]) == (properties["huge"], properties["fine"])
+    form = PARSERS["hermes"].form
+    right = form.written
+    source = calls(
+        form, within({"f": {"properties": {"x": {"type": "number"}}, "required": ["x"]}}, 100), parallel=False
+    )
+    for number in (0, -1, 12.5, 0.123456789, 999999999999999.5):
+        assert taken(source, right([("f", {"x": number})])), number
+    for number in ("1" * 40, "0." + "3" * 40, "1." + "0" * 40):
+        assert not taken(source, right([("f", {"x": 7})]).replace("7", number)), number
+
+
 def test_closing_a_schema_takes_nothing_away_that_it_names() -> None:
     inner = {"type": "object", "properties": {"b": {"type": "array", "items": {"type": "object", "properties": {}}}}}
     made = closed({"properties": {"a": inner}})

@@ -31,6 +31,10 @@ _LOOSE = {**_SPACES, "whitespace_flexible": True, "whitespace_pattern": r"[\x20\
 _PLAIN = frozenset(("type", "properties", "required", "title", "description", "additionalProperties", "$schema"))
 _NOTES = frozenset(("type", "title", "description", "default", "examples"))
 _TEXT = "/(?s:.*)/"
+_RANGE = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+_LARGEST = 10**15
+_FINEST = 1e-9
+"""Numbers that a forced call may have, and their last digit, where its schema does not say: digits, too, can go on and on."""
 
 
 def calls(form: Form, tools: Tools, *, parallel: bool, marks: Marks | None = None, inside: bool = False) -> str:
@@ -164,6 +168,7 @@ def within(tools: Tools, room: int) -> Tools:
     half of the room, a list where its items would, so that a model that goes on and on still ends its call.
 
     A token is taken for three characters, an item for eight tokens; bounds are powers of two, so that there are few grammars.
+    Numbers have at most 15 digits before the point and 9 behind it.
     """
     return {name: _bounded(schema, _power(3 * room // 2), _power(room // 16)) for name, schema in tools.items()}
 
@@ -180,6 +185,8 @@ def _bounded(schema: Any, chars: int, items: int) -> Any:
     out = dict(schema)
     if out.get("type") == "string" and set(out) <= _NOTES | {"minLength"}:
         out["maxLength"] = max(chars, _least(out, "minLength"))
+    if out.get("type") in ("integer", "number") and set(out) <= _NOTES | _RANGE:
+        out |= _digits(out)
     if isinstance(out.get("properties"), Mapping):
         out["properties"] = {key: _bounded(value, chars, items) for key, value in out["properties"].items()}
     if out.get("type") == "array":
@@ -187,6 +194,19 @@ def _bounded(schema: Any, chars: int, items: int) -> Any:
         if isinstance(out.get("items"), Mapping):
             out["items"] = _bounded(out["items"], max(chars // items, 16), 16)
     return out
+
+
+def _digits(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """What bounds a number's digits; nothing where its own range is beyond them."""
+    own = [schema[word] for word in _RANGE & set(schema)]
+    if not all(type(bound) in (int, float) and -_LARGEST < bound < _LARGEST for bound in own):
+        return {}
+    found: dict[str, Any] = {} if schema["type"] == "integer" else {"multipleOf": _FINEST}
+    if not {"minimum", "exclusiveMinimum"} & set(schema):
+        found["minimum"] = -_LARGEST
+    if not {"maximum", "exclusiveMaximum"} & set(schema):
+        found["maximum"] = _LARGEST
+    return found
 
 
 def _least(schema: Mapping[str, Any], word: str) -> int:
