@@ -158,7 +158,10 @@ def test_every_field_of_the_law_arrives() -> None:
     assert spec(params) == wanted
     plain = SamplingSpec()
     untouched = [f for f in wanted.__struct_fields__ if getattr(wanted, f) == getattr(plain, f)]
-    assert untouched == ["steered"]  # a search's own; else a field could be dropped without this test seeing it
+    assert untouched == [
+        "pooling",
+        "steered",
+    ]  # embeddings' own, and a search's; else a field could be dropped without this test seeing it
 
 
 def test_whole_numbers_become_floats_where_floats_stand() -> None:

@@ -67,7 +67,7 @@ ITEMS = (TokenItem((1, 2, 2**31 - 1)), VECTOR, MediaItem("image", 4, DIGEST), To
 SAMPLING = SamplingSpec(
     temperature=0.1 + 0.2, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1, presence_penalty=-0.5,
     frequency_penalty=0.25, logit_bias={0: -100.0, 4095: 1e-300}, logprobs=5, prompt_logprobs=0, max_tokens=7,
-    min_tokens=2, stop_ids=(0, 7), steered=True,
+    min_tokens=2, stop_ids=(0, 7), steered=True, pooling="mean",
 )  # fmt: skip
 SPEC = RequestSpec(
     id=2**63 - 1,
@@ -104,7 +104,7 @@ RESULT = StepResult(
     works=(
         WorkResult(
             rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), signals={"entropy": (0.5, 1.0 / 3.0)},
-            logprobs=(LOGPROB,), prompt_logprobs=(LOGPROB, LOGPROB), ended=True,
+            logprobs=(LOGPROB,), prompt_logprobs=(LOGPROB, LOGPROB), ended=True, vector=b"\0\0\x80?",
         ),
         WorkResult(rows=0, failed="not enough nerve: \u03b2 \U0001f600"),
     ),
@@ -114,16 +114,16 @@ STATS = EngineStats(
     generation_tokens=8, prefix_hit_tokens=9, prefix_query_tokens=10, preemptions=11, evictions=12, finished=13, rows=14,
     last_step_s=1.5, host_s=2.5e-4, acts={"draft=ngram.proposed": 4}, shadow_requests=1, shadow_tokens=2,
     shadow_skipped=3, shadow_kl=0.25, shadow_top1=0.5, shadow_alarm=1, masked_rows=1,
-    masked_steps=2, mask_s=0.5, grammars=3, grammar_s=0.25,
+    masked_steps=2, mask_s=0.5, grammars=3, grammar_s=0.25, engine_restarts=2,
 )  # fmt: skip
 EVENTS: tuple[Event, ...] = (
-    Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB)),
-    Finished(1, 2, "stop", stop_id=7, cached_tokens=16, error="why", discarded=8),
+    Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB), cached_tokens=16),
+    Finished(1, 2, "stop", stop_id=7, cached_tokens=16, error="why", discarded=8, vector=b"\0\0\x80?"),
     Adapted(4, "a", "adapt=lora(name='a')", "beef", error="why", kind="capacity", param="lora_name", code="overloaded"),
     Preempted(1, 2),
     Rejected(1, "too long", "capacity", param="prompt", code="context_length_exceeded"),
 )
-FRAME = EngineFrame(events=EVENTS, stats=STATS)
+FRAME = EngineFrame(events=EVENTS, stats=STATS, plan=(1, 2), taken=3)
 GROUPS = tuple(
     GroupSpec(
         name=kind.value, kind=kind, layers=(0, 3), entry_bytes=8, block_tokens=16, model="draft", heads=(1, 2),
