@@ -9,17 +9,15 @@ can hold an output to it, or {error, message} with error one of refused and memo
 
 from __future__ import annotations
 
-import json
-import signal
 import sys
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this very weft, wherever it was started from
 
 from weft.errors import EngineError
-from weft.front.template_worker import alarm, limit, shown
+from weft.front.template_worker import serve, shown
 from weft.registry import parse
 from weft.types import Grammar
 
@@ -36,19 +34,5 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def serve(source: BinaryIO, sink: BinaryIO, *, seconds: float) -> None:
-    while len(head := source.read(4)) == 4:
-        body = source.read(int.from_bytes(head, "big"))
-        alarm(seconds)
-        data = json.dumps(answer(json.loads(body))).encode()
-        alarm(0)
-        sink.write(len(data).to_bytes(4, "big") + data)
-        sink.flush()
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our stdin
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    limit(int(sys.argv[1]))
-    serve(sys.stdin.buffer, sys.stdout.buffer, seconds=float(sys.argv[2]))
+    serve(answer, memory_bytes=int(sys.argv[1]), seconds=float(sys.argv[2]))

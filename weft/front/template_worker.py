@@ -22,8 +22,9 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -184,22 +185,27 @@ def alarm(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def serve(source: BinaryIO, sink: BinaryIO, *, seconds: float, max_chars: int) -> None:
-    templates = Templates()
+def serve(answered: Callable[[dict[str, Any]], dict[str, Any]], *, memory_bytes: int, seconds: float) -> None:
+    """Answer the frames on stdin, each within `seconds`, until it closes; what the main program of a worker is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our stdin
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    limit(memory_bytes)
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
     while len(head := source.read(4)) == 4:
         body = source.read(int.from_bytes(head, "big"))
         alarm(seconds)
-        reply = answer(templates, json.loads(body), max_chars)
-        data = json.dumps(reply).encode()
+        data = json.dumps(answered(json.loads(body))).encode()
         alarm(0)
         sink.write(len(data).to_bytes(4, "big") + data)
         sink.flush()
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our stdin
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+def main(memory_bytes: int, seconds: float, max_chars: int) -> None:
     datetime.now().strftime("%Z")
-    limit(int(sys.argv[1]))
-    serve(sys.stdin.buffer, sys.stdout.buffer, seconds=float(sys.argv[2]), max_chars=int(sys.argv[3]))
+    templates = Templates()
+    serve(lambda request: answer(templates, request, max_chars), memory_bytes=memory_bytes, seconds=seconds)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
