@@ -96,19 +96,26 @@ print("ended", port.cancelled(), "torch" in sys.modules, flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_end_it_cleanly_even_with_open_streams(bundled: Path, number: int) -> None:
+STREAM = {"prompt": "Hi", "stream": True, "max_tokens": 100}
+
+
+def started(program: str, bundled: Path) -> tuple[subprocess.Popen[str], str]:
+    """A server in a process of its own, and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(bundled)],
+        [sys.executable, "-c", program, str(bundled)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=bundled.parents[2],
     )
     assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    body = {"prompt": "Hi", "stream": True, "max_tokens": 100}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+    return process, process.stdout.readline().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_cleanly_even_with_open_streams(bundled: Path, number: int) -> None:
+    process, url = started(PROGRAM, bundled)
+    with httpx.stream("POST", f"{url}/v1/completions", json=STREAM, timeout=30) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("data: {")
         process.send_signal(number)
@@ -122,17 +129,8 @@ def test_signals_end_it_cleanly_even_with_open_streams(bundled: Path, number: in
 
 def test_a_second_signal_does_not_wait(bundled: Path) -> None:
     patient = PROGRAM.replace("drain_s=0.2", "drain_s=300")
-    process = subprocess.Popen(
-        [sys.executable, "-c", patient, str(bundled)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=bundled.parents[2],
-    )
-    assert process.stdout is not None
-    url = process.stdout.readline().strip()
-    body = {"prompt": "Hi", "stream": True, "max_tokens": 100}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+    process, url = started(patient, bundled)
+    with httpx.stream("POST", f"{url}/v1/completions", json=STREAM, timeout=30) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("data: {")
         process.send_signal(signal.SIGTERM)

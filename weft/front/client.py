@@ -25,7 +25,7 @@ from weft.front.generation import (
     Prompt,
     Refused,
 )
-from weft.front.grammars import held, shared_grammars, technique
+from weft.front.grammars import held, holder, shared_grammars
 from weft.front.metrics import Metrics
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
@@ -82,7 +82,7 @@ class Client:
             raise EngineStopped(f"the engine has stopped: {reason}")
         batch = [held(p, self.port.info.stack) for p in ([prompts] if isinstance(prompts, Prompt) else prompts)]
         for grammar, part in {
-            (p.params.grammar, technique(p, self.port.info.stack)) for p in batch if p.params.grammar
+            (p.params.grammar, holder(p.techniques, self.port.info.stack)) for p in batch if p.params.grammar
         }:
             await asyncio.to_thread(shared_grammars().check, part, grammar)
         specs = [

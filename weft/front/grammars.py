@@ -120,7 +120,3 @@ def held(prompt: Prompt, server: Sequence[str]) -> Prompt:
     """The prompt with a technique for its grammar, where it has one."""
     techniques = constrained(prompt.techniques, server, prompt.params.grammar)
     return prompt if techniques == prompt.techniques else replace(prompt, techniques=techniques)
-
-
-def technique(prompt: Prompt, server: Sequence[str]) -> str:
-    return holder(prompt.techniques, server)
