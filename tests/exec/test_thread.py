@@ -14,12 +14,14 @@ from weft.core.engine import Engine
 from weft.exec.null import NullExecutor, reference
 from weft.exec.thread import EngineThread
 from weft.types import (
+    Adapted,
     Add,
     Cancel,
     EngineFrame,
     Finished,
     GroupKind,
     GroupSpec,
+    Load,
     Plan,
     Rejected,
     RequestSpec,
@@ -134,6 +136,12 @@ def test_a_broken_executor_ends_every_request_with_its_reason() -> None:
             e.reason == "error" and "fell off" in str(e.error) for e in listener.events if isinstance(e, Finished)
         )
         assert "fell off" in str(port.error())
+        port.send(Load(6, "a", "a"))
+        port.send(Add(RequestSpec(id=7, items=(TokenItem((1, 2)),), n=2)))
+        listener.wait(lambda: sum(isinstance(e, Finished) and e.id == 7 for e in listener.events) == 2)
+        (adapted,) = [e for e in listener.events if isinstance(e, Adapted)]
+        assert adapted.id == 6
+        assert "fell off" in str(adapted.error)
     finally:
         port.close()
 

@@ -169,16 +169,30 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            self._loop()
+            try:
+                self._loop()
+            finally:
+                self.executor.close()
         except BaseException as error:  # whatever it is, the front must hear of it
             self._error = f"{type(error).__name__}: {error}" if not isinstance(error, EngineError) else str(error)
             told = (*self.engine.told(), *self._grammars.told())
             events: list[Event] = [Finished(id, at, "error", error=self._error) for id, at in told]
             self._emit(events, 0.0)
+            self._refuse(self._error)
             if not isinstance(error, Exception):
                 raise
-        finally:
-            self.executor.close()
+
+    def _refuse(self, reason: str) -> None:
+        """Answer what is sent to an engine that has stopped, also what was sent before its sender could know, until `close`."""
+        while not self._closing and (command := self._inbox.get()) is not None:
+            self._taken += isinstance(command, Command)
+            events: list[Event] = []
+            if isinstance(command, Add):
+                events = [Finished(command.spec.id, i, "error", error=reason) for i in range(command.spec.n)]
+            elif isinstance(command, (Load, Drop)):
+                events = [Adapted(command.id, command.name, error=reason)]
+            if events:
+                self._emit(events, 0.0)
 
     def _loop(self) -> None:
         empty = 0
