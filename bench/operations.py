@@ -5,7 +5,8 @@ and what stands between them.
 
 An operation runs over so many different weights, or keys and values, that no cache holds them, and they are read from memory as
 in a step.  `limit_s` is the longer of two times: bytes over the bandwidth, and multiplications and additions over the arithmetic
-in registers, both measured in the same run by the same threads.  Writes bench/results/operations.json.
+in registers, by the same threads, both measured before and after each round of each operation, since a shared machine's speed
+moves.  `fraction` is the median over the rounds.  Writes bench/results/operations.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -31,41 +34,79 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 64, 16
 CONTEXTS = ((1, 512), (1, 8192), (8, 1024), (8, 8192), (32, 1024))
 """Sequences, and entries of each."""
-TURNS = 20_000_000
+TURNS = 1_000_000
+READS, READ_BYTES = 2, 256 << 20
+"""Readings of the memory, the faster of which counts, and bytes of each: far more than a cache holds."""
+
+
+@dataclass(slots=True)
+class Round:
+    """seconds: of one operation.  bytes_s, operations_s: what the machine could do around it (operations by whether of int8)."""
+
+    seconds: float
+    bytes_s: float
+    operations_s: dict[bool, float]
 
 
 class Bench:
     """One program whose operations are timed; what they point to is kept."""
 
     def __init__(self, module: Any, threads: int, isa: str) -> None:
+        import torch
+
         self.module, self.program = module, module.Program(threads, isa)
         self.kept: list[Any] = []
-        self.bytes_s = 0.0
-        self.operations_s = {False: self._arithmetic(False), True: self._arithmetic(True)}
+        self._memory = torch.ones(READ_BYTES, dtype=torch.uint8)
 
-    def _arithmetic(self, whole: bool) -> float:
-        began = time.perf_counter()
-        return float(self.program.arithmetic(TURNS, whole)) / (time.perf_counter() - began)
+    def _limits(self) -> tuple[float, dict[bool, float]]:
+        """Bytes/s read from memory, and additions and multiplications/s, in float and in int8."""
+        read = min(_timed(lambda: self.program.read(self._memory.data_ptr(), READ_BYTES))[0] for _ in range(READS))
+        done = {}
+        for whole in (False, True):
+            seconds, operations = _timed(partial(self.program.arithmetic, TURNS, whole))
+            done[whole] = float(operations) / seconds
+        return READ_BYTES / read, done
 
-    def seconds(self, first: int, stop: int, step: Any) -> float:
+    def rounds(self, first: int, stop: int, step: Any) -> list[Round]:
         """Of one of the operations [first, stop), which are alike."""
         found = []
-        for round_ in range(ROUNDS + 1):
+        before = self._limits()
+        self.program.run(first, stop, step)
+        for _ in range(ROUNDS):
             began, turns = time.perf_counter(), 0
-            while turns == 0 or (round_ and time.perf_counter() - began < SECONDS):
+            while turns == 0 or time.perf_counter() - began < SECONDS:
                 self.program.run(first, stop, step)
                 turns += 1
-            found.append((time.perf_counter() - began) / turns / (stop - first))
-        return median(found[1:])
+            seconds = (time.perf_counter() - began) / turns / (stop - first)
+            after = self._limits()
+            found.append(
+                Round(
+                    seconds,
+                    max(before[0], after[0]),
+                    {whole: max(before[1][whole], after[1][whole]) for whole in (False, True)},
+                )
+            )
+            before = after
+        return found
 
     def record(
-        self, name: str, seconds: float, read: float, operations: float, whole: bool, **more: Any
+        self, name: str, rounds: list[Round], read: float, operations: float, whole: bool, **more: Any
     ) -> dict[str, Any]:
-        limit = max(read / self.bytes_s, operations / self.operations_s[whole])
+        limits = [max(read / r.bytes_s, operations / r.operations_s[whole]) for r in rounds]
+        seconds = median(r.seconds for r in rounds)
         return {
-            "operation": name, **more, "seconds": seconds, "limit_s": limit, "fraction": limit / seconds,
+            "operation": name, **more, "seconds": seconds, "limit_s": median(limits),
+            "fraction": median(limit / r.seconds for limit, r in zip(limits, rounds, strict=True)),
             "gb_s": read / seconds / 1e9, "gop_s": operations / seconds / 1e9,
+            "read_gb_s": median(r.bytes_s for r in rounds) / 1e9,
+            "limit_gop_s": median(r.operations_s[whole] for r in rounds) / 1e9,
         }  # fmt: skip
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = run()
+    return time.perf_counter() - began, result
 
 
 def products(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -99,9 +140,9 @@ def products(bench: Bench) -> Iterator[dict[str, Any]]:
                         )
                         for p in some
                     ]
-                    seconds = bench.seconds(at[0], at[-1] + 1, step)
+                    rounds = bench.rounds(at[0], at[-1] + 1, step)
                     yield bench.record(
-                        "product", seconds, size, 2.0 * rows * outs * width, narrow, shape=name, weights=text,
+                        "product", rounds, size, 2.0 * rows * outs * width, narrow, shape=name, weights=text,
                         activations="int8" if narrow else "float", rows=rows,
                     )  # fmt: skip
 
@@ -149,10 +190,10 @@ def attention(bench: Bench) -> Iterator[dict[str, Any]]:
                 )
                 for i in range(layers)
             ]
-            seconds = bench.seconds(at[0], at[-1] + 1, step)
+            rounds = bench.rounds(at[0], at[-1] + 1, step)
             pairs = sequences * sum(range(context - rows + 1, context + 1))
             yield bench.record(
-                "attention", seconds, blocks * layer, 4.0 * pairs * HEADS * DIM, False, kv=kv, sequences=sequences,
+                "attention", rounds, blocks * layer, 4.0 * pairs * HEADS * DIM, False, kv=kv, sequences=sequences,
                 context=context, rows=rows,
             )  # fmt: skip
 
@@ -180,8 +221,8 @@ def between(bench: Bench) -> Iterator[dict[str, Any]]:
             step = bench.module.Step()
             step.rows(rows, 0, 0, 0, 0, 0, 0, 0)
             step.angles(0, cos.data_ptr(), cos.data_ptr())
-            seconds = bench.seconds(at, at + 1, step)
-            yield bench.record(name, seconds, rows * row_bytes, 0.0, False, rows=rows)
+            rounds = bench.rounds(at, at + 1, step)
+            yield bench.record(name, rounds, rows * row_bytes, 0.0, False, rows=rows)
 
 
 def main() -> None:
@@ -192,7 +233,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the record, and write no file")
     options = parser.parse_args()
     from weft import native
-    from weft.bench.limit import read_gb_s
 
     module = native.module()
     if module is None:
@@ -202,7 +242,6 @@ def main() -> None:
     found = []
     for name, part in parts.items():
         if options.only in (None, name):
-            bench.bytes_s = read_gb_s(options.threads) * 1e9
             for record in part(bench):
                 found.append(record)
                 if not options.json:
@@ -214,8 +253,7 @@ def main() -> None:
                     )
     told = {
         "benchmark": "operations", "machine": machine(), "threads": options.threads, "isa": bench.program.isa,
-        "read_gb_s": bench.bytes_s / 1e9, "float_gop_s": bench.operations_s[False] / 1e9,
-        "int8_gop_s": bench.operations_s[True] / 1e9, "results": found,
+        "read_gb_s": median(r["read_gb_s"] for r in found), "results": found,
     }  # fmt: skip
     if options.json:
         print(json.dumps(told))
