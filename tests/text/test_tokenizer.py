@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -277,3 +279,35 @@ def test_settings_in_the_file_never_cut_or_pad(tmp_path: Path) -> None:
     made.enable_truncation(2)
     made.enable_padding(length=8)
     assert Tokenizer.load(folder(tmp_path, made)).encode("abcabc") == [0, 1, 2, 0, 1, 2]
+
+
+WORDS = """
+import random, re, sys
+from pathlib import Path
+from weft.front.tokenizer import Tokenizer
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+tokenizer, special, chance = Tokenizer.load(sys.argv[1]), sys.argv[2] == "1", random.Random(1)
+letters = "abcdefghijklmnopqrstuvwxyz"
+
+def read(texts):
+    for _ in range(texts):
+        tokenizer.encode(" ".join("".join(chance.choices(letters, k=240)) for _ in range(50)), parse_special=special)
+
+read(1)
+before = resident()
+read(200)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("special", ["0", "1"])
+def test_words_that_come_once_are_not_kept_for_ever(bundled: Path, special: str) -> None:
+    """10,000 of 240 letters take 80 MB where the library's own bound holds."""
+    command = [sys.executable, "-c", WORDS, str(bundled), special]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(module.__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 40 << 20

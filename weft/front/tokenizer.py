@@ -28,6 +28,9 @@ from weft.models.gguf.header import is_gguf
 MAX_TEXT_CHARS = 16 << 20
 """Longest text that is tokenized at all, in characters."""
 
+CACHED_WORDS = 2048
+"""Words whose tokens the library remembers.  It gives up none for another, and one of 255 letters takes 8 kB."""
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -46,6 +49,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, config: dict[str, Any] | None = None) -> None:
         backend.no_truncation()
         backend.no_padding()
+        _bound(backend)
         self.config = dict(config or {})
         self.special_tokens = _named_tokens(self.config)
         _add_tokens(backend, self.config, self.special_tokens)
@@ -148,6 +152,7 @@ class Tokenizer:
         with self._lock:
             if self._plain is None:
                 plain = Backend.from_str(self._backend.to_str())
+                _bound(plain)
                 plain.encode_special_tokens = True
                 self._plain = plain
             return self._plain
@@ -197,6 +202,13 @@ class Tokenizer:
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.token_to_id(token)
+
+
+def _bound(backend: Backend) -> None:
+    """Hold the model's memory of words to CACHED_WORDS; models of whole words have none."""
+    resize = getattr(backend.model, "_resize_cache", None)
+    if resize is not None:
+        resize(CACHED_WORDS)
 
 
 def _given(config: dict[str, Any]) -> dict[str, Any]:
