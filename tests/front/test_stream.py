@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -65,35 +66,46 @@ def _whole(raw: bytes) -> bool:
 
 
 def test_streams_do_not_wait_for_long_texts(text: ModelText, info: EngineInfo) -> None:
-    """While another client's long prompt is tokenized, a running stream shows no gap."""
-    ids = text.tokenizer.encode("Once upon a time there was a dog. ", add_special=False) * 200
+    """While another client's long prompt is tokenized, a running stream goes on.
+
+    A server that waits shows a gap of nearly the long request's own length each time; one that does not may show one on a machine
+    that is busy with other things, but not three times.
+    """
+    ids = text.tokenizer.encode("Once upon a time there was a dog. ", add_special=False) * 5000
     port = ScriptedPort(lambda spec, index: ids, replace(info, max_model_len=1 << 20), interval_s=0.01)
-    took: list[float] = []
-
-    def long(url: str) -> None:
-        began = time.monotonic()
-        answer = httpx.post(f"{url}/tokenize", json={"prompt": "naïve café words, many of them; " * 60_000}, timeout=60)
-        assert answer.json()["count"] > 100_000
-        took.append(time.monotonic() - began)
-
     with serving(port, text) as url:
-        other = threading.Thread(target=long, args=(url,))
-        gaps: list[float] = []
-        last = time.monotonic()
-        body = {"prompt": "Hi", "max_tokens": 1200, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
-            for line in stream.iter_lines():
-                now = time.monotonic()
-                gaps.append(now - last)
-                last = now
-                if len(gaps) == 20:
-                    other.start()
-                if took and line:
-                    break
-        other.join()
+        shares = [_longest_gap(url)]
+        while shares[-1] > 0.5 and len(shares) < 3:
+            shares.append(_longest_gap(url))
     port.close()
-    assert took[0] > 0.3, "the long text must take longer than the longest gap that is allowed"
-    assert max(gaps[5:]) < 0.25
+    assert min(shares) <= 0.5, shares
+
+
+def _longest_gap(url: str) -> float:
+    """The longest time without a line of a stream while a long text is tokenized, as a share of that request's time."""
+    ends: list[float] = []
+
+    def long() -> None:
+        answer = httpx.post(f"{url}/tokenize", json={"prompt": "naïve café words, many of them; " * 60_000}, timeout=60)
+        ends.append(time.monotonic())
+        assert answer.json()["count"] > 100_000
+
+    other = threading.Thread(target=long)
+    body = {"prompt": "Hi", "max_tokens": 40_000, "stream": True}
+    times: list[float] = []
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+        for number, _ in enumerate(stream.iter_lines()):
+            if number == 20:
+                times.append(time.monotonic())
+                other.start()
+            elif number > 20:
+                times.append(time.monotonic())
+            if ends and times[-1] > ends[0]:
+                break
+    other.join()
+    assert ends
+    gaps = [min(after, ends[0]) - before for before, after in itertools.pairwise(times)]
+    return max(gaps) / (ends[0] - times[0])
 
 
 def test_a_reader_that_stops_reading_costs_a_bounded_amount(scripted: Make, text: ModelText) -> None:
