@@ -16,8 +16,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -39,38 +37,30 @@ READS, READ_BYTES = 2, 256 << 20
 """Readings of the memory, the faster of which counts, and bytes of each: far more than a cache holds."""
 
 
-@dataclass(slots=True)
-class Round:
-    """seconds: of one operation.  bytes_s, operations_s: what the machine could do around it (operations by whether of int8)."""
-
-    seconds: float
-    bytes_s: float
-    operations_s: dict[bool, float]
-
-
 class Bench:
-    """One program whose operations are timed; what they point to is kept."""
+    """One program whose operations are timed, beside what the machine can do at that time."""
 
     def __init__(self, module: Any, threads: int, isa: str) -> None:
         import torch
 
         self.module, self.program = module, module.Program(threads, isa)
-        self.kept: list[Any] = []
         self._memory = torch.ones(READ_BYTES, dtype=torch.uint8)
 
-    def _limits(self) -> tuple[float, dict[bool, float]]:
-        """Bytes/s read from memory, and additions and multiplications/s, in float and in int8."""
-        read = min(_timed(lambda: self.program.read(self._memory.data_ptr(), READ_BYTES))[0] for _ in range(READS))
-        done = {}
-        for whole in (False, True):
-            seconds, operations = _timed(partial(self.program.arithmetic, TURNS, whole))
-            done[whole] = float(operations) / seconds
-        return READ_BYTES / read, done
+    def _speeds(self) -> tuple[float, float, float]:
+        """Bytes/s read from memory; additions and multiplications/s in float, and in int8."""
+        from weft.bench.limit import fastest
 
-    def rounds(self, first: int, stop: int, step: Any) -> list[Round]:
-        """Of one of the operations [first, stop), which are alike."""
-        found = []
-        before = self._limits()
+        read = fastest(lambda: self.program.read(self._memory.data_ptr(), READ_BYTES), rounds=READS)
+        return READ_BYTES / read, self._arithmetic(False), self._arithmetic(True)
+
+    def _arithmetic(self, whole: bool) -> float:
+        began = time.perf_counter()
+        return float(self.program.arithmetic(TURNS, whole)) / (time.perf_counter() - began)
+
+    def rounds(self, first: int, stop: int, step: Any) -> list[tuple[float, tuple[float, ...]]]:
+        """Of each round: seconds of one of the operations [first, stop), which are alike, and the better speeds around it."""
+        found: list[tuple[float, tuple[float, ...]]] = []
+        before = self._speeds()
         self.program.run(first, stop, step)
         for _ in range(ROUNDS):
             began, turns = time.perf_counter(), 0
@@ -78,35 +68,30 @@ class Bench:
                 self.program.run(first, stop, step)
                 turns += 1
             seconds = (time.perf_counter() - began) / turns / (stop - first)
-            after = self._limits()
-            found.append(
-                Round(
-                    seconds,
-                    max(before[0], after[0]),
-                    {whole: max(before[1][whole], after[1][whole]) for whole in (False, True)},
-                )
-            )
+            after = self._speeds()
+            found.append((seconds, tuple(map(max, before, after))))
             before = after
         return found
 
     def record(
-        self, name: str, rounds: list[Round], read: float, operations: float, whole: bool, **more: Any
+        self,
+        name: str,
+        rounds: list[tuple[float, tuple[float, ...]]],
+        read: float,
+        operations: float,
+        whole: bool,
+        **more: Any,
     ) -> dict[str, Any]:
-        limits = [max(read / r.bytes_s, operations / r.operations_s[whole]) for r in rounds]
-        seconds = median(r.seconds for r in rounds)
+        """What is kept of `rounds`.  read: bytes; operations: additions and multiplications, of int8 where `whole`."""
+        limits = [max(read / speeds[0], operations / speeds[1 + whole]) for _, speeds in rounds]
+        seconds = median(seconds for seconds, _ in rounds)
         return {
             "operation": name, **more, "seconds": seconds, "limit_s": median(limits),
-            "fraction": median(limit / r.seconds for limit, r in zip(limits, rounds, strict=True)),
+            "fraction": median(limit / taken for limit, (taken, _) in zip(limits, rounds, strict=True)),
             "gb_s": read / seconds / 1e9, "gop_s": operations / seconds / 1e9,
-            "read_gb_s": median(r.bytes_s for r in rounds) / 1e9,
-            "limit_gop_s": median(r.operations_s[whole] for r in rounds) / 1e9,
+            "read_gb_s": median(speeds[0] for _, speeds in rounds) / 1e9,
+            "limit_gop_s": median(speeds[1 + whole] for _, speeds in rounds) / 1e9,
         }  # fmt: skip
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
-    result = run()
-    return time.perf_counter() - began, result
 
 
 def products(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,7 @@ def read_gb_s(threads: int, device: str = "cpu", size_bytes: int = READ_BYTES) -
     module = native.module()
     if module is not None and device == "cpu":
         program = module.Program(threads)
-        return memory.nbytes / _fastest(lambda: program.read(memory.data_ptr(), memory.nbytes), device) / 1e9
+        return memory.nbytes / fastest(lambda: program.read(memory.data_ptr(), memory.nbytes), device) / 1e9
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -106,17 +106,17 @@ def read_gb_s(threads: int, device: str = "cpu", size_bytes: int = READ_BYTES) -
             memory.sum,
             lambda: matrix.mv(vector),
         ]
-        return max(memory.nbytes / _fastest(kernel, device) / 1e9 for kernel in kernels)
+        return max(memory.nbytes / fastest(kernel, device) / 1e9 for kernel in kernels)
     finally:
         torch.set_num_threads(before)
 
 
-def _fastest(kernel: Callable[[], Any], device: str) -> float:
-    """Seconds of the fastest of ROUNDS calls, after one that is not counted."""
+def fastest(kernel: Callable[[], Any], device: str = "cpu", rounds: int = ROUNDS) -> float:
+    """Seconds of the fastest of `rounds` calls, after one that is not counted."""
     import torch
 
     best = math.inf
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         began = time.perf_counter()
         kernel()
         if device != "cpu":
