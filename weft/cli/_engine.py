@@ -194,6 +194,9 @@ def serve(sock: socket.socket) -> int:
     start = inbox.next()
     if not isinstance(start, Start):
         raise FrameError(f"an engine is told first what to build, and got {type(start).__name__}")
+    if start.cpus:
+        with contextlib.suppress(OSError, AttributeError):  # where threads cannot be held to cores, they share them
+            os.sched_setaffinity(0, start.cpus)
     inbox.follow()
     try:
         port = _built(start)

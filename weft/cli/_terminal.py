@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from weft.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,3 +115,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: hits > 0
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def level(given: str | None) -> str:
+    """The log level that a flag, or WEFT_LOG, names.  Raises ConfigError."""
+    wanted = (given or os.environ.get("WEFT_LOG") or "warning").lower()
+    if wanted not in LEVELS:
+        raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
+    return wanted

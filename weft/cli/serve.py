@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from weft.cli._engines import engine, router
 from weft.cli._flags import EngineFlags, Model, spread
 from weft.cli._store import StoreFlags
-from weft.cli._terminal import LEVELS, log, say
+from weft.cli._terminal import level, log, say
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from weft.front.admission import Bounds
     from weft.front.remote import RemoteEngine
+    from weft.front.replicas import Replicas
     from weft.front.store import Store
     from weft.front.text import ModelText
 
@@ -155,6 +157,23 @@ class ServerFlags:
             rich_help_panel=SERVER,
         ),
     ] = 120.0
+    replicas: Annotated[
+        int,
+        typer.Option(
+            "--replicas",
+            help="Engines of the model, each with its share of the memory and of the cores.",
+            metavar="N",
+            min=1,
+            max=64,
+            rich_help_panel=SERVER,
+        ),
+    ] = 1
+    route: Annotated[
+        str,
+        typer.Option(
+            "--route", help="Which of several engines serves a request.", metavar="NAME(ARGS)", rich_help_panel=SERVER
+        ),
+    ] = "prefix_aware"
     record: Annotated[
         Path | None,
         _option(
@@ -215,6 +234,9 @@ class ServerFlags:
         reasoning.chosen(self.reasoning_parser or "auto", ())
         if self.shadow_alarm is not None and self.shadow is None:
             raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
+        router(self.route)
+        if self.record is not None and self.replicas > 1:
+            raise ConfigError("--record takes down what one engine decides; leave --replicas out")
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
@@ -243,7 +265,7 @@ def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags:
 
 
 def _run(
-    port: RemoteEngine,
+    port: RemoteEngine | Replicas,
     text: ModelText,
     held: socket.socket,
     flags: ServerFlags,
@@ -281,37 +303,6 @@ def _run(
         raise EngineError(f"the engine had stopped: {port.error()}")
 
 
-@contextlib.contextmanager
-def engine(folder: Path, name: str, flags: EngineFlags, server: ServerFlags) -> Iterator[RemoteEngine]:
-    """An engine in a process of its own, that of the model in `folder`; it shows its plan and loads meanwhile."""
-    from weft.cli._engine import command
-    from weft.front.remote import RemoteEngine
-    from weft.front.wire import Start
-
-    start = Start(
-        folder=str(Path(folder).resolve()),
-        name=name,
-        options={key: _plain(value) for key, value in flags.options().items()},
-        shadow=server.checks,
-        lora_root=None if server.lora_root is None else str(server.lora_root.resolve()),
-        log_level=level(server.log_level),
-        record=None if server.record is None else str(server.record.resolve()),
-    )
-    how, where = command()
-    port = RemoteEngine(how, start, cwd=where, stall_s=server.stall_timeout)
-    try:
-        yield port
-    finally:
-        port.close()
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text, which is all that travels."""
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:
     """A request to try, as one line for a shell."""
     prompt: dict[str, Any] = (
@@ -321,14 +312,6 @@ def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:
     header = ' -H "Authorization: Bearer $WEFT_API_KEY"' if key else ""
     route = "chat/completions" if chat else "completions"
     return f"curl {url}/v1/{route} -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
-
-
-def level(given: str | None) -> str:
-    """The log level that a flag, or WEFT_LOG, names.  Raises ConfigError."""
-    wanted = (given or os.environ.get("WEFT_LOG") or "warning").lower()
-    if wanted not in LEVELS:
-        raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
-    return wanted
 
 
 @contextlib.contextmanager

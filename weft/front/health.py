@@ -36,4 +36,9 @@ def health(state: EngineState, *, draining: bool = False) -> Response:
         "engine_restarts": state.restarts,
         "last_step_s": None if state.last_step_s is None else round(state.last_step_s, 3),
     }
+    if state.engines:
+        told["engines"] = [
+            {"status": one.status, "reason": one.reason, "pid": one.pid, "restarts": one.restarts}
+            for one in state.engines
+        ]
     return Response(msgspec.json.encode(told), 200 if status == "ok" else 503, media_type="application/json")

@@ -118,8 +118,10 @@ class Journal:
 
     # ------------------------------------------------------------------ the front's commands
 
-    def command(self, command: Command) -> list[Command]:
-        """Note a command of the front; what the engine that there is gets for it."""
+    def command(self, command: Command | Entry) -> list[Command]:
+        """Note a command of the front, or a request that another engine had; what the engine that there is gets for it."""
+        if isinstance(command, Entry):
+            return self._adopt(command)
         if isinstance(command, Add):
             spec = command.spec
             entry = self.entries[spec.id] = Entry(spec)
@@ -128,6 +130,12 @@ class Journal:
             return self._out(self._cancel(command))
         self._asked[command.id] = command
         return self._out([command] if self._here else [])
+
+    def _adopt(self, entry: Entry) -> list[Command]:
+        """It goes on from what the other engine has told."""
+        entry.ids, entry.strikes, entry.died_at = [], 0, entry.progress
+        self.entries[entry.spec.id] = entry
+        return self._out(self._send(entry) if self._open else [])
 
     def _cancel(self, command: Cancel) -> list[Command]:
         entry = self.entries.get(command.id)

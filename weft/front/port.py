@@ -39,13 +39,17 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState:
-    """How an engine is.  reason: why it is not ok.  pid: of its process.  last_step_s: since the last step, None before one."""
+    """How an engine is.  reason: why it is not ok.  pid: of its process.  last_step_s: since the last step, None before one.
+
+    engines: how each one is, where there are several of one model.
+    """
 
     status: Literal["ok", "loading", "stalled"] = "ok"
     reason: str | None = None
     pid: int | None = None
     restarts: int = 0
     last_step_s: float | None = None
+    engines: tuple[EngineState, ...] = ()
 
 
 class EnginePort(Protocol):

@@ -19,7 +19,7 @@ from typing import Any
 from msgspec import structs
 
 from weft.errors import EngineError
-from weft.front.journal import Journal
+from weft.front.journal import Entry, Journal
 from weft.front.link import Bell, Door, Link, kill
 from weft.front.metrics import total
 from weft.front.port import EngineInfo, EngineState, FrameSink
@@ -67,7 +67,7 @@ class RemoteEngine:
         self._error: str | None = None
         self._status: EngineState = EngineState(status="loading", reason="the engine is being loaded")
         self._sink: FrameSink | None = None
-        self._commands: deque[Command] = deque()
+        self._commands: deque[Command | Entry] = deque()
         self._closing = False
         self._journal = Journal()
         self._restarts = self._failures = 0
@@ -124,6 +124,20 @@ class RemoteEngine:
         if state.status == "ok" and stalled > stall_s:
             return replace(state, status="stalled", reason=f"no token for {stalled:.0f} s while requests wait")
         return state
+
+    @property
+    def away(self) -> bool:
+        """Whether there is no engine now: it is being started, or has ended for good."""
+        return not self._up
+
+    def left_over(self) -> list[Entry]:
+        """What one that has ended for good had, for `adopt` of another."""
+        return list(self._journal.entries.values())
+
+    def adopt(self, entry: Entry) -> None:
+        """Go on with a request that another engine had."""
+        self._commands.append(entry)
+        self._bell.ring()
 
     def close(self) -> None:
         """End engine and nursery; what lives is dropped."""
@@ -399,7 +413,8 @@ class RemoteEngine:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]  # the bell, the door, and whoever has not said yet who it is
         self._selector.close()
-        self._bell.close()
         if not self.started.done():
             self.started.set_exception(EngineError("the engine was ended before it was loaded"))

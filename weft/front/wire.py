@@ -59,7 +59,7 @@ class Start(Struct, frozen=True, tag="start", kw_only=True):
     folder: of the model.  name: what it is called.  options: keywords of `weft.LLM`, as text and numbers.  shadow: share and
     alarm of the shadow checks.  lora_root: the folder below which adapters may be loaded.  quiet: an engine that takes another's
     place prints neither plan nor progress.  record: the file to which it writes its decisions; one that takes another's place
-    takes the next free FILE.2, FILE.3, ...
+    takes the next free FILE.2, FILE.3, ...  cpus: on which alone it runs; any, where there are none.
     """
 
     folder: str
@@ -70,6 +70,7 @@ class Start(Struct, frozen=True, tag="start", kw_only=True):
     log_level: str = "warning"
     quiet: bool = False
     record: str | None = None
+    cpus: tuple[int, ...] = ()
 
 
 class Ready(Struct, frozen=True, tag="ready"):
