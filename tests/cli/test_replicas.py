@@ -1,11 +1,14 @@
-"""`weft serve --replicas 2`: the tokens of one engine, also while one of the two is killed."""
+"""`weft serve --replicas 2` and `--roles`: the tokens of one engine, also while one of the two is killed."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -47,10 +50,65 @@ def test_two_engines_answer_as_one_and_survive_each_other(tmp_path: Path, calm: 
         assert server.end(signal.SIGTERM) == 0
 
 
+LONG = "The old man walked along the shore, and he looked at the sea and at the ships that came from far away. " * 4
+
+
+def long(i: int) -> dict[str, Any]:
+    """Requests whose prompts are some blocks long, and have only their ends in common."""
+    asked = body(i)
+    return asked | {"prompt": f"{i} {asked['prompt']} {LONG}"}
+
+
+def test_prompts_are_handed_over_and_answers_are_those_of_one_engine(tmp_path: Path) -> None:
+    asked = [long(i) for i in range(16)]
+    (tmp_path / "one").mkdir()
+    with Serving(tmp_path / "one", "--port", "0", *SMALL) as server:
+        calm = streams(server.url(), asked)
+    with Serving(tmp_path, "--port", "0", *ENGINES, "--roles", "prefill=1,decode=1") as server:
+        url = server.url()
+        first, second = (engine["pid"] for engine in health(url)["engines"])
+        found = streams(url, asked)
+        assert [r.outcome() for r in found] == [r.outcome() for r in calm]
+        loaded = figure(url, "prompt_tokens_total")
+        rows = sum(r.usage["prompt_tokens"] for r in calm)
+        # The second engine computes less than a block of each prompt, and the last row again for each sequence that is forked.
+        assert rows <= loaded <= rows + 16 * 17, "a prompt was computed twice"
+        assert all(r.usage["prompt_tokens_details"]["cached_tokens"] == 0 for r in found), "nothing was there before"
+        # An engine goes a little beyond a stop string; the 16 tokens that nobody sees are not counted.
+        assert 0 <= figure(url, "generation_tokens_total") - sum(r.usage["completion_tokens"] for r in calm) < 16
+
+        async def kill(readers: list[Reader]) -> None:
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: total(readers) > 60)
+            os.kill(second, signal.SIGKILL)
+            await until(lambda: total(readers) > 200)
+            await until(lambda: health(url)["engines"][0]["status"] == "ok")
+            os.kill(health(url)["engines"][0]["pid"], signal.SIGKILL)
+
+        disturbed = streams(url, asked, kill)
+        assert [r.outcome() for r in disturbed] == [r.outcome() for r in calm]
+        assert [engine["restarts"] for engine in up(url)["engines"]][1] == 1
+        asyncio.run(until(lambda: figure(url, "kv_blocks_referenced") == 0))
+        assert server.end(signal.SIGTERM) == 0
+        assert "Traceback" not in server.err.read_text()
+
+
+def figure(url: str, name: str) -> float:
+    """Of the metrics, summed over all engines."""
+    found = re.search(rf"^weft:{name} (\S+)$", httpx.get(f"{url}/metrics", timeout=30).text, re.M)
+    assert found is not None
+    return float(found[1])
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--replicas", "2", "--record", "x"), "leave --replicas out"),
+        (("--roles", "prefill=2,decode=1"), "--roles is prefill=1,decode=N"),
+        (("--roles", "prefill=1"), "--roles is prefill=1,decode=N"),
+        (("--roles", "prefill=1,decode=1", "--replicas", "2"), "leave --replicas out"),
+        (("--roles", "prefill=1,decode=1", "--no-prefix-cache"), "leave --no-prefix-cache out"),
+        (("--roles", "prefill=1,decode=1", "--memory", "2G", "--with", "kv.offload=host"), "leave one of the two out"),
+        (("--replicas", "2", "--record", "x"), "leave --replicas and --roles out"),
         (("--route", "nearest"), "there is no route=nearest"),
         (("--replicas", "0"), "--replicas"),
         (("--replicas", "2", "--memory", "500M"), "250.0 MiB"),

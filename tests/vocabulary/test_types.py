@@ -48,6 +48,7 @@ from weft.types import (
     RequestSpec,
     Resume,
     SamplingSpec,
+    SharedKV,
     Span,
     StepResult,
     Stop,
@@ -82,6 +83,8 @@ SPEC = RequestSpec(
     companions=((TokenItem((4,)),),),
     forced=(3, 1),
     grammar=Grammar("regex", "[\u03b2\U0001f600]+"),
+    hand_over=True,
+    stored=((5, 0), ()),
 )
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
 LINKED = Work(
@@ -97,7 +100,7 @@ GRANT = Grant(request=1, group=2, at=3, blocks=(4, 5), first=16)
 PLAN = Plan(
     step=9, works=(LINKED, Work(request=2, rows=((0, 1),), tokens=(3,))), enter=(ENTER,), leave=(4, 5), grants=(GRANT,),
     kv=tuple(KVOp(kind, 1, (1, 2), (3, 4), (5,)) for kind in KVOpKind), rows=6, samples=3, blocks=2, work_bytes=1 << 40,
-    fetch=(7, 8),
+    fetch=(7, 8), after=(KVOp(KVOpKind.SAVE, 0, (6,), (), (9,)),),
 )  # fmt: skip
 RESULT = StepResult(
     step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12), masked=3, mask_s=1e-7,
@@ -118,7 +121,9 @@ STATS = EngineStats(
 )  # fmt: skip
 EVENTS: tuple[Event, ...] = (
     Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB), cached_tokens=16),
-    Finished(1, 2, "stop", stop_id=7, cached_tokens=16, error="why", discarded=8, vector=b"\0\0\x80?"),
+    Finished(
+        1, 2, "stop", stop_id=7, cached_tokens=16, error="why", discarded=8, vector=b"\0\0\x80?", stored=((7, 0), ())
+    ),
     Adapted(4, "a", "adapt=lora(name='a')", "beef", error="why", kind="capacity", param="lora_name", code="overloaded"),
     Preempted(1, 2),
     Rejected(1, "too long", "capacity", param="prompt", code="context_length_exceeded"),
@@ -146,7 +151,19 @@ ENTRIES: tuple[Entry, ...] = (
     Added(1.5, SPEC, refused=True), Cancelled(3, 1, found=False), Planned(2.5, PLAN, ((1, 0),)), Committed(3.5, RESULT),
     Abandoned(4.5, 6),
 )  # fmt: skip
-WHOLE: list[Any] = [*ENTRIES, PLAN, RESULT, FRAME, SPEC, *GROUPS, *COMMANDS, *ACTIONS, *EVENTS, *ITEMS]
+WHOLE: list[Any] = [
+    *ENTRIES,
+    PLAN,
+    RESULT,
+    FRAME,
+    SPEC,
+    *GROUPS,
+    *COMMANDS,
+    *ACTIONS,
+    *EVENTS,
+    *ITEMS,
+    SharedKV(3, 1 << 20, True),
+]
 
 
 def structs() -> dict[str, type[msgspec.Struct]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
     from weft.cli.serve import ServerFlags
     from weft.front.remote import RemoteEngine
     from weft.front.replicas import Replicas
+    from weft.front.roles import Roles
     from weft.front.wire import Start
     from weft.slots import Route
 
 
 @contextlib.contextmanager
-def engine(folder: Path, name: str, flags: EngineFlags, server: ServerFlags) -> Iterator[RemoteEngine | Replicas]:
+def engine(
+    folder: Path, name: str, flags: EngineFlags, server: ServerFlags
+) -> Iterator[RemoteEngine | Replicas | Roles]:
     """Engines of the model in `folder`, each in a process of its own; the first shows its plan, and they load meanwhile."""
     from weft.cli._engine import command
     from weft.front.remote import RemoteEngine
     from weft.front.replicas import Replicas
+    from weft.front.roles import Roles
     from weft.front.wire import Start
 
     start = Start(
@@ -38,13 +43,49 @@ def engine(folder: Path, name: str, flags: EngineFlags, server: ServerFlags) -> 
         record=None if server.record is None else str(server.record.resolve()),
     )
     how, where = command()
-    starts = shares(start, server.replicas)
-    ports = [RemoteEngine(how, one, cwd=where, stall_s=server.stall_timeout) for one in starts]
-    port = ports[0] if len(ports) == 1 else Replicas(ports, router(server.route))
-    try:
+
+    def started(starts: list[Start]) -> RemoteEngine | Replicas:
+        ports = [RemoteEngine(how, one, cwd=where, stall_s=server.stall_timeout) for one in starts]
+        return ports[0] if len(ports) == 1 else Replicas(ports, router(server.route))
+
+    with contextlib.ExitStack() as held:
+        port: RemoteEngine | Replicas | Roles
+        if server.roles is None:
+            port = started(shares(start, server.replicas))
+        else:
+            answering = roles(server.roles)
+            first, *others = handing_over(shares(start, 1 + answering), held)
+            port = Roles(started([first]), started(others))
+        held.callback(port.close)
         yield port
-    finally:
-        port.close()
+
+
+def roles(text: str) -> int:
+    """Engines that answer, of "prefill=1,decode=N".  Raises ConfigError."""
+    given = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    counts = {role: int(count) if count.isdigit() else 0 for role, count in given.items()}
+    if set(counts) != {"prefill", "decode"} or counts["prefill"] != 1 or not 1 <= counts["decode"] <= 64:
+        raise ConfigError(f"--roles is prefill=1,decode=N with N from 1 to 64, got {text[:100]!r}")
+    return counts["decode"]
+
+
+def handing_over(starts: list[Start], held: contextlib.ExitStack) -> list[Start]:
+    """The same engines with memory between them, in which the first hands prompts over: an eighth of its own, at most 1 GiB."""
+    from msgspec import structs
+
+    from weft.exec.tiers import HEAD_BYTES
+    from weft.types import SharedKV
+
+    size = min(starts[0].options["memory"] // 8, 1 << 30)
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    file = held.enter_context(tempfile.TemporaryFile(prefix="weft-handover-", dir=folder))  # noqa: SIM115
+    file.truncate(HEAD_BYTES + size)
+    return [
+        structs.replace(
+            start, shared=SharedKV(file.fileno(), size, writes=i == 0), shadow=None if i == 0 else start.shadow,
+        )
+        for i, start in enumerate(starts)
+    ]  # fmt: skip
 
 
 def router(text: str) -> Route:
@@ -70,7 +111,7 @@ def shares(start: Start, replicas: int) -> list[Start]:
         return [start]
     memory, device = start.options.get("memory"), start.options.get("device", "auto")
     if memory is None and device == "cuda":
-        raise ConfigError("--replicas on a GPU share its memory: say with --memory how much all of them may take")
+        raise ConfigError("several engines on a GPU share its memory: say with --memory how much all of them may take")
     whole = parse_size(memory) if memory is not None else int(available_memory().bytes * DEFAULT_SHARE)
     options = {**start.options, "memory": whole // replicas}
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

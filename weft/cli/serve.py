@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli._engines import engine, router
+from weft.cli._engines import engine, roles, router
 from weft.cli._flags import EngineFlags, Model, spread
 from weft.cli._store import StoreFlags
 from weft.cli._terminal import level, log, say
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from weft.front.admission import Bounds
     from weft.front.remote import RemoteEngine
     from weft.front.replicas import Replicas
+    from weft.front.roles import Roles
     from weft.front.store import Store
     from weft.front.text import ModelText
 
@@ -168,6 +169,14 @@ class ServerFlags:
             rich_help_panel=SERVER,
         ),
     ] = 1
+    roles: Annotated[
+        str | None,
+        _option(
+            "--roles",
+            help="Compute prompts in one engine and answers in others, as in prefill=1,decode=1.",
+            metavar="ROLES",
+        ),
+    ] = None
     route: Annotated[
         str,
         typer.Option(
@@ -235,8 +244,12 @@ class ServerFlags:
         if self.shadow_alarm is not None and self.shadow is None:
             raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
         router(self.route)
-        if self.record is not None and self.replicas > 1:
-            raise ConfigError("--record takes down what one engine decides; leave --replicas out")
+        if self.roles is not None:
+            roles(self.roles)
+            if self.replicas > 1:
+                raise ConfigError("--roles says how many engines there are; leave --replicas out")
+        if self.record is not None and (self.replicas > 1 or self.roles is not None):
+            raise ConfigError("--record takes down what one engine decides; leave --replicas and --roles out")
         if self.lora_root is not None and not self.lora_root.is_dir():
             raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
@@ -258,6 +271,8 @@ def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags:
         # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
         with contextlib.closing(bind(server.host, server.port)) as held:
             kept = store.open()
+            if server.roles is not None and flags.prefix_cache is False:
+                raise ConfigError("--roles hand prompts over by the prefix cache; leave --no-prefix-cache out")
             folder = resolve(model, progress=sys.stderr.isatty())
             with engine(folder, model_id(model), flags, server) as port:
                 text = ModelText.load(folder, name=model_id(model))
@@ -265,7 +280,7 @@ def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags:
 
 
 def _run(
-    port: RemoteEngine | Replicas,
+    port: RemoteEngine | Replicas | Roles,
     text: ModelText,
     held: socket.socket,
     flags: ServerFlags,

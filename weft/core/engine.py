@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from weft.config import Limits, Stack, Stacks, build_stack
+from weft.core import handover
 from weft.core.kv import KV
 from weft.core.pool import BlockPool
 from weft.core.request import CutRule, Request, State
 from weft.core.scheduler import Scheduler
 from weft.core.sequences import Sequences
-from weft.core.tiers import TierIndex, record_bytes
+from weft.core.tiers import Exchange, TierIndex, record_bytes
 from weft.errors import ConfigError, InvariantError
 from weft.types import (
     Abandoned,
@@ -47,7 +48,8 @@ class Engine(Sequences):
     vocab: ids are checked against it where it is given.  share: prefix sharing.  stack: the server's.  stacks: with those that
     requests lay over it, shared with an executor in the same process.  cuts: rules beside those of the stacks' techniques.
     in_flight: plans that may be submitted at once (1 on a CPU).  reach: positions that a model beside the target can compute.
-    block_bytes: of the pool, whose tiers are sized by it.
+    block_bytes: of the pool, whose tiers are sized by it.  exchange: where prompts are handed over, in the place of what is in
+    the slot `kv.offload`; life: of the engine that writes there (see `TierIndex`).
     """
 
     def __init__(
@@ -66,15 +68,17 @@ class Engine(Sequences):
         in_flight: int = 1,
         reach: Mapping[str, int] | None = None,
         block_bytes: int | None = None,
+        exchange: Exchange | None = None,
+        life: int | None = 0,
     ) -> None:
         stacks = stack if isinstance(stack, Stacks) else Stacks(stack or build_stack())
         self.stack = stacks.base
         self.most_in_flight = in_flight
         policy = self.stack["schedule"]
-        pool, tiers, offload = BlockPool(blocks, self.stack["kv.evict"]), None, self.stack.get("kv.offload")
+        pool, tiers, offload = BlockPool(blocks, self.stack["kv.evict"]), None, exchange or self.stack.get("kv.offload")
         if offload is not None and share:
             size = block_bytes or max(g.block_tokens * g.entry_bytes for g in groups)
-            tiers = TierIndex(offload, record_bytes(groups, size), pool)
+            tiers = TierIndex(offload, record_bytes(groups, size), pool, life)
         kv = KV(groups, pool, models, settings=settings, share=share, tiers=tiers)
         if policy.layered and layers > 1 and kv.parked[0] is None:
             raise ConfigError(
@@ -179,7 +183,7 @@ class Engine(Sequences):
             self.tap(Abandoned(now, plan.step))
         for request, _ in (*self._flights.pop(plan.step), *self._loads.pop(plan.step)):
             request.in_flight -= 1
-        self.kv.lost(t for op in plan.kv if op.kind is KVOpKind.SAVE for t in op.argument)
+        self.kv.lost(t for op in (*plan.kv, *plan.after) if op.kind is KVOpKind.SAVE for t in op.argument)
         self.pool.committed(plan.step)
         self.scheduler.leaving.extend(plan.leave)  # the executor may not have heard of it; to leave twice does no harm
         ran = list(self.scheduler.running.values())
@@ -190,6 +194,8 @@ class Engine(Sequences):
             self.scheduler.enqueue(request, now)
 
     def _take(self, r: Request, work: Work, fact: WorkResult, now: float, events: list[Event]) -> None:
+        if r.spec.hand_over and work.samples and (fact.failed is not None or not fact.tokens):
+            handover.undo(self.kv, r)
         if fact.failed is not None:
             self._end(r.leader or r, "error", events, error=fact.failed)
             return
@@ -280,7 +286,8 @@ class Engine(Sequences):
         for m in range(len(self.models)):
             self.kv.publish(r, m)
         for index in (r.index,) if r.fanned else range(r.spec.n):
-            events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error, vector=vector))
+            told = handover.tickets(self.kv, r) if r.spec.hand_over and error is None else ()
+            events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error, vector=vector, stored=told))
         for c in r.companions:
             self.kv.publish(c, 0)
         self._leave(r)

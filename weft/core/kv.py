@@ -389,6 +389,11 @@ class KV:
         """References to a held block beyond one table's own and those of copies in the making."""
         return self.pool.refs[block] - 1 - (self._sources.count(block) if self._sources else 0)
 
+    def names(self, request: Request, block_tokens: int, blocks: int) -> list[bytes]:
+        """Of the first so many full blocks of its context."""
+        self._name(request, block_tokens, blocks * block_tokens)
+        return request.names[block_tokens][:blocks]
+
     def _name(self, request: Request, block_tokens: int, upto: int) -> None:
         names = request.names.setdefault(block_tokens, [])
         if (len(names) + 1) * block_tokens <= upto:

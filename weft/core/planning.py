@@ -25,6 +25,7 @@ class Planning:
     loading: list[Request] = field(default_factory=list)
     """Requests that the plan loads blocks for."""
     fetch: tuple[int, ...] = ()
+    after: list[KVOp] = field(default_factory=list)
     planned: set[int] = field(default_factory=set)
     """Requests with any work."""
     advanced: set[int] = field(default_factory=set)
@@ -140,5 +141,5 @@ class Planning:
             step=step, works=tuple(self.works), enter=tuple(enter), leave=tuple(leave), grants=tuple(grants),
             kv=tuple(self.ops), rows=rows, samples=self.samples, blocks=self.blocks,
             work_bytes=rows * self.limits.row_bytes + self.samples * self.limits.sample_bytes,
-            fetch=self.fetch,
+            fetch=self.fetch, after=tuple(self.after),
         )  # fmt: skip

@@ -16,6 +16,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 
 from weft.config import Limits, Stack
+from weft.core import handover
 from weft.core.kv import KV
 from weft.core.membership import Membership
 from weft.core.planning import Planning
@@ -72,6 +73,8 @@ class Scheduler(Membership):
         for request in d.preempted:
             self.enqueue(request, now)
         d.fetch = self._fetch()
+        if self.kv.tiers is not None:
+            d.after = handover.saves(self.kv, map(self.running.__getitem__, d.sampled))
         leaving, self.leaving = self.leaving, []
         forked, self.forked = self.forked, []
         return d, d.finish(step, leaving, forked)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from weft.config import Limits, Stacks
-from weft.core import noise
+from weft.core import handover, noise
 from weft.core.kv import KV
 from weft.core.programs import Programs
 from weft.core.request import CutRule, Request, State, check_ids, check_spec, every
@@ -72,6 +72,7 @@ class Sequences:
         except CapacityError as error:
             return [Rejected(spec.id, str(error), "capacity", code="never_fits")]
         for r in family:
+            handover.take(self.kv, r)
             self.scheduler.enqueue(r, now)
         return []
 

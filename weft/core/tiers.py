@@ -5,6 +5,9 @@ which of the record's lives: `serial * records + slot`, slots being counted over
 that a record that was written over, or never written, is told from the one that was meant.
 
 Plans are carried out in order, so a block counts as stored from the moment in which its SAVE was planned.
+
+Between engines (`Exchange`) one writes the records and tells the tickets, and the others read them.  Nobody waits for anybody: a
+record that was written over meanwhile is told by its ticket, and what it held is computed.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from collections.abc import Sequence
 from weft.core.pool import BlockPool, Key, Spill
 from weft.errors import ConfigError, InvariantError
 from weft.slots import Offload, Tier
-from weft.types import GroupSpec, KVOp, KVOpKind
+from weft.types import GroupSpec, KVOp, KVOpKind, SharedKV
 
 TICKET_BYTES = 8
+LIFE_BITS = 32
+"""Of a ticket's serial number: records that an engine may write in its life."""
 CHECKSUM_BYTES = 32
 
 
@@ -40,14 +45,35 @@ def records(tiers: Sequence[Tier], size: int) -> list[int]:
 
 def memory_bytes(tiers: Sequence[Tier]) -> int:
     """Memory that tiers take at most, the buffers in front of files included."""
-    return sum(tier.bytes if tier.kind == "memory" else tier.buffer_bytes for tier in tiers)
+    return sum(tier.buffer_bytes if tier.kind == "file" else tier.bytes for tier in tiers)
+
+
+class Exchange:
+    """What stands in the slot `kv.offload` of engines that hand prompts over: nothing goes there because it is evicted."""
+
+    lookahead = 0
+
+    def __init__(self, shared: SharedKV) -> None:
+        self.tiers = [Tier("shared", shared.bytes, fd=shared.fd)]
+
+    def place(self, hits: int) -> int | None:
+        return None
+
+    def prefetch(self, waiting: Sequence[Sequence[int]]) -> Sequence[int]:
+        return ()
+
+    def count(self, act: str, number: int) -> None: ...
 
 
 class TierIndex:
-    """Names of stored blocks and their tickets, each tier with its own order of use.  size: bytes of one record."""
+    """Names of stored blocks and their tickets, each tier with its own order of use.  size: bytes of one record.
 
-    def __init__(self, offload: Offload, size: int, pool: BlockPool) -> None:
-        self.offload, self.pool = offload, pool
+    life: how many engines have written to a shared tier before, so that no ticket of theirs is given again; None for an engine
+    that only reads there, whose tickets are all another's.
+    """
+
+    def __init__(self, offload: Offload, size: int, pool: BlockPool, life: int | None = 0) -> None:
+        self.offload, self.pool, self._reads = offload, pool, life is None
         self.capacity = records(offload.tiers, size)
         self.total = sum(self.capacity)
         self._tickets: dict[Key, int] = {}
@@ -57,7 +83,9 @@ class TierIndex:
         self._free = [list(range(start + n - 1, start - 1, -1)) for start, n in zip(starts, self.capacity, strict=True)]
         self._starts = starts
         self._pinned: Counter[int] = Counter()
-        self._serial = 0
+        self._serial = (life or 0) << LIFE_BITS
+        self._slots: dict[int, int] = {}
+        """By slot, the ticket that another engine has told last."""
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -106,8 +134,41 @@ class TierIndex:
             self._used[self._tier(known)].move_to_end(known)
             return None
         tier = self.offload.place(hits)
-        if tier is None:
-            return None
+        return None if tier is None else self._enter(key, tier)
+
+    def hand_over(self, group: int, names: Sequence[bytes], blocks: Sequence[int]) -> list[KVOp]:
+        """What stores those of these blocks that are not there yet, no more of them than there is room for; it counts as stored
+        from now on.
+        """
+        fresh: list[tuple[int, int]] = []
+        for name, block in list(zip(names, blocks, strict=True))[: self.capacity[0]]:
+            known = self._tickets.get((group, name))
+            if known is not None:
+                self._used[0].move_to_end(known)
+            elif (ticket := self._enter((group, name), 0)) is not None:
+                fresh.append((block, ticket))
+        if not fresh:
+            return []
+        return [KVOp(KVOpKind.SAVE, group, tuple(b for b, _ in fresh), (), tuple(t for _, t in fresh))]
+
+    def tickets(self, group: int, names: Sequence[bytes]) -> tuple[int, ...]:
+        """Of these names; 0 for what is not stored."""
+        return tuple(self._tickets.get((group, name), 0) for name in names)
+
+    def told(self, group: int, names: Sequence[bytes], tickets: Sequence[int]) -> None:
+        """Another engine has stored these blocks under these tickets; 0 for none.  It may write over them at any time."""
+        for name, ticket in zip(names, tickets, strict=False):
+            if not ticket:
+                continue
+            for old in (self._slots.get(ticket % self.total), self._tickets.get((group, name))):
+                if old is not None:
+                    self.forget(old)
+            self._slots[ticket % self.total] = ticket
+            self._tickets[group, name] = ticket
+            self._used[0][ticket] = (group, name)
+
+    def _enter(self, key: Key, tier: int) -> int | None:
+        """A ticket for a block in a tier; None where everything there is about to be loaded."""
         if not 0 <= tier < len(self.capacity):
             raise InvariantError(f"kv.offload placed a block in tier {tier}; there are {len(self.capacity)}")
         slot = self._room(tier)
@@ -125,7 +186,10 @@ class TierIndex:
         key = self._used[tier].pop(ticket, None)
         if key is not None:
             del self._tickets[key]
-            self._free[tier].append(ticket % self.total)
+            if self._reads:
+                del self._slots[ticket % self.total]
+            else:
+                self._free[tier].append(ticket % self.total)
 
     def check(self) -> None:
         """Every ticket against the tiers' records.  Raises InvariantError."""
@@ -134,6 +198,10 @@ class TierIndex:
         named = {ticket: key for key, ticket in self._tickets.items()}
         if len(named) != len(self._tickets) or named != {t: k for used in self._used for t, k in used.items()}:
             raise InvariantError("the names of stored blocks and the tiers' records do not agree")
+        if self._reads:
+            if sorted(self._slots.values()) != sorted(self._used[0]):
+                raise InvariantError("two blocks are awaited from one record of another engine")
+            return
         for tier, (used, free) in enumerate(zip(self._used, self._free, strict=True)):
             slots = sorted([*(t % self.total for t in used), *free])
             start = self._starts[tier]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core.engine import Engine
 from weft.core.ledger import MemoryPlan, plan_memory
-from weft.core.tiers import memory_bytes, record_bytes, records
+from weft.core.tiers import Exchange, memory_bytes, record_bytes, records
 from weft.errors import CapacityError, ConfigError
 from weft.exec import choices
 from weft.exec.host import cpu_count, parse_size
@@ -30,7 +30,7 @@ from weft.recipe import merged
 from weft.recipe import read as read_recipe
 from weft.registry import Part, load_plugin, parse
 from weft.slots import Vocabulary
-from weft.types import GroupKind, GroupSpec
+from weft.types import GroupKind, GroupSpec, SharedKV
 
 if TYPE_CHECKING:
     from weft.exec.adapters import AdapterBook
@@ -67,6 +67,7 @@ class EngineConfig:
     weights     auto (as they are), float, int8, or int4, with inputs that share a scale as in int4:128 (`WeightFormat.parse`)
     activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact
     kv          auto (as the model's dtype), float32, bfloat16, or int8, which is the technique kv.store=int8
+    shared      memory in which prompts are handed over between engines
     """
 
     model: Path | Mapping[str, Any]
@@ -91,6 +92,7 @@ class EngineConfig:
     weights: str = "auto"
     activations: str = "float"
     kv: str = "auto"
+    shared: SharedKV | None = None
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -233,6 +235,10 @@ def prepare(config: EngineConfig) -> Setup:
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
     offload = stack.get("kv.offload")
+    if config.shared is not None:
+        if offload is not None:
+            raise ConfigError("--roles hand prompts over in the place of kv.offload; leave one of the two out")
+        offload = Exchange(config.shared)
     model_max = spec.max_positions
     rows = min(config.max_rows, model_max)
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
@@ -253,7 +259,9 @@ def prepare(config: EngineConfig) -> Setup:
         draft_bytes=0 if draft is None else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
         adapters_bytes=config.lora_memory or 0,
-        tiers_bytes=0 if offload is None else memory_bytes(offload.tiers),
+        tiers_bytes=0
+        if offload is None or (config.shared and not config.shared.writes)
+        else memory_bytes(offload.tiers),
     )
     if offload is not None:
         records(offload.tiers, record_bytes(groups, block_bytes))
@@ -297,6 +305,7 @@ def build(
     import torch
 
     from weft.exec.runner import TorchExecutor
+    from weft.exec.tiers import life
     from weft.models.decoder import build as build_decoder
 
     # Where the kernels compute, torch's threads would only stand in the way of theirs.
@@ -330,14 +339,17 @@ def build(
     with adapters.folders():
         words = VocabularyShelf(vocabulary) if like is None else like.words
         stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words})
+    shared = config.shared
+    exchange = None if shared is None else Exchange(shared)
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=_settings(setup), reach=reach(setup),
-        block_bytes=setup.block_bytes,
+        block_bytes=setup.block_bytes, exchange=exchange,
+        life=None if shared is not None and not shared.writes else 0 if shared is None else life(shared.fd),
     )  # fmt: skip
     adapters.serve(engine)
     runtime = Runtime(setup, engine, None, decoder, pool, second, adapters, words)  # type: ignore[arg-type]
-    runtime.executor = TorchExecutor(runtime.decoders, pool, stacks, max_guesses=limits.max_guesses)
+    runtime.executor = TorchExecutor(runtime.decoders, pool, stacks, max_guesses=limits.max_guesses, exchange=exchange)
     return runtime
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.config import Stacks, build_stack
+from weft.core.tiers import Exchange
 from weft.errors import InvariantError
 from weft.exec.ahead import Ahead
 from weft.exec.batch import Batch
@@ -38,12 +39,13 @@ class TorchExecutor:
     """decoders: by model name, the target among them.  pool: the KV of all groups.  stacks: the server's, and its requests'.
 
     max_guesses: of one sequence that a plan would have verified (`Limits.max_guesses`); more are not asked for.
-    Raises ConfigError where a tier below the pool cannot be opened.
+    exchange: where prompts are handed over.  Raises ConfigError where a tier below the pool cannot be opened.
     """
 
     def __init__(
-        self, decoders: Mapping[str, Decoder], pool: KVPool, stacks: Stacks | None = None, *, max_guesses: int = 1 << 16
-    ) -> None:
+        self, decoders: Mapping[str, Decoder], pool: KVPool, stacks: Stacks | None = None, *, max_guesses: int = 1 << 16,
+        exchange: Exchange | None = None,
+    ) -> None:  # fmt: skip
         self.decoders = dict(decoders)
         self.pool = pool
         self.groups = pool.groups
@@ -54,7 +56,7 @@ class TorchExecutor:
         self._members = {
             name: [g for g, spec in enumerate(pool.groups) if spec.model == name] for name in self.decoders
         }
-        offload = self.stacks.base.get("kv.offload")
+        offload = exchange or self.stacks.base.get("kv.offload")
         self.tiers = None if offload is None else TierStore(offload, pool)
         self._gather = Gather(self.mirror, pool, self._members)
         self._sampling = Sampling(self.mirror, pool, self._members, max_guesses, self.decoders[TARGET].program)
@@ -91,6 +93,7 @@ class TorchExecutor:
         self._sampling.propose(works, results, ahead.get(DRAFT))
         for other in ahead.values():
             other.settle(results)
+        lost += self._saved(plan, void)
         sample_s = time.perf_counter() - self._forward_s - middle
         facts = iter(results)
         return StepResult(
@@ -118,6 +121,14 @@ class TorchExecutor:
         if self.tiers is not None:
             self.tiers.fetch(plan.fetch)
         return [ticket for ticket, _ in lost], self.mirror.reading(plan.works, bad)
+
+    def _saved(self, plan: Plan, void: set[int]) -> list[int]:
+        """Save what the works have computed; tickets of what was lost, and of everything where a work was void."""
+        if plan.after and self.tiers is None:
+            raise InvariantError("the plan hands prompts over, and the engine shares no memory for that")
+        if void:
+            return [ticket for op in plan.after for ticket in op.argument]
+        return [ticket for op in plan.after if self.tiers for ticket, _ in self.tiers.carry_out(op)]
 
     # ------------------------------------------------------------------ forward
 

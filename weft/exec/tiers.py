@@ -29,6 +29,8 @@ from weft.slots import Offload, Tier
 from weft.types import KVOp, KVOpKind
 
 log = logging.getLogger("weft.tiers")
+HEAD_BYTES = 4096
+"""In front of the records that engines share."""
 
 
 class Place(Protocol):
@@ -91,6 +93,37 @@ class File:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Shared:
+    """Records in memory that engines share, behind a page that counts the engines which have written there (`life`)."""
+
+    def __init__(self, count: int, size: int, fd: int) -> None:
+        self._size = size
+        try:
+            self._region = mmap.mmap(fd, HEAD_BYTES + count * size)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the memory shared with other engines cannot be mapped ({error})") from error
+
+    def write(self, slot: int, record: bytes) -> None:
+        at = HEAD_BYTES + slot * self._size
+        self._region[at : at + TICKET_BYTES] = bytes(TICKET_BYTES)  # half a record is nobody's
+        self._region[at + TICKET_BYTES : at + self._size] = record[TICKET_BYTES:]
+        self._region[at : at + TICKET_BYTES] = record[:TICKET_BYTES]
+
+    def read(self, slot: int) -> bytes:
+        at = HEAD_BYTES + slot * self._size
+        return self._region[at : at + self._size]
+
+    def close(self) -> None:
+        self._region.close()
+
+
+def life(fd: int) -> int:
+    """How many engines have written to this shared memory before; one more has from now on."""
+    before = int.from_bytes(os.pread(fd, 8, 0), "little")
+    os.pwrite(fd, (before + 1).to_bytes(8, "little"), 0)
+    return before
 
 
 class Buffer:
@@ -262,6 +295,8 @@ def _open(tier: Tier, count: int, size: int) -> tuple[Place, Buffer | None, list
     """A tier's place, and for a file its buffer and the thread that fills it."""
     if tier.kind == "memory":
         return Memory(count, size), None, []
+    if tier.kind == "shared":
+        return Shared(count, size, tier.fd), None, []
     file, buffer = File(count, size, tier.folder), Buffer(tier.buffer_bytes // size)
     if not buffer.most:
         return file, buffer, []

@@ -8,6 +8,7 @@ import selectors
 import signal
 import socket
 import struct
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,15 @@ def kill(pid: int) -> None:
     """End a process that may have ended already."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def end(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Wait so long for a process that is about to end, then end it."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if seconds:
+            process.wait(seconds)
+    process.kill()
+    process.wait()
 
 
 class Bell:

@@ -20,7 +20,7 @@ from msgspec import structs
 
 from weft.errors import EngineError
 from weft.front.journal import Entry, Journal
-from weft.front.link import Bell, Door, Link, kill
+from weft.front.link import Bell, Door, Link, end, kill
 from weft.front.metrics import total
 from weft.front.port import EngineInfo, EngineState, FrameSink
 from weft.front.wire import (
@@ -62,6 +62,7 @@ class RemoteEngine:
         self, command: Sequence[str], start: Start, *, cwd: str | None = None, stall_s: float = STALL_S
     ) -> None:
         self._command, self._cwd, self._start, self._stall_s = list(command), cwd, start, stall_s
+        self._fds = () if start.shared is None else (start.shared.fd,)
         self.started: Future[EngineInfo] = Future()
         self._stats = self._before = EngineStats()
         self._error: str | None = None
@@ -215,7 +216,7 @@ class RemoteEngine:
         """Ask for an engine, and for a nursery first where there is none."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [*self._command, self._door.path], stdin=subprocess.DEVNULL, stdout=2, cwd=self._cwd
+                [*self._command, self._door.path], stdin=subprocess.DEVNULL, stdout=2, cwd=self._cwd, pass_fds=self._fds
             )
             self._spawning = True
         elif self._nursery is not None:
@@ -406,13 +407,7 @@ class RemoteEngine:
         if self._pid is not None:
             kill(self._pid)
         if self._process is not None:
-            if self._pid is None:
-                self._process.kill()  # there is no engine that it would have to bury
-            try:
-                self._process.wait(CLOSING_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            end(self._process, 0.0 if self._pid is None else CLOSING_S)  # the engine, if there is one, it has to bury
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]  # the bell, the door, and whoever has not said yet who it is
         self._selector.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 from msgspec import structs
 
-from weft.front.port import EngineInfo, EngineState, FrameSink
+from weft.front.port import EngineInfo, EnginePort, EngineState, FrameSink
 from weft.front.remote import RemoteEngine
 from weft.slots.route import Route
 from weft.types import (
@@ -27,6 +27,7 @@ from weft.types import (
     Drop,
     EngineFrame,
     EngineStats,
+    Event,
     Finished,
     Load,
     Rejected,
@@ -72,6 +73,37 @@ class Seen:
         return stats.kv_blocks_referenced / max(1, stats.kv_blocks_total)
 
 
+class Agreement:
+    """Commands about adapters that several engines get: the front hears one answer, and what one has refused none keeps."""
+
+    def __init__(self) -> None:
+        self._asked: dict[int, tuple[Load | Drop, list[Adapted]]] = {}
+
+    def ask(self, command: Load | Drop, ports: Sequence[EnginePort]) -> None:
+        self._asked[command.id] = (command, [])
+        for port in ports:
+            port.send(command)
+
+    def hear(self, event: Adapted, ports: Sequence[EnginePort]) -> list[Adapted]:
+        """The answer, once all of `ports` have given theirs."""
+        if event.id not in self._asked:
+            return []
+        command, answers = self._asked[event.id]
+        answers.append(event)
+        if len(answers) < len(ports):
+            return []
+        del self._asked[event.id]
+        failed = next((answer for answer in answers if answer.error is not None), None)
+        if failed is not None and isinstance(command, Load) and any(answer.error is None for answer in answers):
+            for port in ports:
+                port.send(Drop(command.id, command.name))
+        return [failed or event]
+
+    def heard(self, events: Sequence[Event], ports: Sequence[EnginePort]) -> tuple[Event, ...]:
+        """Events of one of them as the front hears them."""
+        return tuple(x for e in events for x in (self.hear(e, ports) if isinstance(e, Adapted) else [e]))
+
+
 class Replicas:
     """An `EnginePort` over several.  `started` is done once all are up, or with the error of the first that cannot be built."""
 
@@ -83,8 +115,7 @@ class Replicas:
         self._sink: FrameSink | None = None
         self._seen = [Seen(engine) for engine in self.engines]
         self._given: dict[int, Given] = {}
-        self._asked: dict[int, tuple[Load | Drop, list[Adapted]]] = {}
-        """Commands about adapters, and what the engines have answered."""
+        self._agreement = Agreement()
         self._left: set[int] = set()
         """Engines that have ended for good, and whose requests others have."""
         for i, engine in enumerate(self.engines):
@@ -109,13 +140,15 @@ class Replicas:
             elif isinstance(command, Cancel):
                 self._cancel(command)
             else:
-                self._asked[command.id] = (command, [])
-                for i, engine in enumerate(self.engines):
-                    if i not in self._left:
-                        engine.send(command)
+                self._agreement.ask(command, self._here)
 
     def subscribe(self, sink: FrameSink) -> None:
         self._sink = sink
+
+    @property
+    def _here(self) -> list[RemoteEngine]:
+        """Those that have not ended for good."""
+        return [engine for i, engine in enumerate(self.engines) if i not in self._left]
 
     def stalled_s(self) -> float:
         return max(engine.stalled_s() for engine in self.engines)
@@ -193,7 +226,7 @@ class Replicas:
         told = frame.events
         with self._turn:
             if any(isinstance(event, Adapted) for event in told):
-                told = tuple(e for event in told for e in self._adapted(event))
+                told = self._agreement.heard(told, self._here)
             for event in told:
                 given = self._given.get(event.id)
                 if given is None or given.replica != i:
@@ -206,23 +239,6 @@ class Replicas:
                     self._ended(event.id, given, given.open)
         if told and self._sink is not None:
             self._sink(frame if told is frame.events else structs.replace(frame, events=told))
-
-    def _adapted(self, event: Any) -> list[Any]:
-        """An event, or for an answer about an adapter the last one, once all have answered; what one refused all let go."""
-        asked = self._asked.get(event.id) if isinstance(event, Adapted) else None
-        if asked is None:
-            return [] if isinstance(event, Adapted) else [event]
-        command, answers = asked
-        answers.append(event)
-        if len(answers) < len(self.engines) - len(self._left):
-            return []
-        del self._asked[event.id]
-        failed = next((answer for answer in answers if answer.error is not None), None)
-        if failed is not None and isinstance(command, Load) and any(answer.error is None for answer in answers):
-            for i, engine in enumerate(self.engines):
-                if i not in self._left:
-                    engine.send(Drop(command.id, command.name))
-        return [failed or event]
 
     # ------------------------------------------------------------------ engines come and go
 

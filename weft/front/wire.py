@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from weft.errors import CapacityError, ConfigError, EngineError
 from weft.front.port import EngineInfo
-from weft.types import Add, Cancel, Drop, EngineFrame, Load
+from weft.types import Add, Cancel, Drop, EngineFrame, Load, SharedKV
 
 HEAD_BYTES = 4
 MAX_FRAME_BYTES = 256 << 20
@@ -59,7 +59,8 @@ class Start(Struct, frozen=True, tag="start", kw_only=True):
     folder: of the model.  name: what it is called.  options: keywords of `weft.LLM`, as text and numbers.  shadow: share and
     alarm of the shadow checks.  lora_root: the folder below which adapters may be loaded.  quiet: an engine that takes another's
     place prints neither plan nor progress.  record: the file to which it writes its decisions; one that takes another's place
-    takes the next free FILE.2, FILE.3, ...  cpus: on which alone it runs; any, where there are none.
+    takes the next free FILE.2, FILE.3, ...  cpus: on which alone it runs; any, where there are none.  shared: memory in which
+    prompts are handed over; its fd is inherited.
     """
 
     folder: str
@@ -71,6 +72,7 @@ class Start(Struct, frozen=True, tag="start", kw_only=True):
     quiet: bool = False
     record: str | None = None
     cpus: tuple[int, ...] = ()
+    shared: SharedKV | None = None
 
 
 class Ready(Struct, frozen=True, tag="ready"):

@@ -74,14 +74,16 @@ class Store(Protocol):
 class Tier:
     """A place for cached blocks below the pool.
 
-    kind: memory, or a file that is made in `folder` (None: where the system keeps temporary files) and has no name.  bytes: what
-    its records may take.  buffer_bytes: memory in front of a file, for what was saved last and what is fetched ahead.
+    kind: memory, or a file that is made in `folder` (None: where the system keeps temporary files) and has no name, or memory
+    that several engines share.  bytes: what its records may take.  buffer_bytes: memory in front of a file, for what was saved
+    last and what is fetched ahead.  fd: of the shared memory.
     """
 
-    kind: Literal["memory", "file"]
+    kind: Literal["memory", "file", "shared"]
     bytes: int
     folder: str | None = None
     buffer_bytes: int = 0
+    fd: int = -1
 
 
 class Offload(Protocol):

@@ -31,7 +31,7 @@ from weft.types.events import (
     Tokens,
 )
 from weft.types.inputs import Grammar, Item, MediaItem, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
-from weft.types.kv import Grant, GroupKind, GroupSpec, KVOp, KVOpKind
+from weft.types.kv import Grant, GroupKind, GroupSpec, KVOp, KVOpKind, SharedKV
 from weft.types.plan import Enter, Keep, Mask, Plan, Work
 from weft.types.record import Abandoned, Added, Cancelled, Committed, Entry, Made, Planned
 from weft.types.result import StepResult, TokenLogprob, WorkResult
@@ -77,6 +77,7 @@ __all__ = [
     "RequestSpec",
     "Resume",
     "SamplingSpec",
+    "SharedKV",
     "Span",
     "StepResult",
     "Stop",

@@ -74,6 +74,8 @@ class Finished(Struct, frozen=True, tag="finished", omit_defaults=True):
     """Tokens that a search drew for the request and did not return; told with the last of its sequences that ends."""
     vector: bytes = b""
     """Pooled hidden states of the prompt, little-endian float32 [width], where `SamplingSpec.pooling` asks for them."""
+    stored: tuple[tuple[int, ...], ...] = ()
+    """As `RequestSpec.stored`, of a request that was to be handed over."""
 
 
 class Preempted(Struct, frozen=True, tag="preempted"):

@@ -66,6 +66,15 @@ class KVOp(Struct, frozen=True):
     argument: tuple[int, ...] = ()
 
 
+class SharedKV(Struct, frozen=True):
+    """Memory that several engines share, in which one hands prompts over to others.  fd: of the file, in each of them.  bytes:
+    what its records may take.  writes: whether this engine is the one."""
+
+    fd: int
+    bytes: int
+    writes: bool
+
+
 class Grant(Struct, frozen=True):
     """Changes of one request's block table in one group: `blocks` stand from index `at` on; what stood there is replaced.
 

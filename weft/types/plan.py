@@ -94,7 +94,7 @@ class Enter(Struct, frozen=True, kw_only=True):
 
 class Plan(Struct, frozen=True, kw_only=True):
     """Upper bounds of one step.  Executors carry out, in order: leave, enter (a fork
-    inherits from a sequence that leaves in the same plan, too), grants, kv, works."""
+    inherits from a sequence that leaves in the same plan, too), grants, kv, works, after."""
 
     step: int
     works: tuple[Work, ...] = ()
@@ -112,6 +112,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Workspace that the plan needs."""
     fetch: tuple[int, ...] = ()
     """Tickets that a later plan will probably load: an executor may bring them nearer."""
+    after: tuple[KVOp, ...] = ()
+    """What is saved of that which the works have computed."""
 
     @property
     def empty(self) -> bool:
