@@ -61,10 +61,8 @@ def fd() -> Iterator[int]:
 
 def engine(fd: int | None, writes: bool = False, blocks: int = 64, size: int = SIZE) -> Runtime:
     shared = None if fd is None else SharedKV(fd, size, writes)
-    config = EngineConfig(
-        model=resolve(None), max_model_len=512, memory_bytes=700 << 20, threads=1, max_rows=64, shared=shared
-    )
-    return build(prepare(config))
+    config = EngineConfig(model=resolve(None), max_model_len=512, memory_bytes=700 << 20, threads=1, max_rows=64)
+    return build(prepare(config, shared=shared))
 
 
 @pytest.fixture(scope="module")

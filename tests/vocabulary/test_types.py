@@ -151,19 +151,8 @@ ENTRIES: tuple[Entry, ...] = (
     Added(1.5, SPEC, refused=True), Cancelled(3, 1, found=False), Planned(2.5, PLAN, ((1, 0),)), Committed(3.5, RESULT),
     Abandoned(4.5, 6),
 )  # fmt: skip
-WHOLE: list[Any] = [
-    *ENTRIES,
-    PLAN,
-    RESULT,
-    FRAME,
-    SPEC,
-    *GROUPS,
-    *COMMANDS,
-    *ACTIONS,
-    *EVENTS,
-    *ITEMS,
-    SharedKV(3, 1 << 20, True),
-]
+SHARED = SharedKV(3, 1 << 20, writes=True)
+WHOLE: list[Any] = [*ENTRIES, PLAN, RESULT, FRAME, SPEC, SHARED, *GROUPS, *COMMANDS, *ACTIONS, *EVENTS, *ITEMS]
 
 
 def structs() -> dict[str, type[msgspec.Struct]]:

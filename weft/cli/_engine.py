@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -289,7 +288,7 @@ def _built(start: Start) -> EngineThread:
     from weft.llm import engine_info
 
     log(start.log_level)
-    setup = prepare(replace(engine_config(Path(start.folder), start.options), shared=start.shared))
+    setup = prepare(engine_config(Path(start.folder), start.options), shared=start.shared)
     if start.shadow is not None:
         check_options(*start.shadow)
         setup = planned(setup)

@@ -29,7 +29,7 @@ from weft.ops.choice import Choice, choose
 from weft.recipe import merged
 from weft.recipe import read as read_recipe
 from weft.registry import Part, load_plugin, parse
-from weft.slots import Vocabulary
+from weft.slots import Offload, Vocabulary
 from weft.types import GroupKind, GroupSpec, SharedKV
 
 if TYPE_CHECKING:
@@ -67,7 +67,6 @@ class EngineConfig:
     weights     auto (as they are), float, int8, or int4, with inputs that share a scale as in int4:128 (`WeightFormat.parse`)
     activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact
     kv          auto (as the model's dtype), float32, bfloat16, or int8, which is the technique kv.store=int8
-    shared      memory in which prompts are handed over between engines
     """
 
     model: Path | Mapping[str, Any]
@@ -92,7 +91,6 @@ class EngineConfig:
     weights: str = "auto"
     activations: str = "float"
     kv: str = "auto"
-    shared: SharedKV | None = None
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -134,7 +132,7 @@ class Setup:
 
     kv_dtype: of keys and values without a `kv.store`.  draft: the second model, where the stack asks for one.  ops: who computes
     each model.  formats: of the target's fused weights that are kept in few bits (where the reference operations compute, that
-    they are rounded to).
+    they are rounded to).  shared: memory in which prompts are handed over between engines.
     """
 
     config: EngineConfig
@@ -151,6 +149,7 @@ class Setup:
     ops: Mapping[str, Choice]
     draft: DecoderSpec | None = None
     formats: Mapping[str, WeightFormat] = field(default_factory=dict)
+    shared: SharedKV | None = None
 
     @property
     def weights_name(self) -> str:
@@ -200,15 +199,12 @@ class Runtime:
         self.executor.close()
 
 
-def prepare(config: EngineConfig) -> Setup:
-    """Read the checkpoint's shape and divide the memory.  Raises ConfigError; whether the plan fits is in `plan.fits`."""
-    for name in ("max_num_seqs", "max_rows", "block_tokens", "max_loras"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.threads is not None and not 1 <= config.threads <= 1024:
-        raise ConfigError(f"--threads must be from 1 to 1024, got {config.threads}")
-    if config.load not in ("auto", "random"):
-        raise ConfigError(f"--load is auto or random, got {config.load!r}")
+def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
+    """Read the checkpoint's shape and divide the memory.  Raises ConfigError; whether the plan fits is in `plan.fits`.
+
+    shared: memory in which prompts are handed over between engines.
+    """
+    _check(config)
     raw = load_config(config.model) if isinstance(config.model, Path) else dict(config.model)
     if not isinstance(config.model, Path) and config.load != "random":
         raise ConfigError("a bare config has no weights: use --load random")
@@ -234,11 +230,7 @@ def prepare(config: EngineConfig) -> Setup:
     layered = bool(stack["schedule"].layered)
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
-    offload = stack.get("kv.offload")
-    if config.shared is not None:
-        if offload is not None:
-            raise ConfigError("--roles hand prompts over in the place of kv.offload; leave one of the two out")
-        offload = Exchange(config.shared)
+    offload = _offload(stack, shared)
     model_max = spec.max_positions
     rows = min(config.max_rows, model_max)
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
@@ -259,9 +251,7 @@ def prepare(config: EngineConfig) -> Setup:
         draft_bytes=0 if draft is None else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
         adapters_bytes=config.lora_memory or 0,
-        tiers_bytes=0
-        if offload is None or (config.shared and not config.shared.writes)
-        else memory_bytes(offload.tiers),
+        tiers_bytes=0 if offload is None or (shared and not shared.writes) else memory_bytes(offload.tiers),
     )
     if offload is not None:
         records(offload.tiers, record_bytes(groups, block_bytes))
@@ -274,8 +264,29 @@ def prepare(config: EngineConfig) -> Setup:
     return Setup(
         config=config, spec=spec, dtype=dtype, kv_dtype=kv_dtype, device=device, threads=threads,
         groups=tuple(groups), block_bytes=block_bytes, limits=limits, stack=stack, plan=plan,
-        draft=draft, ops=ops, formats=formats,
+        draft=draft, ops=ops, formats=formats, shared=shared,
     )  # fmt: skip
+
+
+def _check(config: EngineConfig) -> None:
+    """What can be wrong without a model.  Raises ConfigError."""
+    for name in ("max_num_seqs", "max_rows", "block_tokens", "max_loras"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.threads is not None and not 1 <= config.threads <= 1024:
+        raise ConfigError(f"--threads must be from 1 to 1024, got {config.threads}")
+    if config.load not in ("auto", "random"):
+        raise ConfigError(f"--load is auto or random, got {config.load!r}")
+
+
+def _offload(stack: Stack, shared: SharedKV | None) -> Offload | None:
+    """What stands in the slot `kv.offload`.  Raises ConfigError."""
+    part: Offload | None = stack.get("kv.offload")
+    if shared is None:
+        return part
+    if part is not None:
+        raise ConfigError("--roles hand prompts over in the place of kv.offload; leave one of the two out")
+    return Exchange(shared)
 
 
 def _stream(choice: Choice, dtype: str) -> str:
@@ -339,7 +350,7 @@ def build(
     with adapters.folders():
         words = VocabularyShelf(vocabulary) if like is None else like.words
         stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words})
-    shared = config.shared
+    shared = setup.shared
     exchange = None if shared is None else Exchange(shared)
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
