@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from weft.config import Limits, Stack, Stacks, build_stack
-from weft.core import handover
+from weft.core import handover, timeline
 from weft.core.kv import KV
 from weft.core.pool import BlockPool
 from weft.core.request import CutRule, Request, State
@@ -32,9 +32,11 @@ from weft.types import (
     GroupSpec,
     KVOpKind,
     Made,
+    Noted,
     Plan,
     Planned,
     Preempted,
+    Seen,
     StepResult,
     Tokens,
     Work,
@@ -120,10 +122,19 @@ class Engine(Sequences):
         self.pool.submitted(self._step)
         self.kv.submitted()
         self._rows = plan.rows
-        told = [Preempted(r.id, r.index) for r in d.preempted if r.leader is None and r.id not in self.programs]
+        told: list[Event] = [
+            Preempted(r.id, r.index) for r in d.preempted if r.leader is None and r.id not in self.programs
+        ]
         if self.tap is not None:
-            self.tap(Planned(now, plan, tuple((e.id, e.index) for e in told)))
-        return plan, list(told)
+            self.tap(Planned(now, plan, tuple((e.id, e.index) for e in told if isinstance(e, Preempted))))
+        if self.timed:
+            told += [n for n in timeline.planned(d.requests, plan, self.models[0]) if n.id not in self.programs]
+            self.timed = bool(self._live)
+        return plan, told
+
+    def seen(self, plan: Plan, *, blocks: bool = True) -> Seen:
+        """What a plan in flight is made of, and who holds the blocks of the pool."""
+        return timeline.seen(plan, self.models[0], self._live.values(), self.pool if blocks else None)
 
     def members(self, plan: Plan) -> tuple[int, ...]:
         """Ids of the requests that a plan in flight computes for, ascending."""
@@ -217,6 +228,8 @@ class Engine(Sequences):
             self.kv.unpark(r, m)
         before = r.computed[m]
         accepted = len(fact.tokens) - 1 if work.guesses and fact.tokens else 0
+        if r.spec.timeline and work.guesses and r.id not in self.programs:
+            events.append(Noted(r.id, r.index, "speculation", {"guesses": work.guesses, "accepted": accepted}))
         r.computed[m] = before + rows + accepted
         if full:
             r.planned[m] = max(r.planned[m], r.computed[m])

@@ -38,6 +38,8 @@ class Sequences:
         self.limits, self.models, self.vocab, self.stacks, self.cuts = limits, models, vocab, stacks, tuple(cuts)
         self._live: dict[int, Request] = {}
         self._by_id: dict[int, dict[int, int]] = {}
+        self.timed = False
+        """Whether a request that keeps a timeline may be live."""
         self._rids = 0
         self._links = 0
         self._arrivals = -math.inf
@@ -71,6 +73,7 @@ class Sequences:
             return [Rejected(spec.id, str(error), "request", "weft.with", "unsupported_stack")]
         except CapacityError as error:
             return [Rejected(spec.id, str(error), "capacity", code="never_fits")]
+        self.timed = self.timed or spec.timeline
         for r in family:
             handover.take(self.kv, r)
             self.scheduler.enqueue(r, now)

@@ -30,7 +30,9 @@ from weft.types import (
     Load,
     Plan,
     RequestSpec,
+    Seen,
     StepResult,
+    Watch,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from weft.exec.desk import AdapterDesk, Read
     from weft.exec.shadow import Shadow
 
+SHOWN_S = 0.25
+"""Between two looks at the blocks of the pool, while somebody watches."""
 EMPTY_STEPS = 1000
 """Steps without any work, while requests live, after which the engine says that it is stuck."""
 
@@ -115,6 +119,9 @@ class EngineThread:
         self._host_s = 0.0
         self._planned: tuple[int, ...] | None = None
         self._taken = 0
+        self._watched = False
+        self._shown_at = 0.0
+        self._seen: Seen | None = None
         self._inbox: queue.SimpleQueue[Command | Read | Ready | None] = queue.SimpleQueue()
         self._grammars = GrammarDesk(engine.stacks, self._inbox.put)
         self._desk = None if adapters is None else _desk(adapters, adapter_root, self._inbox.put)
@@ -208,12 +215,16 @@ class EngineThread:
                     self._emit([], self._host_s, self._planned or ())
             if idle and self._busy_since is not None:
                 self._busy_since = None
+                if self._watched:
+                    self._seen = self._at_rest()
+                    self._emit([], 0.0)
                 if self.idle_check:
                     self.engine.check()
             checking = self.shadow is not None and self.shadow.busy
             events = [*held, *self._drain(wait=idle and not checking)]
             held = []
             if not self.engine.has_work:
+                self._seen = self._at_rest() if self._watched else None
                 if events or not checking:
                     self._emit(events, 0.0)
                 continue
@@ -245,7 +256,9 @@ class EngineThread:
             if command is None:
                 return events
             self._taken += isinstance(command, Command)
-            if isinstance(command, Add) and command.spec.grammar is not None:
+            if isinstance(command, Watch):
+                self._watched = command.on
+            elif isinstance(command, Add) and command.spec.grammar is not None:
                 events.extend(self._grammars.take(command.spec))
             elif isinstance(command, Add):
                 events.extend(self._add(command.spec))
@@ -275,6 +288,7 @@ class EngineThread:
         """What tells of a plan before it is carried out, and with it of `events`."""
 
         def planned(plan: Plan, more: list[Event]) -> None:
+            self._seen = self._look(plan) if self._watched else None
             self._emit([*events, *more], self._host_s, self.engine.members(plan))
 
         return planned
@@ -288,6 +302,18 @@ class EngineThread:
         self._stats = stats
         if self._sink is None or not (events or self.foretell):
             return
+        seen, self._seen = self._seen, None
         plan = members if members != self._planned and self.foretell else None
         self._planned = members
-        self._sink(EngineFrame(events=tuple(events), stats=stats, plan=plan, taken=self._taken))
+        self._sink(EngineFrame(events=tuple(events), stats=stats, plan=plan, taken=self._taken, seen=seen))
+
+    def _at_rest(self) -> Seen:
+        """What there is to see while nothing is computed: the blocks."""
+        return self.engine.seen(Plan(step=self.engine.stats.steps))
+
+    def _look(self, plan: Plan) -> Seen:
+        """What a plan is made of; the blocks of the pool are looked at four times a second at most."""
+        now = time.monotonic()
+        shown = now - self._shown_at >= SHOWN_S
+        self._shown_at = now if shown else self._shown_at
+        return self.engine.seen(plan, blocks=shown)

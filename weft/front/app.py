@@ -4,6 +4,7 @@
 /v1/responses  /v1/files  /v1/batches  /v1/embeddings                   OpenAI's
 /v1/messages  /v1/messages/count_tokens                                Anthropic's
 /tokenize  /detokenize  /v1/load_lora_adapter  /v1/unload_lora_adapter  vLLM's
+/v1/weft/live                                                          what the server is at, for who watches
 /openapi.json                                                          what all of these take and give
 /health  /ready  /metrics  /version                                    for machines; open without a key
 """
@@ -32,6 +33,7 @@ from weft.front.admission import Bounds
 from weft.front.anthropic.errors import ANTHROPIC
 from weft.front.anthropic.messages import count_tokens, create_message
 from weft.front.health import health, state_of
+from weft.front.live import LiveAnswer, hello
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
 from weft.front.openai.answer import OPENAI, Form
@@ -170,6 +172,7 @@ class Routes:
             self.post("/detokenize", detokenize),
             self.post("/v1/load_lora_adapter", load_adapter),
             self.post("/v1/unload_lora_adapter", unload_adapter),
+            Route("/v1/weft/live", self.live, methods=["GET"]),
             Route("/openapi.json", self.openapi, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.health, methods=["GET"]),
@@ -244,6 +247,12 @@ class Routes:
     async def metrics(self, _: Request) -> Response:
         page = self.service.client.metrics.render(self.service.port.stats)
         return Response(page, headers={"content-type": CONTENT_TYPE})
+
+    async def live(self, _: Request) -> Any:
+        """What whoever watches sees, while they do."""
+        service = self.service
+        told = hello(service.client, service.model_ids, service.version)
+        return LiveAnswer(service.client.live, lambda: state_of(service.port, self.stall_s), told)
 
     async def version(self, _: Request) -> Response:
         return _json({"version": self.service.version})

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+
+from msgspec import structs
 
 from weft.errors import RequestError
 from weft.front.admission import KEY, Admission, Bounds
@@ -26,10 +28,26 @@ from weft.front.generation import (
     Refused,
 )
 from weft.front.grammars import held, holder, shared_grammars
+from weft.front.live import Live
 from weft.front.metrics import Metrics
 from weft.front.port import EnginePort
 from weft.front.text import ModelText
-from weft.types import Adapted, Add, Cancel, Drop, EngineFrame, Finished, FinishReason, Load, Rejected, Tokens
+from weft.front.timeline import Timeline
+from weft.types import (
+    Adapted,
+    Add,
+    Cancel,
+    Drop,
+    EngineFrame,
+    Finished,
+    FinishReason,
+    Load,
+    Noted,
+    Preempted,
+    Rejected,
+    Tokens,
+    Watch,
+)
 
 __all__ = ["Client", "Delta", "EngineStopped", "Generation", "GenerationFailed", "Prompt", "Refused"]
 
@@ -55,7 +73,8 @@ class Client:
         self.admission = Admission(bounds or Bounds())
         self.text = replace(text, max_model_len=port.info.max_model_len, vocab_size=port.info.vocab_size)
         self.metrics = metrics if metrics is not None else Metrics()
-        self._clock = clock
+        self.clock = self._clock = clock
+        self.live = Live(self)
         self._ids = itertools.count(1)
         self._live: dict[int, LiveRequest] = {}
         self._asked: dict[int, asyncio.Future[None]] = {}
@@ -63,6 +82,16 @@ class Client:
         """What is loaded, by name."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.TimerHandle | None = None
+
+    @property
+    def requests(self) -> Iterable[LiveRequest]:
+        """Those that the engine has, the oldest first."""
+        return self._live.values()
+
+    def watch(self, on: bool) -> None:
+        """Have the engine tell what its steps are made of, or no more."""
+        self._attach()
+        self.port.send(Watch(on))
 
     @property
     def open_requests(self) -> int:
@@ -81,6 +110,7 @@ class Client:
         if reason is not None:
             raise EngineStopped(f"the engine has stopped: {reason}")
         batch = [held(p, self.port.info.stack) for p in ([prompts] if isinstance(prompts, Prompt) else prompts)]
+        asked_s = self._clock()
         for grammar, part in {
             (p.params.grammar, holder(p.techniques, self.port.info.stack)) for p in batch if p.params.grammar
         }:
@@ -101,9 +131,13 @@ class Client:
         generation = Generation(self._forget)
         now, key, marks = self._clock(), KEY.get(), self.text.marks
         self.admission.enter(key, [len(p.ids) for p in batch], now)
+        watched = self.live.watchers > 0
+        specs = [structs.replace(s, timeline=p.timeline or watched) for s, p in zip(specs, batch, strict=True)]
         for prompt, spec in zip(batch, specs, strict=True):
             request = LiveRequest(spec.id, prompt, generation, now)
             request.key = key
+            if spec.timeline:
+                request.timeline = self._begun(request, now - asked_s)
             generation.requests.append(request)
             for _ in range(spec.n):
                 text = self.text.sequence(prompt.params, marks if prompt.manner or prompt.params.grammar else ())
@@ -116,6 +150,15 @@ class Client:
         if self._watch is None:
             self._look()
         return generation
+
+    def _begun(self, request: LiveRequest, checked_s: float) -> Timeline:
+        """A timeline that says what a request finds before it.  checked_s: what looking at its grammar took."""
+        timeline, stats = Timeline(request.arrived_s), self.port.stats
+        if request.prompt.params.grammar:
+            timeline.add(request.arrived_s, "grammar", {"seconds": round(checked_s, 6)})
+        ahead = sum(other.waiting for other in self._live.values())
+        timeline.add(request.arrived_s, "queued", {"behind": ahead, "running": stats.running})
+        return timeline
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Make the engine take in the adapter of a folder.  Raises RequestError, CapacityError, EngineStopped."""
@@ -179,7 +222,7 @@ class Client:
     def _sink(self, frame: EngineFrame) -> None:
         """On the engine's thread."""
         loop = self._loop
-        if frame.events and loop is not None:
+        if (frame.events or frame.seen is not None) and loop is not None:
             try:
                 loop.call_soon_threadsafe(self._on_frame, frame)
             except RuntimeError:  # the loop was closed in the meantime: nobody is left to tell
@@ -187,6 +230,8 @@ class Client:
 
     def _on_frame(self, frame: EngineFrame) -> None:
         now = self._clock()
+        if frame.seen is not None:
+            self.live.see(frame.seen, now)
         for event in frame.events:
             if type(event) is Adapted:
                 self._on_adapted(event)
@@ -199,6 +244,10 @@ class Client:
                     self._on_tokens(request, event, now)
                 elif type(event) is Finished:
                     self._on_finished(request, event, now)
+                elif request.timeline is not None and type(event) is Noted:
+                    request.timeline.add(now, event.event, event.detail, event.index)
+                elif request.timeline is not None and type(event) is Preempted:
+                    request.timeline.add(now, "preempted", sequence=event.index)
                 elif type(event) is Rejected:
                     self.metrics.end("rejected")
                     self._gone(request)
@@ -227,6 +276,9 @@ class Client:
             self.metrics.inter_token.observe((now - sequence.last_s) / max(taken, 1), taken)
         else:
             sequence.first_s = now
+            if request.timeline is not None:
+                cached = {"cached_tokens": event.cached_tokens} if event.cached_tokens else {}
+                request.timeline.add(now, "first_token", cached, event.index)
             self.metrics.ttft.observe(now - request.arrived_s)
         sequence.last_s = now
         if stop is not None:
@@ -268,6 +320,9 @@ class Client:
         delta.stop_reason = stop
         delta.cached_tokens = request.cached
         sequence.done = True
+        if request.timeline is not None:
+            told = {"reason": reason, "output_tokens": tokens}
+            request.timeline.add(now, "finished", told, sequence.index - request.sequences[0].index)
         self.metrics.end(reason)
         self.metrics.e2e.observe(now - request.arrived_s)
         self.metrics.output_length.observe(tokens)
@@ -301,6 +356,7 @@ class Client:
     def _gone(self, request: LiveRequest) -> None:
         """Nobody waits for anything of it."""
         del self._live[request.id]
+        self.live.end(request, self._clock())
         self._served(request)
         self.admission.use(request.key, sum(sequence.text.tokens for sequence in request.sequences), self._clock())
 

@@ -12,6 +12,7 @@ import msgspec
 from weft.errors import CapacityError, EngineError, RequestError
 from weft.front.detokenize import SequenceText
 from weft.front.speech import Manner
+from weft.front.timeline import Timeline
 from weft.sampling import SamplingParams
 from weft.types import FinishReason, TokenLogprob
 
@@ -48,7 +49,7 @@ class Prompt:
     salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.  techniques: laid over the server's
     stack.  contrast: ids of a second context, for a technique that contrasts.  pooling: "last" or "mean" to get the
     prompt's pooled hidden states (`LiveSequence.vector`), "" for none.  manner: how the answers are to be read, where they are
-    more than text.
+    more than text.  timeline: whether the answer tells what became of it.
     """
 
     ids: Sequence[int]
@@ -59,6 +60,7 @@ class Prompt:
     contrast: Sequence[int] = ()
     pooling: str = ""
     manner: Manner | None = None
+    timeline: bool = False
 
 
 class Delta(msgspec.Struct, kw_only=True):
@@ -119,6 +121,7 @@ class LiveRequest:
         "prompt",
         "prompt_logprobs",
         "sequences",
+        "timeline",
         "waiting",
     )
 
@@ -134,6 +137,7 @@ class LiveRequest:
         self.cached = 0
         self.discarded = 0
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.timeline: Timeline | None = None
 
 
 class Generation:

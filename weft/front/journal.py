@@ -32,10 +32,13 @@ from weft.types import (
     Event,
     Finished,
     Load,
+    Noted,
     Preempted,
     Rejected,
     RequestSpec,
+    Seen,
     Tokens,
+    Watch,
 )
 
 OWN_IDS = 1 << 40
@@ -100,6 +103,7 @@ class Journal:
         self._adapters: dict[str, Load | Drop] = {}
         """What has changed about the adapters since the first engine began, newest last."""
         self._asked: dict[int, Load | Drop] = {}
+        self._watched = Watch(on=False)
         self._restoring: set[int] = set()
         self._suspects: deque[Entry] = deque()
         self._alone: Entry | None = None
@@ -128,6 +132,9 @@ class Journal:
             return self._out(self._send(entry) if self._open else [])
         if isinstance(command, Cancel):
             return self._out(self._cancel(command))
+        if isinstance(command, Watch):
+            self._watched = command
+            return self._out([command] if self._here else [])
         self._asked[command.id] = command
         return self._out([command] if self._here else [])
 
@@ -169,11 +176,14 @@ class Journal:
             change = structs.replace(change, id=self._own_id())
             self._restoring.add(change.id)
             again.append(change)
-        return self._out([*again, *self._asked.values(), *self._go_on()])
+        watched = [self._watched] if self._watched.on else []
+        return self._out([*watched, *again, *self._asked.values(), *self._go_on()])
 
     def died(self, reason: str) -> list[Event]:
         """The engine is gone.  Events for the front: of the request that was found to kill engines, where one was."""
-        events: list[Event] = []
+        events: list[Event] = [
+            Noted(e.spec.id, 0, "engine_died", {"reason": reason}) for e in self.entries.values() if e.spec.timeline
+        ]
         suspected = self._suspected()
         self._here = False
         self._routes.clear()
@@ -185,7 +195,7 @@ class Journal:
             tried.strikes += tried in suspected
             if tried.strikes >= MOST_STRIKES:
                 text = f"this request ended the engine each time that it was computed ({reason}); it is not tried again"
-                events = [
+                events += [
                     Finished(tried.spec.id, i, "error", error=text) for i, x in enumerate(tried.lines) if not x.done
                 ]
                 del self.entries[tried.spec.id]
@@ -223,7 +233,7 @@ class Journal:
                 entry, index = route
                 told = event if event.id == entry.spec.id else _renamed(event, entry.spec.id, index)
                 events += self._note(entry, told)
-                if not isinstance(told, Tokens | Preempted):
+                if not isinstance(told, Tokens | Preempted | Noted):
                     commands += self._ended(entry, event, told)
         if self._alone is not None and self._cleared(self._alone):
             commands += self._next(self._alone)
@@ -283,6 +293,14 @@ class Journal:
             self._restoring.discard(event.id)
             return self._go_on()
         return []
+
+    def shown(self, seen: Seen) -> Seen:
+        """The same, with requests by the ids under which the front knows them."""
+        routes = self._routes
+        blocks = None if seen.blocks is None else tuple(
+            (block, refs, routes[id][0].spec.id if id in routes else 0) for block, refs, id in seen.blocks
+        )  # fmt: skip
+        return structs.replace(seen, blocks=blocks)
 
     # ------------------------------------------------------------------ sending
 

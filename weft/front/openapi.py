@@ -107,6 +107,7 @@ ROUTES: dict[tuple[str, str], Described] = {
     ("GET", "/health"): Described(text="Whether tokens advance", answer="Health", open=True),
     ("GET", "/ready"): Described(text="Whether requests are taken", answer="Health", open=True),
     ("GET", "/metrics"): Described(text="Prometheus text", answer="text/plain", open=True),
+    ("GET", "/v1/weft/live"): Described(text="What the server is at, as server-sent events", answer="text/event-stream"),
     ("GET", "/version"): Described(text="weft's version", answer="Version", open=True),
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ from weft.front.wire import (
     Start,
     Step,
 )
-from weft.types import Command, EngineFrame, EngineStats
+from weft.types import Command, EngineFrame, EngineStats, Seen
 
 log = logging.getLogger("weft.engine")
 
@@ -310,7 +310,7 @@ class RemoteEngine:
             if frame.events:
                 self._failures, self._patience = 0, 1.0
             self._tell(commands)
-            self._emit(events)
+            self._emit(events, None if frame.seen is None else self._journal.shown(frame.seen))
         elif isinstance(message, Ready):
             self._begin(message.info)
         elif isinstance(message, Failed):
@@ -325,9 +325,9 @@ class RemoteEngine:
         if not self.started.done():
             self.started.set_result(info)
 
-    def _emit(self, events: list[Any]) -> None:
-        if events and self._sink is not None:
-            self._sink(EngineFrame(events=tuple(events), stats=self._stats))
+    def _emit(self, events: list[Any], seen: Seen | None = None) -> None:
+        if (events or seen is not None) and self._sink is not None:
+            self._sink(EngineFrame(events=tuple(events), stats=self._stats, seen=seen))
 
     # ------------------------------------------------------------------ the end of an engine
 

@@ -33,6 +33,7 @@ from weft.types import (
     Rejected,
     TokenItem,
     Tokens,
+    Watch,
 )
 
 LATEST = ("last_step_s", "host_s", "shadow_alarm")
@@ -139,6 +140,9 @@ class Replicas:
                 self._add(command)
             elif isinstance(command, Cancel):
                 self._cancel(command)
+            elif isinstance(command, Watch):
+                for engine in self._here:
+                    engine.send(command)
             else:
                 self._agreement.ask(command, self._here)
 
@@ -237,7 +241,7 @@ class Replicas:
                     self._ended(event.id, given, 1)
                 elif isinstance(event, Rejected):
                     self._ended(event.id, given, given.open)
-        if told and self._sink is not None:
+        if (told or frame.seen is not None) and self._sink is not None:
             self._sink(frame if told is frame.events else structs.replace(frame, events=told))
 
     # ------------------------------------------------------------------ engines come and go

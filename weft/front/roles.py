@@ -24,11 +24,13 @@ from weft.types import (
     EngineFrame,
     EngineStats,
     Finished,
+    Noted,
     Rejected,
     RequestSpec,
     SamplingSpec,
     TokenItem,
     Tokens,
+    Watch,
 )
 
 NOT_HANDED = ("search=", "sample=", "kv.compress=")
@@ -87,6 +89,9 @@ class Roles:
                     self.decode.send(command)
             elif isinstance(command, Cancel):
                 self._cancel(command)
+            elif isinstance(command, Watch):
+                self.prefill.send(command)
+                self.decode.send(command)
             else:
                 self._agreement.ask(command, (self.prefill, self.decode))
 
@@ -157,11 +162,13 @@ class Roles:
 
     def _computed(self, frame: EngineFrame) -> None:
         """Of the first side.  What it refuses or fails at, the other one tells in its own words, if it must."""
-        told: list[Adapted] = []
+        told: list[Adapted | Noted] = []
         with self._turn:
             for event in frame.events:
                 if isinstance(event, Adapted):
                     told += self._agreement.hear(event, (self.prefill, self.decode))
+                elif isinstance(event, Noted):
+                    told.append(structs.replace(event, detail={**event.detail, "engine": "prefill"}))
                 elif event.id in self._first and isinstance(event, Finished):
                     self._go_on(event.id, event.stored, event.cached_tokens)
                 elif event.id in self._first and isinstance(event, Rejected):
@@ -178,7 +185,7 @@ class Roles:
                 for event in told:
                     if isinstance(event, Rejected):
                         self._cached.pop(event.id, None)
-        if told and self._sink is not None:
+        if (told or frame.seen is not None) and self._sink is not None:
             self._sink(structs.replace(frame, events=told))
 
     def _as_first(self, event: Tokens | Finished) -> Tokens | Finished:

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from weft.errors import CapacityError, ConfigError, EngineError
 from weft.front.port import EngineInfo
-from weft.types import Add, Cancel, Drop, EngineFrame, Load, SharedKV
+from weft.types import Add, Cancel, Drop, EngineFrame, Load, SharedKV, Watch
 
 HEAD_BYTES = 4
 MAX_FRAME_BYTES = 256 << 20
@@ -101,7 +101,7 @@ class Step(Struct, frozen=True, tag="step"):
 FromNursery = Hello | Spawned | Exited
 ToNursery = Spawn
 FromEngine = Hello | Ready | Failed | Step
-ToEngine = Start | Add | Cancel | Load | Drop
+ToEngine = Start | Add | Cancel | Load | Drop | Watch
 
 _encoder = msgspec.msgpack.Encoder()
 

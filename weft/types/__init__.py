@@ -26,9 +26,12 @@ from weft.types.events import (
     Finished,
     FinishReason,
     Load,
+    Noted,
     Preempted,
     Rejected,
+    Seen,
     Tokens,
+    Watch,
 )
 from weft.types.inputs import Grammar, Item, MediaItem, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 from weft.types.kv import Grant, GroupKind, GroupSpec, KVOp, KVOpKind, SharedKV
@@ -68,6 +71,7 @@ __all__ = [
     "Made",
     "Mask",
     "MediaItem",
+    "Noted",
     "Park",
     "Plan",
     "Planned",
@@ -77,6 +81,7 @@ __all__ = [
     "RequestSpec",
     "Resume",
     "SamplingSpec",
+    "Seen",
     "SharedKV",
     "Span",
     "StepResult",
@@ -87,6 +92,7 @@ __all__ = [
     "Tokens",
     "Truncate",
     "VectorItem",
+    "Watch",
     "Work",
     "WorkResult",
 ]

@@ -45,7 +45,13 @@ class Drop(Struct, frozen=True, tag="drop"):
     name: str
 
 
-Command = Add | Cancel | Load | Drop
+class Watch(Struct, frozen=True, tag="watch"):
+    """Front to engine: tell in every frame what the step was made of (`Seen`), or no more."""
+
+    on: bool
+
+
+Command = Add | Cancel | Load | Drop | Watch
 
 
 class Tokens(Struct, frozen=True, tag="tokens", omit_defaults=True):
@@ -85,6 +91,15 @@ class Preempted(Struct, frozen=True, tag="preempted"):
     index: int
 
 
+class Noted(Struct, frozen=True, tag="noted", omit_defaults=True):
+    """Something that a sequence's timeline tells of: started, resumed, chunk, speculation; engine_died comes from who saw it."""
+
+    id: int
+    index: int
+    event: str
+    detail: dict[str, int | float | str] = {}
+
+
 class Rejected(Struct, frozen=True, tag="rejected"):
     """The request never ran: it can't fit, or it is malformed.  kind: "request" (4xx) or "capacity".
 
@@ -115,7 +130,7 @@ class Adapted(Struct, frozen=True, tag="adapted"):
     code: str | None = None
 
 
-Event = Tokens | Finished | Preempted | Rejected | Adapted
+Event = Tokens | Finished | Preempted | Noted | Rejected | Adapted
 
 
 class EngineStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -163,14 +178,27 @@ class EngineStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Engines that ended and were started again (counter); 0 for one in the front's own process."""
 
 
+class Seen(Struct, frozen=True):
+    """What a step was made of: rows of prompts, of answers and of guesses, and sequences; and the pool's blocks that hold
+    something, as (block, references, request id), both 0 for one that is only cached; None where nobody looked at them."""
+
+    step: int
+    prompt_rows: int
+    decode_rows: int
+    guess_rows: int
+    sequences: int
+    blocks: tuple[tuple[int, int, int], ...] | None = None
+
+
 class EngineFrame(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the engine sends for each step: one frame, all events.
 
     plan: ids of the requests in the plan that is carried out next, where that is told; None while they are those told last.
-    taken: commands that the engine had taken in by then.
+    taken: commands that the engine had taken in by then.  seen: while somebody watches.
     """
 
     events: tuple[Event, ...] = ()
     stats: EngineStats = EngineStats()
     plan: tuple[int, ...] | None = None
     taken: int = 0
+    seen: Seen | None = None

@@ -115,6 +115,8 @@ class RequestSpec(Struct, frozen=True, kw_only=True):
     """What the output has to look like; the stack's technique in the slot `constrain` holds it to that."""
     resumed: tuple[int, ...] = ()
     """Output tokens that the client already has (resubmission after a crash): restored as output, never as prompt."""
+    timeline: bool = False
+    """Whether its steps are told (`Noted`)."""
     hand_over: bool = False
     """Another engine goes on with it: the prompt's full blocks are stored where that one finds them, and their tickets told."""
     stored: tuple[tuple[int, ...], ...] = ()

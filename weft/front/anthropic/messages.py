@@ -19,6 +19,7 @@ from weft.front.openai.chat import chat_ids, chat_prompt
 from weft.front.openai.own import label
 from weft.front.openai.spoken import Spoken
 from weft.front.openai.structs import read
+from weft.front.timeline import said
 
 encode = msgspec.json.encode
 
@@ -30,8 +31,8 @@ async def create_message(call: Call) -> JSONAnswer | StreamAnswer:
     chat = request.chat_request()
     model, prompt = await chat_prompt(service, chat)
     generation = await service.start(chat, prompt)
-    said = label(chat, service.port.info.stack, service.techniques(model), prompt.params.grammar)
-    writer = MessageWriter(model, generation, request.max_tokens or 0, said)
+    told = label(chat, service.port.info.stack, service.techniques(model), prompt.params.grammar)
+    writer = MessageWriter(model, generation, request.max_tokens or 0, told)
     return (StreamAnswer if request.stream else JSONAnswer)(generation, writer, ANTHROPIC)
 
 
@@ -94,7 +95,7 @@ class MessageWriter:
         return told
 
     def _said(self) -> dict[str, Any]:
-        return {} if self._label is None else {"weft": self._label}
+        return said(self._label, self._generation)
 
     def _stop(self) -> dict[str, Any]:
         last = self._last

@@ -24,6 +24,7 @@ from weft.front.openai.structs import ChatRequest, TokenizeRequest, read
 from weft.front.openai.turn import Turn
 from weft.front.speech import Manner
 from weft.front.template import plain_messages
+from weft.front.timeline import said
 from weft.types import TokenLogprob
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -188,7 +189,7 @@ class ChatWriter:
         self._label = label(
             request, service.port.info.stack, service.techniques(model), generation.requests[0].prompt.params.grammar
         )
-        self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
+        self._said_head = start + b',"choices":[],'
 
     # ------------------------------------------------------------------------------------------ stream
 
@@ -237,7 +238,11 @@ class ChatWriter:
 
     def close(self, usage: dict[str, Any]) -> bytes:
         usage = self._counted(usage)
-        return self._label_event + (self._usage_head + encode(usage) + b"}\n\n" if self._with_usage else b"")
+        return self._said() + (self._usage_head + encode(usage) + b"}\n\n" if self._with_usage else b"")
+
+    def _said(self) -> bytes:
+        own = said(self._label, self._generation)
+        return self._said_head + encode(own)[1:] + b"\n\n" if own else b""
 
     # ------------------------------------------------------------------------------------------ one body
 
@@ -272,8 +277,8 @@ class ChatWriter:
                     "stop_reason": last and last.stop_reason,
                 }
             )
-        said = {} if self._label is None else {"weft": self._label}
-        return encode({**self._common, "choices": choices, "usage": self._counted(usage), **said})
+        own = said(self._label, self._generation)
+        return encode({**self._common, "choices": choices, "usage": self._counted(usage), **own})
 
 
 class _Choice:

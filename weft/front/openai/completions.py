@@ -18,6 +18,7 @@ from weft.front.openai.own import label, techniques
 from weft.front.openai.params import check_sequences, routing, sampling_params
 from weft.front.openai.service import SHORT_CHARS, Service, answer_id
 from weft.front.openai.structs import CompletionRequest, read
+from weft.front.timeline import said
 
 DEFAULT_MAX_TOKENS = 16
 encode = msgspec.json.encode
@@ -128,7 +129,7 @@ class CompletionWriter:
         self._tail = b'}],"usage":null}\n\n' if self._with_usage else b"}]}\n\n"
         self._usage_head = start + b',"choices":[],"usage":'
         self._label = label(request, service.port.info.stack, service.techniques(model))
-        self._label_event = start + b',"choices":[],"weft":' + encode(self._label) + b"}\n\n" if self._label else b""
+        self._said_head = start + b',"choices":[],'
         self._begun: dict[int, str] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._hidden = 0
@@ -153,7 +154,11 @@ class CompletionWriter:
 
     def close(self, usage: dict[str, Any]) -> bytes:
         told = self._usage_head + encode(self._count(usage)) + b"}\n\n" if self._with_usage else b""
-        return self._label_event + told
+        return self._said() + told
+
+    def _said(self) -> bytes:
+        own = said(self._label, self._generation)
+        return self._said_head + encode(own)[1:] + b"\n\n" if own else b""
 
     # ------------------------------------------------------------------------------------------ one body
 
@@ -178,8 +183,8 @@ class CompletionWriter:
         choices = [self._choices[index] for index in sorted(self._choices)]
         for choice in choices:
             choice["text"] = "".join(choice["text"])
-        said = {} if self._label is None else {"weft": self._label}
-        return encode({**self._common, "choices": choices, "usage": self._count(usage), **said})
+        own = said(self._label, self._generation)
+        return encode({**self._common, "choices": choices, "usage": self._count(usage), **own})
 
     # ------------------------------------------------------------------------------------------ both
 

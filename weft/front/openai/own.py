@@ -56,7 +56,7 @@ def label(
 
     server, model, grammar: as for `techniques`.
     """
-    if fields.weft is None or not fields.weft.label:
+    if fields.weft is None or not (fields.weft.label or fields.weft.stack):
         return None
     parts = _laid_over([parse(text) for text in techniques(fields, server, model, grammar)], server)
     verdict = compose(parts)

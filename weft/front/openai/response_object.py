@@ -17,6 +17,7 @@ from weft.front.openai.response_output import ResponseOutput, Told
 from weft.front.openai.response_structs import ResponseRequest
 from weft.front.openai.spoken import Spoken
 from weft.front.speech import Manner
+from weft.front.timeline import said
 from weft.front.tokenizer import Tokenizer
 from weft.sampling import SamplingParams
 
@@ -58,7 +59,7 @@ class ResponseObject:
         request, params = self._request, self._params
         ended = self.status not in ("queued", "in_progress")
         chosen = "auto" if request.tool_choice is None else request.tool_choice
-        said = {} if self._label is None else {"weft": self._label}
+        own = {} if self._label is None else {"weft": self._label}
         return {
             "id": self.id, "object": "response", "created_at": self._created, "completed_at": self._completed,
             "status": self.status, "background": bool(request.background), "error": self._error,
@@ -71,7 +72,7 @@ class ResponseObject:
             "text": request.text or {"format": {"type": "text"}, "verbosity": "medium"}, "tool_choice": chosen,
             "tools": request.tools or [],
             "top_logprobs": request.top_logprobs or 0, "top_p": params.top_p, "truncation": "disabled",
-            "metadata": request.metadata or {}, **({} if self._usage is None else {"usage": self._usage}), **said,
+            "metadata": request.metadata or {}, **({} if self._usage is None else {"usage": self._usage}), **own,
         }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------ how it grows
@@ -122,6 +123,7 @@ class ResponseObject:
         ]
 
     def _used(self, generation: Generation) -> None:
+        self._label = said(self._label, generation).get("weft")
         given, out = generation.prompt_tokens, generation.completion_tokens
         self._usage = {
             "input_tokens": given,

@@ -121,6 +121,9 @@ class Service:
 
     async def start(self, fields: Fields, prompts: Prompt | Sequence[Prompt]) -> Generation:
         """Send what a request asks for.  Raises RequestError, which names the field as the request wrote it."""
+        if fields.weft is not None and fields.weft.timeline:
+            given = [prompts] if isinstance(prompts, Prompt) else prompts
+            prompts = [replace(prompt, timeline=True) for prompt in given]
         try:
             return await self.client.start(prompts)
         except RequestError as error:

@@ -1,0 +1,163 @@
+"""What whoever watches the server sees: GET /v1/weft/live, server-sent events at most four times a second.
+
+Nothing is computed while nobody watches.  A watcher that does not read loses frames, and takes no memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from weft.errors import CapacityError
+from weft.front.openai.answer import SSE_HEADERS
+from weft.front.port import EngineState
+from weft.types import Seen
+
+if TYPE_CHECKING:
+    from weft.front.client import Client
+    from weft.front.generation import LiveRequest
+
+EVERY_S = 0.25
+PING_S = 15.0
+MOST_WATCHERS = 8
+MOST_REQUESTS = 100
+MOST_ENDED = 20
+MOST_STEPS = 64
+STATS = (
+    "running", "waiting", "kv_blocks_total", "kv_blocks_referenced", "kv_blocks_cached", "prompt_tokens", "generation_tokens",
+    "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "steps", "rows",
+)  # fmt: skip
+encode = msgspec.json.encode
+
+
+class Live:
+    """Keeps what the last steps were made of, and who has ended, while somebody watches.  client: whose requests are shown."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.watchers = 0
+        self.ended: deque[dict[str, Any]] = deque(maxlen=MOST_ENDED)
+        self.steps: deque[tuple[float, Seen]] = deque(maxlen=MOST_STEPS)
+        self._blocks: tuple[tuple[int, int, int], ...] | None = None
+
+    def see(self, seen: Seen, now: float) -> None:
+        self.steps.append((now, seen))
+        self._blocks = self._blocks if seen.blocks is None else seen.blocks
+
+    def end(self, request: LiveRequest, now: float) -> None:
+        """It has ended, or is forgotten."""
+        if self.watchers:
+            self.ended.append(self._shown(request, now, "finished"))
+
+    def come(self) -> None:
+        """One more watches."""
+        if self.watchers >= MOST_WATCHERS:
+            raise CapacityError(f"{MOST_WATCHERS} are watching already; close one of the other pages first")
+        self.watchers += 1
+        if self.watchers == 1:
+            self._client.watch(True)
+
+    def go(self) -> None:
+        self.watchers -= 1
+        if not self.watchers:
+            self._client.watch(False)
+            self.ended.clear()
+            self.steps.clear()
+            self._blocks = None
+
+    def frame(self, state: EngineState, since: int, blocks: Any) -> tuple[dict[str, Any], int, Any]:
+        """(what is to be seen now, its last step, its blocks).  since: the last step that was told; blocks: as told."""
+        client = self._client
+        now, metrics = client.clock(), client.metrics
+        live = list(client.requests)[: MOST_REQUESTS - len(self.ended)]
+        told: dict[str, Any] = {
+            "t_s": now,
+            "state": {
+                "status": state.status, "reason": state.reason, "engine_pid": state.pid, "engine_restarts": state.restarts,
+                "last_step_s": state.last_step_s,
+            },
+            "stats": {name: getattr(client.port.stats, name) for name in STATS},
+            "open_requests": client.open_requests,
+            "steps": [
+                {"step": s.step, "t_s": t, "prompt_rows": s.prompt_rows, "decode_rows": s.decode_rows,
+                 "guess_rows": s.guess_rows, "requests": s.sequences}
+                for t, s in self.steps if s.step > since
+            ],
+            "requests": [*(self._shown(r, now, "waiting" if r.waiting else "running") for r in live), *self.ended],
+            "histograms": {
+                name: {"buckets": one.buckets, "counts": one.counts}
+                for name, one in (("ttft", metrics.ttft), ("tpot", metrics.inter_token))
+            },
+            "finished": metrics.ends,
+        }  # fmt: skip
+        last = self.steps[-1][1] if self.steps else None
+        now_there = self._blocks
+        if now_there is not None and now_there != blocks:
+            told["blocks"] = now_there
+        return told, since if last is None else last.step, now_there
+
+    def _shown(self, request: LiveRequest, now: float, state: str) -> dict[str, Any]:
+        return {
+            "id": request.id, "state": state, "prompt_tokens": len(request.prompt.ids), "cached_tokens": request.cached,
+            "output_tokens": sum(s.text.tokens for s in request.sequences), "age_s": now - request.arrived_s,
+            "timeline": [] if request.timeline is None else request.timeline.moments,
+        }  # fmt: skip
+
+
+class LiveAnswer:
+    """The feed, until its reader goes.  state: of the engine.  hello: what does not change."""
+
+    def __init__(self, live: Live, state: Callable[[], EngineState], hello: dict[str, Any]) -> None:
+        """Raises CapacityError where too many watch."""
+        live.come()
+        self._live, self._state, self._hello = live, state, hello
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_gone(receive))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+            await _send(send, b"event: hello\ndata: " + encode(self._hello) + b"\n\n")
+            since, blocks, before, quiet_s = -1, None, b"", 0.0
+            while not gone.done():
+                frame, last, blocks = self._live.frame(self._state(), since, blocks)
+                if last < since:  # another engine, which counts anew
+                    frame, last, blocks = self._live.frame(self._state(), -1, None)
+                since = last
+                same = encode({**frame, "t_s": 0, "requests": [], "state": {**frame["state"], "last_step_s": 0}})
+                quiet = same == before and not frame["open_requests"]
+                quiet_s = quiet_s + EVERY_S if quiet else 0.0
+                before = same
+                if not quiet or quiet_s == EVERY_S:
+                    await _send(send, b"event: frame\ndata: " + encode(frame) + b"\n\n")
+                elif quiet_s >= PING_S:
+                    quiet_s = EVERY_S
+                    await _send(send, b": ping\n\n")
+                await asyncio.wait([gone], timeout=EVERY_S)
+        finally:
+            self._live.go()
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def hello(client: Client, names: Sequence[str], version: str) -> dict[str, Any]:
+    """What the first event of a feed says of the server."""
+    info = asdict(client.port.info)
+    shown = ("plan", "block_tokens", "kv_blocks", "max_model_len", "max_num_seqs", "device", "dtype", "stack")
+    return {"version": version, "models": list(names), **{name: info[name] for name in shown}}
