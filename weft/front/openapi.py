@@ -106,8 +106,8 @@ ROUTES: dict[tuple[str, str], Described] = {
     ("GET", "/openapi.json"): Described(text="This description", answer="application/json"),
     ("GET", "/health"): Described(text="Whether tokens advance", answer="Health", open=True),
     ("GET", "/ready"): Described(text="Whether requests are taken", answer="Health", open=True),
-    ("GET", "/metrics"): Described(text="Prometheus text", answer="text/plain", open=True),
-    ("GET", "/version"): Described(text="weft's version", answer="Version", open=True),
+    ("GET", "/metrics"): Described(text="Prometheus text", answer="text/plain"),
+    ("GET", "/version"): Described(text="weft's version", answer="Version"),
 }  # fmt: skip
 
 
