@@ -1,0 +1,65 @@
+"""Row 20: only the API's port listens, on the address that was asked for; readers that do not read stall nobody."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tests.security.conftest import KEY, STREAM, Attacked, listening, tree
+
+
+def places(inodes: set[str]) -> set[tuple[str, int]]:
+    """(address in hexadecimal as the kernel has it, port) of listening sockets."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            cells = line.split()
+            if cells[9] in inodes:
+                address, _, port = cells[1].partition(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+def udp(pids: list[int]) -> set[str]:
+    own = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                own.add(str(handle.readlink()))
+            except OSError:
+                continue
+    found = set()
+    for table in ("udp", "udp6", "raw", "packet"):
+        path = Path(f"/proc/net/{table}")
+        for line in path.read_text().splitlines()[1:] if path.exists() else []:
+            found |= {cell for cell in line.split() if f"socket:[{cell}]" in own}
+    return found
+
+
+def test_one_port_on_the_loopback(server: Attacked) -> None:
+    pids = tree(server.process.process.pid)
+    assert places(listening(pids)) == {("0100007F", urlsplit(server.url).port)}
+    assert not udp(pids)
+
+
+def test_readers_that_do_not_read(server: Attacked) -> None:
+    """Twenty streams that nobody reads, each with a receive buffer that is soon full, beside the one that is watched."""
+    place = urlsplit(server.url)
+    body = json.dumps({**STREAM, "logprobs": 20, "n": 2}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nx-api-key: {KEY}\r\nContent-Type: application/json\r\n"
+    held = []
+    try:
+        with server.attacked():
+            for _ in range(20):
+                sock = socket.socket()
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                sock.connect((place.hostname, place.port))
+                sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                held.append(sock)
+            time.sleep(5)
+    finally:
+        for sock in held:
+            sock.close()
