@@ -88,7 +88,8 @@ def test_over_http_a_full_queue_is_a_503_until_there_is_room(scripted: Make, tex
     """Room comes when somebody gets a token, ends, or leaves."""
     port = scripted(lambda spec, index: [] if spec.sampling.max_tokens == 7 else [300, 301, 302])
     body = b'{"prompt": ["Hi", "Ho"], "max_tokens": 7}'
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with serving(port, text, bounds=Bounds(max_queue=2)) as url, httpx.Client(base_url=url, timeout=30) as http:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as waiting:
             waiting.sendall(head.encode() + body)

@@ -4,7 +4,8 @@
         ...                       # requests
 
 A stream beside them shows no gap above 250 ms (longer by what this machine itself stood still), memory grows by at most 64 MB,
-the process lives, nothing new listens.  The processes that read templates and grammars are there to be ended: they may come and go.
+the process lives, nothing new listens.  The processes that read templates and grammars are there to be ended: they may come and
+go.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Row 2: a few hundred bytes that declare hundreds of GiB.  No field of a request declares the size of anything: a tensor is refused
-under whatever name, and a checkpoint's declared sizes are compared with its file before anything is laid out.
+"""Row 2: a few hundred bytes that declare hundreds of GiB.  No field of a request declares the size of anything: a tensor is
+refused under whatever name, and a checkpoint's declared sizes are compared with its file before anything is laid out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 
 from tests.security.conftest import Attacked, is_refused
 from weft.errors import ConfigError
-from weft.models.weights import catalogue
+from weft.models.checkpoints.stored import catalogue
 
 BOMB = {"shape": [1 << 40, 1 << 20], "dtype": "float32", "indices": [[0], [0]], "values": [1.0], "layout": "sparse_coo"}
 

@@ -59,7 +59,7 @@ def constrain() -> LLGuidance:
 @settings(max_examples=60, deadline=None)
 @given(acts=ACTS)
 def test_any_acts(constrain: LLGuidance, form: Grammar, acts: list[tuple[str, Any]]) -> None:
-    """Whatever is asked after whatever, a path is where its tokens have led: its mask is that of a new one given the same tokens."""
+    """Whatever is asked after whatever, a path is where its tokens have led: its mask is that of a new one given the same."""
     path, tokens = constrain.begin(form), []
     for act, given_ in acts:
         if act == "advance":

@@ -1,4 +1,4 @@
-"""Row 13: log-probabilities of a whole prompt: their number is bounded as prompt times alternatives, and a sentinel means nothing."""
+"""Row 13: log-probabilities of a whole prompt: prompt times alternatives is bounded, and a sentinel means nothing."""
 
 from __future__ import annotations
 

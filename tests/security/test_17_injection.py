@@ -1,4 +1,4 @@
-"""Row 17: a checkpoint's template runs in an immutable sandbox, also one that came in a GGUF file; there is no route that skips it."""
+"""Row 17: a checkpoint's template runs in an immutable sandbox, one of a GGUF file too; there is no route that skips it."""
 
 from __future__ import annotations
 

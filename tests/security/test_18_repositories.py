@@ -1,4 +1,4 @@
-"""Row 18: a repository full of traps is served, and none of its code runs: no path of the loader imports a checkpoint's Python."""
+"""Row 18: a repository full of traps is served, and none of its code runs: no loader imports a checkpoint's Python."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_trapped_repository(tmp_path: Path, bundled: Path) -> None:
         answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
         assert answer.status_code == 200
     assert not mark.exists()
-    compiled = [path for path in repository.rglob("*.pyc")]
+    compiled = list(repository.rglob("*.pyc"))
     assert not compiled
 
 

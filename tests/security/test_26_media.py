@@ -1,4 +1,4 @@
-"""Row 26: weft decodes no media.  Malformed images, whatever they are called, are refused unread, in words that are weft's own."""
+"""Row 26: weft decodes no media.  Malformed images, whatever they are called, are refused unread, in weft's own words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 30: counts and lengths of a GGUF header that overflow, files of noise, and keys that stand there twice end in one sentence."""
+"""Row 30: counts and lengths of a GGUF header that overflow, noise, and keys that stand there twice end in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 31: a tensor whose place or size leads past the end of its file is never read; and nobody without a key makes or sends models.
+"""Row 31: a tensor whose place or size leads past the end of its file is never read; no route makes or sends models.
 
 In whoever reads past the end the neighbour's memory becomes weights, and goes out again with the next copy of the model.
 """

@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from tests.security.conftest import Attacked, is_refused
 
 LONG = "a " * (9 << 20)
 DENSE = "\u00e9" * (14 << 20)
 
 
-def test_they_are_refused(server: Attacked) -> None:
+CHATS = ["/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"]
+ROUTES = ["/v1/completions", "/v1/responses", "/v1/embeddings", *CHATS]
+
+
+def body(path: str, text: str) -> dict[str, object]:
+    field = {
+        "/v1/completions": "prompt",
+        "/v1/responses": "input",
+        "/v1/embeddings": "input",
+        "/tokenize": "prompt",
+    }.get(path)
+    return {field: text} if field else {"max_tokens": 1, "messages": [{"role": "user", "content": text}]}
+
+
+@pytest.mark.parametrize("path", [*ROUTES, "/tokenize"])
+@pytest.mark.parametrize("text", [LONG, DENSE], ids=["words", "letters"])
+def test_they_are_refused(server: Attacked, path: str, text: str) -> None:
     with server.attacked():
-        for text in (LONG, DENSE):
-            turn = [{"role": "user", "content": text}]
-            for path, body in (
-                ("/v1/completions", {"prompt": text, "max_tokens": 1}),
-                ("/v1/chat/completions", {"messages": turn, "max_tokens": 1}),
-                ("/v1/responses", {"input": text}),
-                ("/v1/messages", {"messages": turn, "max_tokens": 1}),
-                ("/v1/messages/count_tokens", {"messages": turn}),
-                ("/v1/embeddings", {"input": text}),
-                ("/tokenize", {"prompt": text}),
-            ):
-                began = time.monotonic()
-                is_refused(server.post(path, body))
-                assert time.monotonic() - began < 60, path
+        began = time.monotonic()
+        answer = server.post(path, body(path, text))
+        if path not in ("/tokenize", "/v1/messages/count_tokens"):
+            is_refused(answer)
+        assert answer.status_code < 500
+        assert time.monotonic() - began < 60
 
 
 def test_counts_are_whole(server: Attacked) -> None:
     """What is just taken is counted rightly, though it has more tokens than any context."""
     with server.attacked():
-        answer = server.post("/tokenize", {"prompt": "a " * 200_000}).json()
+        given = server.post("/tokenize", {"prompt": "a " * 200_000})
+        assert given.status_code == 200, given.text
+        answer = given.json()
         assert answer["count"] == len(answer["tokens"]) >= 200_000

@@ -22,7 +22,7 @@ def test_no_command_updates() -> None:
 
 
 def test_nothing_but_the_hub_fetches() -> None:
-    """Who imports a client for HTTP: those that ask a server of weft's.  Models come through huggingface_hub, from weft.hub alone."""
+    """Who imports a client for HTTP asks a server that a user named.  Models come through huggingface_hub, by weft.hub."""
     for module in modules():
         named = {
             i.name.split(".")[0] for i in imports(module) if not i.name.startswith(("urllib.parse", "http.HTTPStatus"))

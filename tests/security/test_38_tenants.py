@@ -1,4 +1,4 @@
-"""Row 38: no key hits what another has cached, so that there is nothing to time; names of blocks are 256 bits of a cryptographic hash."""
+"""Row 38: no key hits what another has cached, so there is nothing to time; blocks' names are 256 bits of a hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Row 41: adapters are loaded while a server runs only where it was told from which folder, by whoever has the admin key, from there."""
+"""Row 41: adapters are loaded while a server runs only from the folder that it was given, by whoever has the admin key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def ask(server: Attacked, path: str, body: dict[str, str], key: str = ADMIN) -> 
 
 def test_off_by_default() -> None:
     assert ServerFlags().lora_root is None
-    assert not EngineInfo(model_id="m", vocab_size=9, max_model_len=9).loads_adapters
+    assert not EngineInfo(
+        model_id="m", vocab_size=9, max_model_len=9, kv_blocks=1, block_tokens=1, max_num_seqs=1
+    ).loads_adapters
 
 
 def test_a_clients_key_does_not_do(server: Attacked) -> None:

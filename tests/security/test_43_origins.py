@@ -1,4 +1,4 @@
-"""Row 43: a page of somebody else's can't drive the server from the browser of whoever runs it: Origin, Host, no CORS, JSON bodies."""
+"""Row 43: somebody else's page can't drive the server from a browser on its machine: Origin, Host, no CORS, JSON bodies."""
 
 from __future__ import annotations
 

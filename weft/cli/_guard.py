@@ -116,7 +116,7 @@ class GuardFlags:
             raise ConfigError("--tls-cert and --tls-key go together; give both files, or neither")
         if self.tls is not None:
             check_tls(*self.tls)
-        own = [] if _is_address(host) else [host]
+        own = [] if not host or _is_address(host) else [host]
         return Guard(
             keys=keys,
             hosts=[*own, *(self.allowed_host or ())],

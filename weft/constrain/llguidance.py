@@ -108,6 +108,8 @@ class LLGuidance:
         from llguidance import LLMatcher, grammar_from
 
         if grammar.kind == "regex":
+            if (len(grammar.source) - len(grammar.source.rstrip("\\"))) % 2:
+                raise _refused(grammar, "it ends with a backslash that stands before nothing")
             return str(LLMatcher.grammar_from_regex(grammar.source))
         if grammar.kind != "json":
             try:

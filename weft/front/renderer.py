@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import json
 import threading
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from weft.errors import RequestError
 from weft.front.worker import Worker
@@ -46,8 +47,8 @@ class Renderer:
         key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         request = {"key": key, "context": context, "kwargs": kwargs, "known": known}
         try:
-            bare = json.dumps(request).encode()
-        except (TypeError, ValueError, RecursionError) as e:
+            bare = msgspec.json.encode(request)  # many times faster than json, and nothing else runs meanwhile
+        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as e:
             raise RequestError(f"the conversation is not plain JSON ({e})", param="messages") from e
         with self._lock:
             self._worker.start()
@@ -57,7 +58,7 @@ class Renderer:
                 reply = self._worker.ask(bare)
                 if reply.get("error") != "unknown":
                     return reply
-            reply = self._worker.ask(json.dumps({**request, "source": source}).encode())
+            reply = self._worker.ask(msgspec.json.encode({**request, "source": source}))
             if self._worker.running and self._worker.life == self._life:
                 self._known.add(key)
             return reply

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from weft.errors import ConfigError
 
@@ -54,7 +55,7 @@ class Worker:
             head = process.stdout.read(4)
             body = process.stdout.read(int.from_bytes(head, "big")) if len(head) == 4 else b""
             if len(head) == 4 and len(body) == int.from_bytes(head, "big"):
-                reply: dict[str, Any] = json.loads(body)
+                reply: dict[str, Any] = msgspec.json.decode(body)
                 return reply
         except (OSError, ValueError):
             pass
