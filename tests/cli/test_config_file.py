@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, says: str) -> None:
 
 def test_values_are_checked_as_on_the_command_line(tmp_path: Path) -> None:
     for text in ("port = 'x'", "port = 70000", "port = 1.5", "max-queue = 0"):
-        with pytest.raises(Exception) as caught:  # noqa: B017, PT011
+        with pytest.raises(Exception) as caught:
             parsed(tmp_path, text)
         assert f"--{text.partition(' ')[0]}" in caught.value.format_message()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -22,6 +22,7 @@ from weft.front.guard import Guard
 from weft.front.keys import Keyring, known, read_keys
 from weft.front.server import Server, check_tls
 from weft.front.text import ModelText
+from weft.types import Add
 
 Make = Callable[..., ScriptedPort]
 BODY = {"prompt": "Hi", "max_tokens": 2}
@@ -127,7 +128,7 @@ def test_a_rate_and_a_salt_go_by_the_key(scripted: Make, text: ModelText, tmp_pa
         ]
         assert asked == [200, 200, 429], "two keys of one name are one"
         http.post("/v1/completions", json={**BODY, "cache_salt": "s"}, headers=bearer("plain"))
-    salts = [command.request.salt for command in port.commands if hasattr(command, "request")]
+    salts = [command.spec.salt for command in port.commands if isinstance(command, Add)]
     assert salts[:2] == [b"alice\0", b"alice\0"]
     assert salts[2] == known("plain").tenant.encode() + b"\0s"
 
@@ -138,7 +139,7 @@ def test_prefixes_can_be_shared(scripted: Make, text: ModelText) -> None:
     with serving(port, text, guard=guard) as url, httpx.Client(base_url=url) as http:
         for key in ("one", "two"):
             http.post("/v1/completions", json=BODY, headers=bearer(key))
-    assert [command.request.salt for command in port.commands if hasattr(command, "request")] == [b"", b""]
+    assert [command.spec.salt for command in port.commands if isinstance(command, Add)] == [b"", b""]
 
 
 def test_no_key_is_ever_logged(scripted: Make, text: ModelText, caplog: pytest.LogCaptureFixture) -> None:

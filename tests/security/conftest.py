@@ -174,6 +174,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         yield made
         made.http.close()
         assert process.end(signal.SIGTERM) == 0
+        log = process.err.read_text() + process.out.read_text()
+        assert not [key for key in (KEY, OTHER, ADMIN) if key in log], "a key was logged"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

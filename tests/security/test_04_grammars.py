@@ -12,7 +12,6 @@ WRONG: list[dict[str, Any]] = [
     {"structured_outputs": {"regex": "a{5,4}"}},
     {"structured_outputs": {"regex": "\\"}},
     {"structured_outputs": {"regex": "(?P<x"}},
-    {"structured_outputs": {"regex": "\ud800"}},
     {"structured_outputs": {"grammar": "start: missing"}},
     {"structured_outputs": {"grammar": "root ::= ("}},
     {"structured_outputs": {"grammar": "\u0000"}},

