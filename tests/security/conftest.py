@@ -161,7 +161,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         (folder / name).chmod(0o600)
     (folder / "adapters").mkdir()
     flags = (
-        *("--port", "0", "--threads", "1", "--data-dir", str(folder / "data"), "--max-file", str(MAX_FILE)),
+        *(
+            "--port",
+            "0",
+            "--threads",
+            "1",
+            "--memory",
+            "600M",
+            "--data-dir",
+            str(folder / "data"),
+            "--max-file",
+            str(MAX_FILE),
+        ),
         *("--api-key-file", str(folder / "keys"), "--admin-key-file", str(folder / "admin")),
         *("--lora-root", str(folder / "adapters"), "--log-level", "debug"),
     )
@@ -171,6 +182,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         while made.http.get("/health").status_code != 200:  # where it answers before the model is loaded
             assert time.monotonic() < until
             time.sleep(0.05)
+        for number in range(6):  # the KV pool is planned memory: all of it is touched before growth is measured
+            body = {"prompt": [300 + number, *[301] * 4000], "max_tokens": 1}
+            assert made.post("/v1/completions", body).status_code == 200
         yield made
         made.http.close()
         assert process.end(signal.SIGTERM) == 0

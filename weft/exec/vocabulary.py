@@ -14,7 +14,7 @@ from weft.slots import Vocabulary
 T = TypeVar("T")
 MOST_KEPT = 256
 """Things made of the vocabulary that are kept; what was not used for longest goes first."""
-MOST_BYTES = 1 << 20
+MOST_BYTES = 1 << 18
 """Of their sources, in all: a thing made of a grammar has many times the size of what it was written in."""
 
 
