@@ -112,6 +112,7 @@ class Server:
         self.url = url_of(host, self._sock, "http" if tls is None else "https")
         patience = patience or Patience()
         self._gate = app if isinstance(app, Gate) else Gate.over(app)
+        logging.getLogger("uvicorn.access").addFilter(_without_query)
         config = uvicorn.Config(
             Rooted(self._gate, root_path) if root_path else self._gate,
             http=connection(patience),  # of h11, which unlike httptools bounds the bytes of a request's head
@@ -198,6 +199,13 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.cut()
         await super().shutdown(sockets)
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """A line for a request names its path alone: what stands behind it may be a secret that was sent in the wrong place."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(str(a).partition("?")[0] if i == 2 else a for i, a in enumerate(record.args))
+    return True
 
 
 @contextlib.contextmanager
