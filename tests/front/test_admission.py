@@ -88,7 +88,8 @@ def test_over_http_a_full_queue_is_a_503_until_there_is_room(scripted: Make, tex
     """Room comes when somebody gets a token, ends, or leaves."""
     port = scripted(lambda spec, index: [] if spec.sampling.max_tokens == 7 else [300, 301, 302])
     body = b'{"prompt": ["Hi", "Ho"], "max_tokens": 7}'
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     with serving(port, text, bounds=Bounds(max_queue=2)) as url, httpx.Client(base_url=url, timeout=30) as http:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as waiting:
             waiting.sendall(head.encode() + body)
@@ -106,16 +107,29 @@ def test_over_http_a_full_queue_is_a_503_until_there_is_room(scripted: Make, tex
 def test_over_http_a_rate_is_a_429_for_that_key_alone(scripted: Make, text: ModelText) -> None:
     port = scripted(lambda spec, index: [300, 301, 302])
     bounds = Bounds(requests_per_minute=2, tokens_per_minute=1000)
-    with serving(port, text, bounds=bounds) as url, httpx.Client(base_url=url, timeout=30) as http:
+    with (
+        serving(port, text, bounds=bounds, api_key=["one", "two"]) as url,
+        httpx.Client(base_url=url, timeout=30) as http,
+    ):
         assert [ask(http).status_code for _ in range(3)] == [200, 200, 429]
         refused = ask(http)
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert 1 <= int(refused.headers["retry-after"]) <= 30
         assert ask(http, key="two").status_code == 200
-        assert http.get("/v1/models").status_code == 200
+        assert http.get("/v1/models", headers={"x-api-key": "one"}).status_code == 200
     bounds = Bounds(tokens_per_minute=30)
-    with serving(port, text, bounds=bounds) as url, httpx.Client(base_url=url, timeout=30) as http:
+    with (
+        serving(port, text, bounds=bounds, api_key=["one", "two"]) as url,
+        httpx.Client(base_url=url, timeout=30) as http,
+    ):
         assert ask(http, prompt=[300] * 28).status_code == 200
         assert ask(http).status_code == 429, "28 and 3 of 30"
         assert ask(http, key="two", model=MODEL).status_code == 200
+
+
+def test_over_http_without_keys_a_rate_is_that_of_an_address(scripted: Make, text: ModelText) -> None:
+    """A key that nobody asked for gives no bucket of its own, or whoever makes keys up has as many as he likes."""
+    port = scripted(lambda spec, index: [300, 301, 302])
+    with serving(port, text, bounds=Bounds(requests_per_minute=2)) as url, httpx.Client(base_url=url) as http:
+        assert [ask(http, key=str(i)).status_code for i in range(3)] == [200, 200, 429]

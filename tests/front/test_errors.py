@@ -408,7 +408,7 @@ def test_an_unexpected_error_tells_nothing_of_the_inside(scripted: Make, text: M
 def test_a_key_guards_all_but_the_open_routes(scripted: Make, text: ModelText) -> None:
     port = scripted(lambda spec, index: story(text))
     with serving(port, text, api_key="sesame") as url, httpx.Client(base_url=url) as http:
-        for path in ("/health", "/ready", "/metrics", "/version"):
+        for path in ("/health", "/ready"):
             assert http.get(path).status_code == 200
         for header in (
             None,
@@ -420,7 +420,7 @@ def test_a_key_guards_all_but_the_open_routes(scripted: Make, text: ModelText) -
             "Bearer séb",
         ):
             headers = {} if header is None else {"authorization": header.encode()}
-            for path in ("/v1/models", f"/v1/models/{MODEL}", "/no/such/route"):
+            for path in ("/v1/models", f"/v1/models/{MODEL}", "/metrics", "/version", "/no/such/route"):
                 check(http.get(path, headers=headers), 401, code="invalid_api_key")
             for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
                 answer = http.post(path, json=TEXT, headers=headers)

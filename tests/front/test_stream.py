@@ -117,9 +117,9 @@ def test_a_reader_that_stops_reading_costs_a_bounded_amount(scripted: Make, text
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect((parts.hostname, parts.port))
             body = json.dumps({"prompt": "Hi", "max_tokens": 3000, "n": 8, "stream": True, "logprobs": 5}).encode()
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             sock.sendall(head % len(body) + body)
-            assert wait_until(lambda: port.stats.running == 8)
+            assert wait_until(lambda: bool(port.commands))  # they may have run before anybody looks
             assert wait_until(lambda: port.stats.running == 0, 60)
             assert httpx.post(f"{url}/v1/completions", json={"prompt": "Hi", "max_tokens": 2}).status_code == 200
             sock.settimeout(20)

@@ -8,7 +8,8 @@ import re
 import httpx
 
 from tests.security.conftest import KEY, Attacked
-from weft.front.app import OPEN_PATHS, Routes
+from weft.front.app import Routes
+from weft.front.guard import OPEN_PATHS
 
 TABLE = Routes(None, 1, 1, 1).table()  # type: ignore[arg-type]
 PATHS = sorted({re.sub(r"\{\w+(:\w+)?\}", "x", route.path) for route in TABLE})

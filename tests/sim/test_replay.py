@@ -237,7 +237,7 @@ def leave(url: str, prompt: str) -> None:
     body = json.dumps({"prompt": prompt, "max_tokens": 100, "stream": True, "ignore_eos": True}).encode()
     with socket.create_connection((where.hostname or "", where.port or 0), timeout=60) as client:
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(body)
         )
         client.sendall(body)

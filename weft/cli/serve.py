@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli._engines import engine, roles, router
+from weft.cli._config_file import read_config
 from weft.cli._flags import EngineFlags, Model, spread
+from weft.cli._guard import GuardFlags
 from weft.cli._store import StoreFlags
 from weft.cli._terminal import level, log, say
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from weft.front.admission import Bounds
+    from weft.front.guard import Guard
     from weft.front.remote import RemoteEngine
     from weft.front.replicas import Replicas
     from weft.front.roles import Roles
@@ -44,6 +47,18 @@ def _option(*names: str, help: str, metavar: str | None = None) -> Any:
 class ServerFlags:
     """What a user may say about the server."""
 
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="A TOML file of these flags by their names; what the command line says goes before it.",
+            metavar="FILE.toml",
+            callback=read_config,
+            is_eager=True,
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None
     host: Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=SERVER)] = "127.0.0.1"
     port: Annotated[
         int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535, rich_help_panel=SERVER)
@@ -54,14 +69,6 @@ class ServerFlags:
             "--served-model-name",
             help="Name of the model in requests, instead of its own; more by repeating it.",
             metavar="NAME",
-        ),
-    ] = None
-    api_key: Annotated[
-        str | None,
-        _option(
-            "--api-key",
-            help="Key that clients must send; better given in the environment variable WEFT_API_KEY.",
-            metavar="KEY",
         ),
     ] = None
     lora_root: Annotated[
@@ -254,8 +261,10 @@ class ServerFlags:
             raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
 
-@functools.partial(spread, server=ServerFlags, store=StoreFlags, flags=EngineFlags)
-def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags: EngineFlags) -> None:
+@functools.partial(spread, server=ServerFlags, security=GuardFlags, store=StoreFlags, flags=EngineFlags)
+def serve(
+    model: Model = None, *, server: ServerFlags, security: GuardFlags, store: StoreFlags, flags: EngineFlags
+) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
     from weft.front.server import bind
     from weft.front.text import ModelText
@@ -267,7 +276,9 @@ def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags:
         store.check()
         flags.check()
         names = list(server.served_model_name or ()) or [model_id(model)]
-        key = server.api_key or os.environ.get("WEFT_API_KEY") or None
+        guard = security.guard(server.host)
+        if guard.keys.from_files:
+            signal.signal(signal.SIGHUP, lambda *_: guard.keys.reread())
         # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
         with contextlib.closing(bind(server.host, server.port)) as held:
             kept = store.open()
@@ -276,7 +287,7 @@ def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags:
             folder = resolve(model, progress=sys.stderr.isatty())
             with engine(folder, model_id(model), flags, server) as port:
                 text = ModelText.load(folder, name=model_id(model))
-                _run(port, text, held, server, names, key, kept)
+                _run(port, text, held, server, names, (security, guard), kept)
 
 
 def _run(
@@ -285,7 +296,7 @@ def _run(
     held: socket.socket,
     flags: ServerFlags,
     names: list[str],
-    key: str | None,
+    secured: tuple[GuardFlags, Guard],
     store: Store | None,
 ) -> None:
     from weft.config import parse_size
@@ -293,9 +304,11 @@ def _run(
     from weft.front.gate import Gate
     from weft.front.server import Server
 
+    security, guard = secured
+
     def ready(url: str) -> None:
         print(f"weft ready {url}", flush=True)
-        say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=key is not None)}")
+        say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=guard.keys.asks_clients)}")
 
     gate = Gate(
         port.started,
@@ -303,7 +316,7 @@ def _run(
             port,
             text,
             model_ids=names,
-            api_key=key,
+            guard=guard,
             max_body=parse_size(flags.max_body),
             bounds=flags.bounds,
             store=store,
@@ -313,7 +326,16 @@ def _run(
         lambda: port.state(STALL_S),
         lambda: port.error() is not None,
     )
-    Server(gate, flags.host, ready=ready, sock=held, drain_s=flags.drain_timeout).run()
+    Server(
+        gate,
+        flags.host,
+        ready=ready,
+        sock=held,
+        drain_s=flags.drain_timeout,
+        patience=security.patience,
+        tls=security.tls,
+        root_path=guard.root_path,
+    ).run()
     if port.error() is not None:
         raise EngineError(f"the engine had stopped: {port.error()}")
 

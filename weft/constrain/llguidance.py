@@ -38,6 +38,8 @@ from weft.types import Grammar
 
 MOST_TEXTS = 8192
 """Texts that must follow whose tokens are kept: names of members and the like, which come again and again."""
+MOST_TEXT_CHARS = 256
+"""Longer ones are not kept, so that what is kept is bounded in bytes."""
 MOST_CHARS = 300
 """Of the library's own words that are told to a client."""
 BYTES = Vocabulary((*(bytes([i]) for i in range(256)), b""), frozenset({256}), (256,), lambda text: list(text.encode()))
@@ -83,7 +85,8 @@ class LLGuidance:
         assert words is not None, "a technique is attached before a request has it"
         said = f"{self.items} {self.whitespace} {grammar.kind} {grammar.source}"
         key = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
-        ready = words.once(f"llguidance {key}", lambda _: self._ready(words, grammar))
+        size = len(grammar.source)
+        ready = words.once(f"llguidance {key}", lambda _: self._ready(words, grammar), size)
         vocabulary = words.vocabulary
         return Path(self.acts, grammar, ready.deep_copy(), frozenset(vocabulary.ends), len(vocabulary.tokens))
 
@@ -105,6 +108,8 @@ class LLGuidance:
         from llguidance import LLMatcher, grammar_from
 
         if grammar.kind == "regex":
+            if (len(grammar.source) - len(grammar.source.rstrip("\\"))) % 2:
+                raise _refused(grammar, "it ends with a backslash that stands before nothing")
             return str(LLMatcher.grammar_from_regex(grammar.source))
         if grammar.kind != "json":
             try:
@@ -186,7 +191,8 @@ class _Spelling:
         self._encode = lru_cache(MOST_TEXTS)(lambda text: [*vocabulary.encode(text)])
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._encode(text.decode())
+        encode = self._encode if len(text) <= MOST_TEXT_CHARS else self._encode.__wrapped__
+        return encode(text.decode())
 
 
 def _fail(matcher: Any, grammar: Grammar) -> None:

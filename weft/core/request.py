@@ -159,7 +159,8 @@ class Request:
 
     @property
     def tenant(self) -> bytes:
-        return self.spec.salt
+        """Who is counted: of a salt with an owner, the owner alone, or whoever changes salts would have many shares."""
+        return self.spec.salt.partition(b"\0")[0]
 
     def heads(self, block: int) -> list[bytes]:
         """Names of the prompt's beginnings of whole blocks of this size, the tenant's own."""

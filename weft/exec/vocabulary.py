@@ -14,6 +14,8 @@ from weft.slots import Vocabulary
 T = TypeVar("T")
 MOST_KEPT = 256
 """Things made of the vocabulary that are kept; what was not used for longest goes first."""
+MOST_BYTES = 1 << 18
+"""Of their sources, in all: a thing made of a grammar has many times the size of what it was written in."""
 
 
 class VocabularyShelf:
@@ -23,6 +25,7 @@ class VocabularyShelf:
         self._read = read
         self._found: Vocabulary | None = None
         self._made: OrderedDict[str, Future[Any]] = OrderedDict()
+        self._sizes: dict[str, int] = {}
         self._lock, self._reading = threading.Lock(), threading.Lock()
 
     @property
@@ -39,14 +42,15 @@ class VocabularyShelf:
                 self._found = found
             return self._found
 
-    def once(self, key: str, make: Callable[[Vocabulary], T]) -> T:
+    def once(self, key: str, make: Callable[[Vocabulary], T], size: int = 0) -> T:
         """What `make` makes of the vocabulary, made once for each key while it is kept.  Who asks for it meanwhile waits for
-        that one alone; what fails is told to all of them, and made again for the next."""
+        that one alone; what fails is told to all of them, and made again for the next.  size: bytes of what it is made from."""
         with self._lock:
             made = self._made.get(key)
             mine = made is None
             if made is None:
                 made = self._made[key] = Future()
+                self._sizes[key] = size
             self._made.move_to_end(key)
         if mine:
             try:
@@ -55,8 +59,10 @@ class VocabularyShelf:
                 made.set_exception(error)
                 with self._lock:
                     self._made.pop(key, None)
+                    self._sizes.pop(key, None)
             with self._lock:
-                while len(self._made) > MOST_KEPT:
-                    self._made.popitem(last=False)
+                while len(self._made) > MOST_KEPT or sum(self._sizes.values()) > MOST_BYTES:
+                    gone, _ = self._made.popitem(last=False)
+                    self._sizes.pop(gone)
         found: T = made.result()
         return found

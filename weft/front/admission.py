@@ -14,10 +14,19 @@ from dataclasses import dataclass
 from weft.front.generation import Limited, Refused
 
 KEY: ContextVar[str] = ContextVar("weft-key", default="")
-"""Who asks, within the handling of one HTTP request: a digest of the key, or an address."""
+"""Who asks, within the handling of one HTTP request, for rates: the tenant of the key, or an address."""
+OWNER: ContextVar[str] = ContextVar("weft-owner", default="")
+"""Whose prefixes are shared, and whom schedulers count for: the key's name or tenant; nobody's where there are no keys."""
 MOST_KEYS = 10_000
 """Keys whose buckets are kept; that of a key which has asked nothing for longest is full again anyway."""
 MINUTE_S = 60.0
+
+
+def work_for(tenant: str) -> None:
+    """What goes on here without its client, after a server's new start, is somebody's all the same."""
+    if tenant and not OWNER.get():
+        KEY.set(tenant)
+        OWNER.set(tenant)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

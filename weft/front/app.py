@@ -6,37 +6,33 @@
 /tokenize  /detokenize  /v1/load_lora_adapter  /v1/unload_lora_adapter  vLLM's
 /v1/weft/live                                                          what the server is at, for who watches
 /openapi.json                                                          what all of these take and give
-/health  /ready  /metrics  /version                                    for machines; open without a key
+/health  /ready  /metrics  /version                                    for machines; the first two open without a key
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft import __version__
 from weft.errors import EngineError, RequestError
 from weft.front.admission import Bounds
-from weft.front.anthropic.errors import ANTHROPIC
 from weft.front.anthropic.messages import count_tokens, create_message
+from weft.front.guard import TENANT, Guard, form_of
 from weft.front.health import health, state_of
 from weft.front.live import LiveAnswer, hello
+from weft.front.keys import keyring
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
-from weft.front.openai.answer import OPENAI, Form
 from weft.front.openai.batches import cancel_batch, create_batch, get_batch, list_batches
 from weft.front.openai.calls import Call
 from weft.front.openai.chat import chat
@@ -64,10 +60,6 @@ BODY_TIMEOUT_S = 120.0
 SLOW_BYTES_S = 64 << 10
 """Bytes a second, at least, of an upload."""
 STALL_S = 30.0
-MESSAGES = "/v1/messages"
-TENANT = "weft.tenant"
-"""Under this name a request's scope says whose it is."""
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
 
 
 def create_app(
@@ -85,12 +77,13 @@ def create_app(
     reasoning_parser: str = "auto",
     trust_templates: bool = False,
     bounds: Bounds | None = None,
+    guard: Guard | None = None,
 ) -> Starlette:
     """The application over one engine.
 
     model_ids: names that requests may use for the model, at least one.
-    api_key: what `Authorization: Bearer` (or `x-api-key`) must carry on all routes but OPEN_PATHS, one of several where a list is
-    given; None asks for none.  What is stored under one key is not there for another.
+    api_key: what `Authorization: Bearer` (or `x-api-key`) must carry, one of several where a list is given; None asks for none.
+    What is stored under one key is not there for another.  guard: more of that, instead of api_key.
     max_body: bytes of a request's body.  body_timeout_s: for sending it.
     stall_s: seconds without a step, work waiting, after which /health answers 503.  bounds: of what is let in at once.
     store: where responses, files and batches are kept; None keeps none.  The application closes it.
@@ -98,6 +91,7 @@ def create_app(
     tool_parser, reasoning_parser: how the model calls tools and thinks; trust_templates: take requests' own chat templates
     (see `Service`).  Raises ConfigError for parsers that there are not.
     """
+    guard = guard or Guard(keys=keyring(api_key))
     service = Service(
         port,
         text,
@@ -107,10 +101,11 @@ def create_app(
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
         trust_templates=trust_templates,
+        share_prefixes=guard.share_prefixes,
     )
     attach(service, store)
     service.pooling = pooling
-    routes = Routes(service, max_body, body_timeout_s, stall_s)
+    routes = Routes(service, max_body, body_timeout_s, stall_s, guard.root_path)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -122,7 +117,7 @@ def create_app(
 
     app = Starlette(
         routes=routes.table(),
-        middleware=[Middleware(Key, api_key=api_key)] if api_key else [],
+        middleware=guard.middleware(),
         exception_handlers={
             HTTPException: _on_http_exception,
             EngineError: _on_error,
@@ -139,11 +134,14 @@ def create_app(
 class Routes:
     """The routes' functions over one service."""
 
-    def __init__(self, service: Service, max_body: int, body_timeout_s: float, stall_s: float) -> None:
+    def __init__(
+        self, service: Service, max_body: int, body_timeout_s: float, stall_s: float, root_path: str = ""
+    ) -> None:
         self.service = service
         self.max_body = max_body
         self.body_timeout_s = body_timeout_s
         self.stall_s = stall_s
+        self.root_path = root_path
 
     def table(self) -> list[Route]:
         return [
@@ -258,48 +256,13 @@ class Routes:
         return _json({"version": self.service.version})
 
     async def openapi(self, _: Request) -> Response:
-        return _json(description())
+        return _json({**description(), "servers": [{"url": self.root_path or "/"}]})
 
     async def models(self, _: Request) -> Response:
         return _json(list_models(self.service))
 
     async def model(self, request: Request) -> Response:
         return _json(get_model(self.service, request.path_params["name"]))
-
-
-class Key:
-    """Middleware: every route but OPEN_PATHS needs a key, and what a request stores belongs to the key that it came with."""
-
-    def __init__(self, app: ASGIApp, api_key: str | Sequence[str]) -> None:
-        self.app = app
-        self._want = [key.encode() for key in ([api_key] if isinstance(api_key, str) else api_key)]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            key = _given_key(scope)
-            right = False
-            for want in self._want:  # all of them either way, so that time tells nothing about a key
-                right |= hmac.compare_digest(key, want)
-            if not right:
-                error = RequestError(
-                    "this server needs its key: send the header Authorization: Bearer KEY", code="invalid_api_key"
-                )
-                await _form(scope["path"]).response(error)(scope, receive, send)
-                return
-            scope[TENANT] = hashlib.blake2b(key, digest_size=16, person=b"weft.tenant").hexdigest()
-        await self.app(scope, receive, send)
-
-
-def _given_key(scope: Scope) -> bytes:
-    """The key of a request, by OpenAI's header or by Anthropic's; empty where there is none."""
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            if scheme.lower() == b"bearer":
-                return bytes(key.strip())
-        elif name == b"x-api-key":
-            return bytes(value.strip())
-    return b""
 
 
 def _check_type(request: Request) -> None:
@@ -345,15 +308,10 @@ def _json(payload: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(payload), status_code=status, media_type="application/json")
 
 
-def _form(path: str) -> Form:
-    """In whose form a route tells its errors."""
-    return ANTHROPIC if path == MESSAGES or path.startswith(f"{MESSAGES}/") else OPENAI
-
-
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    return _form(request.url.path).response(error)
+    return form_of(request.url.path).response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -363,6 +321,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if status == 405:
         allowed = headers.get("Allow", "another method")
         text = f"{request.method} is not possible on {request.url.path[:200]}; use {allowed}"
-        return _form(request.url.path).response(RequestError(text, code="method_not_allowed"), headers)
+        return form_of(request.url.path).response(RequestError(text, code="method_not_allowed"), headers)
     text = f"there is no route {request.url.path[:200]}; weft has /v1/chat/completions, /v1/completions and /v1/models"
-    return _form(request.url.path).response(RequestError(text, code="not_found"), headers)
+    return form_of(request.url.path).response(RequestError(text, code="not_found"), headers)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from weft.errors import RequestError
-from weft.front.admission import KEY, Admission, Bounds
+from weft.front.admission import KEY, OWNER, Admission, Bounds
 from weft.front.generation import (
     Delta,
     EngineStopped,
@@ -59,6 +59,7 @@ class Client:
     """Sends prompts to an engine and turns its tokens into text.  Use it from one event loop at a time.
 
     clock: seconds, for latencies and rates only.  bounds: of what may wait, and of what one key may ask.
+    share_prefixes: between the holders of different keys, too.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Client:
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         bounds: Bounds | None = None,
+        share_prefixes: bool = False,
     ) -> None:
         self.port = port
+        self.share_prefixes = share_prefixes
         self.admission = Admission(bounds or Bounds())
         self.text = replace(text, max_model_len=port.info.max_model_len, vocab_size=port.info.vocab_size)
         self.metrics = metrics if metrics is not None else Metrics()
@@ -121,7 +124,7 @@ class Client:
                 p.ids,
                 p.params,
                 priority=p.priority,
-                salt=p.salt,
+                salt=self._salt(p.salt),
                 techniques=p.techniques,
                 contrast=p.contrast,
                 pooling=p.pooling,
@@ -159,6 +162,11 @@ class Client:
         ahead = sum(other.waiting for other in self._live.values())
         timeline.add(request.arrived_s, "queued", {"behind": ahead, "running": stats.running})
         return timeline
+
+    def _salt(self, own: bytes) -> bytes:
+        """Under which prefixes are shared: the request's own salt, below the owner of its key, whose name has no zero byte."""
+        owner = "" if self.share_prefixes else OWNER.get()
+        return owner.encode() + b"\0" + own if owner else own
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Make the engine take in the adapter of a folder.  Raises RequestError, CapacityError, EngineStopped."""

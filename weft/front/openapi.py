@@ -106,9 +106,9 @@ ROUTES: dict[tuple[str, str], Described] = {
     ("GET", "/openapi.json"): Described(text="This description", answer="application/json"),
     ("GET", "/health"): Described(text="Whether tokens advance", answer="Health", open=True),
     ("GET", "/ready"): Described(text="Whether requests are taken", answer="Health", open=True),
-    ("GET", "/metrics"): Described(text="Prometheus text", answer="text/plain", open=True),
+    ("GET", "/metrics"): Described(text="Prometheus text", answer="text/plain"),
     ("GET", "/v1/weft/live"): Described(text="What the server is at, as server-sent events", answer="text/event-stream"),
-    ("GET", "/version"): Described(text="weft's version", answer="Version", open=True),
+    ("GET", "/version"): Described(text="weft's version", answer="Version"),
 }  # fmt: skip
 
 

@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from weft.errors import RequestError
 from weft.front.worker import Worker
 
@@ -46,8 +48,8 @@ class Renderer:
         key = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
         request = {"key": key, "context": context, "kwargs": kwargs, "known": known}
         try:
-            bare = json.dumps(request).encode()
-        except (TypeError, ValueError, RecursionError) as e:
+            bare = _encoded(request)
+        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as e:
             raise RequestError(f"the conversation is not plain JSON ({e})", param="messages") from e
         with self._lock:
             self._worker.start()
@@ -57,7 +59,7 @@ class Renderer:
                 reply = self._worker.ask(bare)
                 if reply.get("error") != "unknown":
                     return reply
-            reply = self._worker.ask(json.dumps({**request, "source": source}).encode())
+            reply = self._worker.ask(_encoded({**request, "source": source}))
             if self._worker.running and self._worker.life == self._life:
                 self._known.add(key)
             return reply
@@ -66,6 +68,14 @@ class Renderer:
         """End the worker."""
         with self._lock:
             self._worker.close()
+
+
+def _encoded(request: dict[str, Any]) -> bytes:
+    """As JSON, many times faster than by the module json, which nothing else runs beside; half a pair only that can write."""
+    try:
+        return msgspec.json.encode(request)
+    except UnicodeEncodeError:
+        return json.dumps(request).encode()
 
 
 _shared: Renderer | None = None

@@ -8,19 +8,25 @@ import logging
 import math
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
 
 from weft.errors import ConfigError
+from weft.front.connection import Patience, connection
 from weft.front.gate import Gate
+from weft.front.guard import Rooted
 
 MAX_HEADER_BYTES = 64 << 10
 BACKLOG = 2048
+ACCEPTED = 64
+"""Connections that are taken at once, before streams have their turn again."""
 DRAIN_S = 5.0
 """How long open requests may go on after the first SIGTERM or SIGINT; then, or at the second, they are told that it ends."""
 GRACE_S = 3
@@ -57,9 +63,26 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def url_of(host: str, sock: socket.socket) -> str:
+def url_of(host: str, sock: socket.socket, scheme: str = "http") -> str:
     """The address to print, with the port that was really bound."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+
+
+def check_tls(certificate: Path, key: Path) -> None:
+    """Raises ConfigError in one sentence where the two files are no certificate with its key."""
+    for flag, path in (("--tls-cert", certificate), ("--tls-key", key)):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{flag} {path} cannot be read ({error.strerror or error})") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (ssl.SSLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or "they do not belong together, or are no PEM files"
+        raise ConfigError(
+            f"--tls-cert {certificate} and --tls-key {key} are no certificate and its key, in PEM form and without "
+            f"a password ({reason})"
+        ) from None
 
 
 class Server:
@@ -68,7 +91,8 @@ class Server:
     `run` blocks until `stop` or a signal.  ready: called once the application is there and requests are taken.
 
     Binding is done here, so a taken port raises ConfigError before anything else happens; or `sock`, what `bind` gave
-    earlier, is taken over.
+    earlier, is taken over.  patience: with connections.  tls: files of a certificate and its key, as `check_tls` took them.
+    root_path: what stands before all paths.
     """
 
     def __init__(
@@ -80,21 +104,28 @@ class Server:
         *,
         drain_s: float = DRAIN_S,
         sock: socket.socket | None = None,
+        patience: Patience | None = None,
+        tls: tuple[Path, Path] | None = None,
+        root_path: str = "",
     ) -> None:
         self._sock = bind(host, port) if sock is None else sock
-        self.url = url_of(host, self._sock)
+        self.url = url_of(host, self._sock, "http" if tls is None else "https")
+        patience = patience or Patience()
         self._gate = app if isinstance(app, Gate) else Gate.over(app)
+        logging.getLogger("uvicorn.access").addFilter(_without_query)
         config = uvicorn.Config(
-            self._gate,
-            http="h11",  # unlike httptools, it bounds the bytes of a request's head
+            Rooted(self._gate, root_path) if root_path else self._gate,
+            http=connection(patience),  # of h11, which unlike httptools bounds the bytes of a request's head
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             lifespan="on",
             log_config=None,  # the program's own logging: at level info, a line for each request
             access_log=logging.getLogger("uvicorn.access").isEnabledFor(logging.INFO),
             server_header=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=65,
+            backlog=ACCEPTED,
+            timeout_keep_alive=patience.rest_s,  # type: ignore[arg-type]
+            ssl_certfile=None if tls is None else str(tls[0]),
+            ssl_keyfile=None if tls is None else str(tls[1]),
             timeout_graceful_shutdown=GRACE_S,
         )
         tell = ready or (lambda _: None)
@@ -160,9 +191,21 @@ class _Uvicorn(uvicorn.Server):
         drained = gate.draining and (not gate.open or time.monotonic() > self._until)
         return drained or gate.failed is not None or gate.dead() or await super().on_tick(counter)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for sock in sockets or ():
+            sock.listen(BACKLOG)  # asyncio has just made it as short as what it takes at once
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.cut()
         await super().shutdown(sockets)
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """A line for a request names its path alone: what stands behind it may be a secret that was sent in the wrong place."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(str(a).partition("?")[0] if i == 2 else a for i, a in enumerate(record.args))
+    return True
 
 
 @contextlib.contextmanager

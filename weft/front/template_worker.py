@@ -195,7 +195,11 @@ def serve(answered: Callable[[dict[str, Any]], dict[str, Any]], *, memory_bytes:
     while len(head := source.read(4)) == 4:
         body = source.read(int.from_bytes(head, "big"))
         alarm(seconds)
-        data = json.dumps(answered(json.loads(body))).encode()
+        answer = answered(json.loads(body))
+        try:
+            data = json.dumps(answer, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half a pair, which only an escape can say
+            data = json.dumps(answer).encode()
         alarm(0)
         sink.write(len(data).to_bytes(4, "big") + data)
         sink.flush()

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from weft.errors import EngineError, RequestError
+from weft.front.admission import work_for
 from weft.front.openai.answer import JSONAnswer, logged
 from weft.front.openai.calls import Call, fresh_id
 from weft.front.openai.chat import chat
@@ -102,6 +103,7 @@ class BatchRunner:
     # ------------------------------------------------------------------------------------------ one batch
 
     async def _run(self, row: Row) -> None:
+        work_for(row.tenant)
         try:
             await self._through(row)
         except asyncio.CancelledError:

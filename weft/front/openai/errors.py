@@ -21,6 +21,8 @@ from weft.front.generation import EngineStopped, GenerationFailed
 STATUS_OF_CODE = {
     "invalid_api_key": 401,
     "forbidden": 403,
+    "host_not_allowed": 403,
+    "origin_not_allowed": 403,
     "model_not_found": 404,
     "adapter_not_found": 404,
     "not_found": 404,

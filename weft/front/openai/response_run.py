@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from weft.errors import CapacityError, EngineError
+from weft.front.admission import work_for
 from weft.front.generation import EngineStopped, Generation, Prompt
 from weft.front.openai.answer import SSE_HEADERS, logged, until_disconnect
 from weft.front.openai.errors import error_response, passes
@@ -220,6 +221,7 @@ class Background:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _work(self, run: ResponseRun) -> None:
+        work_for(run.row.tenant)
         try:
             while run.response.status != "cancelled":
                 try:

@@ -53,16 +53,17 @@ class Service:
         version: str,
         bounds: Bounds | None = None,
         *,
+        share_prefixes: bool = False,
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
         trust_templates: bool = False,
     ) -> None:
-        """trust_templates: requests may bring a chat template of their own.  See `Dialect` for the parsers."""
+        """share_prefixes: between keys.  trust_templates: take requests' own chat templates.  See `Dialect` for the parsers."""
         self._parsers = tool_parser, reasoning_parser
         self.dialect = Dialect(text, *self._parsers)
         self.trust_templates = trust_templates
         self.port = port
-        self.client = Client(port, text, bounds=bounds)
+        self.client = Client(port, text, bounds=bounds, share_prefixes=share_prefixes)
         self.text = self.client.text
         self.model_ids = model_ids
         self.version = version

@@ -255,6 +255,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
     "samplers": (),
 }
+NEVER: dict[str, tuple[Any, ...]] = {
+    "prompt_embeds": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+    "prompt_logprobs": (),
+}
+"""Refused on every route, whatever else it takes: tensors of clients, and what would say how a server is laid out."""
 INSTEAD = {
     "suffix": "give the text before the completion only",
     "n_predict": "use max_tokens",
@@ -290,7 +297,7 @@ def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTR
         _check_values(body)
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        _refuse({name: value for name, value in given.items() if name not in kind.__struct_fields__}, neutral)
+        _refuse({n: value for n, value in given.items() if n not in kind.__struct_fields__}, {**NEVER, **neutral})
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None
