@@ -39,6 +39,7 @@ from weft.types import (
     Made,
     Mask,
     MediaItem,
+    Noted,
     Park,
     Plan,
     Planned,
@@ -48,6 +49,7 @@ from weft.types import (
     RequestSpec,
     Resume,
     SamplingSpec,
+    Seen,
     SharedKV,
     Span,
     StepResult,
@@ -58,6 +60,7 @@ from weft.types import (
     Tokens,
     Truncate,
     VectorItem,
+    Watch,
     Work,
     WorkResult,
 )
@@ -84,6 +87,7 @@ SPEC = RequestSpec(
     forced=(3, 1),
     grammar=Grammar("regex", "[\u03b2\U0001f600]+"),
     hand_over=True,
+    timeline=True,
     stored=((5, 0), ()),
 )
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
@@ -126,9 +130,11 @@ EVENTS: tuple[Event, ...] = (
     ),
     Adapted(4, "a", "adapt=lora(name='a')", "beef", error="why", kind="capacity", param="lora_name", code="overloaded"),
     Preempted(1, 2),
+    Noted(1, 2, "chunk", {"start": 3}),
     Rejected(1, "too long", "capacity", param="prompt", code="context_length_exceeded"),
 )
-FRAME = EngineFrame(events=EVENTS, stats=STATS, plan=(1, 2), taken=3)
+SEEN = Seen(9, 8, 7, 6, 5, ((4, 3, 2),))
+FRAME = EngineFrame(events=EVENTS, stats=STATS, plan=(1, 2), taken=3, seen=SEEN)
 GROUPS = tuple(
     GroupSpec(
         name=kind.value, kind=kind, layers=(0, 3), entry_bytes=8, block_tokens=16, model="draft", heads=(1, 2),
@@ -137,7 +143,7 @@ GROUPS = tuple(
     for kind in GroupKind
 )  # fmt: skip
 COMMANDS: tuple[Command, ...] = (
-    Add(SPEC), Cancel(3), Cancel(3, 1), Load(4, "a", "folder/a", technique="other"), Drop(5, "a"),
+    Add(SPEC), Cancel(3), Cancel(3, 1), Load(4, "a", "folder/a", technique="other"), Drop(5, "a"), Watch(on=True),
 )  # fmt: skip
 ACTIONS: tuple[Action, ...] = (
     Fork(1, 2), Put(1, (3, 4), drop=2), Append(2, (5,)), Truncate(1, 9), Park(1), Resume(1), Stop(2),
