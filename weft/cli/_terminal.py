@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +22,32 @@ Progress = Callable[[int, int], None]
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def log(level: str) -> None:
-    """Send what weft and its libraries log to stderr, from this level (one of LEVELS) on."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+class JSONLines(logging.Formatter):
+    """A line of JSON for each record: time, level, logger and message; of a request what `access` tells; an id within one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from weft.front.access import TRACK
+
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        told: dict[str, Any] = {"time": at, "level": record.levelname.lower(), "logger": record.name}
+        track = TRACK.get()
+        request = getattr(record, "request", None)
+        if request is not None:
+            told |= request
+        else:
+            told |= {"message": record.getMessage()} | ({"id": track.id} if track is not None else {})
+        if record.exc_info:
+            told["error"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)
+
+
+def log(level: str, form: str = "text") -> None:
+    """Send what weft and its libraries log to stderr, from this level (one of LEVELS) on.  form: text or json."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JSONLines() if form == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)  # `weft.access` says more
 
 
 def stderr() -> Console:

@@ -20,9 +20,11 @@ import typer
 from weft.cli._flags import EngineFlags, Model, spread
 from weft.cli._store import StoreFlags
 from weft.cli._terminal import LEVELS, log, say
+from weft.cli._watch import WatchFlags
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
+    from weft.front.access import Access
     from weft.front.admission import Bounds
     from weft.front.remote import RemoteEngine
     from weft.front.store import Store
@@ -155,6 +157,16 @@ class ServerFlags:
             rich_help_panel=SERVER,
         ),
     ] = 120.0
+    request_stall_timeout: Annotated[
+        float,
+        typer.Option(
+            "--request-stall-timeout",
+            help="Seconds after which a request that does not advance, while others do, is computed again.",
+            metavar="S",
+            min=0.1,
+            rich_help_panel=SERVER,
+        ),
+    ] = 120.0
     record: Annotated[
         Path | None,
         _option(
@@ -219,15 +231,18 @@ class ServerFlags:
             raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
 
-@functools.partial(spread, server=ServerFlags, store=StoreFlags, flags=EngineFlags)
-def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags: EngineFlags) -> None:
+@functools.partial(spread, server=ServerFlags, store=StoreFlags, watch=WatchFlags, flags=EngineFlags)
+def serve(
+    model: Model = None, *, server: ServerFlags, store: StoreFlags, watch: WatchFlags, flags: EngineFlags
+) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
     from weft.front.server import bind
     from weft.front.text import ModelText
     from weft.hub import model_id, resolve
 
     with _ended_by_signals():
-        log(level(server.log_level))
+        watch.check()
+        log(level(server.log_level, watch.usual_level), watch.log_format)
         server.check()
         store.check()
         flags.check()
@@ -237,9 +252,9 @@ def serve(model: Model = None, *, server: ServerFlags, store: StoreFlags, flags:
         with contextlib.closing(bind(server.host, server.port)) as held:
             kept = store.open()
             folder = resolve(model, progress=sys.stderr.isatty())
-            with engine(folder, model_id(model), flags, server) as port:
+            with engine(folder, model_id(model), flags, server, watch) as port, watch.access() as access:
                 text = ModelText.load(folder, name=model_id(model))
-                _run(port, text, held, server, names, key, kept)
+                _run(port, text, held, server, names, key, kept, access)
 
 
 def _run(
@@ -250,6 +265,7 @@ def _run(
     names: list[str],
     key: str | None,
     store: Store | None,
+    access: Access,
 ) -> None:
     from weft.config import parse_size
     from weft.front.app import STALL_S, create_app
@@ -276,13 +292,16 @@ def _run(
         lambda: port.state(STALL_S),
         lambda: port.error() is not None,
     )
+    gate.access = access
     Server(gate, flags.host, ready=ready, sock=held, drain_s=flags.drain_timeout).run()
     if port.error() is not None:
         raise EngineError(f"the engine had stopped: {port.error()}")
 
 
 @contextlib.contextmanager
-def engine(folder: Path, name: str, flags: EngineFlags, server: ServerFlags) -> Iterator[RemoteEngine]:
+def engine(
+    folder: Path, name: str, flags: EngineFlags, server: ServerFlags, watch: WatchFlags
+) -> Iterator[RemoteEngine]:
     """An engine in a process of its own, that of the model in `folder`; it shows its plan and loads meanwhile."""
     from weft.cli._engine import command
     from weft.front.remote import RemoteEngine
@@ -294,11 +313,13 @@ def engine(folder: Path, name: str, flags: EngineFlags, server: ServerFlags) -> 
         options={key: _plain(value) for key, value in flags.options().items()},
         shadow=server.checks,
         lora_root=None if server.lora_root is None else str(server.lora_root.resolve()),
-        log_level=level(server.log_level),
+        log_level=level(server.log_level, watch.usual_level),
+        log_format=watch.log_format,
         record=None if server.record is None else str(server.record.resolve()),
     )
     how, where = command()
-    port = RemoteEngine(how, start, cwd=where, stall_s=server.stall_timeout)
+    limits = {"stall_s": server.stall_timeout, "request_stall_s": server.request_stall_timeout}
+    port = RemoteEngine(how, start, cwd=where, **limits)
     try:
         yield port
     finally:
@@ -323,9 +344,9 @@ def curl(url: str, name: str, *, chat: bool, key: bool = False) -> str:
     return f"curl {url}/v1/{route} -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
 
 
-def level(given: str | None) -> str:
+def level(given: str | None, usual: str = "warning") -> str:
     """The log level that a flag, or WEFT_LOG, names.  Raises ConfigError."""
-    wanted = (given or os.environ.get("WEFT_LOG") or "warning").lower()
+    wanted = (given or os.environ.get("WEFT_LOG") or usual).lower()
     if wanted not in LEVELS:
         raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
     return wanted

@@ -42,6 +42,8 @@ log = logging.getLogger("weft.engine")
 
 STALL_S = 120.0
 """Seconds without a step, work waiting, after which an engine is replaced."""
+REQUEST_STALL_S = 120.0
+"""Seconds after which a request that does not advance, while the engine steps, is computed again."""
 TICK_S = 0.25
 MOST_PATIENCE = 8.0
 """How often that time an engine gets whose like have stood still without giving a token."""
@@ -55,13 +57,17 @@ class RemoteEngine:
     """An `EnginePort` over engine processes.  command: starts the nursery in `cwd`, and gets the socket's path as last argument.
 
     start: what every engine builds.  stall_s: seconds without a step after which an engine that has work is replaced.
+    request_stall_s: seconds after which a request that does not advance in an engine that steps is computed again.
     `started` is done once the first engine is up, or with the error that it cannot be built.
     """
 
     def __init__(
-        self, command: Sequence[str], start: Start, *, cwd: str | None = None, stall_s: float = STALL_S
-    ) -> None:
-        self._command, self._cwd, self._start, self._stall_s = list(command), cwd, start, stall_s
+        self, command: Sequence[str], start: Start, *, cwd: str | None = None, stall_s: float = STALL_S,
+        request_stall_s: float = REQUEST_STALL_S,
+    ) -> None:  # fmt: skip
+        self._command, self._cwd, self._start = list(command), cwd, start
+        self._stall_s, self._request_stall_s = stall_s, request_stall_s
+        self._looked = 0.0
         self.started: Future[EngineInfo] = Future()
         self._stats = self._before = EngineStats()
         self._error: str | None = None
@@ -167,6 +173,13 @@ class RemoteEngine:
             self._spawn()
         if self._nursery is None and self._process is not None and self._process.poll() is not None:
             self._lost(f"its nursery ended with status {self._process.returncode}")
+        if self._up and now - self._looked >= TICK_S:
+            self._looked = now
+            events, commands = self._journal.overdue(now, self._request_stall_s)
+            if commands:
+                log.warning("requests did not advance for %g s: they are taken back", self._request_stall_s)
+            self._tell(commands)
+            self._emit(events)
         if not heard and self._up and self._journal.busy and now - self._moved > self._stall_s * self._patience:
             self._patience = min(2 * self._patience, MOST_PATIENCE)  # a step that is only slow gets through in the end
             self._kill(f"it made no step for {now - self._moved:.0f} s")
@@ -295,7 +308,7 @@ class RemoteEngine:
             if frame.events:
                 self._failures, self._patience = 0, 1.0
             self._tell(commands)
-            self._emit(events)
+            self._emit(events, self._journal.begun)
         elif isinstance(message, Ready):
             self._begin(message.info)
         elif isinstance(message, Failed):
@@ -310,9 +323,10 @@ class RemoteEngine:
         if not self.started.done():
             self.started.set_result(info)
 
-    def _emit(self, events: list[Any]) -> None:
-        if events and self._sink is not None:
-            self._sink(EngineFrame(events=tuple(events), stats=self._stats))
+    def _emit(self, events: list[Any], begun: tuple[int, ...] = ()) -> None:
+        """begun: requests that have their first turn."""
+        if (events or begun) and self._sink is not None:
+            self._sink(EngineFrame(events=tuple(events), stats=self._stats, plan=begun or None))
 
     # ------------------------------------------------------------------ the end of an engine
 

@@ -18,10 +18,11 @@ from typing import Any
 from weft.errors import EngineError
 from weft.soak import faults
 from weft.soak.client import Answer, Lost, ask, get
+from weft.soak.disk import Store
 
 AT_ONCE = 16
-STALL_S = 1.0
-"""After which the front replaces an engine that a fault has stopped."""
+STALL_S = 5.0
+"""After which the front replaces an engine that a fault has stopped; a step is far shorter on a busy machine too."""
 SERVER = (
     "--port",
     "0",
@@ -35,10 +36,10 @@ SERVER = (
     str(STALL_S),
 )
 READY = re.compile(rb"weft ready http://[\w.]+:(\d+)\n")
-WARM = 0.2
-"""Share of the requests after which memory is expected to be flat."""
+WARM, WARM_UP = 0.2, 1000
+"""Share of a process's life, and requests at least, after which its memory is expected to be flat."""
 SPAN = 1000
-"""Requests that a process has to live through for its memory to say anything."""
+"""Requests that it has to live through after that for its memory to say anything."""
 SAMPLES = 200
 RECOVERY_S = 60.0
 WORDS = (
@@ -73,14 +74,15 @@ class Report:
         return bool(self.lost or self.wrong or self.leaked)
 
     def as_dict(self) -> dict[str, Any]:
-        front = slope([self.front], self.requests)
-        engine = slope(list(self.engine.values()), self.requests)
+        front = slope([self.front])
+        engine = slope(list(self.engine.values()))
+        known = [one for one in (front, engine) if one is not None]
         return {
             "requests": self.requests,
             "lost": self.lost,
             "wrong_tokens": self.wrong,
             "leaked_blocks": self.leaked,
-            "rss_slope_bytes_per_1000": max(front, engine),
+            "rss_slope_bytes_per_1000": max(known, default=None),
             "front_rss_slope_bytes_per_1000": front,
             "engine_rss_slope_bytes_per_1000": engine,
             "faults": self.done,
@@ -92,18 +94,22 @@ class Report:
         }
 
 
-def slope(series: Sequence[Sequence[tuple[int, int]]], requests: int) -> int:
-    """Bytes in 1,000 requests over the last 80 %: one line's slope through several series, each at a height of its own (an engine
-    that took another's place begins anew); 0 without a series that is long enough."""
+def slope(series: Sequence[Sequence[tuple[int, int]]]) -> int | None:
+    """Bytes in 1,000 requests once processes are warm, None where none lived long enough to say.  series: one for each life.
+
+    Least squares: one slope through all lives, each at a height of its own, so that a life counts by how far it reaches.  Every
+    process warms up anew (an engine by some 4 MB), so the first part of each life is left out, not that of the whole run.
+    """
     above = below = 0.0
     for points in series:
-        late = [(x, y) for x, y in points if x >= WARM * requests]
+        begin, end = points[0][0], points[-1][0]
+        late = [(x, y) for x, y in points if x >= begin + max(WARM * (end - begin), WARM_UP)]
         if late and late[-1][0] - late[0][0] >= SPAN:
             mean_x = sum(x for x, _ in late) / len(late)
             mean_y = sum(y for _, y in late) / len(late)
             above += sum((x - mean_x) * (y - mean_y) for x, y in late)
             below += sum((x - mean_x) ** 2 for x, _ in late)
-    return round(1000 * above / below) if below else 0
+    return round(1000 * above / below) if below else None
 
 
 def kinds() -> list[tuple[str, dict[str, Any]]]:
@@ -158,7 +164,8 @@ class Soak:
         out, err = folder / "stdout", folder / "stderr"
         began = time.monotonic()
         with out.open("wb") as o, err.open("wb") as e:
-            command = [sys.executable, "-m", "weft", "serve", *self._model, *SERVER]
+            store = folder / "store"
+            command = [sys.executable, "-m", "weft", "serve", *self._model, *SERVER, "--data-dir", str(store)]
             process = subprocess.Popen(command, stdout=o, stderr=e, stdin=subprocess.DEVNULL)
         try:
             while (found := READY.search(out.read_bytes())) is None:
@@ -166,7 +173,7 @@ class Soak:
                     raise EngineError(f"the server did not come up: {err.read_text()[-2000:]}")
                 time.sleep(0.05)
             self._port = int(found[1])
-            asyncio.run(self._soak(process.pid))
+            asyncio.run(self._soak(process.pid, Store(self._port, store)))
         except Lost as error:
             raise EngineError(f"the server is gone ({error}); it said: {err.read_text()[-2000:]}") from None
         finally:
@@ -179,14 +186,15 @@ class Soak:
         self.report.seconds = time.monotonic() - began
         return self.report
 
-    async def _soak(self, front: int) -> None:
+    async def _soak(self, front: int, store: Store) -> None:
         for route, body in self._kinds:
             answer = await ask(self._port, route, body)
             assert answer is not None
             self._calm.append(answer)
+        await store.prepare()
         clients = [asyncio.create_task(self._client()) for _ in range(AT_ONCE)]
         watch = asyncio.create_task(self._watch(front))
-        hurt = asyncio.create_task(self._hurt())
+        hurt = asyncio.create_task(self._hurt(front, store))
         try:
             await asyncio.gather(*clients, hurt)
         finally:
@@ -194,6 +202,7 @@ class Soak:
         health = await self._healthy()
         self.report.restarts = health["engine_restarts"]
         self.report.leaked = await self._held()
+        self._lose(await store.intact())
 
     # ------------------------------------------------------------------ requests
 
@@ -223,13 +232,18 @@ class Soak:
             report.wrong += wrong
             self._reason(f"kind {which}: {wrong} tokens differ")
 
+    def _lose(self, lost: list[str]) -> None:
+        self.report.lost += len(lost)
+        for text in lost:
+            self._reason(text)
+
     def _reason(self, text: str) -> None:
         if len(self.report.reasons) < 20:
             self.report.reasons.append(text)
 
     # ------------------------------------------------------------------ faults
 
-    async def _hurt(self) -> None:
+    async def _hurt(self, front: int, store: Store) -> None:
         """Faults of all kinds in turn, each some requests after the one before it."""
         for i in range(self._faults):
             due = (i + 1) * self._requests // (self._faults + 1)
@@ -242,9 +256,15 @@ class Soak:
             await asyncio.sleep(self._chance.random() * 0.05)
             health = await self._healthy()
             try:
-                faults.TO_ENGINE[name](health["engine_pid"])
+                if name in faults.TO_STORE:
+                    self._lose(await store.fault(front))
+                else:
+                    faults.TO_ENGINE[name](health["engine_pid"])
             except faults.Impossible as error:
                 self.report.refused[name] = str(error)
+                continue
+            if name in faults.TO_STORE:
+                self.report.done[name] += 1
                 continue
             began = time.monotonic()
             self.report.done[name] += 1
