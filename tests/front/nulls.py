@@ -25,7 +25,6 @@ from weft.core.engine import Engine
 from weft.errors import CapacityError, ConfigError
 from weft.exec.null import NullExecutor
 from weft.exec.thread import EngineThread
-from weft.front.journal import OWN_IDS
 from weft.front.port import EngineInfo
 from weft.front.wire import Start
 from weft.types import GroupKind, GroupSpec, Plan, StepResult, Work, WorkResult
@@ -38,6 +37,8 @@ DEADLY = 13
 
 class Breaking(NullExecutor):
     how = ""
+    first: int | None = None
+    """The first sequence whose prompt is deadly."""
 
     def execute(self, plan: Plan) -> StepResult:
         result = super().execute(plan)
@@ -59,7 +60,9 @@ class Breaking(NullExecutor):
     def stands_still(self, work: Work) -> bool:
         if self.mirror.sequences[work.request].tokens[0] != DEADLY:
             return False
-        return self.how == "stuck" or (work.request < OWN_IDS and work.output >= 2)
+        if self.first is None:
+            self.first = work.request
+        return self.how == "stuck" or (work.request == self.first and work.output >= 2)
 
 
 def built(start: Start) -> EngineThread:

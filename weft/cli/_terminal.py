@@ -47,7 +47,6 @@ def log(level: str, form: str = "text") -> None:
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(JSONLines() if form == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)  # `weft.access` says more
 
 
 def stderr() -> Console:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import math
 import signal
 import socket
@@ -90,8 +89,8 @@ class Server:
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             lifespan="on",
-            log_config=None,  # the program's own logging: at level info, a line for each request
-            access_log=logging.getLogger("uvicorn.access").isEnabledFor(logging.INFO),
+            log_config=None,  # the program's own logging
+            access_log=False,  # `access` says more, and no query, in which a key may stand
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=65,

@@ -21,6 +21,8 @@ from weft.soak.client import Answer, Lost, ask, get
 from weft.soak.disk import Store
 
 AT_ONCE = 16
+AHEAD = 2
+"""Faults that may be due beyond those that are over: clients wait then, so that every fault meets requests."""
 STALL_S = 5.0
 """After which the front replaces an engine that a fault has stopped; a step is far shorter on a busy machine too."""
 SERVER = (
@@ -155,7 +157,8 @@ class Soak:
         self._port = 0
         self._calm: list[Answer] = []
         self._kinds = kinds()
-        self._asked = 0
+        self._asked = self._open = self._through = 0
+        """Requests that were begun, that are open, and faults that are over."""
         self._due: list[str] = []
         """Faults that the next clients make."""
 
@@ -208,10 +211,15 @@ class Soak:
 
     async def _client(self) -> None:
         while self._asked < self._requests:
+            if self.report.requests * (self._faults + 1) // self._requests > self._through + AHEAD:
+                await asyncio.sleep(0.01)
+                continue
             self._asked += 1
             which = self._chance.randrange(len(self._kinds))
             fault = self._due.pop() if self._due and self._kinds[which][1]["stream"] else None
+            self._open += 1
             await self._one(which, fault)
+            self._open -= 1
             self.report.requests += 1
 
     async def _one(self, which: int, fault: str | None) -> None:
@@ -246,6 +254,7 @@ class Soak:
     async def _hurt(self, front: int, store: Store) -> None:
         """Faults of all kinds in turn, each some requests after the one before it."""
         for i in range(self._faults):
+            self._through = i
             due = (i + 1) * self._requests // (self._faults + 1)
             while self.report.requests < due:
                 await asyncio.sleep(0.002)
@@ -268,16 +277,19 @@ class Soak:
                 continue
             began = time.monotonic()
             self.report.done[name] += 1
-            await self._healthy(since=health["engine_restarts"])
+            await self._healthy(since=health["engine_restarts"], stopped=name == "stall")
             self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - began)
             self._tell(f"{self.report.requests} of {self._requests} requests, {i + 1} of {self._faults} faults")
+        self._through = self._faults
 
-    async def _healthy(self, since: int = -1) -> dict[str, Any]:
-        """What /health says once all is well, after more than `since` restarts where an engine has work.  Raises Lost."""
+    async def _healthy(self, since: int = -1, stopped: bool = False) -> dict[str, Any]:
+        """What /health says once all is well, after more than `since` restarts.  stopped: not after any where nothing is asked,
+        as an engine that stands still without work is left alone.  Raises Lost.
+        """
         until = time.monotonic() + RECOVERY_S
         while True:
             health: dict[str, Any] = json.loads(await get(self._port, "/health"))
-            idle = self.report.requests >= self._requests  # an engine that stands still without work is left alone
+            idle = stopped and not self._open
             if health["status"] == "ok" and (health["engine_restarts"] > since or idle):
                 return health
             if time.monotonic() > until:
