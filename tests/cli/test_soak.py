@@ -31,8 +31,8 @@ def test_thirty_faults() -> None:
     assert isinstance(faults, dict)
     assert faults.keys() == set(ALL)
     assert all(faults[name] + (name in found["faults_refused"]) for name in ALL)  # type: ignore[operator]
-    done = faults["engine"] + faults["socket"] + faults["stall"]
-    assert found["engine_restarts"] >= done, "a busy machine may let an engine stand still by itself"  # type: ignore[operator]
+    done = faults["engine"] + faults["socket"]
+    assert found["engine_restarts"] >= done, "one that stands still without work is left alone"  # type: ignore[operator]
 
 
 @pytest.mark.long

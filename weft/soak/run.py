@@ -268,7 +268,8 @@ class Soak:
                 if name in faults.TO_STORE:
                     self._lose(await store.fault(front))
                 else:
-                    faults.TO_ENGINE[name](health["engine_pid"])
+                    with contextlib.suppress(ProcessLookupError):  # it has just been ended for another reason
+                        faults.TO_ENGINE[name](health["engine_pid"])
             except faults.Impossible as error:
                 self.report.refused[name] = str(error)
                 continue
