@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -167,6 +168,29 @@ def test_twenty_engines_die_and_no_token_is_lost_doubled_or_different(serving: S
     assert after["engine_restarts"] >= before + 20
     assert [d.outcome() for d in disturbed] == [c.outcome() for c in calm]
     assert max(pauses_s) < 5, pauses_s
+
+
+def counters(url: str) -> dict[str, float]:
+    """Every counter of /metrics without labels."""
+    page = httpx.get(f"{url}/metrics", timeout=30).text
+    names = re.findall(r"^# TYPE (\S+) counter$", page, re.MULTILINE)
+    return {name: float(found[1]) for name in names if (found := re.search(rf"^{name} (\S+)$", page, re.MULTILINE))}
+
+
+def test_counters_do_not_fall_when_an_engine_dies(serving: Serving) -> None:
+    url = serving.url()
+    request = {"prompt": "Say", "max_tokens": 8, "structured_outputs": {"regex": "[a-z]{4,8}"}, "seed": 1}
+    assert httpx.post(f"{url}/v1/completions", json=request, timeout=60).status_code == 200
+    before = counters(url)
+    for name in ("grammar_rows", "grammar_steps", "grammar_mask_seconds", "grammars", "grammar_ready_seconds"):
+        assert before[f"weft:{name}_total"] > 0, name
+    os.kill(health(url)["engine_pid"], signal.SIGKILL)
+    asyncio.run(until(lambda: counters(url)["weft:engine_restarts_total"] > before["weft:engine_restarts_total"]))
+    up(url)
+    assert httpx.post(f"{url}/v1/completions", json=request, timeout=60).status_code == 200
+    after = counters(url)
+    assert {name for name, value in before.items() if after[name] < value} == set()
+    assert after["weft:grammars_total"] == before["weft:grammars_total"] + 1
 
 
 def test_a_step_that_stands_still_is_given_up(serving: Serving) -> None:

@@ -5,7 +5,7 @@
 
 What `Start.name` asks for: "good"; "config" and "capacity" cannot be built; "once" only while there is no file `once` in its
 folder, which it makes; of a request whose prompt begins with 13 "raise" breaks in a step, "kill" ends its process, "hang" stands
-still.
+still; "stick" gives it no rows from its second token on until it is sent again, "stuck" never gives it any.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from msgspec import structs
+
 from weft.cli import _engine
 from weft.config import Limits
 from weft.core.engine import Engine
@@ -25,7 +27,7 @@ from weft.exec.null import NullExecutor
 from weft.exec.thread import EngineThread
 from weft.front.port import EngineInfo
 from weft.front.wire import Start
-from weft.types import GroupKind, GroupSpec, Plan, StepResult
+from weft.types import GroupKind, GroupSpec, Plan, StepResult, Work, WorkResult
 
 GROUPS = [GroupSpec(name="full", kind=GroupKind.FULL, layers=(0,), entry_bytes=8, block_tokens=16)]
 VOCAB = 32
@@ -35,9 +37,17 @@ DEADLY = 13
 
 class Breaking(NullExecutor):
     how = ""
+    first: int | None = None
+    """The first sequence whose prompt is deadly."""
 
     def execute(self, plan: Plan) -> StepResult:
         result = super().execute(plan)
+        if self.how in ("stick", "stuck"):
+            works = tuple(
+                WorkResult(rows=0) if self.stands_still(w) else done
+                for w, done in zip(plan.works, result.works, strict=True)
+            )
+            return structs.replace(result, works=works)
         if any(self.mirror.sequences[w.request].tokens[0] == DEADLY for w in plan.works):
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -46,6 +56,13 @@ class Breaking(NullExecutor):
             if self.how == "raise":
                 raise RuntimeError("it broke")
         return result
+
+    def stands_still(self, work: Work) -> bool:
+        if self.mirror.sequences[work.request].tokens[0] != DEADLY:
+            return False
+        if self.first is None:
+            self.first = work.request
+        return self.how == "stuck" or (work.request == self.first and work.output >= 2)
 
 
 def built(start: Start) -> EngineThread:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort, wait_until
+from weft.front.openai import batch_runner
 from weft.front.store import Store, open_store
 from weft.front.text import ModelText
 
@@ -232,9 +233,10 @@ def _age(folder: Path, id: str) -> None:
 
 
 def test_a_full_disk_is_an_error_of_the_batch(
-    tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort]
+    tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite itself says that it is full: the file may not grow beyond what it is after the input."""
+    monkeypatch.setattr(batch_runner, "ROOM_S", 0.0)
     port = scripted(lambda spec, index: [65] * spec.sampling.max_tokens)
     store = open_store(tmp_path)
     with serving(port, text, store=store) as url:
@@ -249,6 +251,34 @@ def test_a_full_disk_is_an_error_of_the_batch(
         assert (refused.status_code, refused.json()["error"]["code"]) == (507, "storage_full")
         chat = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
         assert chat.status_code == 200  # the server goes on
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_batch_nothing(
+    tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort]
+) -> None:
+    """Nothing can be written while results come; then there is room again.  The counts are those of lines, each once."""
+    port = scripted(lambda spec, index: [65] * spec.sampling.max_tokens)
+    store = open_store(tmp_path)
+    with serving(port, text, store=store) as url:
+        file = upload(url, jsonl(line(i) for i in range(40)))["id"]
+        _stop_growth(store)
+        body = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        id = httpx.post(f"{url}/v1/batches", json=body).json()["id"]
+        refused = httpx.post(f"{url}/v1/files", files={"file": ("a", b"x" * (2 << 20))}, data={"purpose": "batch"})
+        assert (refused.status_code, "room" in refused.json()["error"]["message"]) == (507, True)
+        assert not wait_until(lambda: httpx.get(f"{url}/v1/batches/{id}").json()["status"] in ENDED, 1.5)
+        store.files.database.run_now(lambda db: db.execute("PRAGMA max_page_count=100000").fetchone())
+        batch = ended(url, id)
+        assert (batch["status"], batch["request_counts"]) == ("completed", {"total": 40, "completed": 40, "failed": 0})
+        assert batch["usage"]["output_tokens"] == 40 * CHAT["max_tokens"], "what was not written is not counted"
+        assert sorted(row["custom_id"] for row in rows(url, batch["output_file_id"])) == sorted(
+            f"line-{i}" for i in range(40)
+        )
+        upload(url, b"{}\n")
+        left = store.files.database.run_now(
+            lambda db: db.execute("SELECT COUNT(*) FROM files WHERE whole = 0").fetchone()
+        )
+        assert left == (0,), "the refused upload is swept by the next one"
 
 
 def _stop_growth(store: Store) -> None:

@@ -18,7 +18,7 @@ import pytest
 from tests.front.nulls import DEADLY, VOCAB
 from weft.errors import CapacityError, ConfigError, EngineError
 from weft.exec.null import reference
-from weft.front.metrics import total
+from weft.front.metrics import COUNTERS, ENGINES, total
 from weft.front.remote import RemoteEngine
 from weft.front.wire import Hello, Start, Step, frame_of
 from weft.types import Add, EngineFrame, EngineStats, Finished, RequestSpec, SamplingSpec, TokenItem, Tokens
@@ -147,6 +147,29 @@ def test_a_request_that_ends_engines_is_found(how: str, said: str) -> None:
         assert e.port.state(99).restarts == 4
 
 
+def test_a_request_that_stands_still_among_others_is_computed_again() -> None:
+    with engines("stick", request_stall_s=0.3) as e:
+        e.ask(1, 20_000)
+        e.ask(9, 100, first=DEADLY)
+        e.wait(lambda: 9 in e.ends)
+        assert 1 not in e.ends, "the other one had ended, and there was nothing to stand still among"
+        assert e.ends[9].error is None
+        assert e.tokens[9] == reference((DEADLY, 2, 9), SamplingSpec(max_tokens=100), 9, VOCAB)
+        e.right([1], 20_000)
+        assert e.port.state(99).restarts == 0, "the engine has done nothing wrong"
+
+
+def test_a_request_that_never_advances_fails_alone() -> None:
+    with engines("stuck", request_stall_s=0.1) as e:
+        e.ask(9, 100, first=DEADLY)
+        for id in range(4):
+            e.ask(id, 3000)
+        e.wait(lambda: 9 in e.ends)
+        assert "did not advance" in (e.ends[9].error or "")
+        e.right(range(4), 3000)
+        assert (e.port.state(99).restarts, e.port.stalled_s()) == (0, 0.0)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("config", ConfigError), ("capacity", CapacityError)])
 def test_what_cannot_be_built_says_why(name: str, kind: type[EngineError]) -> None:
     with engines(name) as e:
@@ -222,3 +245,5 @@ def test_figures_are_counted_over_all_engines() -> None:
     assert (told.steps, told.generation_tokens, told.running, told.kv_blocks_total) == (7, 8, 1, 9)
     assert told.acts == {"a": 1, "b": 5, "c": 4}
     assert total(before, now, 0) is now
+    counted = {field for _, field, _ in COUNTERS} - {"engine_restarts"}
+    assert counted <= set(ENGINES), "a counter that goes back to 0 when an engine is started again"

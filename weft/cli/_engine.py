@@ -287,7 +287,7 @@ def _built(start: Start) -> EngineThread:
     from weft.exec.shadow import Shadow, check_options, planned
     from weft.llm import engine_info
 
-    log(start.log_level)
+    log(start.log_level, start.log_format)
     setup = prepare(engine_config(Path(start.folder), start.options), shared=start.shared)
     if start.shadow is not None:
         check_options(*start.shadow)

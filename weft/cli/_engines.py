@@ -14,6 +14,7 @@ from weft.cli._terminal import level, say
 from weft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from weft.cli._watch import WatchFlags
     from weft.cli.serve import ServerFlags
     from weft.front.remote import RemoteEngine
     from weft.front.replicas import Replicas
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def engine(
-    folder: Path, name: str, flags: EngineFlags, server: ServerFlags
+    folder: Path, name: str, flags: EngineFlags, server: ServerFlags, watch: WatchFlags
 ) -> Iterator[RemoteEngine | Replicas | Roles]:
     """Engines of the model in `folder`, each in a process of its own; the first shows its plan, and they load meanwhile."""
     from weft.cli._engine import command
@@ -39,13 +40,15 @@ def engine(
         options={key: _plain(value) for key, value in flags.options().items()},
         shadow=server.checks,
         lora_root=None if server.lora_root is None else str(server.lora_root.resolve()),
-        log_level=level(server.log_level),
+        log_level=level(server.log_level, watch.usual_level),
+        log_format=watch.log_format,
         record=None if server.record is None else str(server.record.resolve()),
     )
     how, where = command()
 
     def started(starts: list[Start]) -> RemoteEngine | Replicas:
-        ports = [RemoteEngine(how, one, cwd=where, stall_s=server.stall_timeout) for one in starts]
+        limits = {"stall_s": server.stall_timeout, "request_stall_s": server.request_stall_timeout}
+        ports = [RemoteEngine(how, one, cwd=where, **limits) for one in starts]
         return ports[0] if len(ports) == 1 else Replicas(ports, router(server.route))
 
     with contextlib.ExitStack() as held:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import ConfigError
 
@@ -23,11 +25,31 @@ Progress = Callable[[int, int], None]
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def log(level: str) -> None:
-    """Send what weft and its libraries log to stderr, from this level (one of LEVELS) on."""
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+class JSONLines(logging.Formatter):
+    """A line of JSON for each record: time, level, logger and message; of a request what `access` tells; an id within one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from weft.front.access import TRACK
+
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        told: dict[str, Any] = {"time": at, "level": record.levelname.lower(), "logger": record.name}
+        track = TRACK.get()
+        request = getattr(record, "request", None)
+        if request is not None:
+            told |= request
+        else:
+            told |= {"message": record.getMessage()} | ({"id": track.id} if track is not None else {})
+        if record.exc_info:
+            told["error"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)
+
+
+def log(level: str, form: str = "text") -> None:
+    """Send what weft and its libraries log to stderr, from this level (one of LEVELS) on.  form: text or json."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JSONLines() if form == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 def stderr() -> Console:
@@ -117,9 +139,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def level(given: str | None) -> str:
+def level(given: str | None, usual: str = "warning") -> str:
     """The log level that a flag, or WEFT_LOG, names.  Raises ConfigError."""
-    wanted = (given or os.environ.get("WEFT_LOG") or "warning").lower()
+    wanted = (given or os.environ.get("WEFT_LOG") or usual).lower()
     if wanted not in LEVELS:
         raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
     return wanted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import shlex
 import signal
 import socket
@@ -17,15 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weft.cli._engines import engine, roles, router
 from weft.cli._config_file import read_config
+from weft.cli._engines import engine, roles, router
 from weft.cli._flags import EngineFlags, Model, spread
 from weft.cli._guard import GuardFlags
 from weft.cli._store import StoreFlags
 from weft.cli._terminal import level, log, say
+from weft.cli._watch import WatchFlags
 from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
+    from weft.front.access import Access
     from weft.front.admission import Bounds
     from weft.front.guard import Guard
     from weft.front.remote import RemoteEngine
@@ -190,6 +191,16 @@ class ServerFlags:
             "--route", help="Which of several engines serves a request.", metavar="NAME(ARGS)", rich_help_panel=SERVER
         ),
     ] = "prefix_aware"
+    request_stall_timeout: Annotated[
+        float,
+        typer.Option(
+            "--request-stall-timeout",
+            help="Seconds after which a request that does not advance, while others do, is computed again.",
+            metavar="S",
+            min=0.1,
+            rich_help_panel=SERVER,
+        ),
+    ] = 120.0
     record: Annotated[
         Path | None,
         _option(
@@ -261,9 +272,17 @@ class ServerFlags:
             raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
 
-@functools.partial(spread, server=ServerFlags, security=GuardFlags, store=StoreFlags, flags=EngineFlags)
+@functools.partial(
+    spread, server=ServerFlags, security=GuardFlags, store=StoreFlags, watch=WatchFlags, flags=EngineFlags
+)
 def serve(
-    model: Model = None, *, server: ServerFlags, security: GuardFlags, store: StoreFlags, flags: EngineFlags
+    model: Model = None,
+    *,
+    server: ServerFlags,
+    security: GuardFlags,
+    store: StoreFlags,
+    watch: WatchFlags,
+    flags: EngineFlags,
 ) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
     from weft.front.server import bind
@@ -271,7 +290,8 @@ def serve(
     from weft.hub import model_id, resolve
 
     with _ended_by_signals():
-        log(level(server.log_level))
+        watch.check()
+        log(level(server.log_level, watch.usual_level), watch.log_format)
         server.check()
         store.check()
         flags.check()
@@ -285,9 +305,9 @@ def serve(
             if server.roles is not None and flags.prefix_cache is False:
                 raise ConfigError("--roles hand prompts over by the prefix cache; leave --no-prefix-cache out")
             folder = resolve(model, progress=sys.stderr.isatty())
-            with engine(folder, model_id(model), flags, server) as port:
+            with engine(folder, model_id(model), flags, server, watch) as port, watch.access() as access:
                 text = ModelText.load(folder, name=model_id(model))
-                _run(port, text, held, server, names, (security, guard), kept)
+                _run(port, text, held, server, names, (security, guard), kept, access)
 
 
 def _run(
@@ -298,6 +318,7 @@ def _run(
     names: list[str],
     secured: tuple[GuardFlags, Guard],
     store: Store | None,
+    access: Access,
 ) -> None:
     from weft.config import parse_size
     from weft.front.app import STALL_S, create_app
@@ -326,6 +347,7 @@ def _run(
         lambda: port.state(STALL_S),
         lambda: port.error() is not None,
     )
+    gate.access = access
     Server(
         gate,
         flags.host,

@@ -38,10 +38,8 @@ class Sequences:
         self.limits, self.models, self.vocab, self.stacks, self.cuts = limits, models, vocab, stacks, tuple(cuts)
         self._live: dict[int, Request] = {}
         self._by_id: dict[int, dict[int, int]] = {}
-        self.timed = False
-        """Whether a request that keeps a timeline may be live."""
-        self._rids = 0
-        self._links = 0
+        self.timed = False  # whether a request that keeps a timeline may be live
+        self._rids = self._links = 0
         self._arrivals = -math.inf
         self.programs = Programs(self)
         self.tap: Callable[[Entry], None] | None = None

@@ -29,8 +29,8 @@ from weft.front.admission import Bounds
 from weft.front.anthropic.messages import count_tokens, create_message
 from weft.front.guard import TENANT, Guard, form_of
 from weft.front.health import health, state_of
-from weft.front.live import LiveAnswer, hello
 from weft.front.keys import keyring
+from weft.front.live import LiveAnswer, hello
 from weft.front.metrics import CONTENT_TYPE
 from weft.front.openai.adapters import load_adapter, unload_adapter
 from weft.front.openai.batches import cancel_batch, create_batch, get_batch, list_batches

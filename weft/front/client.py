@@ -16,6 +16,7 @@ from dataclasses import replace
 from msgspec import structs
 
 from weft.errors import RequestError
+from weft.front.access import TRACK
 from weft.front.admission import KEY, OWNER, Admission, Bounds
 from weft.front.generation import (
     Delta,
@@ -148,6 +149,9 @@ class Client:
                 generation.open += 1
             self._live[spec.id] = request
             self.metrics.prompt_length.observe(len(prompt.ids))
+        track = TRACK.get()
+        if track is not None:
+            track.add(generation)
         for spec in specs:
             self.port.send(Add(spec))
         if self._watch is None:
@@ -230,7 +234,7 @@ class Client:
     def _sink(self, frame: EngineFrame) -> None:
         """On the engine's thread."""
         loop = self._loop
-        if (frame.events or frame.seen is not None) and loop is not None:
+        if (frame.events or frame.plan or frame.seen is not None) and loop is not None:
             try:
                 loop.call_soon_threadsafe(self._on_frame, frame)
             except RuntimeError:  # the loop was closed in the meantime: nobody is left to tell
@@ -240,6 +244,10 @@ class Client:
         now = self._clock()
         if frame.seen is not None:
             self.live.see(frame.seen, now)
+        for id in frame.plan or ():
+            begun = self._live.get(id)
+            if begun is not None and not begun.begun_s:
+                begun.begun_s = now
         for event in frame.events:
             if type(event) is Adapted:
                 self._on_adapted(event)

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
+from weft.front.access import Access
 from weft.front.admission import KEY
 from weft.front.generation import Refused
 from weft.front.health import health, state_of
@@ -46,6 +47,8 @@ class Gate:
     ) -> None:
         self._started, self._make, self._state, self.dead = started, make, state, dead
         self.app: Starlette | None = None
+        self.access = Access()
+        """Tells of each request."""
         self.failed: BaseException | None = None
         self.draining = False
         self.open = 0
@@ -71,7 +74,12 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
-            return
+        elif scope["type"] == "http":
+            await self.access(self._answer, scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
         if scope["type"] == "http" and (app is None or self.draining):
             if scope["path"] in WATCHED:

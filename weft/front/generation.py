@@ -108,10 +108,11 @@ class LiveSequence:
 
 class LiveRequest:
     """One request that the engine has, with its n sequences.  open: how many have not ended.  key: of who asked.  waiting: for a
-    first token."""
+    first token.  begun_s: when it had its first turn, 0.0 before that or where the engine does not say."""
 
     __slots__ = (
         "arrived_s",
+        "begun_s",
         "cached",
         "discarded",
         "generation",
@@ -130,6 +131,7 @@ class LiveRequest:
         self.prompt = prompt
         self.generation = generation
         self.arrived_s = arrived_s
+        self.begun_s = 0.0
         self.sequences: list[LiveSequence] = []
         self.open = prompt.params.n
         self.key = ""

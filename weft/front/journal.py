@@ -8,6 +8,7 @@ prompt and its output so far (`RequestSpec.resumed`), under its own seed: the ne
     journal.command(add or cancel ...)   commands for the engine that there is
     journal.take(frame)                  (events for the front, commands)
     journal.died(reason)                 events: a request that was found to kill engines fails, the others stay
+    journal.overdue(now, limit)          (events, commands): requests that stand still among others are computed again
 
 Which request kills engines.  A request that was in the last plan of an engine that died is suspected when it was so at the
 death before, too, and had not advanced in between.  Suspects run alone, one after another, each until it has advanced; one under
@@ -22,6 +23,8 @@ from collections.abc import Iterable, Iterator
 from msgspec import structs
 
 from weft.core import noise
+from weft.front.entry import MARK, Entry
+from weft.front.still import MOST_AGAIN
 from weft.types import (
     Adapted,
     Add,
@@ -45,45 +48,6 @@ OWN_IDS = 1 << 40
 """The engine's ids from here on are the journal's; those below are the front's."""
 MOST_STRIKES = 4
 """Deaths without any advance, the last two of them alone, after which a request is given up."""
-MARK = "search="
-"""A request with such a part is run by a program that is asked anew from the start, and finds the same."""
-
-
-class Line:
-    """One sequence of a request.  cached: prompt tokens found in the prefix index, once told.  skip: tokens to come that the
-    front has already, of a request that is run again from its start."""
-
-    __slots__ = ("cached", "done", "output", "skip")
-
-    def __init__(self) -> None:
-        self.output: list[int] = []
-        self.cached: int | None = None
-        self.done = False
-        self.skip = 0
-
-
-class Entry:
-    """A live request.  ids: the engine's ids that stand for it.  told: prompt log-probabilities that the front has; skip: how
-    many of those to come it has already.  died_at: how far it was at the last death.  strikes: deaths that it was part of without
-    any advance in between.  sent: whether an engine has had it.  passed: whether it has been tried alone."""
-
-    __slots__ = ("again", "died_at", "ids", "lines", "passed", "sent", "skip", "spec", "strikes", "told")
-
-    def __init__(self, spec: RequestSpec) -> None:
-        self.spec = spec
-        self.again = any(part.startswith(MARK) for part in spec.techniques)
-        self.lines = [Line() for _ in range(spec.n)]
-        self.ids: list[int] = []
-        self.told = 0
-        self.skip = 0
-        self.died_at = -1
-        self.strikes = 0
-        self.sent = self.passed = False
-
-    @property
-    def progress(self) -> int:
-        """How far it is; it never falls."""
-        return self.told + sum(len(line.output) + line.done for line in self.lines)
 
 
 class Journal:
@@ -99,6 +63,9 @@ class Journal:
         self._sent: deque[tuple[int, int]] = deque()
         """(number of the command, engine id) of requests that the engine has not taken in yet."""
         self._count = 0
+        self._steps = 0
+        self.begun: tuple[int, ...] = ()
+        """Requests that had their first turn in the frame that was taken last."""
         self._here = False
         self._adapters: dict[str, Load | Drop] = {}
         """What has changed about the adapters since the first engine began, newest last."""
@@ -190,14 +157,13 @@ class Journal:
         self._restoring.clear()
         for entry in self.entries.values():
             entry.ids.clear()
+            entry.still.wait()
         tried, self._alone = self._alone, None
         if tried is not None:
             tried.strikes += tried in suspected
             if tried.strikes >= MOST_STRIKES:
                 text = f"this request ended the engine each time that it was computed ({reason}); it is not tried again"
-                events += [
-                    Finished(tried.spec.id, i, "error", error=text) for i, x in enumerate(tried.lines) if not x.done
-                ]
+                events += tried.failed(text)
                 del self.entries[tried.spec.id]
             else:
                 self._suspects.appendleft(tried)
@@ -214,12 +180,40 @@ class Journal:
         ids = [*self._plan, *(id for _, id in self._sent)]
         return {self._routes[id][0] for id in ids if id in self._routes}
 
+    # ------------------------------------------------------------------ requests that stand still
+
+    def overdue(self, now: float, limit_s: float) -> tuple[list[Event], list[Command]]:
+        """Compute again what has stood still for `limit_s` seconds in an engine that steps, and give up what does so again and
+        again.  Ask now and then.  What waits for its turn, or for blocks, stands in a queue and not still; of a search nothing is
+        told before it is decided, so nobody can say.
+        """
+        turns = {self._routes[id][0] for id in self._plan if id in self._routes}
+        events: list[Event] = []
+        commands: list[Command] = []
+        for entry in [e for e in self.entries.values() if not e.again]:
+            if entry.still.overdue(entry.progress, entry.length, now, self._steps, limit_s, entry in turns):
+                commands += self._withdraw(entry)
+                if not entry.still.hopeless:
+                    commands += self._send(entry)
+                else:
+                    del self.entries[entry.spec.id]
+                    times = f"it was computed {MOST_AGAIN + 1} times"
+                    events += entry.failed(f"this request did not advance, though {times}; the server goes on")
+                    commands += self._next(entry)
+        return events, self._out(commands)
+
     # ------------------------------------------------------------------ the engine's frames
 
     def take(self, frame: EngineFrame) -> tuple[list[Event], list[Command]]:
         """(events for the front, commands for the engine) of a frame."""
+        self._steps += 1
+        self.begun = ()
         if frame.plan is not None:
             self._plan = frame.plan
+            fresh = {e for id in frame.plan if id in self._routes and not (e := self._routes[id][0]).begun}
+            for entry in fresh:
+                entry.begun = True
+            self.begun = tuple(entry.spec.id for entry in fresh)
         while self._sent and self._sent[0][0] <= frame.taken:
             self._sent.popleft()
         events: list[Event] = []
@@ -231,6 +225,8 @@ class Journal:
             route = self._routes.get(event.id)
             if route is not None:
                 entry, index = route
+                if isinstance(event, Preempted):
+                    entry.still.wait()
                 told = event if event.id == entry.spec.id else _renamed(event, entry.spec.id, index)
                 events += self._note(entry, told)
                 if not isinstance(told, Tokens | Preempted | Noted):

@@ -55,7 +55,8 @@ COUNTERS = (
 
 ENGINES = (
     "steps", "prompt_tokens", "generation_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "evictions",
-    "finished", "shadow_requests", "shadow_tokens", "shadow_skipped",
+    "finished", "shadow_requests", "shadow_tokens", "shadow_skipped", "masked_rows", "masked_steps", "mask_s", "grammars",
+    "grammar_s",
 )  # fmt: skip
 """Figures of `EngineStats` that one engine counts up, and that are counted over all of them."""
 

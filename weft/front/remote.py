@@ -19,7 +19,8 @@ from typing import Any
 from msgspec import structs
 
 from weft.errors import EngineError
-from weft.front.journal import Entry, Journal
+from weft.front.entry import Entry
+from weft.front.journal import Journal
 from weft.front.link import Bell, Door, Link, end, kill
 from weft.front.metrics import total
 from weft.front.port import EngineInfo, EngineState, FrameSink
@@ -36,12 +37,14 @@ from weft.front.wire import (
     Start,
     Step,
 )
-from weft.types import Command, EngineFrame, EngineStats, Seen
+from weft.types import Command, EngineFrame, EngineStats, Event, Seen
 
 log = logging.getLogger("weft.engine")
 
 STALL_S = 120.0
 """Seconds without a step, work waiting, after which an engine is replaced."""
+REQUEST_STALL_S = 120.0
+"""Seconds after which a request that does not advance, while the engine steps, is computed again."""
 TICK_S = 0.25
 MOST_PATIENCE = 8.0
 """How often that time an engine gets whose like have stood still without giving a token."""
@@ -55,14 +58,18 @@ class RemoteEngine:
     """An `EnginePort` over engine processes.  command: starts the nursery in `cwd`, and gets the socket's path as last argument.
 
     start: what every engine builds.  stall_s: seconds without a step after which an engine that has work is replaced.
+    request_stall_s: seconds after which a request that does not advance in an engine that steps is computed again.
     `started` is done once the first engine is up, or with the error that it cannot be built.
     """
 
     def __init__(
-        self, command: Sequence[str], start: Start, *, cwd: str | None = None, stall_s: float = STALL_S
-    ) -> None:
-        self._command, self._cwd, self._start, self._stall_s = list(command), cwd, start, stall_s
+        self, command: Sequence[str], start: Start, *, cwd: str | None = None, stall_s: float = STALL_S,
+        request_stall_s: float = REQUEST_STALL_S,
+    ) -> None:  # fmt: skip
+        self._command, self._cwd, self._start = list(command), cwd, start
         self._fds = () if start.shared is None else (start.shared.fd,)
+        self._stall_s, self._request_stall_s = stall_s, request_stall_s
+        self._looked = 0.0
         self.started: Future[EngineInfo] = Future()
         self._stats = self._before = EngineStats()
         self._error: str | None = None
@@ -104,7 +111,8 @@ class RemoteEngine:
     def stats(self) -> EngineStats:
         return self._stats
 
-    def send(self, command: Command) -> None:
+    def send(self, command: Command | Entry) -> None:
+        """A command, or a request that another engine had and that this one goes on with."""
         self._commands.append(command)
         self._bell.ring()
 
@@ -132,13 +140,8 @@ class RemoteEngine:
         return not self._up
 
     def left_over(self) -> list[Entry]:
-        """What one that has ended for good had, for `adopt` of another."""
+        """What one that has ended for good had, to be sent to another."""
         return list(self._journal.entries.values())
-
-    def adopt(self, entry: Entry) -> None:
-        """Go on with a request that another engine had."""
-        self._commands.append(entry)
-        self._bell.ring()
 
     def close(self) -> None:
         """End engine and nursery; what lives is dropped."""
@@ -155,10 +158,7 @@ class RemoteEngine:
             while not self._closing and self._error is None:
                 heard = self._selector.select(self._wait_s())
                 for key, mask in heard:
-                    if mask & selectors.EVENT_WRITE:
-                        key.data(write=True)
-                    else:
-                        key.data()
+                    key.data(write=bool(mask & selectors.EVENT_WRITE))
                 self._look(any(key.data == self._from_engine for key, _ in heard))
         except BaseException as error:
             log.exception("the engine's supervisor has failed")
@@ -167,24 +167,29 @@ class RemoteEngine:
             self._end()
 
     def _wait_s(self) -> float:
-        if self._again_at is None:
-            return TICK_S
-        return min(TICK_S, max(0.0, self._again_at - time.monotonic()))
+        return TICK_S if self._again_at is None else min(TICK_S, max(0.0, self._again_at - time.monotonic()))
 
     def _look(self, heard: bool) -> None:
-        """What only time tells: a nursery that has ended, an engine that stands still, the moment to try again.
-
-        heard: the engine has said something; who was asleep oneself has to listen before saying that it stands still.
-        """
+        """What only time tells: a nursery that has ended, an engine that stands still, the moment to try again.  heard: the engine
+        has said something; who was asleep oneself has to listen before saying that it stands still."""
         now = time.monotonic()
         if self._again_at is not None and now >= self._again_at:
             self._again_at = None
             self._spawn()
         if self._nursery is None and self._process is not None and self._process.poll() is not None:
             self._lost(f"its nursery ended with status {self._process.returncode}")
+        if self._up and now - self._looked >= TICK_S:
+            self._looked = now
+            self._retry(*self._journal.overdue(now, self._request_stall_s))
         if not heard and self._up and self._journal.busy and now - self._moved > self._stall_s * self._patience:
             self._patience = min(2 * self._patience, MOST_PATIENCE)  # a step that is only slow gets through in the end
             self._kill(f"it made no step for {now - self._moved:.0f} s")
+
+    def _retry(self, events: list[Event], commands: list[Command]) -> None:
+        if commands:
+            log.warning("requests did not advance for %g s: they are taken back", self._request_stall_s)
+        self._tell(commands)
+        self._emit(events)
 
     def _commanded(self, write: bool = False) -> None:
         self._bell.hush()
@@ -310,7 +315,8 @@ class RemoteEngine:
             if frame.events:
                 self._failures, self._patience = 0, 1.0
             self._tell(commands)
-            self._emit(events, None if frame.seen is None else self._journal.shown(frame.seen))
+            seen = None if frame.seen is None else self._journal.shown(frame.seen)
+            self._emit(events, self._journal.begun, seen)
         elif isinstance(message, Ready):
             self._begin(message.info)
         elif isinstance(message, Failed):
@@ -325,9 +331,9 @@ class RemoteEngine:
         if not self.started.done():
             self.started.set_result(info)
 
-    def _emit(self, events: list[Any], seen: Seen | None = None) -> None:
-        if (events or seen is not None) and self._sink is not None:
-            self._sink(EngineFrame(events=tuple(events), stats=self._stats, seen=seen))
+    def _emit(self, events: list[Any], begun: tuple[int, ...] = (), seen: Seen | None = None) -> None:
+        if (events or begun or seen is not None) and self._sink is not None:
+            self._sink(EngineFrame(events=tuple(events), stats=self._stats, plan=begun or None, seen=seen))
 
     # ------------------------------------------------------------------ the end of an engine
 
@@ -381,8 +387,7 @@ class RemoteEngine:
             self._nursery.close()
             self._nursery = None
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            end(self._process, 0.0)
             self._process = None
         if self._pid is not None:
             kill(self._pid)

@@ -241,7 +241,7 @@ class Replicas:
                     self._ended(event.id, given, 1)
                 elif isinstance(event, Rejected):
                     self._ended(event.id, given, given.open)
-        if (told or frame.seen is not None) and self._sink is not None:
+        if (told or frame.plan or frame.seen is not None) and self._sink is not None:
             self._sink(frame if told is frame.events else structs.replace(frame, events=told))
 
     # ------------------------------------------------------------------ engines come and go
@@ -275,7 +275,7 @@ class Replicas:
                     self._seen[i].pending -= given.rows
                     self._seen[k].pending += given.rows
                 given.replica = k
-                self.engines[k].adopt(entry)
+                self.engines[k].send(entry)
 
 
 def added(stats: Sequence[EngineStats]) -> EngineStats:

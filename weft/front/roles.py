@@ -173,8 +173,8 @@ class Roles:
                     self._go_on(event.id, event.stored, event.cached_tokens)
                 elif event.id in self._first and isinstance(event, Rejected):
                     self._go_on(event.id, (), 0)
-        if told and self._sink is not None:
-            self._sink(structs.replace(frame, events=tuple(told)))
+        if (told or frame.plan) and self._sink is not None:
+            self._sink(structs.replace(frame, events=tuple(told), seen=None))
 
     def _answered(self, frame: EngineFrame) -> None:
         """Of the second side, for which everything that was handed over looks cached."""
@@ -185,7 +185,7 @@ class Roles:
                 for event in told:
                     if isinstance(event, Rejected):
                         self._cached.pop(event.id, None)
-        if (told or frame.seen is not None) and self._sink is not None:
+        if (told or frame.plan or frame.seen is not None) and self._sink is not None:
             self._sink(structs.replace(frame, events=told))
 
     def _as_first(self, event: Tokens | Finished) -> Tokens | Finished:

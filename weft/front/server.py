@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import math
 import signal
 import socket
@@ -112,15 +111,14 @@ class Server:
         self.url = url_of(host, self._sock, "http" if tls is None else "https")
         patience = patience or Patience()
         self._gate = app if isinstance(app, Gate) else Gate.over(app)
-        logging.getLogger("uvicorn.access").addFilter(_without_query)
         config = uvicorn.Config(
             Rooted(self._gate, root_path) if root_path else self._gate,
             http=connection(patience),  # of h11, which unlike httptools bounds the bytes of a request's head
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
             lifespan="on",
-            log_config=None,  # the program's own logging: at level info, a line for each request
-            access_log=logging.getLogger("uvicorn.access").isEnabledFor(logging.INFO),
+            log_config=None,  # the program's own logging
+            access_log=False,  # `access` says more, and no query, in which a key may stand
             server_header=False,
             backlog=ACCEPTED,
             timeout_keep_alive=patience.rest_s,  # type: ignore[arg-type]
@@ -199,13 +197,6 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.cut()
         await super().shutdown(sockets)
-
-
-def _without_query(record: logging.LogRecord) -> bool:
-    """A line for a request names its path alone: what stands behind it may be a secret that was sent in the wrong place."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(str(a).partition("?")[0] if i == 2 else a for i, a in enumerate(record.args))
-    return True
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ class Start(Struct, frozen=True, tag="start", kw_only=True):
     shadow: tuple[float, float | None] | None = None
     lora_root: str | None = None
     log_level: str = "warning"
+    log_format: str = "text"
     quiet: bool = False
     record: str | None = None
     cpus: tuple[int, ...] = ()

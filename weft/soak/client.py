@@ -55,19 +55,27 @@ class Answer:
 
 
 async def ask(
-    port: int, route: str, body: dict[str, Any], *, pause_s: float = 0.0, leave_after: int | None = None
+    port: int,
+    route: str,
+    body: dict[str, Any],
+    *,
+    pause_s: float = 0.0,
+    leave_after: int | None = None,
+    into: Answer | None = None,
 ) -> Answer | None:
     """The answer of 127.0.0.1:port.  pause_s: after each line that is read.  leave_after: lines after which the client hangs up,
-    and there is no answer.  Raises Lost.
+    and there is no answer.  into: takes the chunks as they come.  Raises Lost.
     """
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            return await _ask(port, route, body, pause_s, leave_after)
+            return await _ask(port, route, body, pause_s, leave_after, into or Answer())
     except (OSError, TimeoutError, EOFError, ValueError) as error:
         raise Lost(f"{type(error).__name__}: {error}") from None
 
 
-async def _ask(port: int, route: str, body: dict[str, Any], pause_s: float, leave_after: int | None) -> Answer | None:
+async def _ask(
+    port: int, route: str, body: dict[str, Any], pause_s: float, leave_after: int | None, answer: Answer
+) -> Answer | None:
     data = json.dumps(body).encode()
     limit = 4096 if pause_s else MAX_LINE_BYTES
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=max(limit, 1 << 16))
@@ -80,7 +88,7 @@ async def _ask(port: int, route: str, body: dict[str, Any], pause_s: float, leav
         while line := (await reader.readline()).strip().lower():
             name, _, value = line.partition(b":")
             headers[name] = value.strip()
-        answer, lines = Answer(), 0
+        lines = 0
         if status != 200 or b"chunked" not in headers.get(b"transfer-encoding", b""):
             whole = json.loads(await reader.readexactly(int(headers[b"content-length"])))
             if status != 200:
@@ -114,12 +122,23 @@ async def _events(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 async def get(port: int, route: str) -> bytes:
     """The body that GET gives, whatever its status.  Raises Lost."""
+    return (await send(port, "GET", route))[1]
+
+
+async def send(
+    port: int, method: str, route: str, data: bytes = b"", kind: str = "application/json"
+) -> tuple[int, bytes]:
+    """(status, body) of one request whose answer is no stream.  kind: its content type.  Raises Lost."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            writer.write(f"GET {route} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
-            return (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")[2]
+            head = f"{method} {route} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+            body = f"Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n" if method != "GET" else ""
+            writer.write(f"{head}{body}\r\n".encode() + data)
+            await writer.drain()
+            top, _, answer = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
+            return int(top.split(b" ", 2)[1]), answer
         finally:
             writer.close()
-    except (OSError, TimeoutError) as error:
-        raise Lost(f"{route}: {error}") from None
+    except (OSError, TimeoutError, IndexError, ValueError) as error:
+        raise Lost(f"{route}: {type(error).__name__}: {error}") from None

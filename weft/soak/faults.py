@@ -5,22 +5,27 @@ socket   the connection between front and engine is cut
 stall    the engine stands still, until the front takes note
 client   a client hangs up in the middle of its stream
 slow     a client takes long to read
+disk     no file of the server may grow, while files are uploaded and a batch is worked on (`soak.disk`)
 
-One that is done to the engine's process is an entry of `TO_ENGINE`, one that a client makes a name in `BY_CLIENT`.  A full disk
-would be a third kind: a server keeps nothing on one yet.
+One that is done to the engine's process is an entry of `TO_ENGINE`, one that a client makes a name in `BY_CLIENT`, one that is
+done to what a server keeps a name in `TO_STORE`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PIDFD_OPEN, PIDFD_GETFD = 434, 438
 """Numbers of the system calls, the same on all machines that have them."""
+ROOM_BYTES = 64 << 10
+"""Beyond which a write into a file fails while the disk is full; logs stay below it."""
 
 
 class Impossible(Exception):
@@ -60,8 +65,30 @@ def cut(pid: int) -> None:
     raise Impossible("the engine has no socket")
 
 
+@contextlib.contextmanager
+def full(pid: int) -> Iterator[None]:
+    """Meanwhile the kernel refuses every write of the process beyond `ROOM_BYTES` of a file (prlimit(2), RLIMIT_FSIZE).
+
+    Raises Impossible where the system does not let one say so.
+    """
+    if not hasattr(resource, "prlimit"):
+        raise Impossible("there is no prlimit here")
+    try:
+        before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (ROOM_BYTES, before[1]))
+    except OSError as error:
+        raise Impossible(f"prlimit: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+
+
 TO_ENGINE: dict[str, Callable[[int], None]] = {"engine": kill, "socket": cut, "stall": stall}
 """Faults that are done to the engine's process."""
 BY_CLIENT = ("client", "slow")
 """Faults that a request's own client makes."""
-ALL = (*TO_ENGINE, *BY_CLIENT)
+TO_STORE = ("disk",)
+"""Faults of what a server keeps."""
+ALL = (*TO_ENGINE, *BY_CLIENT, *TO_STORE)

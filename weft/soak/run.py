@@ -18,10 +18,13 @@ from typing import Any
 from weft.errors import EngineError
 from weft.soak import faults
 from weft.soak.client import Answer, Lost, ask, get
+from weft.soak.disk import Store
 
 AT_ONCE = 16
-STALL_S = 1.0
-"""After which the front replaces an engine that a fault has stopped."""
+AHEAD = 2
+"""Faults that may be due beyond those that are over: clients wait then, so that every fault meets requests."""
+STALL_S = 5.0
+"""After which the front replaces an engine that a fault has stopped; a step is far shorter on a busy machine too."""
 SERVER = (
     "--port",
     "0",
@@ -35,10 +38,10 @@ SERVER = (
     str(STALL_S),
 )
 READY = re.compile(rb"weft ready http://[\w.]+:(\d+)\n")
-WARM = 0.2
-"""Share of the requests after which memory is expected to be flat."""
+WARM, WARM_UP = 0.2, 1000
+"""Share of a process's life, and requests at least, after which its memory is expected to be flat."""
 SPAN = 1000
-"""Requests that a process has to live through for its memory to say anything."""
+"""Requests that it has to live through after that for its memory to say anything."""
 SAMPLES = 200
 RECOVERY_S = 60.0
 WORDS = (
@@ -73,14 +76,15 @@ class Report:
         return bool(self.lost or self.wrong or self.leaked)
 
     def as_dict(self) -> dict[str, Any]:
-        front = slope([self.front], self.requests)
-        engine = slope(list(self.engine.values()), self.requests)
+        front = slope([self.front])
+        engine = slope(list(self.engine.values()))
+        known = [one for one in (front, engine) if one is not None]
         return {
             "requests": self.requests,
             "lost": self.lost,
             "wrong_tokens": self.wrong,
             "leaked_blocks": self.leaked,
-            "rss_slope_bytes_per_1000": max(front, engine),
+            "rss_slope_bytes_per_1000": max(known, default=None),
             "front_rss_slope_bytes_per_1000": front,
             "engine_rss_slope_bytes_per_1000": engine,
             "faults": self.done,
@@ -92,18 +96,22 @@ class Report:
         }
 
 
-def slope(series: Sequence[Sequence[tuple[int, int]]], requests: int) -> int:
-    """Bytes in 1,000 requests over the last 80 %: one line's slope through several series, each at a height of its own (an engine
-    that took another's place begins anew); 0 without a series that is long enough."""
+def slope(series: Sequence[Sequence[tuple[int, int]]]) -> int | None:
+    """Bytes in 1,000 requests once processes are warm, None where none lived long enough to say.  series: one for each life.
+
+    Least squares: one slope through all lives, each at a height of its own, so that a life counts by how far it reaches.  Every
+    process warms up anew (an engine by some 4 MB), so the first part of each life is left out, not that of the whole run.
+    """
     above = below = 0.0
     for points in series:
-        late = [(x, y) for x, y in points if x >= WARM * requests]
+        begin, end = points[0][0], points[-1][0]
+        late = [(x, y) for x, y in points if x >= begin + max(WARM * (end - begin), WARM_UP)]
         if late and late[-1][0] - late[0][0] >= SPAN:
             mean_x = sum(x for x, _ in late) / len(late)
             mean_y = sum(y for _, y in late) / len(late)
             above += sum((x - mean_x) * (y - mean_y) for x, y in late)
             below += sum((x - mean_x) ** 2 for x, _ in late)
-    return round(1000 * above / below) if below else 0
+    return round(1000 * above / below) if below else None
 
 
 def kinds() -> list[tuple[str, dict[str, Any]]]:
@@ -149,7 +157,8 @@ class Soak:
         self._port = 0
         self._calm: list[Answer] = []
         self._kinds = kinds()
-        self._asked = 0
+        self._asked = self._open = self._through = 0
+        """Requests that were begun, that are open, and faults that are over."""
         self._due: list[str] = []
         """Faults that the next clients make."""
 
@@ -158,7 +167,8 @@ class Soak:
         out, err = folder / "stdout", folder / "stderr"
         began = time.monotonic()
         with out.open("wb") as o, err.open("wb") as e:
-            command = [sys.executable, "-m", "weft", "serve", *self._model, *SERVER]
+            store = folder / "store"
+            command = [sys.executable, "-m", "weft", "serve", *self._model, *SERVER, "--data-dir", str(store)]
             process = subprocess.Popen(command, stdout=o, stderr=e, stdin=subprocess.DEVNULL)
         try:
             while (found := READY.search(out.read_bytes())) is None:
@@ -166,7 +176,7 @@ class Soak:
                     raise EngineError(f"the server did not come up: {err.read_text()[-2000:]}")
                 time.sleep(0.05)
             self._port = int(found[1])
-            asyncio.run(self._soak(process.pid))
+            asyncio.run(self._soak(process.pid, Store(self._port, store)))
         except Lost as error:
             raise EngineError(f"the server is gone ({error}); it said: {err.read_text()[-2000:]}") from None
         finally:
@@ -179,14 +189,15 @@ class Soak:
         self.report.seconds = time.monotonic() - began
         return self.report
 
-    async def _soak(self, front: int) -> None:
+    async def _soak(self, front: int, store: Store) -> None:
         for route, body in self._kinds:
             answer = await ask(self._port, route, body)
             assert answer is not None
             self._calm.append(answer)
+        await store.prepare()
         clients = [asyncio.create_task(self._client()) for _ in range(AT_ONCE)]
         watch = asyncio.create_task(self._watch(front))
-        hurt = asyncio.create_task(self._hurt())
+        hurt = asyncio.create_task(self._hurt(front, store))
         try:
             await asyncio.gather(*clients, hurt)
         finally:
@@ -194,15 +205,21 @@ class Soak:
         health = await self._healthy()
         self.report.restarts = health["engine_restarts"]
         self.report.leaked = await self._held()
+        self._lose(await store.intact())
 
     # ------------------------------------------------------------------ requests
 
     async def _client(self) -> None:
         while self._asked < self._requests:
+            if self.report.requests * (self._faults + 1) // self._requests > self._through + AHEAD:
+                await asyncio.sleep(0.01)
+                continue
             self._asked += 1
             which = self._chance.randrange(len(self._kinds))
             fault = self._due.pop() if self._due and self._kinds[which][1]["stream"] else None
+            self._open += 1
             await self._one(which, fault)
+            self._open -= 1
             self.report.requests += 1
 
     async def _one(self, which: int, fault: str | None) -> None:
@@ -223,15 +240,21 @@ class Soak:
             report.wrong += wrong
             self._reason(f"kind {which}: {wrong} tokens differ")
 
+    def _lose(self, lost: list[str]) -> None:
+        self.report.lost += len(lost)
+        for text in lost:
+            self._reason(text)
+
     def _reason(self, text: str) -> None:
         if len(self.report.reasons) < 20:
             self.report.reasons.append(text)
 
     # ------------------------------------------------------------------ faults
 
-    async def _hurt(self) -> None:
+    async def _hurt(self, front: int, store: Store) -> None:
         """Faults of all kinds in turn, each some requests after the one before it."""
         for i in range(self._faults):
+            self._through = i
             due = (i + 1) * self._requests // (self._faults + 1)
             while self.report.requests < due:
                 await asyncio.sleep(0.002)
@@ -242,22 +265,32 @@ class Soak:
             await asyncio.sleep(self._chance.random() * 0.05)
             health = await self._healthy()
             try:
-                faults.TO_ENGINE[name](health["engine_pid"])
+                if name in faults.TO_STORE:
+                    self._lose(await store.fault(front))
+                else:
+                    with contextlib.suppress(ProcessLookupError):  # it has just been ended for another reason
+                        faults.TO_ENGINE[name](health["engine_pid"])
             except faults.Impossible as error:
                 self.report.refused[name] = str(error)
                 continue
+            if name in faults.TO_STORE:
+                self.report.done[name] += 1
+                continue
             began = time.monotonic()
             self.report.done[name] += 1
-            await self._healthy(since=health["engine_restarts"])
+            await self._healthy(since=health["engine_restarts"], stopped=name == "stall")
             self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - began)
             self._tell(f"{self.report.requests} of {self._requests} requests, {i + 1} of {self._faults} faults")
+        self._through = self._faults
 
-    async def _healthy(self, since: int = -1) -> dict[str, Any]:
-        """What /health says once all is well, after more than `since` restarts where an engine has work.  Raises Lost."""
+    async def _healthy(self, since: int = -1, stopped: bool = False) -> dict[str, Any]:
+        """What /health says once all is well, after more than `since` restarts.  stopped: not after any where nothing is asked,
+        as an engine that stands still without work is left alone.  Raises Lost.
+        """
         until = time.monotonic() + RECOVERY_S
         while True:
             health: dict[str, Any] = json.loads(await get(self._port, "/health"))
-            idle = self.report.requests >= self._requests  # an engine that stands still without work is left alone
+            idle = stopped and not self._open
             if health["status"] == "ok" and (health["engine_restarts"] > since or idle):
                 return health
             if time.monotonic() > until:

@@ -33,6 +33,8 @@ LOW = 1 << 20
 AT_ONCE = 32
 """Lines of all batches that the engine has at once, at most; fewer where it computes fewer sequences."""
 AGAIN_S = 0.5
+ROOM_S = 60.0
+"""How long a batch waits for room on a full disk before it fails: a moment without any costs it nothing."""
 MAX_LINES = 50_000
 MAX_LINE_BYTES = 32 << 20
 MAX_FAULTS = 100
@@ -130,7 +132,7 @@ class BatchRunner:
                 await self._store.batches.fail(row, faults)
                 return
             batch.enter("in_progress")
-            await self._store.batches.save(row)
+            await self._written(lambda: self._store.batches.save(row))
         done = await self._store.batches.done(row)
         left = max(0.0, (batch.expires_at or 1 << 40) - time.time())
         try:
@@ -143,7 +145,19 @@ class BatchRunner:
     async def _finish(self, row: Row, status: str) -> None:
         if status == "completed":
             row.batch.enter("finalizing")
-        await self._store.batches.finish(row, status, (fresh_id("file-"), fresh_id("file-")))
+        ids = fresh_id("file-"), fresh_id("file-")
+        await self._written(lambda: self._store.batches.finish(row, status, ids))
+
+    async def _written(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write as soon as there is room.  Raises StoreFull where there is none for ROOM_S."""
+        until = time.monotonic() + ROOM_S
+        while True:
+            try:
+                return await write()
+            except StoreFull:
+                if time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(AGAIN_S)
 
     async def _fail(self, row: Row, code: str, message: str) -> None:
         await self._store.batches.fail(row, [Fault(code, message)])
@@ -236,7 +250,8 @@ class BatchRunner:
             "response": {"status_code": status, "request_id": fresh_id("req_"), "body": body}, "error": None,
         }  # fmt: skip
         used = read_used(body) if status == 200 else Used()
-        await self._store.batches.result(row, number, encode(result), failed=status != 200, used=used)
+        data, failed = encode(result), status != 200
+        await self._written(lambda: self._store.batches.result(row, number, data, failed=failed, used=used))
 
     async def _ask(self, row: Row, line: Line) -> dict[str, Any]:
         given = line.body.get("priority")

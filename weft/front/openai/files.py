@@ -5,14 +5,18 @@ Source of the shapes: OpenAI's API reference, "Files".
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
-from weft.errors import RequestError
+from weft.errors import EngineError, RequestError
 from weft.front.openai.calls import Call, fresh_id, stored
 from weft.front.openai.forms import Begin, parts
+from weft.front.store.database import StoreFull
 from weft.front.store.files import File, Upload
 
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision")
@@ -57,10 +61,24 @@ async def upload_file(call: Call) -> dict[str, Any]:
             raise RequestError("the form has no part called file", param="file")
         await upload.describe(filename, _purpose(fields), _expires(fields))
         return file_object(await upload.finish())
-    except BaseException:
+    except BaseException as error:
         if upload is not None:
-            await upload.drop()
+            with contextlib.suppress(StoreFull):  # swept by the next upload
+                await upload.drop()
+        if isinstance(error, EngineError):
+            await _rest(call.stream, files.max_file)
         raise
+
+
+async def _rest(stream: AsyncIterator[bytes], most: int) -> None:
+    """Read what still comes of a refused upload, at most so many bytes: many clients look at the answer only when they have sent
+    everything, and a connection that is closed before that takes the answer along.
+    """
+    with contextlib.suppress(RequestError, ClientDisconnect):
+        async for data in stream:
+            most -= len(data)
+            if most < 0:
+                return
 
 
 async def list_files(call: Call) -> dict[str, Any]:

@@ -170,12 +170,13 @@ class BatchStore:
             batch.usage, changed = _sum(batch.usage, used), True
             _update(db, row)
 
-        try:
-            await self._database.run(work)
-        except Exception:
-            batch.request_counts.completed -= changed and not failed
-            batch.request_counts.failed -= changed and failed
-            raise
+        def undo() -> None:
+            if changed:
+                batch.request_counts.completed -= not failed
+                batch.request_counts.failed -= failed
+                batch.usage = _sum(batch.usage, used, -1)
+
+        await self._database.run(work, undo)
 
     async def finish(self, row: Row, status: str, ids: tuple[str, str]) -> None:
         """Results become files, and the batch ends: all in one transaction.  ids: of the output and the error file.
@@ -239,14 +240,14 @@ def _update(db: sqlite3.Connection, row: Row) -> None:
     )
 
 
-def _sum(a: Used, b: Used) -> Used:
+def _sum(a: Used, b: Used, sign: int = 1) -> Used:
     return Used(
-        input_tokens=a.input_tokens + b.input_tokens,
+        input_tokens=a.input_tokens + sign * b.input_tokens,
         input_tokens_details=Cached(
-            cached_tokens=a.input_tokens_details.cached_tokens + b.input_tokens_details.cached_tokens
+            cached_tokens=a.input_tokens_details.cached_tokens + sign * b.input_tokens_details.cached_tokens
         ),
-        output_tokens=a.output_tokens + b.output_tokens,
-        total_tokens=a.total_tokens + b.total_tokens,
+        output_tokens=a.output_tokens + sign * b.output_tokens,
+        total_tokens=a.total_tokens + sign * b.total_tokens,
     )
 
 

@@ -52,9 +52,12 @@ class Database:
             self._thread.shutdown()
             raise
 
-    async def run(self, work: Work[T]) -> T:
-        """Do `work` as one transaction: all of it, or nothing where it raises.  Raises StoreFull."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
+    async def run(self, work: Work[T], undo: Callable[[], None] = lambda: None) -> T:
+        """Do `work` as one transaction: all of it, or nothing where it raises.  Raises StoreFull.
+
+        undo: takes back, on the same thread, what `work` changed elsewhere, where nothing came of it.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work, undo)
 
     def run_now(self, work: Work[T]) -> T:
         """As `run`, for who has no event loop; waits."""
@@ -65,7 +68,7 @@ class Database:
         self._thread.submit(self._connection.close)
         self._thread.shutdown(wait=True)
 
-    def _transact(self, work: Work[T]) -> T:
+    def _transact(self, work: Work[T], undo: Callable[[], None] = lambda: None) -> T:
         connection = self._connection
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -74,6 +77,7 @@ class Database:
                 connection.execute("COMMIT")
                 return done
             except BaseException:
+                undo()
                 with contextlib.suppress(sqlite3.Error):  # SQLite has rolled back by itself where the disk is full
                     connection.execute("ROLLBACK")
                 raise

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from weft.errors import RequestError
-from weft.front.store.database import Database
+from weft.front.store.database import Database, StoreFull
 
 SCHEMA = """
 CREATE TABLE files (
@@ -75,6 +75,8 @@ class FileStore:
     def __init__(self, path: Path, schema: str, max_bytes: int, max_file: int) -> None:
         self.database = Database(path, schema, max_bytes=max_bytes)
         self.max_file = max_file
+        self.undropped: list[int] = []
+        """Uploads of which something is left, since there was no room even to delete it; the next upload sweeps them."""
         self.database.run_now(_sweep)
 
     def close(self) -> None:
@@ -86,9 +88,14 @@ class FileStore:
 
         def work(db: sqlite3.Connection) -> int:
             _sweep_expired(db)
+            for seq in self.undropped:
+                _remove(db, seq)
             return _insert(db, tenant, id, filename, purpose, now, None if expires_s is None else now + expires_s)
 
-        return Upload(self, await self.database.run(work), tenant, id)
+        swept = len(self.undropped)
+        upload = Upload(self, await self.database.run(work), tenant, id)
+        del self.undropped[:swept]
+        return upload
 
     async def get(self, tenant: str, id: str) -> File:
         """Raises RequestError (404)."""
@@ -198,7 +205,11 @@ class Upload:
         )
 
     async def drop(self) -> None:
-        await self._store.database.run(lambda db: _remove(db, self.seq))
+        try:
+            await self._store.database.run(lambda db: _remove(db, self.seq))
+        except StoreFull:
+            self._store.undropped.append(self.seq)
+            raise
 
     async def _put(self, piece: bytes) -> None:
         at, self._at = self._at, self._at + 1

@@ -1,0 +1,47 @@
+"""The benchmark of serving: its record keeps what is promised, and the pieces that it is made of are right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.serving import Driver, main, text
+from weft.types import Add, Command, EngineFrame, Finished, Tokens
+
+RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "serving.json"
+
+
+def test_the_record_keeps_what_is_promised() -> None:
+    record = json.loads(RECORD.read_text())
+    assert record["restart"]["worst_s"] <= 5
+    assert (record["streams"]["streams"], record["streams"]["errors"]) == (200, 0)
+    assert record["streams"]["whole"] == 200
+    assert record["ttft"]["added_s"] <= 0.003
+    if "share" in record:
+        assert record["share"]["ratio"] >= 0.9
+
+
+def test_prompts_share_no_beginning() -> None:
+    assert len({text(i)[:4].split()[0] for i in range(1000)}) == 1000
+
+
+def test_a_driver_times_the_first_token_and_the_last_end() -> None:
+    class Port:
+        def subscribe(self, sink: object) -> None:
+            self.sink = sink
+
+        def send(self, command: Command) -> None:
+            assert isinstance(command, Add)
+            self.sink(EngineFrame(events=(Tokens(command.spec.id, 0, (1,)),)))  # type: ignore[operator]
+            self.sink(EngineFrame(events=(Finished(command.spec.id, 0, "length"),)))  # type: ignore[operator]
+
+    first, all_s = Driver(Port()).run([[1], [2]], 1)  # type: ignore[arg-type]
+    assert 0 <= first <= all_s
+
+
+def test_unknown_figures_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "latency"])
+    assert "not latency" in capsys.readouterr().err
