@@ -242,7 +242,7 @@ def setup(model: Model, case: Case, threads: int) -> Setup:
     longest = max(len(p) for p in (*case.prompts, *case.companions))
     batch = case.together * max(case.n, case.seats, 1 + bool(case.companions))
     weights = "random" if model.folder.is_file() else "auto"
-    given = {"threads": threads, "share": False, "load": weights, **case.engine}
+    given = {"threads": threads, "share": False, "load": weights, "draft_control": "off", **case.engine}
     config = EngineConfig(model=model.folder, techniques=tuple(case.techniques), **given)
     if config.memory_bytes is None:
         found = make_room(config, DecodeBench(batches=[batch], prompt=longest, new=case.max_new))
