@@ -267,6 +267,22 @@ def test_it_follows_an_acceptance_that_changes() -> None:
     assert flips(world.wants) <= 5
 
 
+def test_what_probes_gain_pays_for_more_of_them() -> None:
+    """From the moment at which guesses begin to stand to eight steps with guesses on end: at most 200 steps over four worlds."""
+    steps = 0
+    for seed in range(4):
+        engine = engine_of()
+        world = World(engine, row_s=1 * MS, guess_s=0.5 * MS)
+        world.rnd = random.Random(seed)
+        add(engine, 1, 20_000)
+        go(engine, world, 300)
+        world.right = lambda: 0.8
+        while steps <= 200 and not all(world.wants[-8:]):
+            go(engine, world, 1)
+            steps += 1
+    assert steps <= 200
+
+
 def test_probes_that_say_nothing_cost_nothing_and_go_on() -> None:
     """Prompt lookup that finds nothing: it may look again in every step, and guesses as soon as it finds something."""
     engine = engine_of()
@@ -274,7 +290,9 @@ def test_probes_that_say_nothing_cost_nothing_and_go_on() -> None:
     add(engine, 1, 4000)
     go(engine, world, 60)
     world.silent = True
+    first = len(world.wants)
     go(engine, world, 300)
+    assert sum(w > 0 for w in world.wants[first:]) > 250
     world.silent, world.right = False, lambda: 0.95
     go(engine, world, 60)
     assert world.wants[-1] > 2
