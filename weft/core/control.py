@@ -29,7 +29,9 @@ from weft.core.request import Pace, Request
 from weft.types import Plan, StepResult, Work
 
 EVERY = 4
-"""Steps between two decisions about the same sequences."""
+"""Steps between two decisions about a batch of one size."""
+LEAST = 0.02
+"""A guess that is less likely to stand is not looked at: it never pays for its row."""
 AGAIN = 1.03
 """What guessing must promise, of plain decoding's speed, to be turned on again; it stays on while it promises 1."""
 SHARE = 0.01
@@ -161,7 +163,8 @@ class Control:
         self._models = tuple(models)
         self._costs: dict[int, Costs] = {}
         self._pools: dict[str, Pool] = {}
-        self._members: tuple[int, ...] = ()
+        self._size = 0
+        """Class of the batch size that the last decision was about."""
         self._age = 0
         self._step = 0
         self._timed = False
@@ -190,10 +193,9 @@ class Control:
                 mine.append((r, pace, self._pool(draft), min(int(draft.guesses), self.most)))
         if not mine or not self._timed:
             return
-        members = tuple(r.rid for r, _, _, _ in mine)
         self._age += 1
-        if members != self._members or self._age >= EVERY:
-            self._members, self._age = members, 0
+        if size_class(size) != self._size or self._age >= EVERY:
+            self._size, self._age = size_class(size), 0
             self._decide(mine, size)
         self._probe(mine, size)
 
@@ -315,7 +317,7 @@ def lengths(
 
     hopes: how often guesses stand, 0 for a sequence that is to have none.  most: for each the longest that it may have.
     """
-    worth = sorted((-(a**k), k, i) for i, a in enumerate(hopes) if a for k in range(1, most[i] + 1))
+    worth = sorted((-(a**k), k, i) for i, a in enumerate(hopes) for k in range(1, most[i] + 1) if a**k > LEAST)
     rows_s = [costs(size + taken) or math.inf for taken in range(len(worth) + 1)]
     best, chosen = least, list[tuple[float, int, int]]()
     for longest in range(1, max(most) + 1):
