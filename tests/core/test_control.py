@@ -124,13 +124,28 @@ def test_a_slow_spell_moves_all_costs_and_one_bad_time_moves_little() -> None:
     assert (costs(5) or 0) > 18 * MS
 
 
-def test_what_was_seen_long_ago_is_forgotten() -> None:
+@pytest.mark.parametrize(("times", "steps"), [(1, 64), (2, 128), (4, 512), (9, 512)])
+def test_what_was_seen_long_ago_is_not_believed(times: int, steps: int) -> None:
     costs = Costs()
-    costs.add(1, 10 * MS)
-    for _ in range(STALE + 8):
+    for _ in range(times):
+        costs.add(1, 10 * MS)
+    for _ in range(steps):
         costs.add(5, 12 * MS)
+    assert costs(1) is not None
+    costs.add(5, 12 * MS)
     assert costs(1) is None
-    assert sorted(costs.shape) == [5]
+    assert costs.known == [5]
+    assert steps <= STALE
+
+
+def test_a_length_that_was_slow_by_accident_is_tried_again() -> None:
+    """The first step with five rows takes four times as long as the others: a good draft gets its length all the same."""
+    engine = engine_of("draft=ngram(guesses=4)")
+    world = World(engine, row_s=0.1 * MS, guess_s=0.1 * MS)
+    world.right, world.slow = lambda: 0.7, {5: 1}
+    add(engine, 1, 2000)
+    go(engine, world)
+    assert sum(w == 4 for w in world.wants[-100:]) > 80
 
 
 def test_classes_of_sizes_grow_with_the_logarithm() -> None:
@@ -156,6 +171,8 @@ class World(NullExecutor):
         self.rnd = random.Random(5)
         self.right: Callable[[], float] = lambda: 0.0
         self.silent = False
+        self.slow: dict[int, int] = {}
+        """Numbers of rows whose first steps, so many, are slow by accident."""
         self.now, self.tokens = 0.0, 0
         self.wants: list[int] = []
         self.followed = 0
@@ -179,6 +196,9 @@ class World(NullExecutor):
         follow = sum(len(w.tokens) for w in plan.works if w.model != "target")
         guesses = max((len(f.draft) for f in result.works), default=0)
         forward_s = (9.5 * MS + self.row_s * rows) * self.rnd.uniform(0.95, 1.05)
+        if self.slow.get(rows, 0):
+            self.slow[rows] -= 1
+            forward_s *= 4
         draft_s = self.guess_s * guesses + self.follow_s * follow + 1e-9
         self.now += forward_s + draft_s
         self.followed += follow
@@ -214,9 +234,9 @@ def go(engine: Engine, world: World, steps: int | None = None) -> dict[int, list
 
 
 def flips(wants: Sequence[int]) -> int:
-    """How often guessing went on or off, runs of one step (probes) left out."""
+    """How often guessing went on or off; probes and looks at what plain decoding takes, of a few steps, left out."""
     runs = [(on, len(list(run))) for on, run in itertools.groupby(w > 0 for w in wants)]
-    steady = [on for on, n in runs if n > 1]
+    steady = [on for on, n in runs if n > 4]
     return sum(a != b for a, b in itertools.pairwise(steady))
 
 
@@ -231,7 +251,7 @@ def test_useless_guesses_end_and_cost_at_most_three_percent(batch: int) -> None:
     assert world.now <= plain_s / 0.97
     off = world.wants[40 * batch :]
     assert 0 < sum(w > 0 for w in off) / len(off) < 0.08
-    assert batch > 1 or flips(world.wants) <= 2  # plain steps first, to know what they take
+    assert batch > 1 or flips(world.wants) <= 1
 
 
 def test_good_guesses_get_nearly_the_best_length() -> None:
@@ -264,7 +284,7 @@ def test_it_follows_an_acceptance_that_changes() -> None:
     first = len(world.wants)
     go(engine, world, 100)
     assert sum(w > 2 for w in world.wants[first:]) >= 96  # but for a look at what plain decoding takes by now
-    assert flips(world.wants) <= 5
+    assert flips(world.wants) <= 3
 
 
 def test_what_probes_gain_pays_for_more_of_them() -> None:

@@ -51,7 +51,9 @@ DEAR = 0.25
 CATCHING_UP = 16
 """Tokens that a second model is thought to catch up with in the time of one guess, until that was seen."""
 STALE = 512
-"""Steps of a batch size after which what a number of rows took is forgotten, unless it was seen again."""
+"""Steps after which it is no longer believed what a number of rows took; fewer for what was seen but 1 to 3 times."""
+FEW = 4
+"""So many first times count by their least."""
 SAVES = 0.25
 """Catching up may cost so much of the time that guesses could save over the rest of the answer."""
 
@@ -80,12 +82,16 @@ class Mean:
 
 @dataclass(slots=True)
 class Costs:
-    """Seconds of the target's steps by rows, for one class of batch size: level * shape[rows]."""
+    """Seconds of the target's steps by rows, for one class of batch size: level * shape[rows].
+
+    seen: by rows, how often, and in which step last.  known: rows whose time is believed, ascending.  A time that was seen few
+    times is believed for a while only: machines are slow now and then, and what looked dear would never be tried again.
+    """
 
     level: float = 0.0
     shape: dict[int, float] = field(default_factory=dict)
     seen: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By rows: how often, and when last."""
+    known: list[int] = field(default_factory=list)
     steps: int = 0
 
     def add(self, rows: int, seconds: float) -> None:
@@ -100,38 +106,38 @@ class Costs:
         else:
             off = math.log(seconds / (self.level * self.shape[key]))
             off = max(-math.log(WORST), min(math.log(WORST), off))
-            # What the machine does to all steps alike is the level's; a first bad measure of few rows is not.
-            self.level *= math.exp(RATE * off)
-            self.shape[key] *= math.exp((max(RATE, 1 / (count + 1)) - RATE) * off + RATE * off / 4)
-        if self.steps % EVERY == 0:
-            newest = max(self.seen, key=lambda k: self.seen[k][1])
-            for k in [k for k, (_, at) in self.seen.items() if self.steps - at > STALE and k != newest]:
-                del self.seen[k], self.shape[k]
+            if count < FEW and off < 0:
+                self.shape[key] *= math.exp(off)
+            else:
+                # What the machine does to all steps alike is the level's.
+                self.level *= math.exp(RATE * off)
+                self.shape[key] *= math.exp(RATE * off / 4)
+        self.known = sorted(k for k in self.shape if self._believed(k))
+
+    def _believed(self, key: int) -> bool:
+        count, at = self.seen[key]
+        return self.steps - at <= min(STALE, STALE >> 4 << count)
 
     def __call__(self, rows: int) -> float | None:
-        """Expected seconds; None where so few rows, or none, were ever seen."""
-        key = size_class(rows)
-        known = sorted(self.shape)
+        """Expected seconds; None where so few rows, or none, are known."""
+        key, known = size_class(rows), self.known
         if not known or key < known[0]:
             return None
-        if key in self.shape:
-            return self.level * self._least(known, key)
         i = bisect_left(known, key)
-        below = known[i - 1]
-        low = self._least(known, below)
+        if i < len(known) and known[i] == key:
+            return self.level * self._least(i)
+        below, low = known[i - 1], self._least(i - 1)
         if i < len(known):
-            high = self._least(known, known[i])
-            slope = (high - low) / (known[i] - below)
+            slope = (self._least(i) - low) / (known[i] - below)
         elif i >= 2:
-            first = known[0]
-            slope = (low - self._least(known, first)) / (below - first)
+            slope = (low - self._least(0)) / (below - known[0])
         else:
             slope = DEAR * low / below
         return self.level * (low + slope * (rows - below))
 
-    def _least(self, known: Sequence[int], key: int) -> float:
-        """The shape made monotone: more rows never cost less."""
-        return max(self.shape[k] for k in known if k <= key)
+    def _least(self, i: int) -> float:
+        """The shape at known[i], made monotone: more rows never cost less."""
+        return max(self.shape[k] for k in self.known[: i + 1])
 
 
 @dataclass(slots=True)
