@@ -61,7 +61,15 @@ def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: fl
     tokenizer = Tokenizer.load(model)
     prompts = [tokenizer.encode(text, add_special=False) for text in OPENINGS]
     parts = ["draft=speculative_sampling(guesses=3)", f"accept={accept}"]
-    config = EngineConfig(model=model, dtype="float32", threads=1, max_model_len=512, techniques=parts, max_num_seqs=16)
+    config = EngineConfig(
+        model=model,
+        dtype="float32",
+        threads=1,
+        max_model_len=512,
+        max_num_seqs=16,
+        techniques=parts,
+        draft_control="off",
+    )
     runtime = build(prepare(config))
     trials, owners, outputs = Trials(), dict[int, int](), dict[int, list[int]]()
     inner = runtime.executor.execute
