@@ -118,7 +118,7 @@ def test_a_slow_spell_moves_all_costs_and_one_bad_time_moves_little() -> None:
         costs.add(5, 12 * MS)
     costs.add(1, 1.0)
     assert (costs(1) or 0) < 13 * MS
-    for _ in range(30):
+    for _ in range(80):
         costs.add(1, 20 * MS)
     assert (costs(1) or 0) == pytest.approx(20 * MS, rel=0.05)
     assert (costs(5) or 0) > 18 * MS
@@ -136,6 +136,18 @@ def test_what_was_seen_long_ago_is_not_believed(times: int, steps: int) -> None:
     assert costs(1) is None
     assert costs.known == [5]
     assert steps <= STALE
+
+
+def test_noise_does_not_speak_for_what_is_seldom_tried() -> None:
+    """Half of all steps take twice as long; five rows, seen 100 times, cost a tenth more than one, seen 3 times."""
+    rnd, costs = random.Random(1), Costs()
+    for i in range(103):
+        rows, seconds = (1, 10 * MS) if i % 40 == 7 else (5, 11 * MS)
+        costs.add(rows, seconds * rnd.choice((1, 2)) * rnd.uniform(0.98, 1.02))
+    plain, five = costs(1), costs(5)
+    assert plain is not None
+    assert five is not None
+    assert 0.95 < five / plain < 1.3
 
 
 def test_a_length_that_was_slow_by_accident_is_tried_again() -> None:
@@ -267,7 +279,7 @@ def test_good_guesses_get_nearly_the_best_length() -> None:
 
 
 def test_it_follows_an_acceptance_that_changes() -> None:
-    """0.8, then 0, then 0.8 again: off within 40 steps, on again within 500, and no flutter between."""
+    """0.8, then 0, then 0.8 again: off within 60 steps, on again within 500, and no flutter between."""
     engine = engine_of()
     world = World(engine, row_s=1 * MS, guess_s=0.5 * MS)
     add(engine, 1, 20_000)
@@ -275,7 +287,7 @@ def test_it_follows_an_acceptance_that_changes() -> None:
     go(engine, world, 300)
     assert world.wants[-1] > 2
     world.right = lambda: 0.0
-    go(engine, world, 40)
+    go(engine, world, 60)
     first = len(world.wants)
     go(engine, world, 300)
     assert sum(w > 0 for w in world.wants[first:]) < 30

@@ -44,6 +44,9 @@ HOPE = 0.6
 """How often a guess of a draft that nobody has tried is thought to stand."""
 RATE = 0.1
 """Weight of the newest time against those before it."""
+FALLS, RISES = 0.3, 0.05
+"""The same for steps of the target.  Times that come out too long are the machine's affair, mostly, and few numbers of rows are
+seen as often as others: their lower times are compared, not their means."""
 WORST = 4.0
 """No time counts as more than so many times what was expected, nor as less than its inverse."""
 DEAR = 0.25
@@ -110,8 +113,9 @@ class Costs:
                 self.shape[key] *= math.exp(off)
             else:
                 # What the machine does to all steps alike is the level's.
-                self.level *= math.exp(RATE * off)
-                self.shape[key] *= math.exp(RATE * off / 4)
+                rate = FALLS if off < 0 else RISES
+                self.level *= math.exp(rate * off)
+                self.shape[key] *= math.exp(rate * off / 4)
         self.known = sorted(k for k in self.shape if self._believed(k))
 
     def _believed(self, key: int) -> bool:
