@@ -66,6 +66,7 @@ class EngineConfig:
     ops         auto, ref or cpu (weft's own kernels).  isa: auto, avx512_vnni, avx512, avx2 or portable
     weights     auto (as they are), float, int8, or int4, with inputs that share a scale as in int4:128 (`WeightFormat.parse`)
     activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact
+    draft_control   on or off: guess only as far ahead as pays
     kv          auto (as the model's dtype), float32, bfloat16, or int8, which is the technique kv.store=int8
     """
 
@@ -91,6 +92,7 @@ class EngineConfig:
     weights: str = "auto"
     activations: str = "float"
     kv: str = "auto"
+    draft_control: str = "on"
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -201,9 +203,7 @@ class Runtime:
 
 def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
     """Read the checkpoint's shape and divide the memory.  Raises ConfigError; whether the plan fits is in `plan.fits`.
-
-    shared: memory in which prompts are handed over between engines.
-    """
+    shared: memory in which prompts are handed over between engines."""
     _check(config)
     raw = load_config(config.model) if isinstance(config.model, Path) else dict(config.model)
     if not isinstance(config.model, Path) and config.load != "random":
@@ -231,8 +231,7 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
     offload = _offload(stack, shared)
-    model_max = spec.max_positions
-    rows = min(config.max_rows, model_max)
+    rows = min(config.max_rows, spec.max_positions)
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
     available = choices.available(device)
     plan = plan_memory(
@@ -242,7 +241,7 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
         block_bytes=block_bytes,
         rows=rows,
         max_num_seqs=config.max_num_seqs,
-        model_max_len=model_max,
+        model_max_len=spec.max_positions,
         available_bytes=available[0],
         available_source=available[1],
         memory_bytes=config.memory_bytes,
@@ -277,6 +276,7 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(f"--threads must be from 1 to 1024, got {config.threads}")
     if config.load not in ("auto", "random"):
         raise ConfigError(f"--load is auto or random, got {config.load!r}")
+    choices.require_switch("--draft-control", config.draft_control)
 
 
 def _offload(stack: Stack, shared: SharedKV | None) -> Offload | None:
@@ -350,12 +350,11 @@ def build(
     with adapters.folders():
         words = VocabularyShelf(vocabulary) if like is None else like.words
         stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words})
-    shared = setup.shared
-    exchange = None if shared is None else Exchange(shared)
+    shared, exchange = setup.shared, None if setup.shared is None else Exchange(setup.shared)
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=_settings(setup), reach=reach(setup),
-        block_bytes=setup.block_bytes, exchange=exchange,
+        block_bytes=setup.block_bytes, control=config.draft_control == "on", exchange=exchange,
         life=None if shared is not None and not shared.writes else 0 if shared is None else life(shared.fd),
     )  # fmt: skip
     adapters.serve(engine)

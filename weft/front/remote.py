@@ -170,8 +170,8 @@ class RemoteEngine:
         return TICK_S if self._again_at is None else min(TICK_S, max(0.0, self._again_at - time.monotonic()))
 
     def _look(self, heard: bool) -> None:
-        """What only time tells: a nursery that has ended, an engine that stands still, the moment to try again.  heard: the engine
-        has said something; who was asleep oneself has to listen before saying that it stands still."""
+        """What only time tells: a nursery that has ended, an engine that stands still, the moment to try again.  heard: the
+        engine has said something; who was asleep oneself has to listen before saying that it stands still."""
         now = time.monotonic()
         if self._again_at is not None and now >= self._again_at:
             self._again_at = None
