@@ -29,6 +29,8 @@ SHAPES = {"qkv": (1152, 896), "gate_up": (9728, 896), "down": (896, 4864)}
 """Outputs and inputs of the products of a layer of Qwen2.5-0.5B; the head's is that of `gate_up` many times over."""
 FORMATS = ("float32", "bfloat16", "int8", "int8:32", "int4:32", "int4:128:zero")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
+KINDS = {"float": 0, "int8": 1, "bfloat16": 2}
+"""Numbers that are multiplied, and what `arithmetic` calls them; bfloat16 is float where the instruction set has none."""
 HEADS, KV_HEADS, DIM, BLOCK = 14, 2, 64, 16
 CONTEXTS = ((1, 512), (1, 8192), (8, 1024), (8, 8192), (32, 1024))
 """Sequences, and entries of each."""
@@ -46,16 +48,16 @@ class Bench:
         self.module, self.program = module, module.Program(threads, isa)
         self._memory = torch.ones(READ_BYTES, dtype=torch.uint8)
 
-    def _speeds(self) -> tuple[float, float, float]:
-        """Bytes/s read from memory; additions and multiplications/s in float, and in int8."""
+    def _speeds(self) -> tuple[float, ...]:
+        """Bytes/s read from memory; additions and multiplications/s in float32, in int8, and in bfloat16."""
         from weft.bench.limit import fastest
 
         read = fastest(lambda: self.program.read(self._memory.data_ptr(), READ_BYTES), rounds=READS)
-        return READ_BYTES / read, self._arithmetic(False), self._arithmetic(True)
+        return READ_BYTES / read, *(self._arithmetic(kind) for kind in KINDS.values())
 
-    def _arithmetic(self, whole: bool) -> float:
+    def _arithmetic(self, kind: int) -> float:
         began = time.perf_counter()
-        return float(self.program.arithmetic(TURNS, whole)) / (time.perf_counter() - began)
+        return float(self.program.arithmetic(TURNS, kind)) / (time.perf_counter() - began)
 
     def rounds(self, first: int, stop: int, step: Any) -> list[tuple[float, tuple[float, ...]]]:
         """Of each round: seconds of one of the operations [first, stop), which are alike, and the better speeds around it."""
@@ -79,18 +81,18 @@ class Bench:
         rounds: list[tuple[float, tuple[float, ...]]],
         read: float,
         operations: float,
-        whole: bool,
+        kind: str,
         **more: Any,
     ) -> dict[str, Any]:
-        """What is kept of `rounds`.  read: bytes; operations: additions and multiplications, of int8 where `whole`."""
-        limits = [max(read / speeds[0], operations / speeds[1 + whole]) for _, speeds in rounds]
+        """What is kept of `rounds`.  read: bytes; operations: additions and multiplications, of numbers of this `kind`."""
+        limits = [max(read / speeds[0], operations / speeds[1 + KINDS[kind]]) for _, speeds in rounds]
         seconds = median(seconds for seconds, _ in rounds)
         return {
             "operation": name, **more, "seconds": seconds, "limit_s": median(limits),
             "fraction": median(limit / taken for limit, (taken, _) in zip(limits, rounds, strict=True)),
             "gb_s": read / seconds / 1e9, "gop_s": operations / seconds / 1e9,
             "read_gb_s": median(speeds[0] for _, speeds in rounds) / 1e9,
-            "limit_gop_s": median(speeds[1 + whole] for _, speeds in rounds) / 1e9,
+            "limit_gop_s": median(speeds[1 + KINDS[kind]] for _, speeds in rounds) / 1e9,
         }  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def products(bench: Bench) -> Iterator[dict[str, Any]]:
     import torch
 
     from weft.models.formats import WeightFormat
+    from weft.models.kernels import INPUTS
     from weft.models.layout import PANEL, panel_bytes
     from weft.ops.cpu.panels import Panels
 
@@ -114,21 +117,29 @@ def products(bench: Bench) -> Iterator[dict[str, Any]]:
             panels = [Panels(m, (outs, width), format, bench.program, bench.module) for m in memory]
             panels[0].pack(weight)
             memory[1:] = memory[0]
-            for narrow in (False, True) if whole else (False,):
+            half = "bfloat16" if bench.program.isa == "avx512_bf16" and text != "float32" else "float"
+            for kind in (half, "int8") if whole else (half,):
                 for rows in ROWS:
                     step = bench.module.Step()
                     step.rows(rows, 0, 0, 0, 0, 0, 0, 0)
                     some = panels if rows < 64 else panels[:4]
                     at = [
                         bench.program.linear(
-                            p.weight, x.data_ptr(), x.stride(0), 0, out.data_ptr(), out.stride(0), False, narrow
+                            p.weight,
+                            x.data_ptr(),
+                            x.stride(0),
+                            0,
+                            out.data_ptr(),
+                            out.stride(0),
+                            False,
+                            INPUTS["float32" if kind == "float" else kind],
                         )
                         for p in some
                     ]
                     rounds = bench.rounds(at[0], at[-1] + 1, step)
                     yield bench.record(
-                        "product", rounds, size, 2.0 * rows * outs * width, narrow, shape=name, weights=text,
-                        activations="int8" if narrow else "float", rows=rows,
+                        "product", rounds, size, 2.0 * rows * outs * width, kind, shape=name, weights=text,
+                        activations=kind, rows=rows,
                     )  # fmt: skip
 
 
@@ -178,7 +189,7 @@ def attention(bench: Bench) -> Iterator[dict[str, Any]]:
             rounds = bench.rounds(at[0], at[-1] + 1, step)
             pairs = sequences * sum(range(context - rows + 1, context + 1))
             yield bench.record(
-                "attention", rounds, blocks * layer, 4.0 * pairs * HEADS * DIM, False, kv=kv, sequences=sequences,
+                "attention", rounds, blocks * layer, 4.0 * pairs * HEADS * DIM, "float", kv=kv, sequences=sequences,
                 context=context, rows=rows,
             )  # fmt: skip
 
@@ -207,7 +218,7 @@ def between(bench: Bench) -> Iterator[dict[str, Any]]:
             step.rows(rows, 0, 0, 0, 0, 0, 0, 0)
             step.angles(0, cos.data_ptr(), cos.data_ptr())
             rounds = bench.rounds(at, at + 1, step)
-            yield bench.record(name, rounds, rows * row_bytes, 0.0, False, rows=rows)
+            yield bench.record(name, rounds, rows * row_bytes, 0.0, "float", rows=rows)
 
 
 def main() -> None:

@@ -47,13 +47,13 @@ def panels(program: Any, weight: Tensor | Quantized, format: torch.dtype | Weigh
 
 
 def product(
-    machine: Machine, x: Tensor, weight: Panels, bias: Tensor | None, rows: int, narrow: bool = False
+    machine: Machine, x: Tensor, weight: Panels, bias: Tensor | None, rows: int, inputs: int = 0
 ) -> Tensor:
     """Rows beyond `rows` must stay as they are."""
     out = torch.full((x.shape[0] + 1, weight.shape[0]), 7.0)
     index = machine.program.linear(
         weight.weight, x.data_ptr(), x.stride(0), 0 if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0),
-        False, narrow,
+        False, inputs,
     )  # fmt: skip
     machine.run(index, rows)
     assert (out[rows:] == 7.0).all()

@@ -48,15 +48,19 @@ def test_logits_of_a_long_context_are_those_of_the_reference() -> None:
 
 
 def test_bfloat16_is_nearer_to_exact_arithmetic_than_the_reference() -> None:
-    """Beside float32 arithmetic over the same weights: only stored keys and values are rounded, where ref rounds every activation."""
+    """Beside float32 arithmetic over the same weights: only stored keys and values are rounded, and inputs of products where the
+    instruction set multiplies bfloat16, where ref rounds every activation."""
     tokens = prompt(LONG)
     narrow, exact = bench("ref", dtype="bfloat16"), bench("ref")
     for name, tensor in narrow.decoder.tensors.items():
         exact.decoder.tensors[name].copy_(tensor)
     wanted = exact.chunked("a", tokens, 300)
-    found = {ops: (bench(ops, dtype="bfloat16").chunked("a", tokens, 300) - wanted).abs() for ops in ("ref", "cpu")}
-    assert found["cpu"].max() < 0.5 * found["ref"].max()
-    assert found["cpu"].mean() < 0.5 * found["ref"].mean()
+    theirs = (bench("ref", dtype="bfloat16").chunked("a", tokens, 300) - wanted).abs()
+    for isa in native.module().isas():
+        ours = (bench("cpu", dtype="bfloat16", isa=isa).chunked("a", tokens, 300) - wanted).abs()
+        share = 0.8 if isa == "avx512_bf16" else 0.5
+        assert ours.max() < share * theirs.max()
+        assert ours.mean() < share * theirs.mean()
 
 
 @pytest.mark.parametrize("isa", native.module().isas())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.native.machine import ISAS, MODULE, ROWS, Machine, empty, panels, product
+from weft.models.kernels import INPUTS
 from weft.errors import ConfigError, InvariantError
 from weft.models.formats import WeightFormat
 from weft.models.layout import PANEL
@@ -16,10 +17,18 @@ from weft.models.quantized import Quantized, assembled, quantize
 from weft.ops.cpu.panels import FORMATS
 
 
+def read_as(machine: Machine, x: Tensor, inputs: str, few: bool = False) -> Tensor:
+    """What products are of: inputs rounded as was allowed, where this instruction set does so."""
+    if inputs == "int8" and few:
+        return rounded(x)
+    return x.bfloat16().double() if inputs != "float32" and machine.program.isa == "avx512_bf16" else x.double()
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize(("outs", "width"), [(1, 2), (16, 64), (31, 130), (144, 1536), (200, 2050)])
 def test_a_product_is_right_and_a_rows_bits_do_not_depend_on_the_rows_beside_it(
-    machine: Machine, dtype: torch.dtype, outs: int, width: int
+    machine: Machine, dtype: torch.dtype, outs: int, width: int, inputs: str
 ) -> None:
     generator = torch.Generator().manual_seed(outs)
     weight = (torch.randn(outs, width, generator=generator) * width**-0.5).to(dtype)
@@ -27,22 +36,25 @@ def test_a_product_is_right_and_a_rows_bits_do_not_depend_on_the_rows_beside_it(
     packed = panels(machine.program, weight)
     assert torch.equal(packed.unpacked(), weight)
     for given_bias in (bias, None):
-        wanted = x.double() @ weight.double().t() + (0 if given_bias is None else given_bias.double())
-        most = product(machine, x, packed, given_bias, max(ROWS))
+        seen = x.double() if dtype is torch.float32 else read_as(machine, x, inputs)
+        wanted = seen @ weight.double().t() + (0 if given_bias is None else given_bias.double())
+        most = product(machine, x, packed, given_bias, max(ROWS), INPUTS[inputs])
         assert (most - wanted).abs().max() < 2e-5
         for rows in ROWS:
-            assert torch.equal(product(machine, x, packed, given_bias, rows), most[:rows])
+            assert torch.equal(product(machine, x, packed, given_bias, rows, INPUTS[inputs]), most[:rows])
             if rows:
-                assert torch.equal(product(machine, x[-rows:], packed, given_bias, rows), most[-rows:])
+                assert torch.equal(product(machine, x[-rows:], packed, given_bias, rows, INPUTS[inputs]), most[-rows:])
 
 
-def test_threads_do_not_change_bits() -> None:
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_threads_do_not_change_bits(dtype: torch.dtype) -> None:
     weight, x = torch.randn(300, 700, generator=torch.Generator().manual_seed(1)), torch.randn(70, 700)
     for isa in ISAS:
         found = []
         for threads in (1, 2, 5):
             machine = Machine(MODULE.Program(threads, isa))
-            found.append(product(machine, x, panels(machine.program, weight), None, 70))
+            packed = panels(machine.program, weight.to(dtype))
+            found.append(product(machine, x, packed, None, 70, INPUTS["bfloat16"]))
         assert torch.equal(found[0], found[1])
         assert torch.equal(found[0], found[2])
 
@@ -110,26 +122,26 @@ def rounded(x: Tensor) -> Tensor:
     return (x.double() / scale).round() * scale
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["float", "narrow"])
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("text", FEW)
 @pytest.mark.parametrize(("outs", "width"), [(1, 128), (31, 256), (144, 4224), (70, 2048)])
 def test_a_product_of_few_bits_is_right_whatever_stands_beside_its_row(
-    machine: Machine, text: str, outs: int, width: int, narrow: bool
+    machine: Machine, text: str, outs: int, width: int, inputs: str
 ) -> None:
     weight = quantize(random(outs, outs, width) * width**-0.5, WeightFormat.parse(text))
     x, bias = random(1, max(ROWS), width), random(2, outs)
     packed = panels(machine.program, weight)
     exact = weight.dequantized()
     assert torch.equal(packed.unpacked(), exact)
-    wanted = (rounded(x) if narrow else x.double()) @ exact.double().t() + bias.double()
-    most = product(machine, x, packed, bias, max(ROWS), narrow)
+    wanted = read_as(machine, x, inputs, few=True) @ exact.double().t() + bias.double()
+    most = product(machine, x, packed, bias, max(ROWS), INPUTS[inputs])
     # An input that lies between two whole numbers may be rounded either way by float32 arithmetic.
-    assert (most - wanted).abs().max() < (2e-3 if narrow else 4e-5)
-    assert (most - wanted).abs().mean() < (1e-5 if narrow else 4e-6)
+    assert (most - wanted).abs().max() < (2e-3 if inputs == "int8" else 4e-5)
+    assert (most - wanted).abs().mean() < (1e-5 if inputs == "int8" else 4e-6)
     for rows in ROWS:
-        assert torch.equal(product(machine, x, packed, bias, rows, narrow), most[:rows])
+        assert torch.equal(product(machine, x, packed, bias, rows, INPUTS[inputs]), most[:rows])
         if rows:
-            assert torch.equal(product(machine, x[-rows:], packed, bias, rows, narrow), most[-rows:])
+            assert torch.equal(product(machine, x[-rows:], packed, bias, rows, INPUTS[inputs]), most[-rows:])
 
 
 def test_instruction_sets_agree_about_whole_numbers() -> None:
@@ -138,12 +150,12 @@ def test_instruction_sets_agree_about_whole_numbers() -> None:
     found = []
     for isa in ISAS:
         machine = Machine(MODULE.Program(2, isa))
-        found.append(product(machine, x, panels(machine.program, weight), None, 20, narrow=True))
+        found.append(product(machine, x, panels(machine.program, weight), None, 20, INPUTS["int8"]))
     assert all(torch.allclose(one, found[0], rtol=1e-5, atol=1e-5) for one in found)
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["float", "narrow"])
-def test_the_largest_values_do_not_overflow(machine: Machine, narrow: bool) -> None:
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_the_largest_values_do_not_overflow(machine: Machine, inputs: str) -> None:
     for text in ("int8", "int4", "int8:128:zero"):
         format = WeightFormat.parse(text)
         top = torch.full((16, 8192), format.levels - 1, dtype=torch.uint8)
@@ -152,16 +164,28 @@ def test_the_largest_values_do_not_overflow(machine: Machine, narrow: bool) -> N
         packed = panels(machine.program, weight)
         for sign in (1.0, -1.0):
             x = torch.full((3, 8192), sign)
-            found = product(machine, x, packed, None, 3, narrow)
+            found = product(machine, x, packed, None, 3, INPUTS[inputs])
             assert torch.allclose(found, x @ weight.dequantized().t(), rtol=1e-5)
+
+
+def test_a_long_prompt_has_the_bits_of_its_rows_alone(machine: Machine) -> None:
+    """Rows in several blocks, inputs in several stretches and blocks, tiles of rows that are not alike, and panels left over."""
+    x = random(8, 450, 4864)
+    for format in (torch.bfloat16, WeightFormat.parse("int8"), WeightFormat.parse("int4:128:zero")):
+        packed = panels(machine.program, random(9, 70, 4864) * 0.01, format)
+        for inputs in ("bfloat16", "int8"):
+            most = product(machine, x, packed, None, 450, INPUTS[inputs])
+            for first, rows in ((0, 1), (191, 2), (200, 30), (449, 1)):
+                found = product(machine, x[first:], packed, None, rows, INPUTS[inputs])
+                assert torch.equal(found, most[first : first + rows])
 
 
 def test_strange_inputs_show_in_their_own_row_alone(machine: Machine) -> None:
     packed = panels(machine.program, quantize(random(5, 20, 64), WeightFormat.parse("int8")))
     x = random(6, 5, 64)
-    clean = product(machine, x, packed, None, 5, narrow=True)
+    clean = product(machine, x, packed, None, 5, INPUTS["int8"])
     x[1, 3], x[2, 60], x[3] = float("nan"), float("inf"), 0.0
-    found = product(machine, x, packed, None, 5, narrow=True)
+    found = product(machine, x, packed, None, 5, INPUTS["int8"])
     assert found[1].isnan().all()
     assert not found[2].isfinite().any()
     assert (found[3] == 0).all()

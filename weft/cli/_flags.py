@@ -74,7 +74,9 @@ class EngineFlags:
     isa: Annotated[
         str | None,
         _option(
-            "--isa", help="Instructions of the kernels: auto, avx512_vnni, avx512, avx2 or portable.", metavar="NAME"
+            "--isa",
+            help="Instructions of the kernels: auto, avx512_bf16, avx512_vnni, avx512, avx2 or portable.",
+            metavar="NAME",
         ),
     ] = None
     weights: Annotated[

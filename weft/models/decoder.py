@@ -393,10 +393,10 @@ def build(
     if ops not in ("ref", "cpu"):
         raise ConfigError(f"a decoder's ops are ref or cpu, got {ops!r}")
     place = torch.device(device)
-    native = cpu.Native(kernels(), spec, threads, isa, narrow=activations == "int8") if ops == "cpu" else None
+    inputs = activations if activations == "int8" else str(kind)[6:]
+    native = cpu.Native(kernels(), spec, threads, isa, inputs) if ops == "cpu" else None
     if isinstance(source, Decoder):
-        assert source.spec == spec
-        assert source.dtype == kind
+        assert (source.spec, source.dtype) == (spec, kind)
         assert (source.native is None) == (native is None)
         memory, tensors = source.weights, source.tensors
     else:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 STORES = {"int8": 2}
 """Encodings of a `kv.store` that the kernels read and write (`Store.kernels`), and what they call them."""
+INPUTS = {"float32": 0, "bfloat16": 1, "int8": 2}
+"""What inputs of products may be rounded to, and what the kernels call it: bfloat16 where instructions multiply it,
+8 bits where the weights are whole numbers."""
 MAX_GUESSES = 64
 """Guesses of a tree that the kernels know apart."""
 
@@ -167,12 +170,12 @@ class NativeStep:
 
 
 class Native:
-    """One decoder's program.  module: the extension.  narrow: whether inputs of products with few bits are rounded to 8 bits."""
+    """One decoder's program.  module: the extension.  inputs: what those of products may be rounded to (`INPUTS`)."""
 
     def __init__(
-        self, module: Any, spec: DecoderSpec, threads: int, isa: str = "auto", *, narrow: bool = False
+        self, module: Any, spec: DecoderSpec, threads: int, isa: str = "auto", inputs: str = "float32"
     ) -> None:
-        self.module, self.spec, self.narrow = module, spec, narrow
+        self.module, self.spec, self.inputs = module, spec, INPUTS[inputs]
         self.program = module.Program(threads, isa)
         self.chunk: int = module.CHUNK
         """Entries of a key tile that sequences may share."""
@@ -211,7 +214,7 @@ class Native:
     ) -> Call:
         return self.call(self.program.linear(
             weight.weight, x.data_ptr(), x.stride(0), 0 if bias is None else self.floats(bias), out.data_ptr(), out.stride(0),
-            picked, self.narrow,
+            picked, self.inputs,
         ))  # fmt: skip
 
     def norm(self, m: Material, x: Tensor, weight: Tensor, out: Tensor, heads: int = 1, picked: bool = False) -> Call:
@@ -372,9 +375,9 @@ def _experts(m: Material, native: Native, index: int, layer: LayerSpec) -> list[
     routed = native.call(program.route(mixture))
     runs = (
         native.call(program.gather(mixture)),
-        native.call(program.expert_products(up, inputs, width, gate_up, 2 * inner, native.narrow)),
+        native.call(program.expert_products(up, inputs, width, gate_up, 2 * inner, native.inputs)),
         native.call(program.expert_gated(gate_up, gated, inner, ACTIVATIONS[layer.activation])),
-        native.call(program.expert_products(down, gated, inner, outputs, width, native.narrow)),
+        native.call(program.expert_products(down, gated, inner, outputs, width, native.inputs)),
         native.call(program.combine(mixture)),
     )
     return [

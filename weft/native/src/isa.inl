@@ -1,6 +1,6 @@
 // The table of one instruction set: a file that defines WEFT_ISA, WEFT_LANES and WEFT_TABLE and includes this is all it takes.
 #include "attend.h"
-#include "narrow.h"
+#include "limit.h"
 #include "round.h"
 #include "rows.h"
 #include "sample.h"

@@ -25,9 +25,14 @@ inline constexpr int LINE_BYTES = 64;
 // Floats: inputs of a block of rows, and a vector beyond them; sums of groups.
 inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048 + 16, SUMS_SCRATCH = 192 * 512;
 inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of weights
+inline constexpr int64_t SHARED = 1 << 20;  // words that all threads have together: rows that are rounded
+inline constexpr int64_t MOST_INPUTS = 1 << 16;  // of a weight
 inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + OPENED_SCRATCH;
 
 enum class Format : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
+// What inputs of a product may be rounded to: nothing, bfloat16 (where the instruction set multiplies them), 8 bits (where the weights
+// are whole numbers, else as bfloat16).
+enum class Inputs : int { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 enum class Activation : int { SILU = 0, GELU_TANH = 1 };
 
 WEFT_SHARED int values_of_line(Format format) { return 1 << static_cast<int>(format); }  // inputs of each output in one line
@@ -50,10 +55,18 @@ struct Weight {
     WEFT_SHARED const char* panel(int64_t index) const { return static_cast<const char*>(panels) + index * panel_bytes(); }
 };
 
-// One thread's part of a parallel call: thread `index` of `count`, and its SCRATCH floats.
+// One thread's part of a parallel call: thread `index` of `count`, its SCRATCH floats, and SHARED words that are everybody's.
 struct Share {
     int index, count;
     float* scratch = nullptr;
+    int32_t* shared = nullptr;
+    void* pool = nullptr;
+    void (*meeting)(void* pool) = nullptr;
+
+    // Nobody goes on before everybody has come.
+    WEFT_SHARED void meet() const {
+        if (count > 1) meeting(pool);
+    }
 
     // The half-open range of `total` things that is this thread's, in multiples of `unit`.
     WEFT_SHARED void range(int64_t total, int64_t unit, int64_t& first, int64_t& stop) const {
@@ -65,14 +78,14 @@ struct Share {
     }
 };
 
-// out[T, N] = x[T, K] w^T + bias.  Strides in values.  narrow: each row of x is rounded to 8 bits first.
+// out[T, N] = x[T, K] w^T + bias.  Strides in values.  inputs: what each row of x may be rounded to first.
 struct Linear {
     const float* x;
     Weight weight;
     const float* bias;  // or null
     float* out;
     int64_t x_stride, out_stride;
-    bool narrow = false;
+    Inputs inputs = Inputs::FLOAT32;
 };
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last `width` values of rows that hold `heads` such vectors.
@@ -201,7 +214,7 @@ struct Kernels {
     void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);
     void (*draw)(const Draw*, int64_t count, int64_t* ids, Share);
     uint32_t (*read)(const char* from, int64_t bytes, Share);
-    double (*arithmetic)(int64_t turns, bool bytes);
+    double (*arithmetic)(int64_t turns, int kind);
     void (*pack_values)(const Weight&, const Values&, int64_t n, int64_t first, Share);
     void (*spans)(const Source&, int64_t n, int64_t k, int64_t group, float* low, float* high, Share);
     void (*pack_rounded)(const Weight&, const Source&, const float* scales, const float* offsets, int64_t n, int64_t first, Share);
@@ -210,7 +223,8 @@ struct Kernels {
 // Floats of an unfinished result of a row with a kv head: for each query head its maximum, its sum, and D mixed values.
 WEFT_SHARED int64_t partial_floats(int heads, int kv_heads, int dim) { return heads / kv_heads * (2 + static_cast<int64_t>(dim)); }
 
-const Kernels* kernels_avx512_vnni();  // null where it was not compiled or the processor lacks it
+const Kernels* kernels_avx512_bf16();  // null where it was not compiled or the processor lacks it
+const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();

@@ -29,15 +29,17 @@ struct Part {
     const char* panel;
     int64_t line, lines, n;
     bool begin, end;  // whether nothing was added up before, and whether it is the last
-    const float* opened = nullptr;  // those lines as floats, [inputs, panels * PANEL], where several tiles read them
+    const float* opened = nullptr;  // those lines as floats (or words, see dots.h), [inputs, panels * PANEL], where several tiles read them
+    const float* scales = nullptr;  // of the tile's rows, where they are of 8 bits
+    bool ask = true;                // whether the lines come from memory
 };
 
 // Asks memory for what P panels hold AHEAD lines after `line`, or for the beginning of the next P: the processor's own prefetching
 // ends at every page, and rows keep it from looking far.  Worth a third of the speed where weights come from memory.
 inline constexpr int64_t AHEAD = 32;
 template <int P>
-WEFT_INLINE void ask_for(const char* panel, int64_t stride, int64_t line, int64_t lines) {
-    const int64_t at = line + AHEAD, more = at < lines ? at * LINE_BYTES : P * stride + (at - lines) * LINE_BYTES;
+WEFT_INLINE void ask_for(const char* panel, int64_t stride, int64_t line, int64_t lines, int64_t ahead = AHEAD) {
+    const int64_t at = line + ahead, more = at < lines ? at * LINE_BYTES : P * stride + (at - lines) * LINE_BYTES;
     for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * stride + more);
 }
 
@@ -68,7 +70,7 @@ WEFT_INLINE void put(const Linear& a, const Part& part, const vf (&totals)[R][P]
                     if (bias) found += load(bias);
                     store(to + at, found);
                 } else {
-                    for (int64_t i = 0; i < left - at; i++) to[at + i] = found[i] + (bias ? bias[i] : 0.0f);
+                    for (int64_t i = 0; i < left - at; i++) to[at + i] = bias ? found[i] + bias[i] : found[i];
                 }
             }
     }

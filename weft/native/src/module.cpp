@@ -16,9 +16,14 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
+Inputs inputs_of(int inputs) {
+    if (inputs < 0 || inputs > 2) throw std::invalid_argument("no such inputs");
+    return static_cast<Inputs>(inputs);
+}
+
 int64_t linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t out, int64_t out_stride,
-               bool picked, bool narrow) {
-    const Linear a{at<float>(x), weight, at<float>(bias), at<float>(out), x_stride, out_stride, narrow};
+               bool picked, int inputs) {
+    const Linear a{at<float>(x), weight, at<float>(bias), at<float>(out), x_stride, out_stride, inputs_of(inputs)};
     return p.add([&kernels = p.kernels(), a, picked](Step& s, Share share) {
         kernels.linear(a, picked ? s.wanted : s.rows, share);
     });
@@ -26,7 +31,7 @@ int64_t linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, 
 
 // A weight in panels at an address; group as in `Weight`.
 Weight weight_of(uintptr_t panels, int64_t n, int64_t k, int format, int64_t group, bool offsets) {
-    if (format < 0 || format > 3 || n < 1 || k < 1) throw std::invalid_argument("no such weight");
+    if (format < 0 || format > 3 || n < 1 || k < 1 || k > MOST_INPUTS) throw std::invalid_argument("no such weight");
     const Weight w{at<void>(panels), n, k, static_cast<Format>(format), group, offsets};
     const bool whole = w.format == Format::I8 || w.format == Format::I4;
     if (k % values_of_line(w.format) || whole != (group > 0)) throw std::invalid_argument("inputs do not fill lines");
@@ -83,14 +88,14 @@ int64_t pick(Program& p, uintptr_t x, int64_t stride, uintptr_t out, int64_t wid
 
 // Each expert's rows with its own weight; x and out by pair.
 int64_t expert_products(Program& p, const std::vector<Weight>& weights, uintptr_t x, int64_t x_stride, uintptr_t out,
-                        int64_t out_stride, bool narrow) {
+                        int64_t out_stride, int inputs) {
     return p.add([&kernels = p.kernels(), weights, from = at<float>(x), x_stride, to = at<float>(out), out_stride,
-                  narrow](Step& s, Share share) {
+                  rounded = inputs_of(inputs)](Step& s, Share share) {
         for (size_t e = 0; e < weights.size(); e++) {
             const int64_t first = s.first_pair[e], rows = s.first_pair[e + 1] - first;
             if (rows)
                 kernels.linear(Linear{from + first * x_stride, weights[e], nullptr, to + first * out_stride, x_stride, out_stride,
-                                      narrow}, rows, share);
+                                      rounded}, rows, share);
         }
     });
 }
@@ -220,9 +225,9 @@ NB_MODULE(_native, m) {
             p.pool().run([&](Share share) { p.kernels().draw(rows.data(), static_cast<int64_t>(count), ids.data(), share); });
             return ids;
         }, nb::call_guard<nb::gil_scoped_release>())
-        .def("arithmetic", [](Program& p, int64_t turns, bool bytes) {
+        .def("arithmetic", [](Program& p, int64_t turns, int kind) {
             std::atomic<double> done{0.0};
-            p.pool().run([&](Share) { done += p.kernels().arithmetic(turns, bytes); });
+            p.pool().run([&](Share) { done += p.kernels().arithmetic(turns, kind); });
             return done.load();
         }, nb::call_guard<nb::gil_scoped_release>())
         .def("read", [](Program& p, uintptr_t from, int64_t bytes) {

@@ -37,7 +37,8 @@ inline void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
 
 class Pool {
   public:
-    explicit Pool(int threads) : count_(threads < 1 ? 1 : threads), scratch_(static_cast<size_t>(SCRATCH) * count_) {
+    explicit Pool(int threads)
+        : count_(threads < 1 ? 1 : threads), scratch_(static_cast<size_t>(SCRATCH) * count_), shared_(new int32_t[SHARED]) {
         for (int i = 1; i < count_; i++) helpers_.emplace_back([this, i] { help(i); });
     }
     ~Pool() {
@@ -78,7 +79,10 @@ class Pool {
     }
 
   private:
-    Share share(int index) { return Share{index, count_, scratch_.data() + SCRATCH * index}; }
+    Share share(int index) {
+        return Share{index, count_, scratch_.data() + SCRATCH * index, shared_.get(), this,
+                     [](void* pool) { static_cast<Pool*>(pool)->meet(); }};
+    }
     void begin() {
         begun_.fetch_add(1, std::memory_order_release);
         begun_.notify_all();
@@ -94,6 +98,7 @@ class Pool {
 
     int count_;
     std::vector<float> scratch_;
+    std::unique_ptr<int32_t[]> shared_;
     const void* context_ = nullptr;
     void (*call_)(const void*, Share) = nullptr;
     std::atomic<uint32_t> begun_{0}, arrived_{0}, turn_{0};

@@ -13,7 +13,7 @@
 namespace weft {
 
 // Best first.
-inline constexpr const Kernels* (*TABLES[])() = {kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_portable};
+inline constexpr const Kernels* (*TABLES[])() = {kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_portable};
 
 inline const Kernels* kernels_named(const std::string& name) {
     if (name == "auto") {

@@ -20,6 +20,7 @@ struct F32 {
 struct BF16 {
     static constexpr int VALUES = 2;
     static constexpr bool SCALED = false;
+    static constexpr int HALF = 0;
     static constexpr float UNIT = 1.0f;
     static WEFT_INLINE vf value(vu word, int i) { return reinterpret_cast<vf>(i ? word & 0xffff0000u : word << 16); }
 };

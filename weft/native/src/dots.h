@@ -1,0 +1,372 @@
+// Products whose inputs are rounded first, each row by itself and once for all threads: to whole numbers of 8 bits with one scale
+// for the row (for weights of whole numbers), or, where the processor multiplies them, to bfloat16.  Several inputs lie in a word
+// and one instruction adds up their products.  Included by the files of the instruction sets.
+//
+// Legend.  R: rows of a tile.  P: panels of a tile.  A word holds D::INPUTS inputs of one row, or of one output of a panel; a line of a
+// panel gives VALUES / INPUTS words of each output.
+#pragma once
+
+#include "kernels.h"
+#include "linear.h"
+#include "narrow.h"
+#include "simd.h"
+
+namespace weft::WEFT_ISA {
+
+#if defined(__AVX512BF16__)
+// total + x0 w0 + x1 w1 in float32, the odd one first; what is subnormal counts as 0.
+WEFT_INLINE vf dot2(vf total, vu weights, vi inputs) {
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total), reinterpret_cast<__m512bh>(weights),
+                                                 reinterpret_cast<__m512bh>(inputs)));
+}
+
+struct Halves {
+    static constexpr int INPUTS = 2;
+    static constexpr bool SCALED = false;  // rows have no scale
+    using Total = vf;
+    using Sum = float;
+    static WEFT_INLINE vf dot(vf total, vu weights, vi inputs) { return dot2(total, weights, inputs); }
+    static WEFT_INLINE vf start(float) { return vf{}; }
+    static WEFT_INLINE vf floats(vf total) { return total; }
+    template <class W>
+    static constexpr float unit() { return 1.0f / W::UNIT; }
+    template <class W>  // values are less their half
+    static constexpr float half() { return static_cast<float>(W::HALF); }
+    static WEFT_INLINE vu word(BF16, vu line, int) { return line; }
+    static WEFT_INLINE vu word(I8, vu line, int j) {  // their floats end after eight digits
+        const vu first = reinterpret_cast<vu>(I8::value(line, 2 * j)), second = reinterpret_cast<vu>(I8::value(line, 2 * j + 1));
+        return first >> 16 | (second & 0xffff0000u);
+    }
+    // A permutation looks at the low five bits of each half, of which the table ignores one.  Inputs (0, 2), (1, 3), (4, 6), (5, 7).
+    static WEFT_INLINE vu word(I4, vu line, int j) {
+        const __m512i table = _mm512_broadcast_i64x4(_mm256_set_epi16(
+            0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, static_cast<int16_t>(0xbf80), static_cast<int16_t>(0xc000),
+            static_cast<int16_t>(0xc040), static_cast<int16_t>(0xc080), static_cast<int16_t>(0xc0a0), static_cast<int16_t>(0xc0c0),
+            static_cast<int16_t>(0xc0e0), static_cast<int16_t>(0xc100)));
+        const auto at = reinterpret_cast<__m512i>(line >> (j % 2 * 8 + j / 2 * 4));
+        return reinterpret_cast<vu>(_mm512_permutexvar_epi16(at, table));
+    }
+    template <class W>
+    static void round(const Linear& a, const float* x, int32_t* words, float*, float* sums, int);
+};
+
+// A row as bfloat16, in the order in which the words of W have their inputs, and the sums of its groups.
+template <class W>
+void Halves::round(const Linear& a, const float* x, int32_t* words, float*, float* sums, int) {
+    auto* out = reinterpret_cast<uint16_t*>(words);
+    const auto sixteen = [&](int64_t i, int64_t end) {
+        const __mmask16 there = end - i >= LANES ? 0xffff : static_cast<__mmask16>((1 << (end - i)) - 1);
+        return std::pair(there, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, x + i))));
+    };
+    const int64_t k = a.weight.k;
+    for (int64_t i = 0; i < k; i += LANES) {
+        auto [there, found] = sixteen(i, k);
+        if (std::is_same_v<W, I4>)
+            found = _mm256_shuffle_epi8(found, _mm256_broadcastsi128_si256(
+                _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)));
+        _mm256_mask_storeu_epi16(out + i, there, found);
+    }
+    if (!a.weight.offsets) return;
+    for (int64_t g = 0; g < a.weight.groups(); g++) {
+        vf total = vf{};
+        const int64_t end = (g + 1) * a.weight.group;
+        for (int64_t i = g * a.weight.group; i < end; i += LANES)
+            total += reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(sixteen(i, end).second), 16));
+        sums[g] = sum(total);
+    }
+}
+#endif
+
+struct Bytes {
+    static constexpr int INPUTS = 4;
+    static constexpr bool SCALED = true;
+    using Total = vi;
+    using Sum = int32_t;
+    static WEFT_INLINE vi dot(vi total, vu weights, vi inputs) { return dot4(total, weights, inputs); }
+    static WEFT_INLINE vi start(int32_t sum) { return vi{} + sum; }
+    static WEFT_INLINE vf floats(vi total) { return __builtin_convertvector(total, vf); }
+    template <class W>
+    static constexpr float unit() { return 1.0f; }
+    template <class W>
+    static constexpr float half() { return 0.0f; }
+    template <class W>
+    static WEFT_INLINE vu word(W, vu line, int j) { return W::quad(line, j); }
+    template <class W>  // factor: of the sums
+    static void round(const Linear& a, const float* x, int32_t* words, float* scale, float* sums, int factor) {
+        round_row(a.weight, x, words, scale, reinterpret_cast<int32_t*>(sums), factor);
+    }
+};
+
+// What the rows of a tile are, [words, R] one after the other, their scales and the sums of their groups, [R, groups].
+template <class D>
+struct Rows {
+    int32_t* words;
+    float *scales, *sums;
+
+    Rows(int32_t* at, int64_t rows, int64_t each)
+        : words(at), scales(reinterpret_cast<float*>(at + rows * each)), sums(scales + rows) {}
+    static int64_t size(const Weight& w, int64_t rows, int64_t each) { return rows * (each + 1 + w.groups()); }
+};
+
+// Rows [first, first + high) of the inputs, rounded; `spare` holds as many words.
+template <class D, class W>
+void round_tile(const Linear& a, int64_t first, int64_t high, const Rows<D>& to, int64_t top, int64_t each, int32_t* spare, int factor) {
+    const int64_t groups = a.weight.groups();
+    int32_t* words = to.words + top * each;
+    for (int64_t r = 0; r < high; r++)
+        D::template round<W>(a, a.x + (first + r) * a.x_stride, high == 1 ? words : spare + r * each, to.scales + top + r,
+                             to.sums + (top + r) * groups, factor);
+    if (high == 1) return;
+    int64_t i = 0;
+    for (; i + LANES <= each; i += LANES) {
+        vu square[LANES] = {};
+        for (int64_t r = 0; r < high; r++) square[r] = load_bits(spare + r * each + i);
+        turn<LANES / 2>(square);
+        // What a vector has beyond its rows is overwritten by the next; the last ones have no next.
+        for (int j = 0; j < LANES; j++) {
+            int32_t* mine = words + (i + j) * high;
+            if (i + j + LANES / high + 1 < each) store(reinterpret_cast<float*>(mine), reinterpret_cast<vf>(square[j]));
+            else std::memcpy(mine, &square[j], static_cast<size_t>(high) * 4);
+        }
+    }
+    for (; i < each; i++)
+        for (int64_t r = 0; r < high; r++) words[i * high + r] = spare[r * each + i];
+}
+
+// totals += found * scale (+ offset * sum) of one group.
+template <class D, class W, bool OFFSETS, int R, int P>
+WEFT_INLINE void settle_dots(const Weight& w, const char* panel, int64_t group, const typename D::Total (&found)[R][P][PARTS],
+                             const typename D::Sum* sums, int64_t stride, vf (&totals)[R][P][PARTS]) {
+    for (int p = 0; p < P; p++)
+        for (int v = 0; v < PARTS; v++) {
+            const char* mine = panel + p * w.panel_bytes();
+            __builtin_prefetch(mine + P * w.panel_bytes() + w.line_bytes() + group * w.scale_stride());
+            const vf scale = scales<W>(w, mine, group, v), fine = scale * D::template unit<W>();
+            const vf offset = OFFSETS ? offsets<W>(w, mine, group, v) + scale * D::template half<W>() : vf{};
+            for (int r = 0; r < R; r++) {
+                totals[r][p][v] += D::floats(found[r][p][v]) * fine;
+                if (OFFSETS) totals[r][p][v] += offset * static_cast<float>(sums[r * stride + group]);
+            }
+        }
+}
+
+// One word of P panels times one of R rows.
+template <class D, int R, int P>
+WEFT_INLINE void add_word(const vu (&weight)[P][PARTS], const int32_t* x, typename D::Total (&total)[R][P][PARTS]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        const vi input = vi{} + x[r];
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) total[r][p][v] = D::dot(total[r][p][v], weight[p][v], input);
+    }
+}
+
+// Adds the products of `words` words to `result`.  OPENED: whether they come word by word, [words, P, PANEL].
+template <class D, class W, int R, int P, bool OPENED>
+WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int64_t words, typename D::Total (&result)[R][P][PARTS]) {
+    constexpr int EACH = W::VALUES / D::INPUTS;
+    typename D::Total total[R][P][PARTS];  // of its own, which a compiler keeps in registers
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) total[r][p][v] = result[r][p][v];
+    const auto* x = reinterpret_cast<const int32_t*>(part.x) + first * R;
+    if constexpr (OPENED) {
+        const float* from = part.opened + first * P * PANEL;
+        for (int64_t i = 0; i < words; i++, from += P * PANEL, x += R) {
+            vu weight[P][PARTS];
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++) weight[p][v] = load_bits(from + p * PANEL + v * LANES);
+            add_word<D, R, P>(weight, x, total);
+        }
+    } else {
+        const int64_t stride = w.panel_bytes(), lines = w.k / W::VALUES, ahead = part.ask ? AHEAD : 0;
+        const int64_t begin = part.line + first / EACH, end = begin + words / EACH;
+        for (int64_t line = begin; line < end; line++) {
+            ask_for<P>(part.panel, stride, line, lines, ahead);
+            vu raw[P][PARTS];
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++) raw[p][v] = load_bits(part.panel + p * stride + line * LINE_BYTES + v * LANES * 4);
+#pragma GCC unroll 4
+            for (int j = 0; j < EACH; j++, x += R) {
+                vu weight[P][PARTS];
+                for (int p = 0; p < P; p++)
+                    for (int v = 0; v < PARTS; v++) weight[p][v] = D::word(W{}, raw[p][v], j);
+                add_word<D, R, P>(weight, x, total);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) result[r][p][v] = total[r][p][v];
+}
+
+template <class D, class W, bool OFFSETS, int R, int P, bool OPENED>
+void dot_tile(const Linear& a, const Part& part) {
+    const Weight& w = a.weight;
+    const int64_t groups = w.groups();
+    const auto* sums = reinterpret_cast<const typename D::Sum*>(part.sums);
+    constexpr int EACH = W::VALUES / D::INPUTS;
+    vf totals[R][P][PARTS];
+    const int64_t words = part.lines * EACH;
+    if (W::SCALED && w.grouped()) {
+        const int64_t step = w.group / D::INPUTS;
+        fetch<R, P>(a, part, totals);
+        for (int64_t first = 0; first < words; first += step) {
+            const int64_t group = part.line * EACH / step + first / step;
+            typename D::Total total[R][P][PARTS];
+            for (int r = 0; r < R; r++)
+                for (int p = 0; p < P; p++)
+                    for (int v = 0; v < PARTS; v++) total[r][p][v] = D::start(OFFSETS ? 0 : sums[r * groups + group]);
+            add_words<D, W, R, P, OPENED>(w, part, first, step, total);
+            if constexpr (W::SCALED) settle_dots<D, W, OFFSETS, R, P>(w, part.panel, group, total, sums, groups, totals);
+        }
+    } else {
+        typename D::Total total[R][P][PARTS];
+        fetch<R, P>(a, part, totals);  // sums of whole numbers as they are, between stretches
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++)
+                    total[r][p][v] = part.begin ? D::start(W::SCALED && !OFFSETS ? sums[r] : 0)
+                                                : reinterpret_cast<typename D::Total>(totals[r][p][v]);
+        add_words<D, W, R, P, OPENED>(w, part, 0, words, total);
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++) totals[r][p][v] = W::SCALED && part.end ? vf{} : reinterpret_cast<vf>(total[r][p][v]);
+        if constexpr (W::SCALED)
+            if (part.end) settle_dots<D, W, OFFSETS, R, P>(w, part.panel, 0, total, sums, 1, totals);
+    }
+    if (D::SCALED && part.end)
+        for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++) totals[r][p][v] *= part.scales[r];
+    put<R, P>(a, part, totals);
+}
+
+template <class D, class W, bool OFFSETS, int P, int R, bool OPENED = false>
+constexpr Tile dot_tile_of(int rows) {
+    if constexpr (R == 1) {
+        return dot_tile<D, W, OFFSETS, 1, P, OPENED>;
+    } else {
+        return rows == R ? dot_tile<D, W, OFFSETS, R, P, OPENED> : dot_tile_of<D, W, OFFSETS, P, R - 1, OPENED>(rows);
+    }
+}
+
+// Lines of P panels, word by word, for the tiles that read them.
+template <class D, class W, int P>
+void open_words(const Weight& w, const char* panel, int64_t line, int64_t lines, float* out) {
+    for (int64_t at = 0; at < lines; at++) {
+        ask_for<P>(panel, w.panel_bytes(), line + at, w.k / W::VALUES);
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) {
+                const vu raw = load_bits(panel + p * w.panel_bytes() + (line + at) * LINE_BYTES + v * LANES * 4);
+#pragma GCC unroll 4
+                for (int j = 0; j < W::VALUES / D::INPUTS; j++)
+                    store(out + ((at * (W::VALUES / D::INPUTS) + j) * P + p) * PANEL + v * LANES,
+                          reinterpret_cast<vf>(D::word(W{}, raw, j)));
+            }
+    }
+}
+
+// Small groups are settled often, in floats that lie in registers beside the sums of fewer rows.
+inline constexpr int GROUPED_ROWS = LANES == 16 ? 8 : TILE_ROWS;
+inline constexpr int64_t SMALL_GROUP = 64;
+inline constexpr int64_t NEAR_WORDS = 224;  // of two panels, in the first cache beside those of a tile's rows
+inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in the second cache
+static_assert(NEAR_WORDS * TILE_PANELS * PANEL <= OPENED_SCRATCH);
+
+// Panels [from, to) times rows that are rounded: stretches of inputs whose weights stay in the first cache, in blocks whose rows stay in
+// the second.
+template <class D, class W, bool OFFSETS>
+void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count, int64_t most, int64_t from, int64_t to, float* opened) {
+    constexpr int EACH = W::VALUES / D::INPUTS;
+    const Weight& w = a.weight;
+    const int64_t each = w.k / D::INPUTS, tiles = (count + most - 1) / most, group = w.grouped() ? w.group / D::INPUTS : EACH;
+    const int64_t near = tiles == 1 ? each : group > NEAR_WORDS ? group : NEAR_WORDS / group * group;
+    const int64_t parts = (each + near - 1) / near;
+    const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
+    const int64_t fitting = BLOCK_WORDS / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
+    const bool open = EACH > 1 && tiles > OPENED_TILES && stretch <= NEAR_WORDS;
+    const int64_t wide = count <= 2 ? FEW_PANELS : TILE_PANELS;
+    for (int64_t input = 0; input < each; input += block)
+        for (int64_t p = from, panels = 1; p < to; p += panels) {
+            panels = p + wide <= to ? wide : 1;
+            for (int64_t begin = input; begin < each && begin < input + block; begin += stretch) {
+                const int64_t end = begin + stretch < each ? begin + stretch : each;
+                for (int64_t t = 0; t < tiles; t++) {
+                    const int64_t top = count * t / tiles, tall = count * (t + 1) / tiles - top;
+                    Part part{reinterpret_cast<const float*>(rows.words + top * each + begin * tall), rows.sums + top * w.groups(),
+                              a.out + (first + top) * a.out_stride, w.panel(p), begin / EACH, (end - begin) / EACH, p * PANEL,
+                              begin == 0, end == each};
+                    part.scales = rows.scales + top, part.ask = t == 0;
+                    const int high = static_cast<int>(tall);
+                    if (EACH > 1 && open && panels == TILE_PANELS) {
+                        if (t == 0) open_words<D, W, TILE_PANELS>(w, part.panel, part.line, part.lines, opened);
+                        part.opened = opened;
+                        dot_tile_of<D, W, OFFSETS, TILE_PANELS, TILE_ROWS, (EACH > 1)>(high)(a, part);
+                        continue;
+                    }
+                    const Tile run = panels == 1             ? dot_tile_of<D, W, OFFSETS, 1, TILE_ROWS>(high)
+                                     : panels == TILE_PANELS ? dot_tile_of<D, W, OFFSETS, TILE_PANELS, TILE_ROWS>(high)
+                                                             : dot_tile_of<D, W, OFFSETS, FEW_PANELS, 2>(high);
+                    run(a, part);
+                }
+            }
+        }
+}
+
+template <class D, class W, bool OFFSETS>
+void dots_in(const Linear& a, int64_t rows, Share share) {
+    const Weight& w = a.weight;
+    int64_t from, to;
+    share.range((w.n + PANEL - 1) / PANEL, FEW_PANELS, from, to);
+    const int64_t each = w.k / D::INPUTS, most = w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
+    const auto size = [&](int64_t count) { return Rows<D>::size(w, count, each); };
+    int64_t high = ROW_BLOCK;
+    while (high > 1 && size(high) > SHARED) high /= 2;
+    const int factor = OFFSETS ? 1 : -W::HALF;  // what weights have too much
+    for (int64_t first = 0; first < rows; first += high) {
+        const int64_t count = rows - first < high ? rows - first : high, tiles = (count + most - 1) / most;
+        // Few rows are rounded by each thread for itself: that is less than to wait for the others.
+        const bool own = tiles == 1 && size(count) + count * each <= INPUTS_SCRATCH;
+        auto* spare = reinterpret_cast<int32_t*>(share.scratch);
+        const Rows<D> inputs(own ? spare + count * each : share.shared, count, each);
+        for (int64_t t = own ? 0 : share.index; t < tiles; t += own ? 1 : share.count) {
+            const int64_t top = count * t / tiles;
+            round_tile<D, W>(a, first + top, count * (t + 1) / tiles - top, inputs, top, each, spare, factor);
+        }
+        if (!own) share.meet();
+        multiply<D, W, OFFSETS>(a, inputs, first, count, most, from, to, share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH);
+        if (!own) share.meet();  // before somebody writes the next rows there
+    }
+}
+
+// ------------------------------------------------------------------------------------------ which product is whose
+
+template <class W>
+void linear_of(const Linear& a, int64_t rows, Share share) {
+    if constexpr (W::SCALED) {
+        if (a.inputs == Inputs::INT8)
+            return a.weight.offsets ? dots_in<Bytes, W, true>(a, rows, share) : dots_in<Bytes, W, false>(a, rows, share);
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (W::VALUES > 1) {
+        if (a.inputs != Inputs::FLOAT32)
+            return a.weight.offsets ? dots_in<Halves, W, true>(a, rows, share) : dots_in<Halves, W, false>(a, rows, share);
+    }
+#endif
+    linear_in<W>(a, rows, share);
+}
+
+inline void linear(const Linear& a, int64_t rows, Share share) {
+    if (rows <= 0) return;
+    switch (a.weight.format) {
+        case Format::F32: return linear_of<F32>(a, rows, share);
+        case Format::BF16: return linear_of<BF16>(a, rows, share);
+        case Format::I8: return linear_of<I8>(a, rows, share);
+        case Format::I4: return linear_of<I4>(a, rows, share);
+    }
+}
+
+}  // namespace weft::WEFT_ISA
