@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.test_docs import complaint
-from weft.front.app import OPEN_PATHS
+from weft.front.guard import OPEN_PATHS
 from weft.front.metrics import Metrics
 from weft.types import EngineStats
 
