@@ -142,8 +142,7 @@ class Contender:
 
     def __init__(self, model: Model, case: Case, threads: int) -> None:
         self.case = case
-        words = ModelText.load(model.folder).vocabulary if case.grammar is not None else None
-        self.runtime = build(setup(model, case, threads), vocabulary=words)
+        self.runtime = build(setup(model, case, threads), vocabulary=lambda: ModelText.load(model.folder).vocabulary())
         self.runs: list[Run] = []
         self._ids = 0
         self._wave_began = 0.0

@@ -298,6 +298,7 @@ def build(
 
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import build as build_decoder
+    from weft.models.trimmed import trimmed
 
     # Where the kernels compute, torch's threads would only stand in the way of theirs.
     native = all(choice.panels for choice in setup.ops.values())
@@ -316,6 +317,10 @@ def build(
         threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa, formats=setup.formats,
         activations=config.activations,
     )  # fmt: skip
+    adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
+    with adapters.folders():
+        words = VocabularyShelf(vocabulary) if like is None else like.words
+        stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words, "draft": words})
     second = None
     if setup.draft is not None:
         second = build_decoder(
@@ -325,11 +330,8 @@ def build(
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
             threads=setup.threads, ops=setup.ops["draft"].ops, isa=setup.ops["draft"].isa,
         )  # fmt: skip
+        second = trimmed(second, getattr(setup.stack["draft"], "head", ()), setup.threads, setup.ops["draft"].isa)
     pool = make_pool(setup)
-    adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
-    with adapters.folders():
-        words = VocabularyShelf(vocabulary) if like is None else like.words
-        stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words})
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=_settings(setup), reach=reach(setup),
@@ -355,11 +357,13 @@ def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequ
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
     stream = _stream(choice, dtype)
-    return (
-        weights_bytes(draft, dtype, choice.panels)
-        + workspace_bytes(draft, stream, rows, sequences, choice.panels)
-        + laws
-    )
+    keep = min(getattr(stack["draft"], "keep", 0), draft.vocab)
+    cut = replace(draft, tied=False, kept=tuple(range(keep))) if 0 < keep < draft.vocab else draft
+    body = replace(draft, tied=True)  # a shorter head stands beside the whole one
+    more = 0 if cut is draft else weights_bytes(cut, dtype, choice.panels) - weights_bytes(body, dtype, choice.panels)
+    # Its logits become rows of the whole vocabulary, so that they take as much as they did.
+    workspace = workspace_bytes(draft, stream, rows, sequences, choice.panels)
+    return weights_bytes(draft, dtype, choice.panels) + more + workspace + laws
 
 
 def make_pool(setup: Setup) -> KVPool:

@@ -23,6 +23,8 @@ from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
 Probe = Callable[[Mirrored, int, Tensor], None]
 """(the sequence, index of the token in its output, logits [vocab] before any law)"""
+GUESSING = "draft"
+"""Under this name a sequence's state holds what its draft keeps of it."""
 NOT_FINITE = "the model gave a logit that is not a finite number; the checkpoint or its dtype is at fault"
 
 
@@ -166,7 +168,9 @@ class Sampling:
         known = (
             np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)]) if most > 0 else None
         )
-        return Ask(known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws)
+        state = s.state.setdefault(GUESSING, {})
+        assert isinstance(state, dict)
+        return Ask(known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale)
 
     # ------------------------------------------------------------------ rows
 
@@ -226,6 +230,7 @@ class Sampling:
             s.stack["draft"].observe(work.guesses, len(path))
         tokens, ended = self.masks.cut(s, tokens)
         path = path[: len(tokens) - 1] if ended else path
+        s.stale = tuple(winners[len(tokens) :]) if not work.parents else ()
         if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[i])
