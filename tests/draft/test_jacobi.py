@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.exec.conftest import Bench, spec
 from weft.draft.jacobi import Jacobi
 from weft.errors import ConfigError
+from weft.exec.build import Runtime
 from weft.registry import parse
-from weft.slots import Ask
+from weft.slots import Ask, Guesses
 from weft.types import SamplingSpec
 
 Next = Callable[[Sequence[int], int], int]
@@ -125,3 +127,39 @@ def test_the_pool_guesses_the_run_that_was_drawn_last() -> None:
 def test_wrong_arguments_are_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         parse(f"draft=jacobi({text})").build()
+
+
+class Wrong:
+    """A draft that knows the answer, and guesses its next token, a wrong one, and one more."""
+
+    model, guesses = None, 3
+
+    def __init__(self, answer: Sequence[int]) -> None:
+        self.answer, self.acts = answer, dict[str, int]()
+        self.seen: list[tuple[list[int], tuple[int, ...]]] = []
+
+    def propose(self, asks: Sequence[Ask], run: object) -> list[Guesses]:
+        (ask,) = asks
+        self.seen.append((ask.context.tolist(), tuple(ask.stale)))
+        right = self.answer[ask.output : ask.output + 1]
+        return [Guesses((*right, 5, 6)[: ask.most])]
+
+    def observe(self, proposed: int, accepted: int) -> None: ...
+
+
+def test_an_engine_tells_what_the_target_drew_behind_a_wrong_guess(runtime: Runtime) -> None:
+    """Beside the same model, greedy, over the text with the wrong guesses in it."""
+    prompt = list(range(300, 320))
+    answer = Bench(runtime).run([spec(1, prompt, max_tokens=12, temperature=0.0)])[1, 0]
+    assert not {5, 6} & set(answer)
+    draft = Wrong(answer)
+    bench = Bench(runtime, draft=draft)
+    assert bench.run([spec(1, prompt, max_tokens=12, temperature=0.0)])[1, 0] == answer
+    assert draft.seen[0][1] == ()
+    whole = [(context, stale) for context, stale in draft.seen[1:] if len(stale) == 2]
+    assert len(whole) > 2
+    for context, stale in whole:
+        # The last token stands in the place of the wrong guess.
+        texts = [[*context[:-1], 5], [*context[:-1], 5, 6]]
+        found = Bench(runtime).run([spec(i, text, max_tokens=1, temperature=0.0) for i, text in enumerate(texts)])
+        assert list(stale) == [found[0, 0][0], found[1, 0][0]]
