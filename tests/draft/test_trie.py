@@ -104,9 +104,22 @@ def test_memory_is_bounded_and_the_largest_tenant_gives_way() -> None:
         Talk(part, [1], b"small").guess(1, 2, 3, 4, 5, 6)
         Talk(part, [1], b"large").guess(*rng.integers(10, 99, 60).tolist())
         assert (
-            sum(len(runs(t.root)) for t in part._answers.values()) <= sum(t.size for t in part._answers.values()) <= 600
+            sum(len(runs(t.root)) for t in part._answers.values()) <= sum(t.size for t in part._answers.values()) <= 300
         )
         assert Talk(part, [7], b"small").guess(2, 3) == [4, 5, 6], i
+
+
+def test_prompts_share_their_half_while_they_live() -> None:
+    """Of 60 nodes 30 are for prompts, and a token takes up to 5: six tokens, and once 17 nodes are taken two."""
+    part = Lookahead(longest=2, guesses=3, nodes=60)
+    first = Talk(part, [1, 2, 3, 9, 1, 2])
+    assert first.guess() == [3, 9, 1]
+    assert sum(t.size for t in part._prompts) == 17
+    second = Talk(part, [11, 12, 13, 14, 11, 12])
+    assert second.guess() == []
+    assert Talk(part, [7, 1, 2, 3, 9, 8, 1, 2]).guess() == [], "what stands before the last tokens is not counted"
+    del first, second
+    assert Talk(part, [11, 12, 13, 14, 11, 12]).guess() == [13, 14, 11]
 
 
 def test_tenants_never_make_guesses_for_each_other() -> None:

@@ -19,7 +19,7 @@ Differs  one chain is verified, where the paper packs candidates of all stores, 
          can be expected of them.  The text is a table of what follows up to three tokens, along which guesses are found one by
          one, where the paper keeps continuations
 Raises   ValueError unless 1 <= shortest <= longest, 1 <= guesses <= 16, entries >= 1 and 0 <= share <= 1; ConfigError for a text
-         that cannot be read or is larger than 16 MiB
+         that cannot be read or is larger than 4 MiB
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 MOST = 16
 ORDER = 3
 """Tokens that the text is looked up by, at most."""
-TEXT_BYTES = 16 << 20
+TEXT_BYTES = 4 << 20
 MEMORY = 256
 """Guesses tried after which what a store achieved counts half."""
 STORES = ("context", "answers", "text")

@@ -5,10 +5,11 @@ Paper    Zhao et al., Lookahead: An Inference Acceleration Framework for Large L
 Rule     a trie counts every run of up to longest + guesses tokens: a request's prompt in one of its own, which goes with it, and
          the answers of a tenant in one that stays.  For n = longest down to shortest: below the last n tokens, the next guess is
          the token whose count is the largest, a prompt's counting `prompt` times, and so on below it; a guess that has less than
-         `share` of all that followed there ends the guesses.  Ageing: where the tries of answers have more than `nodes` nodes,
-         the largest one's counts are halved, and what is left with none is gone, until they have three quarters of it
+         `share` of all that followed there ends the guesses.  Ageing: where the tries of answers have more than half of `nodes`,
+         the largest one's counts are halved, and what is left with none is gone, until they have three quarters of that.  The
+         tries of prompts have the other half: of a prompt for which there is no room its last tokens are counted, or none
 Shapes   context [T] int64, guesses at most `guesses`
-Units    longest, shortest, guesses: tokens.  nodes: of all answers' tries together; one takes some 200 bytes.  prompt: a factor
+Units    longest, shortest, guesses: tokens.  nodes: of all tries together; one takes some 200 bytes.  prompt: a factor
 Cost     longest + guesses steps in a dictionary for each token of prompts and answers, and as many for each proposal; guessed
          rows are computed and may be thrown away
 Pays     where questions come again: at one sequence 2.2 times as fast on the bundled model and 3.4 times on the 135M shape
@@ -25,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 from weft.registry import register
 from weft.slots import Ask, Forward, Guesses
@@ -35,11 +37,11 @@ Node = dict[int, Any]
 COUNT = -2
 """No token's id, nor the -1 of a position that has none."""
 MOST = 16
-FULL, ROOM = 1.0, 0.75
-"""Parts of the nodes allowed at which ageing begins and ends."""
+HALF, ROOM = 0.5, 0.375
+"""Parts of the nodes allowed at which ageing of answers begins and ends; prompts have a half, too."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Tally:
     """A trie.  size: its nodes, at most: paths that were dropped while they still grew count until the next ageing."""
 
@@ -108,13 +110,15 @@ class Lookahead:
     guesses: int = 8
     share: float = 0.5
     prompt: float = 2.0
-    nodes: int = 100_000
+    nodes: int = 200_000
     acts: dict[str, int] = field(default_factory=lambda: {"proposed": 0, "accepted": 0}, init=False, compare=False)
     model: ClassVar[str | None] = None
     per_request: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(needs=frozenset({Trait.ROLLBACK}), effects=frozenset({Effect.GUESSES}))
     _answers: dict[bytes, Tally] = field(default_factory=dict, init=False, repr=False, compare=False)
     """By tenant."""
+    _prompts: WeakSet[Tally] = field(default_factory=WeakSet, init=False, repr=False, compare=False)
+    """Of the requests that are still there."""
 
     def __post_init__(self) -> None:
         sizes = 1 <= self.shortest <= self.longest <= MOST and 1 <= self.guesses <= MOST
@@ -140,7 +144,9 @@ class Lookahead:
         mine: Request | None = ask.state.get("trie")
         if mine is None:
             own = Tally(depth)
-            own.learn([], ask.context[: ask.prompt].tolist())
+            room = int(HALF * self.nodes - sum(t.size for t in self._prompts)) // depth
+            own.learn([], ask.context[max(0, ask.prompt - max(0, room)) : ask.prompt].tolist())
+            self._prompts.add(own)
             mine = ask.state["trie"] = Request(own, [], max(0, ask.prompt - self.longest))
         answers = self._answers.setdefault(ask.salt, Tally(depth))
         mine.ends = answers.learn(mine.ends, ask.context[mine.at :].tolist())
@@ -178,7 +184,7 @@ class Lookahead:
 
     def _age(self) -> None:
         """Bring the answers' tries back below what is allowed; the largest tenant's first, so that none pushes out another."""
-        if sum(t.size for t in self._answers.values()) <= FULL * self.nodes:
+        if sum(t.size for t in self._answers.values()) <= HALF * self.nodes:
             return
         while sum(t.size for t in self._answers.values()) > ROOM * self.nodes:
             tenant = max(self._answers, key=lambda salt: self._answers[salt].size)
