@@ -120,6 +120,19 @@ def test_answers_are_bounded_and_the_newest_stand() -> None:
     assert Talk(part, [1], b"small").guess(2) == [3, 4], "the largest tenant's oldest go first"
     Talk(part, [1], b"small").guess(2, 7, 8)
     assert Talk(part, [1], b"small").guess(2) == [7, 8], "what was said last stands"
+    for i in range(40):
+        Talk(part, [1], b"%d" % i).guess(2, 3, 4)
+    assert all(part._answers.values()), "a tenant of whom nothing is left is forgotten"
+    Talk(part, [1], b"new").guess()
+    assert b"new" not in part._answers
+
+
+def test_what_is_said_again_is_the_newest() -> None:
+    part = Hierarchy(guesses=2, entries=4)
+    for prompt, said in ((1, (2, 3, 4)), (9, (5, 6)), (1, (2, 3, 4)), (8, (7, 6, 5))):
+        Talk(part, [prompt]).guess(*said)
+    assert Talk(part, [1]).guess(2) == [3, 4], "said before 9, 5, 6 and after it"
+    assert Talk(part, [9]).guess(5) == []
 
 
 def test_an_answer_that_comes_in_pieces_is_learnt_as_a_whole() -> None:

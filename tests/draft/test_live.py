@@ -24,7 +24,7 @@ DRAFTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["ref", "cpu"])
+@pytest.fixture(scope="module", params=[pytest.param("ref", marks=pytest.mark.long), "cpu"])
 def machine(request: pytest.FixtureRequest) -> Runtime:
     config = EngineConfig(
         model=resolve(None),
@@ -122,7 +122,7 @@ def answers(llm: Any) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_stop_strings_and_grammars(told_plainly: list[list[str]], draft: str) -> None:
-    llm = LLM(device="cpu", threads=1, max_model_len=512, techniques=[DRAFTS[draft]])
+    llm = LLM(device="cpu", threads=1, max_model_len=512, techniques=[DRAFTS[draft]], draft_control="off")
     assert list(answers(llm)) == told_plainly
 
 

@@ -147,6 +147,10 @@ class Hierarchy:
             self._learn(ask)
         while sum(map(len, self._answers.values())) > self.entries:
             max(self._answers.values(), key=len).popitem(last=False)
+        for salt in [
+            salt for salt, entries in self._answers.items() if not entries
+        ]:  # a salt may come with every request
+            del self._answers[salt]
         return [Guesses(self._chosen(ask)) for ask in asks]
 
     def observe(self, proposed: int, accepted: int) -> None:
@@ -156,10 +160,10 @@ class Hierarchy:
     def _chosen(self, ask: Ask) -> Sequence[int]:
         most = min(self.guesses, ask.most)
         newest = ask.context[-max(self.shortest, ORDER) :].tolist()
-        key = tuple(newest[-self.shortest :])
+        key, answers = tuple(newest[-self.shortest :]), self._answers.get(ask.salt)
         offers = {
             "context": self._context(ask.context),
-            "answers": self._answers.get(ask.salt, {}).get(key, ()),
+            "answers": () if answers is None else answers.get(key, ()),
             "text": self._walk(newest, most),
         }
         expected = {store: self._expected(store, len(offer[:most])) for store, offer in offers.items()}
