@@ -99,6 +99,7 @@ class Hierarchy:
     """context, answers, text: guesses from each store."""
     model: ClassVar[str | None] = None
     per_request: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(needs=frozenset({Trait.ROLLBACK}), effects=frozenset({Effect.GUESSES}))
     _tried: dict[str, Tried] = field(
         default_factory=lambda: {store: Tried() for store in STORES}, init=False, repr=False, compare=False
@@ -158,6 +159,9 @@ class Hierarchy:
         self.acts["accepted"] += accepted
 
     def _chosen(self, ask: Ask) -> Sequence[int]:
+        if not ask.most:
+            ask.state.pop("hierarchy", None)
+            return ()
         most = min(self.guesses, ask.most)
         newest = ask.context[-max(self.shortest, ORDER) :].tolist()
         key, answers = tuple(newest[-self.shortest :]), self._answers.get(ask.salt)

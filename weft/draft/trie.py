@@ -114,6 +114,7 @@ class Lookahead:
     acts: dict[str, int] = field(default_factory=lambda: {"proposed": 0, "accepted": 0}, init=False, compare=False)
     model: ClassVar[str | None] = None
     per_request: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
     traits: ClassVar[Traits] = Traits(needs=frozenset({Trait.ROLLBACK}), effects=frozenset({Effect.GUESSES}))
     _answers: dict[bytes, Tally] = field(default_factory=dict, init=False, repr=False, compare=False)
     """By tenant."""
@@ -132,7 +133,7 @@ class Lookahead:
         for ask in asks:
             self._learn(ask)
         self._age()
-        return [Guesses(self._after(ask)) for ask in asks]
+        return [Guesses(self._after(ask) if ask.most else ()) for ask in asks]
 
     def observe(self, proposed: int, accepted: int) -> None:
         self.acts["proposed"] += proposed

@@ -146,7 +146,7 @@ class Sampling:
             if not draft.guesses or not fact.tokens or work.model != "target" or alone:
                 continue
             ask = self._ask(s, work, fact, draft, ahead)
-            if ask.most > 0:
+            if ask.context is not None:
                 _, at, mine = asks.setdefault(id(draft), (draft, [], []))
                 at.append(i)
                 mine.append(ask)
@@ -167,12 +167,14 @@ class Sampling:
             most = min(most, 0 if ahead is None else ahead.room(work.request))
         if fact.tokens[-1] in s.sampling.stop_ids and output > s.sampling.min_tokens:
             most = 0  # it ends here
-        known = (
-            np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)]) if most > 0 else None
-        )
+        known = None
+        if most > 0 or getattr(draft, "learns", False):
+            known = np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)])
         state = s.state.setdefault(GUESSING, {})
         assert isinstance(state, dict)
-        return Ask(known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale)
+        return Ask(
+            known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale
+        )
 
     # ------------------------------------------------------------------ rows
 

@@ -240,7 +240,8 @@ class Draft(Protocol):
 
     model: the second model's checkpoint ("bundled" for the one that ships with weft, a folder, or a hub id), or None.
     guesses: the most for one sequence in a step; 0 asks for nothing.  A class may have `attach`, which is given the model's
-    `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached.
+    `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached;
+    `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said.
     """
 
     @property
