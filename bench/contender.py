@@ -142,9 +142,11 @@ class Contender:
 
     def __init__(self, model: Model, case: Case, threads: int, like: Contender | None = None) -> None:
         self.case = case
-        words = ModelText.load(model.folder).vocabulary if case.grammar is not None else None
-        other = None if like is None else like.runtime
-        self.runtime: Runtime = build(setup(model, case, threads), like=other, vocabulary=words)
+        self.runtime: Runtime = build(
+            setup(model, case, threads),
+            like=None if like is None else like.runtime,
+            vocabulary=lambda: ModelText.load(model.folder).vocabulary(),
+        )
         self.runs: list[Run] = []
         self._ids = 0
         self._wave_began = 0.0

@@ -81,16 +81,6 @@ class Stack:
         return f"{self.part or 'none'}, {self.accept}, {'controlled' if self.controller else 'as it likes'}"
 
 
-def perfect(model: Model, null: Case, name: str, threads: int, plain: Contender) -> Case:
-    """As `oracle.perfect`, with the weights of `plain` instead of its own."""
-    tokens = Contender(model, replace(null, techniques=()), threads, plain).run(0).tokens
-    ANSWERS.mkdir(parents=True, exist_ok=True)
-    known = [[*prompt, *tokens[i]] for i, prompt in enumerate(null.prompts)]
-    (ANSWERS / f"{name}.json").write_text(json.dumps(known), encoding="utf8")
-    draft = f"draft=oracle(answers={name!r}, guesses={BOUND})"
-    return replace(null, name="perfect draft", techniques=(draft,), plugins=(str(FILE),), bound=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.draft.table", description="Measure every draft.")
     parser.add_argument("data", type=Path, help="folder with text/novels and eval/spec-bench")
@@ -205,6 +195,16 @@ def candidates(model: Model, data: Path, text: str) -> Iterator[tuple[int, ...]]
         for ask in asks:
             ids = tokenizer.encode(f"<|user|>{ask}", add_special=False)[: most - len(tail)]
             yield (*ids, *tail)
+
+
+def perfect(model: Model, null: Case, name: str, threads: int, like: Contender) -> Case:
+    """The bound of `bench.oracle`, for answers that are taken now with the weights of an engine that is there already."""
+    tokens = Contender(model, null, threads, like).run(0).tokens
+    ANSWERS.mkdir(parents=True, exist_ok=True)
+    known = [[*prompt, *tokens[i]] for i, prompt in enumerate(null.prompts)]
+    (ANSWERS / f"{name}.json").write_text(json.dumps(known), encoding="utf8")
+    draft = f"draft=oracle(answers={name!r}, guesses={BOUND})"
+    return replace(null, name="perfect draft", techniques=(draft,), plugins=(str(FILE),), bound=True)
 
 
 def compare(

@@ -87,7 +87,10 @@ def test_lookups_in_words_by_lot_end_off_too() -> None:
     assert few < all_of_them / 2
 
 
-@pytest.mark.parametrize("part", ["draft=ngram", "draft=speculative_sampling(guesses=8)"])
+OWN = ("ngram", "trie", "hierarchy", "jacobi")
+
+
+@pytest.mark.parametrize("part", [*(f"draft={name}" for name in OWN), "draft=speculative_sampling(guesses=8)"])
 def test_with_the_machines_own_times_tokens_are_equal(part: str) -> None:
     laws: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.7, "top_p": 0.9}]
     words = range(300, 340)

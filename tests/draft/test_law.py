@@ -53,7 +53,12 @@ def test_eight_grams_that_come_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accept", "temperature"), [("race", 0.8), ("rejection", 1.0), ("race", 0.0)], ids=["race", "rejection", "greedy"]
+    ("accept", "temperature"),
+    [
+        pytest.param("race", 0.8, id="race"),
+        pytest.param("rejection", 1.0, id="rejection", marks=pytest.mark.long),
+        pytest.param("race", 0.0, id="greedy"),
+    ],
 )
 def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: float) -> None:
     """Some 4,000 trials, of which chance alone moves the rate by 0.007; `transformers` reads the same texts."""
@@ -95,7 +100,9 @@ def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: fl
     assert trials.stood / trials.tried == pytest.approx(told, abs=0.02 if temperature else 0.01)
 
 
-def test_the_table_runs_quickly_and_tells_each_row(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_table_runs_quickly_and_tells_each_row(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, clean_registry: None
+) -> None:
     asked = ["--quick", "--drafts", "ngram", "--texts", "random", "--temperatures", "0.8", "--threads", "1"]
     assert table.main([str(tmp_path), *asked, "--out", str(tmp_path / "draft.json")]) == 0
     lines = capsys.readouterr().out.splitlines()

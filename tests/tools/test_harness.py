@@ -29,7 +29,12 @@ from weft.models import load_spec
 from weft.models.layout import weights_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = sorted(p for p in (ROOT / "bench").glob("*/*.py") if p.name != "__init__.py" and p.parent.name != "rivals")
+BENCHMARKS = sorted(
+    p
+    for p in (ROOT / "bench").glob("*/*.py")
+    if re.search(r"^from bench\.harness import .*\bmain$", p.read_text("utf8"), re.M)
+)
+"""Of a technique each; tables of several, and what a simulator is held to, have programs of their own."""
 RESULTS = sorted(p for p in (ROOT / "bench" / "results").glob("*.json") if p.name not in NOT_RESULTS)
 BLOCK = 16
 

@@ -98,7 +98,7 @@ LINKED = Work(
 ENTER = Enter(
     request=1, tokens=(7, -1, -1, 8), prompt=3, sampling=SAMPLING, seed=2**64 - 1, entries=(2, 0),
     spans=(Span(1, 3, DIGEST),), vectors={1: VECTOR}, techniques=("accept=race",), source=3, forced=(1,),
-    grammar=SPEC.grammar, given=((3, 4),),
+    grammar=SPEC.grammar, given=((3, 4),), salt=b"tenant",
 )  # fmt: skip
 GRANT = Grant(request=1, group=2, at=3, blocks=(4, 5), first=16)
 PLAN = Plan(

@@ -130,6 +130,7 @@ class Planning:
                         request=r.rid, tokens=tuple(r.context), prompt=r.prompt, sampling=r.sampling, seed=r.seed,
                         entries=tuple(t.count for t in r.tables), spans=r.spans, vectors=r.vectors, techniques=r.spec.techniques,
                         source=r.source, forced=r.spec.forced, grammar=r.spec.grammar, given=tuple(r.given),
+                        salt=r.tenant,
                     )
                 )  # fmt: skip
                 r.source = -1

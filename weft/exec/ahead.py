@@ -56,6 +56,7 @@ class Ahead:
     ) -> None:
         self.name, self._decoder, self._gather, self._run = name, decoder, gather, forward
         self.program = decoder.program
+        self._kept = torch.tensor(decoder.spec.kept, dtype=torch.int64)
         told = {w.request: fact.tokens for w, fact in zip(works, results, strict=True) if w.model != name and w.samples}
         self.followers: dict[int, Follower] = {}
         self._behind: dict[int, Follower] = {}
@@ -121,6 +122,10 @@ class Ahead:
     def _pass(self, works: list[Work], alone: bool) -> Tensor:
         batch, _ = self._gather.batch(self.name, works, range(len(works)))
         logits = self._run(self._decoder, batch)
+        if self._decoder.spec.kept:  # no others can be drawn
+            wide = logits.new_full((len(logits), self._decoder.spec.vocab), sampler.NEVER)
+            wide[:, self._kept] = logits
+            return wide
         return logits if alone else logits.clone()  # a view of the decoder's buffer, which the next pass overwrites
 
 

@@ -205,7 +205,7 @@ class Runtime:
 def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
     """Read the checkpoint's shape and divide the memory.  Raises ConfigError; whether the plan fits is in `plan.fits`.
     shared: memory in which prompts are handed over between engines."""
-    _check(config)
+    choices.require(config)
     raw = load_config(config.model) if isinstance(config.model, Path) else dict(config.model)
     if not isinstance(config.model, Path) and config.load != "random":
         raise ConfigError("a bare config has no weights: use --load random")
@@ -268,18 +268,6 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
     )  # fmt: skip
 
 
-def _check(config: EngineConfig) -> None:
-    """What can be wrong without a model.  Raises ConfigError."""
-    for name in ("max_num_seqs", "max_rows", "block_tokens", "max_loras"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
-    if config.threads is not None and not 1 <= config.threads <= 1024:
-        raise ConfigError(f"--threads must be from 1 to 1024, got {config.threads}")
-    if config.load not in ("auto", "random"):
-        raise ConfigError(f"--load is auto or random, got {config.load!r}")
-    choices.require_switch("--draft-control", config.draft_control)
-
-
 def _offload(stack: Stack, shared: SharedKV | None) -> Offload | None:
     """What stands in the slot `kv.offload`.  Raises ConfigError."""
     part: Offload | None = stack.get("kv.offload")
@@ -319,6 +307,7 @@ def build(
     from weft.exec.runner import TorchExecutor
     from weft.exec.tiers import life
     from weft.models.decoder import build as build_decoder
+    from weft.models.trimmed import trimmed
 
     # Where the kernels compute, torch's threads would only stand in the way of theirs.
     native = all(choice.panels for choice in setup.ops.values())
@@ -337,6 +326,10 @@ def build(
         threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa, formats=setup.formats,
         activations=config.activations,
     )  # fmt: skip
+    adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
+    with adapters.folders():
+        words = VocabularyShelf(vocabulary) if like is None else like.words
+        stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words, "draft": words})
     second = None
     if setup.draft is not None:
         second = build_decoder(
@@ -346,11 +339,8 @@ def build(
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
             threads=setup.threads, ops=setup.ops["draft"].ops, isa=setup.ops["draft"].isa,
         )  # fmt: skip
+        second = trimmed(second, getattr(setup.stack["draft"], "head", ()), setup.threads, setup.ops["draft"].isa)
     pool = make_pool(setup)
-    adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
-    with adapters.folders():
-        words = VocabularyShelf(vocabulary) if like is None else like.words
-        stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words})
     shared, exchange = setup.shared, None if setup.shared is None else Exchange(setup.shared)
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
@@ -378,11 +368,13 @@ def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequ
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
     stream = _stream(choice, dtype)
-    return (
-        weights_bytes(draft, dtype, choice.panels)
-        + workspace_bytes(draft, stream, rows, sequences, choice.panels)
-        + laws
-    )
+    keep = min(getattr(stack["draft"], "keep", 0), draft.vocab)
+    cut = replace(draft, tied=False, kept=tuple(range(keep))) if 0 < keep < draft.vocab else draft
+    body = replace(draft, tied=True)  # a shorter head stands beside the whole one
+    more = 0 if cut is draft else weights_bytes(cut, dtype, choice.panels) - weights_bytes(body, dtype, choice.panels)
+    # Its logits become rows of the whole vocabulary, so that they take as much as they did.
+    workspace = workspace_bytes(draft, stream, rows, sequences, choice.panels)
+    return weights_bytes(draft, dtype, choice.panels) + more + workspace + laws
 
 
 def make_pool(setup: Setup) -> KVPool:

@@ -136,3 +136,15 @@ def available(device: str) -> tuple[int, str]:
         return int(free), "free memory of the GPU"
     limit = available_memory()
     return limit.bytes, limit.source
+
+
+def require(config: EngineConfig) -> None:
+    """What can be wrong without a model.  Raises ConfigError."""
+    for name in ("max_num_seqs", "max_rows", "block_tokens", "max_loras"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.threads is not None and not 1 <= config.threads <= 1024:
+        raise ConfigError(f"--threads must be from 1 to 1024, got {config.threads}")
+    if config.load not in ("auto", "random"):
+        raise ConfigError(f"--load is auto or random, got {config.load!r}")
+    require_switch("--draft-control", config.draft_control)

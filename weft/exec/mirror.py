@@ -30,10 +30,12 @@ class Mirrored:
         "laws",
         "prompt",
         "request",
+        "salt",
         "sampling",
         "seed",
         "spans",
         "stack",
+        "stale",
         "state",
         "tables",
         "tokens",
@@ -47,6 +49,9 @@ class Mirrored:
         self.forced = enter.forced
         self.grammar = enter.grammar
         self.given = enter.given
+        self.salt = enter.salt
+        self.stale: tuple[int, ...] = ()
+        """What the target drew in the last step behind the first guess that did not stand."""
         self.laws: Any = None
         """Where the newest guesses were drawn from, by the technique that made them."""
         self.tokens: Ints = np.empty(max(64, 2 * len(enter.tokens)), np.int64)

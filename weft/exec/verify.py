@@ -23,6 +23,8 @@ from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
 Probe = Callable[[Mirrored, int, Tensor], None]
 """(the sequence, index of the token in its output, logits [vocab] before any law)"""
+GUESSING = "draft"
+"""Under this name a sequence's state holds what its draft keeps of it."""
 NOT_FINITE = "the model gave a logit that is not a finite number; the checkpoint or its dtype is at fault"
 
 
@@ -144,7 +146,7 @@ class Sampling:
             if not draft.guesses or not fact.tokens or work.model != "target" or alone:
                 continue
             ask = self._ask(s, work, fact, draft, ahead)
-            if ask.most > 0:
+            if ask.context is not None:
                 _, at, mine = asks.setdefault(id(draft), (draft, [], []))
                 at.append(i)
                 mine.append(ask)
@@ -165,10 +167,14 @@ class Sampling:
             most = min(most, 0 if ahead is None else ahead.room(work.request))
         if fact.tokens[-1] in s.sampling.stop_ids and output > s.sampling.min_tokens:
             most = 0  # it ends here
-        known = (
-            np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)]) if most > 0 else None
+        known = None
+        if most > 0 or getattr(draft, "learns", False):
+            known = np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)])
+        state = s.state.setdefault(GUESSING, {})
+        assert isinstance(state, dict)
+        return Ask(
+            known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale
         )
-        return Ask(known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws)
 
     # ------------------------------------------------------------------ rows
 
@@ -228,6 +234,7 @@ class Sampling:
             s.stack["draft"].observe(work.guesses, len(path))
         tokens, ended = self.masks.cut(s, tokens)
         path = path[: len(tokens) - 1] if ended else path
+        s.stale = tuple(winners[len(tokens) :]) if not work.parents else ()
         if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[i])

@@ -267,7 +267,7 @@ def head(m: Material, native: Native) -> list[Run]:
         native.linear(m, picked, weight, None, logits, picked=True),
     ]
     if spec.final_softcap is not None:
-        runs.append(native.call(native.program.softcap(logits.data_ptr(), spec.vocab, spec.final_softcap)))
+        runs.append(native.call(native.program.softcap(logits.data_ptr(), spec.outputs, spec.final_softcap)))
     return runs
 
 

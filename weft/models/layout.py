@@ -77,7 +77,7 @@ def tensor_shapes(spec: DecoderSpec) -> dict[str, Shape]:
             shapes[f"{weights}.{name}"] = shape
     shapes["norm"] = (spec.width,)
     if not spec.tied:
-        shapes["head"] = (spec.vocab, spec.width)
+        shapes["head"] = (spec.outputs, spec.width)
     return shapes
 
 
@@ -107,9 +107,9 @@ def buffer_shapes(
     if panels:
         shapes.update(_pairs(spec, rows))
     shapes["picked"] = (samples, width), dtype
-    shapes["logits"] = (samples, spec.vocab), "float32"
+    shapes["logits"] = (samples, spec.outputs), "float32"
     if dtype != "float32":
-        shapes["narrow_logits"] = (samples, spec.vocab), dtype
+        shapes["narrow_logits"] = (samples, spec.outputs), dtype
     return shapes
 
 

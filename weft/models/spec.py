@@ -128,6 +128,7 @@ class DecoderSpec:
     embedding_scale     multiplies token embeddings
     final_softcap       logits become cap * tanh(logit / cap)
     tied        the output projection is the embedding
+    kept        ids whose logits are computed, one for each row of the head; () for all (`models.trimmed`)
     """
 
     family: str
@@ -143,6 +144,7 @@ class DecoderSpec:
     embedding_scale: float = 1.0
     final_softcap: float | None = None
     tied: bool = False
+    kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -153,6 +155,11 @@ class DecoderSpec:
         for layer in self.layers:
             if not first.setdefault(layer.weights, layer).same_weights(layer):
                 raise ConfigError(f"layers that share weights {layer.weights} differ in the shapes of those weights")
+
+    @property
+    def outputs(self) -> int:
+        """Logits of a row."""
+        return len(self.kept) or self.vocab
 
     @property
     def weight_ids(self) -> tuple[int, ...]:

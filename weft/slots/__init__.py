@@ -7,7 +7,7 @@ where it names none; slots without one are empty by default.  Protocols have at 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from weft.slots.constrain import Constrain as Constrain
@@ -190,7 +190,10 @@ class Ask:
 
     context: [T] int64 ids, the newest token last, -1 where no token stands.  prompt: how many of them are prompt.  output: index
     of the first token to guess.  most: guesses that can be verified.  sampling, seed: the law and the noise of its tokens.
-    independent: the sequence's `accept` weighs laws (see `Accept.laws`).
+    independent: the sequence's `accept` weighs laws (see `Accept.laws`).  salt: the tenant, from whose requests alone a guess may
+    be made: the pace of an answer would tell others what was said.  state: the technique's own for this sequence while it stays
+    (forks, and who comes back after preemption, begin with none).  stale: what the target drew in the last step behind a guess
+    that did not stand, for the positions from the next one on.
     """
 
     context: Any
@@ -200,6 +203,9 @@ class Ask:
     sampling: SamplingSpec
     seed: int
     independent: bool = False
+    salt: bytes = b""
+    state: dict[str, Any] = field(default_factory=dict)
+    stale: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +239,9 @@ class Draft(Protocol):
     observe   of a step's guesses for one sequence, how many were verified and how many of them stood
 
     model: the second model's checkpoint ("bundled" for the one that ships with weft, a folder, or a hub id), or None.
-    guesses: the most for one sequence in a step; 0 asks for nothing.
+    guesses: the most for one sequence in a step; 0 asks for nothing.  A class may have `attach`, which is given the model's
+    `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached;
+    `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said.
     """
 
     @property

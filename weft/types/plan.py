@@ -75,7 +75,8 @@ class Enter(Struct, frozen=True, kw_only=True):
     entries[g]: entries already standing in group g's table (a prefix hit or a fork).  spans, vectors: the non-token items.
     techniques: parts laid over the server's stack.  source: the sequence that this one was forked from, whose state it inherits
     in this very plan; -1 for none.  forced: tokens of the output that are set beforehand.  grammar: what the output has to look
-    like.  given: ranges of the context after the prompt that are a program's own words, and no output.
+    like.  given: ranges of the context after the prompt that are a program's own words, and no output.  salt: the tenant's, whose
+    requests alone may have anything of this one's text.
     """
 
     request: int
@@ -92,6 +93,7 @@ class Enter(Struct, frozen=True, kw_only=True):
     forced: tuple[int, ...] = ()
     grammar: Grammar | None = None
     given: tuple[tuple[int, int], ...] = ()
+    salt: bytes = b""
 
 
 class Plan(Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ serves a single row and a long prompt alike.  Legend.  N: outputs.  K: inputs.  
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,13 +123,13 @@ class Panels:
             scales.shape[1], 0, values.shape[0], first,
         )  # fmt: skip
 
-    def unpacked(self) -> Tensor:
-        """[N, K], a copy, whole numbers as float32: for tests and for who must see a weight."""
-        outs, width = self.shape
+    def unpacked(self, rows: Sequence[int] | None = None) -> Tensor:
+        """[N, K], or some of its rows, a copy, whole numbers as float32: for tests and for who must see a weight."""
+        outs, width = self.shape[0] if rows is None else len(rows), self.shape[1]
         out = torch.empty(outs, width)
         program = self.module.Program(1, "portable")
         index = program.embed(self.weight, 1.0, out.data_ptr(), width)
-        step, tokens = self.module.Step(), torch.arange(outs)
+        step, tokens = self.module.Step(), torch.arange(outs) if rows is None else torch.tensor(rows, dtype=torch.int64)
         step.rows(outs, tokens.data_ptr(), 0, 0, 0, 0, 0, 0)
         program.run(index, index + 1, step)
         return out.to(self.format) if isinstance(self.format, torch.dtype) else out
