@@ -93,7 +93,9 @@ class Couples(Pools):
         assert setting.place is not None
         self.rule: Beside = setting.place.build()
         if setting.replicas % self.rule.couple:
-            raise ConfigError(f"{setting.place.name} takes replicas in pairs, and {setting.replicas} is odd")
+            raise ConfigError(
+                f"{setting.place.name} takes replicas in pairs; give an even --replicas, not {setting.replicas}"
+            )
         self.pairs = [Pair(setting, self.rule.couple > 1) for _ in range(setting.replicas // self.rule.couple)]
         self.home: dict[int, int] = {}
         super().__init__(replace(setting, coasting=False), log=log)
