@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from weft.registry import lookup, names
+from weft.sim.kinds import cluster_of
 from weft.sim.metrics import Meter, slo, summary
 from weft.sim.placement import splits
-from weft.sim.pools import cluster_of
 from weft.sim.report import page
 from weft.sim.run import Wanted, compare, setting
 from weft.sim.traces import trace
@@ -69,6 +69,18 @@ def beginnings() -> list[Arrival]:
     ]
 
 
+def shifting() -> list[Arrival]:
+    """Quarters of a minute of long prompts with short answers, then of short prompts with long answers, and again."""
+    chance, now = random.Random("shifting"), 0.0
+    found: list[Arrival] = []
+    while now < 90.0:
+        heavy = int(now / 15) % 2 == 0
+        now += chance.expovariate(22.0 if heavy else 40.0)
+        segments = ((UNIQUE + len(found), chance.randrange(2500, 4500) if heavy else chance.randrange(60, 400)),)
+        found.append(Arrival(now, segments, chance.randrange(5, 30) if heavy else chance.randrange(200, 500)))
+    return found[:1500]
+
+
 def of(
     load: Callable[[], list[Arrival]], name: str, chosen: Callable[[Arrival], bool]
 ) -> Callable[[Meter], dict[str, Any]]:
@@ -103,6 +115,16 @@ def cases(folder: Path) -> dict[str, Case]:
         "disaggregated": Case("long prompts at 22 requests a second, tokens due every 15 ms, four h100",
                               replace(BASE, replicas=4, slo=slo("ttft=1s,tpot=15ms")),
                               lambda: Synthetic(rate=22.0, requests=1500, prompt=3000, output=150).arrivals()),
+        "shifting": Case("quarter minutes of long prompts and of long answers, four h100", replace(BASE, replicas=4), shifting),
+        "images": Case("four tiles a request, encoded by InternViT-6B, 9 requests a second, four h100", replace(BASE, replicas=4),
+                       lambda: Synthetic(rate=9.0, requests=300, prompt=1200, output=150, images=4).arrivals()),
+        "beside": Case("long prompts at 5.5 requests a second, tokens due every 15 ms, one h100",
+                       replace(BASE, slo=slo("ttft=1s,tpot=15ms")),
+                       lambda: Synthetic(rate=5.5, requests=300, prompt=3000, output=150).arrivals()),
+        "stages": Case("chats at 30 requests a second on two l40s: more than these can serve", replace(BASE, hardware="l40s"),
+                       lambda: Synthetic(rate=30.0, requests=600, prompt=600, output=150).arrivals()),
+        "contexts": Case("answers of 2,000 tokens to prompts of 1,000, as many as fit", replace(BASE, max_num_seqs=2048),
+                         lambda: Synthetic(rate=50.0, requests=1500, prompt=1000, output=2000).arrivals()),
         "cache": Case("1,000 prompts with 50 beginnings of 1,500 tokens, shuffled, a cache for a few",
                       replace(BASE, blocks=1500), beginnings),
         "prefixes": Case("Mooncake's synthetic trace, half its pace, eight h100", replace(BASE, replicas=8),
@@ -110,10 +132,19 @@ def cases(folder: Path) -> dict[str, Case]:
     }  # fmt: skip
 
 
-def measured(case: Case, policy: str) -> dict[str, Any]:
-    if policy in names("place"):  # as its authors do: the proportion is searched on the load
-        best = splits(case.wanted, policy, list(case.load()))[0]
+def measured(case: Case, policy: str, claim: Claim) -> dict[str, Any]:
+    """What comes of a policy, at the best of what its authors would set for the load: a proportion, or the limits to keep."""
+    if policy in names("cost"):
+        cluster = cluster_of(setting(replace(case.wanted, cost=policy)))
+        cluster.run(case.load())
+        return cluster.result()
+    rule = lookup("place", policy) if policy in names("place") else None
+    if hasattr(rule, "prefill"):
+        tried = splits(case.wanted, policy, list(case.load()))
+        best = (min if claim.better == "less" else max)(tried, key=lambda s: value(s.result, claim.metric))
         return {**best.result, "placement": best.policy}
+    if hasattr(rule, "tpot_s"):
+        policy = f"{policy}(ttft_s={case.wanted.slo.ttft_s}, tpot_s={case.wanted.slo.tpot_s})"
     cluster = cluster_of(setting(replace(case.wanted, policy=policy)))
     meter = cluster.run(case.load())
     return {**cluster.result(), **case.more(meter)}
@@ -127,11 +158,12 @@ def value(result: dict[str, Any], metric: str) -> float:
 
 def judged(claim: Claim, own: dict[str, Any], other: dict[str, Any], title: str) -> dict[str, Any]:
     """The verdict on a claim, with the numbers that it rests on."""
-    a, b = value(own, claim.metric), value(other, claim.metric)
+    a, b = value(own, claim.metric) / claim.devices, value(other, claim.metric)
     ratio = a / b if b else float("inf") if a else 1.0
     holds = ratio <= claim.factor if claim.better == "less" else ratio >= claim.factor
     wanted = f"at {'most' if claim.better == 'less' else 'least'} {claim.factor:.3g}"
-    seen = f"{claim.metric} {a:.4g} against {b:.4g} of {claim.against}, {ratio:.3g} times"
+    each = f" for each of {claim.devices} devices" if claim.devices > 1 else ""
+    seen = f"{claim.metric} {a:.4g}{each} against {b:.4g} of {claim.against}, {ratio:.3g} times"
     reason = f"{title}: {seen}; the claim asks for {wanted}"
     verdict = "holds" if holds else "does not hold"
     keys = ("goodput", "output_tok_s", "fairness", "cached_tokens", "slo_met")
@@ -140,7 +172,7 @@ def judged(claim: Claim, own: dict[str, Any], other: dict[str, Any], title: str)
 
 
 def charts(folder: Path, out: Path) -> None:
-    """A page for each schedule beside FCFS and the clairvoyant bound, and one for the routers."""
+    """A page for each schedule beside FCFS and the clairvoyant bound, for each placement likewise, and one for the routers."""
     out.mkdir(parents=True, exist_ok=True)
     source = str(folder / "azure2023" / "AzureLLMInferenceTrace_conv.csv")
     wanted = replace(BASE, trace=source, pace=Pace(requests=800))
@@ -150,6 +182,9 @@ def charts(folder: Path, out: Path) -> None:
             (out / f"schedule-{name}.html").write_text(page(points, wanted), encoding="utf8")
     many = replace(wanted, replicas=4)
     (out / "route.html").write_text(page(compare(many, names("route"), (4.0, 10.0, 16.0)), many), encoding="utf8")
+    for name in names("place"):
+        points = compare(many, ("fcfs+least_loaded", name, "clairvoyant+least_loaded"), (4.0, 10.0, 16.0))
+        (out / f"place-{name}.html").write_text(page(points, many), encoding="utf8")
 
 
 def main() -> None:
@@ -163,19 +198,18 @@ def main() -> None:
     if given.pages is not None:
         charts(given.folder, given.pages)
         return
-    known, done = cases(given.folder), dict[tuple[str, str], dict[str, Any]]()
+    known, done = cases(given.folder), dict[tuple[str, str, str], dict[str, Any]]()
     found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {}
-    for slot in ("schedule", "route", "place"):
+    for slot in ("schedule", "route", "place", "cost"):
         for name in names(slot):
             claim = getattr(lookup(slot, name), "claim", None)
             if claim is None or (given.only and name not in given.only.split(",")):
                 continue
             for policy in (name, claim.against):
-                if (claim.case, policy) not in done:
-                    done[claim.case, policy] = measured(known[claim.case], policy)
-            found[f"{slot}={name}"] = judged(
-                claim, done[claim.case, name], done[claim.case, claim.against], known[claim.case].title
-            )
+                if (claim.case, policy, claim.metric) not in done:
+                    done[claim.case, policy, claim.metric] = measured(known[claim.case], policy, claim)
+            own, other = (done[claim.case, policy, claim.metric] for policy in (name, claim.against))
+            found[f"{slot}={name}"] = judged(claim, own, other, known[claim.case].title)
             print(name, found[f"{slot}={name}"]["verdict"], found[f"{slot}={name}"]["reason"], flush=True)
             OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
 

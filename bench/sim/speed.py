@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from weft.sim.pools import cluster_of
+from weft.sim.kinds import cluster_of
 from weft.sim.run import Wanted, load, setting
 from weft.sim.workload import Pace
 

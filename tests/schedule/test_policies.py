@@ -207,7 +207,9 @@ def test_every_policy_says_what_is_claimed_of_it_and_what_came_of_that() -> None
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert {tuple(p) for p in found} == {("name", "catalogue", "claim", "simulated", "verdict", "reason")}
-    assert {p["name"] for p in found} == {f"{s}={n}" for s in ("schedule", "route", "place") for n in names(s)}
+    known = {f"{s}={n}" for s in ("schedule", "route", "place") for n in names(s)}
+    known |= {f"cost={n}" for n in names("cost") if getattr(lookup("cost", n), "claim", None)}
+    assert {p["name"] for p in found} == known
     for policy in found:
         slot, _, name = policy["name"].partition("=")
         null = SLOTS[slot].null == name or name == "round_robin"

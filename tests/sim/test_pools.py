@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from weft.errors import ConfigError
+from weft.sim.kinds import cluster_of
 from weft.sim.metrics import slo
 from weft.sim.placement import splits
-from weft.sim.pools import Pools, cluster_of
+from weft.sim.pools import Pools
 from weft.sim.run import Wanted, load, run, setting
 from weft.sim.workload import UNIQUE, Arrival
 

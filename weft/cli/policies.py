@@ -10,7 +10,7 @@ from weft.cli._terminal import stdout
 
 
 def policies(*, plugin: Plugins = None, json_: Json = False) -> None:
-    """List schedules and routers with their claims, and what became of those in the simulator."""
+    """List schedules, routers and ways to spread a model with their claims, and what became of those in the simulator."""
     from rich.table import Table
 
     from weft.registry import load_plugin
@@ -36,9 +36,11 @@ def known() -> list[dict[str, Any]]:
 
     judged = json.loads((DATA / "policies.json").read_text(encoding="utf8"))
     out = []
-    for slot in ("schedule", "route", "place"):
+    for slot in ("schedule", "route", "place", "cost"):
         for name in names(slot):
             claim: Claim | None = getattr(lookup(slot, name), "claim", None)
+            if slot == "cost" and claim is None:
+                continue  # a way of pricing, not of serving
             result = judged.get(f"{slot}={name}")
             verdict = (
                 "nothing is claimed" if claim is None else "not simulated" if result is None else result["verdict"]

@@ -76,6 +76,9 @@ class SimFlags:
     weight_bits: Annotated[
         float, _option("--weight-bits", help="Bits of a parameter; else those of the model's dtype.", metavar="N")
     ] = 0.0
+    encoder: Annotated[
+        str, _option("--encoder", help="What encodes images, where a load has some. (internvit-6b)", metavar="NAME")
+    ] = "internvit-6b"
     share: Annotated[
         bool,
         typer.Option(
@@ -98,11 +101,11 @@ class SimFlags:
             replicas=self.replicas, devices=self.devices, slo=slo(self.slo), pace=pace, seed=self.draws,
             max_num_seqs=self.seqs, max_rows=self.rows, max_model_len=self.longest,
             block_tokens=self.block_tokens, blocks=self.kv_blocks, weight_bits=self.weight_bits, share=self.share,
-            encode=encoder(),
+            encoder=self.encoder, encode=text_encoder(),
         )  # fmt: skip
 
 
-def encoder() -> Callable[[str], list[int]]:
+def text_encoder() -> Callable[[str], list[int]]:
     """Text to ids by the bundled model's tokenizer, which is loaded when the first text comes."""
 
     @functools.lru_cache(maxsize=1)

@@ -34,6 +34,7 @@ class DistServe:
     prefill: int = 1
     acts: dict[str, int] = field(default_factory=lambda: {"handed_over": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits()
+    flips: ClassVar[bool] = False
     exposed: ClassVar[float] = 1.0
     claim: ClassVar[Claim] = Claim(
         "over 2 times the requests within tight limits", "goodput", 2.0, "more", against="least_loaded", case="disaggregated",
@@ -58,3 +59,6 @@ class DistServe:
     def handoff(self, prompt: int, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int:
         self.acts["handed_over"] += 1
         return idlest(replicas, roles, ("decode",))
+
+    def review(self, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> Sequence[Role]:
+        return roles

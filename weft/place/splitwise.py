@@ -36,6 +36,7 @@ class Splitwise:
     layers: int = 32
     acts: dict[str, int] = field(default_factory=lambda: {"handed_over": 0, "mixed": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits()
+    flips: ClassVar[bool] = False
     claim: ClassVar[Claim] = Claim(
         "1.4 times the throughput of mixed batches at equal limits", "goodput", 1.4, "more", against="least_loaded",
         case="disaggregated",
@@ -70,3 +71,6 @@ class Splitwise:
     def handoff(self, prompt: int, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int:
         self.acts["handed_over"] += 1
         return idlest(replicas, roles, ("decode",))
+
+    def review(self, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> Sequence[Role]:
+        return roles

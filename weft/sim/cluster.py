@@ -22,6 +22,7 @@ class Setting:
     """What is simulated.  parts: of the engines' stack (each has its own).  blocks: KV blocks of a replica, None for what fits.
 
     cost: the technique that prices steps.  coasting: False takes every step by itself (slower, the same).
+    image_s, image_bytes: what a tile of an image takes to encode, and what its embeddings are sent as.
     """
 
     model: Model
@@ -37,6 +38,8 @@ class Setting:
     coasting: bool = True
     wanted: SLO = field(default_factory=SLO)
     seed: int = 0
+    image_s: float = 0.0
+    image_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= 100_000:
@@ -46,7 +49,10 @@ class Setting:
         return build_stack(self.parts)
 
     def kv_blocks(self) -> int:
-        return self.blocks if self.blocks is not None else self.model.blocks(self.hardware)
+        if self.blocks is not None:
+            return self.blocks
+        apart = getattr(self.cost, "kv_bytes", 0.0)  # of devices that have the KV pool and no weights
+        return max(1, int(0.9 * apart // self.model.block_bytes)) if apart else self.model.blocks(self.hardware)
 
 
 class Look:
@@ -88,15 +94,19 @@ class Cluster:
         price = setting.cost.on(setting.hardware, setting.model.figures)
         blocks = setting.kv_blocks()
         self.route: Route = (setting.route or Part("route", "round_robin")).build()
-        self.logs: list[list[LogEntry]] = [[] for _ in range(setting.replicas if log else 0)]
-        self.replicas = [self.replica(i, price, blocks) for i in range(setting.replicas)]
+        self.logs: list[list[LogEntry]] = [[] for _ in range(self.engines if log else 0)]
+        self.replicas = [self.replica(i, price, blocks) for i in range(self.engines)]
+
+    @property
+    def engines(self) -> int:
+        return self.setting.replicas
 
     def replica(self, i: int, price: Price, blocks: int) -> Replica:
         """The engine number i."""
         s = self.setting
         return Replica(
             f"replica{i}", s.model, price, s.stack(), s.limits, blocks, self.meter, share=s.share, coasting=s.coasting,
-            log=self.logs[i] if self.logs else None,
+            log=self.logs[i] if self.logs else None, image_s=s.image_s,
         )  # fmt: skip
 
     def run(self, arrivals: Iterable[Arrival]) -> Meter:
@@ -123,4 +133,4 @@ class Cluster:
         return meter
 
     def result(self) -> dict[str, Any]:
-        return self.meter.result(self.setting.wanted, self.setting.replicas)
+        return self.meter.result(self.setting.wanted, self.engines)

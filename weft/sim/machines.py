@@ -10,6 +10,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,34 @@ def link(name: str, found: Mapping[str, Any] | None = None) -> Link:
         name=name, bytes_s=_rate(name, "bytes_s", what.get("bytes_s")),
         latency_s=_rate(name, "latency_s", what.get("latency_s", 0.0), zero=True), source=str(what.get("source", "")),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """Of images.  rows: patches of a tile.  tokens: what the language model gets of it."""
+
+    name: str
+    params: float
+    layers: float
+    width: float
+    rows: float
+    tokens: float
+    source: str
+
+    def tile_s(self, device: Hardware, compute: float = 0.65, memory: float = 0.8) -> float:
+        """Seconds of one tile: its products and its attention, or reading the weights.  The shares are those of a roofline."""
+        flops = 2 * self.params * self.rows + 4 * self.layers * self.width * self.rows**2
+        peak = device.flops.get("bfloat16") or max(device.flops.values())
+        read_s = 2 * self.params / (device.memory_bytes_s * memory * device.devices)
+        return max(flops / (peak * compute * device.devices), read_s)
+
+
+def encoder(name: str) -> Encoder:
+    """By name.  Raises ConfigError."""
+    known = _toml(DATA / "encoders.toml")
+    what = _table({"encoder": known}, "encoder", name)
+    sizes = {key: _rate(name, key, what.get(key)) for key in ("params", "layers", "width", "rows", "tokens")}
+    return Encoder(name=name, source=str(what.get("source", "")), **sizes)
 
 
 def _table(found: Mapping[str, Any], kind: str, name: str) -> Mapping[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.sim.pools import cluster_of
+from weft.registry import lookup
+from weft.sim.kinds import cluster_of
 from weft.sim.run import Wanted, setting
 from weft.sim.workload import Arrival
 
@@ -21,19 +23,21 @@ class Split:
 
 
 def splits(wanted: Wanted, place: str, load: Sequence[Arrival]) -> list[Split]:
-    """Every number of prefill replicas from one on, for a placement by name; the best goodput first, of equals fewer of them.
+    """Every number of prefill replicas (and of encoders) from one on, for a placement by name; the best goodput first, of equals
+    fewer of them.
 
     Raises ConfigError where there are too few replicas for both phases.
     """
     if wanted.replicas < 2:
         raise ConfigError(f"two phases need at least 2 replicas, got {wanted.replicas}")
     found = []
-    for prefill in range(1, wanted.replicas):
-        policy = f"{wanted.policy}+{place}(prefill={prefill})"
+    coders = range(1, wanted.replicas) if hasattr(lookup("place", place), "encode") else (0,)
+    for encode, prefill in itertools.product(coders, range(1, wanted.replicas)):
+        policy = f"{wanted.policy}+{place}(prefill={prefill}" + (f", encode={encode})" if encode else ")")
         try:
             cluster = cluster_of(setting(replace(wanted, policy=policy)))
         except ConfigError:
-            break  # no replica would be left for answers
+            continue  # no replica would be left for answers
         cluster.run(load)
         found.append(Split(policy, cluster.result()))
     if not found:

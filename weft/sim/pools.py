@@ -3,14 +3,19 @@
 Where a request's KV has come, its blocks lie below the decode replica's pool (`core.tiers`), from which its plan loads them when
 it has room: what is handed over waits outside the pool and is never computed again, but for the rows of the last block that
 is not full.
+
+Whoever has prompts in hand is taken through its steps in the order of time, so that what it hands over arrives when it would,
+and a replica may have prompts and answers in hand at once while its role changes.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any, cast
 
 import msgspec
 
@@ -30,15 +35,29 @@ KEPT = 1 << 40
 AT_ONCE = Link(name="paid for by the hand-over", bytes_s=math.inf, latency_s=0.0)
 
 
-def cluster_of(setting: Setting, *, log: bool = False) -> Cluster:
-    """A cluster, with roles where a placement gives some."""
-    return Cluster(setting, log=log) if setting.place is None else Pools(setting, log=log)
+class Worker(Replica):
+    """Takes in prompts, and requests whose prompts were computed elsewhere (`handed`).  coded: (end, rows) of images in hand."""
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.handed = set[int]()
+        self.coded: list[tuple[float, float]] = []
 
-class Decoder(Replica):
-    """Takes in requests whose prompts were computed elsewhere."""
+    @property
+    def pending(self) -> int:
+        self.coded = [c for c in self.coded if c[0] > self.now]
+        return super().pending + int(sum(rows for _, rows in self.coded))
+
+    def advance(self, until: float, *, ahead: bool = False) -> None:
+        super().advance(until, ahead=ahead)
+        if until != FOREVER and not self.engine.has_work:
+            self.now = max(self.now, until)  # an encoder's clock goes on, too
 
     def take_in(self, id: int, arrival: Arrival) -> None:
+        if id not in self.handed:
+            super().take_in(id, arrival)
+            return
+        self.handed.discard(id)
         spec = msgspec.structs.replace(arrival.spec(id), resumed=(0,))  # it has its first token
         if any(isinstance(e, Rejected) for e in self.engine.add(spec, arrival.time_s)):
             self.meter.refused(id)
@@ -59,83 +78,179 @@ class Pools(Cluster):
         assert setting.place is not None
         if not setting.share:
             raise ConfigError("KV that is handed over is found by its prefix; leave --no-prefix-cache out")
+        self.setting = setting
         self.place: Place = setting.place.build()
-        self.roles: list[Role] = list(self.place.roles(setting.replicas))
+        self.roles: list[Role] = self.first_roles()
         self._done: list[tuple[float, int]] = []
-        """(when, request) of prompts that were computed, by their replica, in no order."""
+        """(when, request) of prompts that were computed, in no order."""
         self._asked: dict[int, Arrival] = {}
+        self._where: dict[int, int] = {}
+        """Of a request whose prompt is being computed, its replica; and of a replica, how many there are."""
+        self._prompts = Counter[int]()
+        self.sent: list[tuple[float, int, bool]] = []
+        """(when, request, whether its prompt is computed) of what is on its way to a replica."""
         super().__init__(setting, log=log)
+        self.clock = [0.0]
+        self.views = [Look(r, self.clock) for r in self.replicas]
+
+    def first_roles(self) -> list[Role]:
+        return list(self.place.roles(self.setting.replicas))
 
     def replica(self, i: int, price: Price, blocks: int) -> Replica:
         s, role = self.setting, self.roles[i]
         log = self.logs[i] if self.logs else None
-        if role != "decode":
-            ended = self._computed if role == "prefill" else None
+        if role not in ("decode", "encode") and not self.place.flips:
             return Replica(
-                f"{role}{i}", s.model, price, s.stack(), s.limits, blocks, self.meter, coasting=s.coasting, log=log, ended=ended,
+                f"{role}{i}", s.model, price, s.stack(), s.limits, blocks, self.meter, coasting=s.coasting, log=log,
+                ended=self._ended, image_s=s.image_s,
             )  # fmt: skip
+        return self.worker(
+            f"{role}{i}", s.cost.on(replace(s.hardware, host_link=AT_ONCE), s.model.figures), blocks, log
+        )
+
+    def worker(self, name: str, price: Price, blocks: int, log: Any) -> Worker:
+        """An engine to which requests can be handed, with as much room below its pool as they take."""
+        s = self.setting
         if any(p.slot == "kv.offload" for p in s.parts):
             raise ConfigError("decode replicas keep what is handed over below their pool; leave kv.offload out")
-        groups = s.model.groups_for(False)
-        memory = 2 * blocks * record_bytes(groups, s.model.block_bytes)
+        memory = 2 * blocks * record_bytes(s.model.groups_for(False), s.model.block_bytes)
         below = Part("kv.offload", "host", (("memory", str(memory)), ("hits", KEPT)))
         stack = replace(s, parts=[*s.parts, below]).stack()
-        own = s.cost.on(replace(s.hardware, host_link=AT_ONCE), s.model.figures)
-        return Decoder(f"{role}{i}", s.model, own, stack, s.limits, blocks, self.meter, coasting=s.coasting, log=log)
+        return Worker(
+            name, s.model, price, stack, s.limits, blocks, self.meter, coasting=s.coasting, log=log, ended=self._ended,
+            image_s=s.image_s,
+        )  # fmt: skip
 
-    def _computed(self, event: Finished, now: float) -> None:
-        self._done.append((now, event.id))
+    def _ended(self, event: Finished, now: float) -> None:
+        if event.id in self._where:
+            self._done.append((now, event.id))
+        else:
+            self.meter.finished(event.id, now, event.cached_tokens)
 
     # ------------------------------------------------------------------ the load
 
     def run(self, arrivals: Iterable[Arrival]) -> Meter:
-        self.clock = [0.0]
-        self.views = [Look(r, self.clock) for r in self.replicas]
-        self.sent: list[tuple[float, int]] = []
+        last = 0.0
         for a in arrivals:
-            if a.time_s < self.clock[0] and not self.sent:
+            if a.time_s < last:
                 raise ConfigError(f"the load goes back in time, to {a.time_s} s")
-            self._hand_over(a.time_s)
-            self.clock[0] = a.time_s
-            i = self.place.enter(a.prompt, self.views, self.roles, a.time_s)
-            if self.roles[i] == "decode":
-                raise InvariantError(f"the placement gave a prompt to replica {i}, which computes none")
+            last = a.time_s
+            self._until(last)
+            self.clock[0] = last
             id = self.meter.arrives(a)
-            self.replicas[i].advance(a.time_s)
-            if self.roles[i] == "mixed" or a.output == 1:
-                self.replicas[i].deliver(id, a)
-                if self.roles[i] == "prefill":
-                    self._asked[id] = a
-                continue
-            self._asked[id] = a
-            self.replicas[i].deliver(id, replace(a, output=1))
-        self._hand_over(FOREVER)
+            if a.images and "encode" in self.roles:
+                heapq.heappush(self.sent, (self.encode(a, last), id, False))
+                self._asked[id] = a
+            else:
+                self.enter(id, a)
+        self._until(FOREVER)
         for replica in self.replicas:
             replica.advance(FOREVER)
         return self.meter
 
-    def _hand_over(self, until: float) -> None:
-        """Let the prompts that are computed by then be computed, and whatever arrives by then arrive."""
-        for replica, role in zip(self.replicas, self.roles, strict=True):
-            if role == "prefill":
-                replica.advance(until)
+    def enter(self, id: int, a: Arrival) -> None:
+        """Give a prompt to the replica that computes it."""
+        self._review()
+        i = self.place.enter(a.prompt, self.views, self.roles, a.time_s)
+        if self.roles[i] in ("decode", "encode"):
+            raise InvariantError(f"the placement gave a prompt to replica {i}, which computes none")
+        self.replicas[i].advance(a.time_s)
+        if self.roles[i] == "mixed":
+            self.replicas[i].deliver(id, a)
+        else:
+            self.compute(id, a, i)
+
+    def compute(self, id: int, a: Arrival, i: int) -> None:
+        """Let replica i compute a prompt, and be told when it has."""
+        self._asked[id], self._where[id] = a, i
+        self._prompts[i] += 1
+        self.replicas[i].deliver(id, replace(a, output=1))
+
+    def _review(self) -> None:
+        if self.place.flips:
+            self.roles = list(self.place.review(self.views, self.roles, self.clock[0]))
+
+    def encode(self, a: Arrival, now: float) -> float:
+        """Give each tile to the encoder that is free first; when the last one's embeddings have come to where prompts are."""
+        coders = [cast(Worker, r) for r, role in zip(self.replicas, self.roles, strict=True) if role == "encode"]
+        free = [(max([now, *(end for end, _ in r.coded)]), i) for i, r in enumerate(coders)]
+        heapq.heapify(free)
+        end = now
+        for _ in range(a.images):
+            start, i = heapq.heappop(free)
+            end = max(end, start + self.setting.image_s)
+            coders[i].coded.append((start + self.setting.image_s, a.prompt / a.images))
+            self.meter.parts[0] += self.setting.image_s
+            heapq.heappush(free, (start + self.setting.image_s, i))
+        link = self.setting.hardware.link
+        return end + link.latency_s + a.images * self.setting.image_bytes / link.bytes_s
+
+    def _until(self, until: float) -> None:
+        """Let all happen that does by then, in the order of time: of steps that begin then, none begins."""
+        while True:
+            due = [(self.replicas[i].due, i) for i in self.watched()]
+            step = min(due, default=(FOREVER, -1))[0]
+            sent = self.sent[0][0] if self.sent else FOREVER
+            at = min(step, sent)
+            if at > until or at == FOREVER:
+                return
+            if sent <= step:
+                self._arrive()
+                continue
+            now = [self.replicas[i] for t, i in due if t == at]
+            ending = [r for r in now if r.stepping]
+            for r in ending:
+                r.advance(at)
+            if not ending:
+                if at >= until:
+                    return
+                for r in now:
+                    r.advance(math.nextafter(at, FOREVER))
+            self._pass_on()
+
+    def watched(self) -> Iterable[int]:
+        """Replicas that have to be taken through their steps in the order of time."""
+        return self._prompts
+
+    def _pass_on(self) -> None:
+        """Send off what was computed."""
         for now, id in self._done:
-            a = self._asked[id]
+            a, i = self._asked[id], self._where.pop(id)
+            self._prompts[i] -= 1
+            if not self._prompts[i]:
+                del self._prompts[i]
+            self.computed(a, i, now)
             if a.output == 1:
                 self.meter.finished(id, now, 0)
                 del self._asked[id]
             else:
-                heapq.heappush(self.sent, (now + self.transfer_s(a.prompt), id))
+                heapq.heappush(self.sent, (now + self.transfer_s(a.prompt), id, True))
         self._done.clear()
-        while self.sent and self.sent[0][0] <= until:
-            at, id = heapq.heappop(self.sent)
-            a = self._asked.pop(id)
-            self.clock[0] = at
-            i = self.place.handoff(a.prompt, self.views, self.roles, at)
-            if self.roles[i] == "prefill":
-                raise InvariantError(f"the placement handed request {id} to replica {i}, which computes prompts only")
-            self.replicas[i].advance(at)
-            self.replicas[i].deliver(id, replace(a, time_s=at))
+
+    def computed(self, a: Arrival, i: int, now: float) -> None:
+        """A prompt was computed by replica i; for who keeps count."""
+
+    def _arrive(self) -> None:
+        at, id, whole = heapq.heappop(self.sent)
+        a = self._asked.pop(id)
+        self.clock[0] = at
+        if not whole:
+            self.enter(id, replace(a, time_s=at, images=0))
+            return
+        i = self.answers(id, a, at)
+        worker = self.replicas[i]
+        worker.advance(at)
+        if isinstance(worker, Worker):
+            worker.handed.add(id)
+        worker.deliver(id, replace(a, time_s=at, images=0))
+
+    def answers(self, id: int, a: Arrival, at: float) -> int:
+        """The replica that goes on with a request."""
+        self._review()
+        i = self.place.handoff(a.prompt, self.views, self.roles, at)
+        if self.roles[i] in ("prefill", "encode"):
+            raise InvariantError(f"the placement handed request {id} to replica {i}, which computes no answers")
+        return i
 
     def transfer_s(self, prompt: int) -> float:
         """How long the KV of a prompt is on the way, as far as it shows."""

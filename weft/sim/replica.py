@@ -28,13 +28,13 @@ class Replica:
     """name: for the report.  stack: its own, not shared with others.  blocks: of the KV pool.
 
     coasting: whether runs of decode steps are taken without planning each.  ended: told of answers that end, instead of the
-    meter.
+    meter.  image_s: a tile of an image is encoded so long, before the step after the request has come.
     """
 
     def __init__(
         self, name: str, model: Model, price: Price, stack: Stack, limits: Limits, blocks: int, meter: Meter, *,
         share: bool = True, coasting: bool = True, log: list[LogEntry] | None = None,
-        ended: Callable[[Finished, float], None] | None = None,
+        ended: Callable[[Finished, float], None] | None = None, image_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.name, self.model, self.price, self.meter, self.log = name, model, price, meter, log
         layers = len(model.spec.layers)
@@ -45,6 +45,7 @@ class Replica:
         self.layers = layers
         self._told = ended or (lambda e, now: meter.finished(e.id, now, e.cached_tokens))
         self.coasting = coasting
+        self.image_s, self._owed_s = image_s, 0.0
         self.now = 0.0
         """When the last committed step ended."""
         self.ends = FOREVER
@@ -88,6 +89,19 @@ class Replica:
         return min(1.0, (held + self._coast.further(size)) / self.engine.pool.total)
 
     # ------------------------------------------------------------------ time
+
+    @property
+    def due(self) -> float:
+        """When the step in hand ends, or the next one begins; FOREVER where there is nothing to do."""
+        if self._flight is not None:
+            return self.ends
+        if self.engine.has_work:
+            return self.now
+        return max(self.now, self._inbox[0][1].time_s) if self._inbox else FOREVER
+
+    @property
+    def stepping(self) -> bool:
+        return self._flight is not None
 
     def deliver(self, id: int, arrival: Arrival) -> None:
         """Put a request into the inbox; `advance` has been called up to its time."""
@@ -133,6 +147,7 @@ class Replica:
 
     def take_in(self, id: int, arrival: Arrival) -> None:
         """Hand a request to the engine."""
+        self._owed_s += arrival.images * self.image_s
         for event in self.engine.add(arrival.spec(id), arrival.time_s):
             if isinstance(event, Rejected):
                 self.meter.refused(id)
@@ -142,6 +157,8 @@ class Replica:
         plan, events = self.engine.schedule(self.now)
         load = load_of(plan, self.model.figures, self.layers)
         parts = self.price(load)
+        if self._owed_s:
+            parts, self._owed_s = parts._replace(weights=parts.weights + self._owed_s), 0.0
         if self.log is not None:
             self.log.append(entry(self.now, plan, events))
         for event in events:

@@ -10,9 +10,9 @@ from weft.config import Limits
 from weft.errors import ConfigError
 from weft.registry import Part, names, parse, parse_call
 from weft.sim.cluster import Setting
-from weft.sim.machines import hardware, model
+from weft.sim.kinds import cluster_of
+from weft.sim.machines import encoder, hardware, model
 from weft.sim.metrics import SLO, Meter
-from weft.sim.pools import cluster_of
 from weft.sim.traces import Encode, trace
 from weft.sim.workload import Arrival, Pace, paced
 from weft.slots import SLOTS
@@ -27,7 +27,7 @@ class Wanted:
     """A simulation as a user writes it.
 
     policy: NAME(args) of a schedule or a route, or SLOT=NAME(args); several with + between them.  cost: of the slot cost.
-    devices: that compute one model together.  weight_bits: of a parameter, 0 for those of the model's dtype.
+    devices: that compute one model together.  weight_bits: of a parameter, 0 for those of the model's dtype.  encoder: of images.
     """
 
     trace: str
@@ -48,6 +48,7 @@ class Wanted:
     weight_bits: float = 0.0
     share: bool = True
     coasting: bool = True
+    encoder: str = "internvit-6b"
     encode: Encode | None = field(default=None, compare=False)
 
 
@@ -123,7 +124,9 @@ def setting(wanted: Wanted) -> Setting:
         )
     if wanted.blocks is not None and wanted.blocks < 1:
         raise ConfigError(f"--kv-blocks must be at least 1, got {wanted.blocks}")
+    tiles = encoder(wanted.encoder)
     return Setting(
+        image_s=tiles.tile_s(device), image_bytes=tiles.tokens * shape.spec.width * shape.figures.value_bytes,
         model=shape, hardware=device, cost=price.build(), parts=inside, route=outside.get("route"), place=outside.get("place"),
         replicas=wanted.replicas, limits=limits,
         blocks=wanted.blocks, share=wanted.share, coasting=wanted.coasting, wanted=wanted.slo, seed=wanted.seed,

@@ -25,7 +25,10 @@ MAX_TOKENS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request.  time_s: since the trace began.  output: tokens that it gets.  text: token ids in place of segments."""
+    """One request.  time_s: since the trace began.  output: tokens that it gets.  text: token ids in place of segments.
+
+    images: tiles that are encoded before the prompt, which has their tokens already.
+    """
 
     time_s: float
     segments: tuple[tuple[int, int], ...]
@@ -33,6 +36,7 @@ class Arrival:
     tenant: str = ""
     priority: int = 0
     text: tuple[int, ...] = ()
+    images: int = 0
 
     @property
     def prompt(self) -> int:
@@ -114,7 +118,7 @@ class Synthetic:
     """Arrivals by chance.  rate: requests a second.  cv: of the time between two (1: Poisson).  prompt, output: means.
 
     spread: coefficient of variation of both lengths (lognormal; 0: always the mean).  tenants: among whom they are drawn.
-    shared: tokens at the head that all prompts of a tenant have in common.
+    shared: tokens at the head that all prompts of a tenant have in common.  images: tiles of each request, as `Arrival`.
     """
 
     rate: float
@@ -125,6 +129,7 @@ class Synthetic:
     spread: float = 0.5
     tenants: int = 1
     shared: int = 0
+    images: int = 0
 
     def __post_init__(self) -> None:
         for name in ("rate", "cv"):
@@ -133,6 +138,8 @@ class Synthetic:
         for name in ("requests", "prompt", "output", "tenants"):
             if not 1 <= getattr(self, name) <= 1 << 32:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.images <= 10_000:
+            raise ConfigError(f"images is the number of tiles of a request, from 0 to 10000, got {self.images}")
         if not 0 <= self.spread < 10 or not 0 <= self.shared <= MAX_TOKENS:
             raise ConfigError(f"spread is from 0 to 10 and shared not below 0, got {self.spread} and {self.shared}")
 
@@ -145,7 +152,11 @@ class Synthetic:
             own = ((UNIQUE + i, self._length(chance, self.prompt)),)
             head = ((who + 1, self.shared),) if self.shared else ()
             yield Arrival(
-                now, head + own, self._length(chance, self.output), f"tenant{who}" if self.tenants > 1 else ""
+                now,
+                head + own,
+                self._length(chance, self.output),
+                f"tenant{who}" if self.tenants > 1 else "",
+                images=self.images,
             )
 
     def _length(self, chance: random.Random, mean: int) -> int:
