@@ -48,6 +48,13 @@ export function bytes(value) {
   return `${value} bytes`;
 }
 
+/** A bar of which `part`, 0 to 1, is filled. */
+export function share(part, words = "") {
+  const label = words ? { role: "img", "aria-label": words } : { "aria-hidden": "true" };
+  const fill = s("rect", { width: 100 * Math.min(1, part), height: 10 });
+  return s("svg", { class: "share", viewBox: "0 0 100 10", preserveAspectRatio: "none", ...label }, fill);
+}
+
 /** A colour of the style sheet, for canvases. */
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 

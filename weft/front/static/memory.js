@@ -1,6 +1,6 @@
 // The memory plan: what was set aside for what, before anything was allocated.
 
-import { bytes, count, h, s } from "./dom.js";
+import { bytes, count, h, s, share } from "./dom.js";
 
 const PARTS = [
   ["weights_bytes", "weights", "Weights"],
@@ -70,13 +70,13 @@ function drawn(hello) {
       h("td", { class: "number quiet" }, `${((100 * told[name]) / total).toFixed(1)} %`),
       h("td", { class: "quiet wide" }, words(name, hello)),
     ));
-  const share = told.available_bytes ? (100 * total) / told.available_bytes : 0;
+  const taken = told.available_bytes ? (100 * total) / told.available_bytes : 0;
   return h(
     "section", { class: "card" }, h("h2", {}, "Memory plan"),
     h("p", { class: "big" }, h("b", { id: "plan-total" }, bytes(total)), h("span", { class: "quiet" }, ` of ${bytes(told.available_bytes)} available (${told.available_source ?? "host"})`)),
     s("svg", { class: "strip", role: "img", "aria-label": "Parts of the plan", viewBox: "0 0 1000 10", preserveAspectRatio: "none" }, ...strip),
     h("table", { id: "plan" }, h("tbody", {}, ...rows)),
-    h("p", { class: "quiet" }, `The plan takes ${share.toFixed(1)} % of what the machine leaves. Nothing beyond it is allocated.`),
-    share ? h("meter", { min: 0, max: 100, value: share, "aria-label": "Share of the memory available" }) : null,
+    h("p", { class: "quiet" }, `The plan takes ${taken.toFixed(1)} % of what the machine leaves. Nothing beyond it is allocated.`),
+    taken ? share(taken / 100, "Share of the memory available") : null,
   );
 }

@@ -1,6 +1,6 @@
 // An answer as tokens, coloured by how likely each was; what else could have stood there on hover or focus.
 
-import { h } from "./dom.js";
+import { h, share } from "./dom.js";
 
 const percent = (logprob) => {
   const p = 100 * Math.exp(logprob);
@@ -69,7 +69,7 @@ export class Tokens {
       ...rows.map((row) =>
         h(
           "div", { class: row.token === entry.token ? "chosen" : null },
-          h("code", {}, visible(row.token)), h("meter", { min: 0, max: 1, value: Math.exp(row.logprob) }), h("span", {}, percent(row.logprob)),
+          h("code", {}, visible(row.token)), share(Math.exp(row.logprob)), h("span", {}, percent(row.logprob)),
         ),
       ),
     );
