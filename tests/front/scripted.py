@@ -24,6 +24,7 @@ from weft.types import (
     TokenItem,
     TokenLogprob,
     Tokens,
+    Watch,
 )
 
 Script = Callable[[RequestSpec, int], Sequence[int]]
@@ -84,7 +85,7 @@ class ScriptedPort:
             self.commands.append(command)
             if isinstance(command, Add):
                 self._new.append(command.spec)
-            else:
+            elif not isinstance(command, Watch):
                 self._new = [spec for spec in self._new if spec.id != command.id]
                 self._runs = [
                     run for run in self._runs if run.spec.id != command.id or command.index not in (None, run.index)

@@ -212,6 +212,7 @@ class Client:
     def close(self) -> None:
         """Fail every open generation; the engine stays as it is."""
         self._fail_all(EngineStopped("the server is shutting down; ask again"))
+        self.live.closed = True
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None

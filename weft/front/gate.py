@@ -1,4 +1,4 @@
-"""What stands before the application: it answers while the engine is being loaded, and turns requests away at the end."""
+"""What stands before the application: the page, an answer while the engine is being loaded, and none for who comes at the end."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from weft.front.generation import Refused
 from weft.front.health import health, state_of
 from weft.front.openai.errors import error_response
 from weft.front.openai.service import Service
+from weft.front.page import is_page, serve_page
 from weft.front.port import EngineState
 
 log = logging.getLogger("weft.front")
 
 WATCHED = ("/health", "/ready")
+ENDLESS = "/v1/weft/live"
+"""Whoever watches is not waited for at the end."""
 
 
 def who(scope: Scope) -> str:
@@ -81,6 +84,9 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
+        if scope["type"] == "http" and is_page(scope["path"]):
+            await serve_page(scope, receive, send)
+            return
         if scope["type"] == "http" and (app is None or self.draining):
             if scope["path"] in WATCHED:
                 await health(self._state(), draining=self.draining)(scope, receive, send)
@@ -97,11 +103,12 @@ class Gate:
         assert app is not None
         if scope["type"] == "http":
             KEY.set(who(scope))
-        self.open += 1
+        counted = scope.get("path") != ENDLESS
+        self.open += counted
         try:
             await app(scope, receive, send)
         finally:
-            self.open -= 1
+            self.open -= counted
 
     async def _live(self, receive: Receive, send: Send) -> None:
         """The application's own beginning and end, as soon as it is there."""

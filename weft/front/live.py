@@ -43,6 +43,8 @@ class Live:
     def __init__(self, client: Client) -> None:
         self._client = client
         self.watchers = 0
+        self.closed = False
+        """Whether the server ends, and its watchers with it."""
         self.ended: deque[dict[str, Any]] = deque(maxlen=MOST_ENDED)
         self.steps: deque[tuple[float, Seen]] = deque(maxlen=MOST_STEPS)
         self._blocks: tuple[tuple[int, int, int], ...] | None = None
@@ -125,7 +127,7 @@ class LiveAnswer:
             await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
             await _send(send, b"event: hello\ndata: " + encode(self._hello) + b"\n\n")
             since, blocks, before, quiet_s = -1, None, b"", 0.0
-            while not gone.done():
+            while not gone.done() and not self._live.closed:
                 frame, last, blocks = self._live.frame(self._state(), since, blocks)
                 if last < since:  # another engine, which counts anew
                     frame, last, blocks = self._live.frame(self._state(), -1, None)
@@ -140,6 +142,8 @@ class LiveAnswer:
                     quiet_s = EVERY_S
                     await _send(send, b": ping\n\n")
                 await asyncio.wait([gone], timeout=EVERY_S)
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b""})
         finally:
             self._live.go()
             gone.cancel()
