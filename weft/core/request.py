@@ -59,7 +59,7 @@ class Request:
     __slots__ = (
         "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
         "generation", "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output",
-        "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed",
+        "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed",
         "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
@@ -93,6 +93,8 @@ class Request:
         self.tables = [Table() for _ in range(groups)]
         self.state = State.WAITING
         self.draft: tuple[int, ...] = ()
+        self.parents: tuple[int, ...] = ()
+        """Of a tree of guesses: the one that each follows."""
         self.names: dict[int, list[bytes]] = {}
         self.chains: dict[int, list[bytes]] = {}
         """Names that schedules asked for, by size of a block."""

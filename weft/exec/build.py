@@ -320,7 +320,7 @@ def build(
     if setup.draft is not None:
         second = build_decoder(
             setup.draft, "random" if config.load == "random" else resolve_draft(setup.stack.second or ""), dtype=dtype,
-            device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_num_seqs,
+            device=setup.device, max_rows=limits.max_rows, max_samples=max(limits.max_num_seqs, MAX_GUESSES),
             groups=setup.groups_of("draft"), invariant=config.invariant, seed=config.seed + 1,
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
             threads=setup.threads, ops=setup.ops["draft"].ops, isa=setup.ops["draft"].isa,
@@ -354,10 +354,10 @@ def reach(setup: Setup) -> dict[str, int]:
 def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack) -> int:
     """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
     laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
-    stream = _stream(choice, dtype)
+    stream = _stream(choice, dtype)  # a tree's layer has a row of logits for each guess
     return (
         weights_bytes(draft, dtype, choice.panels)
-        + workspace_bytes(draft, stream, rows, sequences, choice.panels)
+        + workspace_bytes(draft, stream, rows, max(sequences, MAX_GUESSES), choice.panels)
         + laws
     )
 
