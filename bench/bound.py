@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from weft.accept.big_little import BigLittle
 from weft.accept.rejection import Rejection
 from weft.accept.spectr import SpecTr
-from weft.accept.typical import Typical
 from weft.core import noise
 from weft.slots import Accept
 
@@ -44,8 +41,9 @@ class Place:
     """One place with its guesses, as the slot `accept` sees it."""
 
     def __init__(self, guesses: Sequence[int], laws: Sequence[Floats], p: Floats, seed: int) -> None:
-        self.guesses, self.parents = list(guesses), [-1] * len(guesses)
-        self.laws = torch.from_numpy(np.stack(laws))
+        self.guesses: Sequence[int] = list(guesses)
+        self.parents: Sequence[int] = [-1] * len(guesses)
+        self.laws: Any = torch.from_numpy(np.stack(laws))
         self._p, self._seed = p, seed
 
     def winner(self, row: int) -> int:
@@ -75,7 +73,6 @@ def apart(q: Floats, k: int, rng: np.random.Generator) -> tuple[list[int], list[
     return tokens, laws
 
 
-LOOSE = ("typical", "typical KL", "big_little", "big_little KL")
 DRAWS = {"alike": alike, "without replacement": apart}
 RULES: dict[str, tuple[type[Accept], str]] = {
     "spectr": (SpecTr, "alike"),
@@ -110,20 +107,6 @@ def pairs(contexts: int, temperature: float) -> list[tuple[Floats, Floats]]:
     return [(p / p.sum(), q / q.sum()) for p, q in zip(*found, strict=True)]
 
 
-def given_up(p: Floats, q: Floats, stands: Any) -> float:
-    """KL divergence, in nats, of a token's law from the target's, where a guess drawn from q stands if `stands` (bool by token)
-    says so, and else the target's own draw is taken."""
-    law = np.where(stands, q, 0.0) + float(q[~stands].sum()) * p
-    there = p > 0
-    return float((p[there] * np.log(p[there] / np.maximum(law[there], 1e-300))).sum())
-
-
-def loose(p: Floats, q: Floats) -> dict[str, tuple[float, float]]:
-    """Of each rule that gives up the law, at its defaults: (guesses that stand, KL of the token's law from the target's)."""
-    masks = {"typical": p > Typical().threshold(p), "big_little": p >= math.exp(-BigLittle().rollback)}
-    return {name: (float(q[mask].sum()), given_up(p, q, mask)) for name, mask in masks.items()}
-
-
 def measure(contexts: int) -> list[dict[str, Any]]:
     rows = []
     for temperature in TEMPERATURES:
@@ -135,19 +118,15 @@ def measure(contexts: int) -> list[dict[str, Any]]:
                 rng = np.random.default_rng(k)
                 found = [accepted(rule(), p, q, k, draws, SEEDS, rng) for p, q in laws]
                 row[name] = float(np.mean(found))
-            if k == 1:
-                found_loose = [loose(p, q) for p, q in laws]
-                for name in found_loose[0]:
-                    row[name], row[f"{name} KL"] = np.mean([one[name] for one in found_loose], axis=0).tolist()
             rows.append(row)
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    names = ["bound", *RULES, *LOOSE]
+    names = ["bound", *RULES]
     lines = ["| temperature | guesses | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for row in rows:
-        cells = " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names)
+        cells = " | ".join(f"{row[name]:.3f}" for name in names)
         lines.append(f"| {row['temperature']} | {row['guesses']} | {cells} |")
     return "\n".join(lines)
 

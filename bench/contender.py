@@ -20,7 +20,7 @@ import msgspec
 from weft.bench.decode import DecodeBench, make_room
 from weft.core.request import State
 from weft.errors import CapacityError, ConfigError, EngineError
-from weft.exec.build import EngineConfig, Setup, build, prepare, with_limits
+from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare, with_limits
 from weft.exec.host import peak_rss_bytes
 from weft.exec.thread import step
 from weft.front.text import ModelText
@@ -138,12 +138,13 @@ class Run:
 
 
 class Contender:
-    """A case with its own engine, built as `weft serve` builds one."""
+    """A case with its own engine, built as `weft serve` builds one.  like: another one, whose weights it reads too."""
 
-    def __init__(self, model: Model, case: Case, threads: int) -> None:
+    def __init__(self, model: Model, case: Case, threads: int, like: Contender | None = None) -> None:
         self.case = case
         words = ModelText.load(model.folder).vocabulary if case.grammar is not None else None
-        self.runtime = build(setup(model, case, threads), vocabulary=words)
+        other = None if like is None else like.runtime
+        self.runtime: Runtime = build(setup(model, case, threads), like=other, vocabulary=words)
         self.runs: list[Run] = []
         self._ids = 0
         self._wave_began = 0.0
@@ -242,7 +243,7 @@ def setup(model: Model, case: Case, threads: int) -> Setup:
     longest = max(len(p) for p in (*case.prompts, *case.companions))
     batch = case.together * max(case.n, case.seats, 1 + bool(case.companions))
     weights = "random" if model.folder.is_file() else "auto"
-    given = {"threads": threads, "share": False, "load": weights, **case.engine}
+    given = {"threads": threads, "share": False, "load": weights, "draft_control": "off", **case.engine}
     config = EngineConfig(model=model.folder, techniques=tuple(case.techniques), **given)
     if config.memory_bytes is None:
         found = make_room(config, DecodeBench(batches=[batch], prompt=longest, new=case.max_new))

@@ -38,7 +38,7 @@ def configure(model: str | Path | None = None, **options: Any) -> tuple[EngineCo
     known = {
         "dtype", "device", "max_model_len", "memory", "threads", "max_num_seqs", "max_num_batched_tokens", "block_tokens",
         "load", "seed", "invariant", "enable_prefix_caching", "techniques", "recipe", "plugins", "lora",
-        "max_loras", "lora_memory", "ops", "isa", "weights", "activations", "kv",
+        "max_loras", "lora_memory", "ops", "isa", "weights", "activations", "kv", "draft_control",
         "progress",
     }  # fmt: skip
     for key in options:

@@ -86,7 +86,7 @@ SPEC = RequestSpec(
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
 LINKED = Work(
     request=1, rows=((3, 5), (9, 12)), tokens=(7, -1, 8, 9, 10), model="draft", layers=(2, 4), mask=Mask.TREE,
-    keep=Keep.ACCEPT, link=6, guesses=2, parents=(-1, 0), samples=True, output=11, prompt_rows=3, ahead=2,
+    keep=Keep.ACCEPT, link=6, guesses=2, parents=(-1, 0), samples=True, output=11, prompt_rows=3, ahead=2, want=4,
 )  # fmt: skip
 ENTER = Enter(
     request=1, tokens=(7, -1, -1, 8), prompt=3, sampling=SAMPLING, seed=2**64 - 1, entries=(2, 0),
@@ -100,7 +100,7 @@ PLAN = Plan(
     fetch=(7, 8),
 )  # fmt: skip
 RESULT = StepResult(
-    step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12), masked=3, mask_s=1e-7,
+    step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12), masked=3, mask_s=1e-7, draft_s=2e-3,
     works=(
         WorkResult(
             rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), parents=(-1, -1), signals={"entropy": (0.5, 1.0 / 3.0)},
@@ -142,6 +142,7 @@ ENTRIES: tuple[Entry, ...] = (
     Made(
         format=2, groups=GROUPS, blocks=9, limits={"max_rows": 8}, parts=("schedule=fcfs",), models=("target", "draft"), layers=2,
         vocab=7, share=False, settings=b"s", in_flight=2, reach={"draft": 4}, block_bytes=64,
+        control=True,
     ),
     Added(1.5, SPEC, refused=True), Cancelled(3, 1, found=False), Planned(2.5, PLAN, ((1, 0),)), Committed(3.5, RESULT),
     Abandoned(4.5, 6),

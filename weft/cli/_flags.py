@@ -97,6 +97,14 @@ class EngineFlags:
         str | None,
         _option("--kv", help="Keys and values: auto (as --dtype), float32, bfloat16 or int8.", metavar="FORMAT"),
     ] = None
+    draft_control: Annotated[
+        str | None,
+        _option(
+            "--draft-control",
+            help="on, or off: guess as far ahead as the draft likes, also where it does not pay. (on)",
+            metavar="WHETHER",
+        ),
+    ] = None
     max_num_seqs: Annotated[
         int | None, _option("--max-num-seqs", help="Sequences computed at once; more wait. (64)", metavar="N")
     ] = None

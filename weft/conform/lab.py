@@ -152,6 +152,7 @@ class Lab:
             "invariant": True,
         }
         place: dict[str, Any] = {"model": self.model, "dtype": "float32", "device": self.device}
+        place["draft_control"] = "off"  # what a stack does must not hang on how fast the machine is
         return prepare(EngineConfig(techniques=list(parts), **place, **{**given, **changes}))
 
     def runtime(self, parts: Sequence[Part], *, roomy: bool = False, **changes: Any) -> Runtime:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from weft.config import Limits, Stack, Stacks, build_stack
+from weft.core.control import Control
 from weft.core.kv import KV
 from weft.core.pool import BlockPool
 from weft.core.request import CutRule, Request, State
@@ -47,7 +48,7 @@ class Engine(Sequences):
     vocab: ids are checked against it where it is given.  share: prefix sharing.  stack: the server's.  stacks: with those that
     requests lay over it, shared with an executor in the same process.  cuts: rules beside those of the stacks' techniques.
     in_flight: plans that may be submitted at once (1 on a CPU).  reach: positions that a model beside the target can compute.
-    block_bytes: of the pool, whose tiers are sized by it.
+    block_bytes: of the pool, whose tiers are sized by it.  control: choose how far ahead is guessed (`core.control`).
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Engine(Sequences):
         in_flight: int = 1,
         reach: Mapping[str, int] | None = None,
         block_bytes: int | None = None,
+        control: bool = False,
     ) -> None:
         stacks = stack if isinstance(stack, Stacks) else Stacks(stack or build_stack())
         self.stack = stacks.base
@@ -81,12 +83,13 @@ class Engine(Sequences):
                 "this schedule stops rows between layers, and the engine has no KV group for their hidden states"
             )
         far = [(reach or {}).get(name, limits.max_model_len) for name in models]
-        scheduler = Scheduler(kv, policy, limits, tuple(models), layers, self.stack, far)
+        self.control = Control(limits.max_guesses, models) if control else None
+        scheduler = Scheduler(kv, policy, limits, tuple(models), layers, self.stack, far, self.control)
         super().__init__(kv, scheduler, limits, tuple(models), vocab, stacks, cuts)
         self.made = Made(
             groups=tuple(groups), blocks=blocks, limits=asdict(limits), parts=tuple(str(p) for p in self.stack.parts),
             models=tuple(models), layers=layers, vocab=vocab, share=share, settings=settings, in_flight=in_flight,
-            reach=dict(reach or {}), block_bytes=block_bytes,
+            reach=dict(reach or {}), block_bytes=block_bytes, control=control,
         )  # fmt: skip
         self._layers = layers
         self._step = 0
@@ -135,7 +138,10 @@ class Engine(Sequences):
             )
         if self.tap is not None:
             self.tap(Committed(now, result))
-        flight = zip(self._flights.pop(plan.step), plan.works, result.works, strict=True)
+        lives = self._flights.pop(plan.step)
+        flight = zip(lives, plan.works, result.works, strict=True)
+        if self.control is not None:
+            self.control.observe(plan, [r for r, _ in lives], result)
         self.pool.now = now
         self._masked += result.masked
         self._masked_steps += result.masked > 0

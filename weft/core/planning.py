@@ -87,6 +87,7 @@ class Planning:
             samples=final and stop == len(context),
             output=len(r.output),
             prompt_rows=prompt_rows,
+            want=-1 if r.pace is None else r.pace.want,
         )
         self.add(r, work, samples)
         self.advanced.add(r.rid)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from weft.config import Limits, Stack
 from weft.core import prefix
@@ -26,6 +27,22 @@ class State(enum.Enum):
     PARKED = "parked"
     """Does not advance until resumed; keeps its KV while nobody needs the room."""
     DONE = "done"
+
+
+@dataclass(slots=True)
+class Pace:
+    """How many guesses a sequence gets, and how those before stood.
+
+    want: guesses that may be made for it in a step.  stood, tried: guesses, the older ones counting less.  probing: whether they
+    are made only to see what they are worth now, lent: the seconds that this may cost; probed: the step in which it was last so.
+    """
+
+    want: int
+    stood: float = 0.0
+    tried: float = 0.0
+    probing: bool = False
+    lent: float = 0.0
+    probed: int = 0
 
 
 class Table:
@@ -53,14 +70,15 @@ class Request:
 
     context: what KV is computed from (-1 at positions of vectors and media).  output: what the client has.
     given: ranges of the context after the prompt that a program put in; the rest of it is output.
+    parents: where its draft is a tree, the guess that each follows.
     computed[m]: positions of model m whose KV stands.  planned[m]: the same, counting plans in flight.
     """
 
     __slots__ = (
         "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
         "generation", "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output",
-        "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed",
-        "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "pace", "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling",
+        "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -94,7 +112,6 @@ class Request:
         self.state = State.WAITING
         self.draft: tuple[int, ...] = ()
         self.parents: tuple[int, ...] = ()
-        """Of a tree of guesses: the one that each follows."""
         self.names: dict[int, list[bytes]] = {}
         self.chains: dict[int, list[bytes]] = {}
         """Names that schedules asked for, by size of a block."""
@@ -115,6 +132,8 @@ class Request:
         """Whether models beside the target may compute it; decided for life, so that what it needs at most does not grow."""
         self.single = stack.single
         """Whether it takes no guesses."""
+        self.pace: Pace | None = None
+        """None where nobody decides how far ahead is guessed: as far as the draft likes."""
         self.link: int | None = None
         self.leader: Request | None = None
         """Whose companion this is: it sees the leader's output after a prompt of its own, and nobody is told of it."""

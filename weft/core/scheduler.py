@@ -16,6 +16,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 
 from weft.config import Limits, Stack
+from weft.core.control import Control
 from weft.core.kv import KV
 from weft.core.membership import Membership
 from weft.core.planning import Planning
@@ -31,7 +32,7 @@ FINAL = Quota(1)
 class Scheduler(Membership):
     """Fills steps.  models: names; layers: layer count of the target model; base: the server's stack.
 
-    reach: by model, positions that it can compute.
+    reach: by model, positions that it can compute.  control: decides how far ahead is guessed.
     """
 
     def __init__(
@@ -43,9 +44,10 @@ class Scheduler(Membership):
         layers: int,
         base: Stack,
         reach: Sequence[int],
+        control: Control | None = None,
     ) -> None:
         super().__init__(kv, policy, limits, base)
-        self.models, self.layers, self.reach = models, layers, reach
+        self.models, self.layers, self.reach, self.control = models, layers, reach, control
         self._followers = range(1, len(models))
         self.hit_tokens = 0
         self.queried_tokens = 0
@@ -59,6 +61,8 @@ class Scheduler(Membership):
         self.pool.now = now
         if not self.policy.static:
             self._reorder(now)
+        if self.control is not None:
+            self.control.choose(self.running.values())
         view = self.view(now)
         d = Planning.begin(view, self.limits)
         for request, waits in self._candidates(now, d):
@@ -137,6 +141,8 @@ class Scheduler(Membership):
                 d.loading.append(x)
             x.state = State.RUNNING
             self.running[x.rid] = x
+            if self.control is not None:
+                self.control.meet(x)
             if self.kv.share:
                 self.queried_tokens += len(x.context)
                 self.hit_tokens += lengths[0]
@@ -240,7 +246,7 @@ class Scheduler(Membership):
             behind = [
                 (len(r.context) - r.planned[m], r.rid, r)
                 for r in self.running.values()
-                if not (r.in_flight or r.single) and self.follows(r)
+                if not (r.in_flight or r.single) and self.follows(r) and (r.pace is None or r.pace.want)
             ]
             for lag, _, r in sorted(behind):
                 if lag or r.rid in d.sampled:
@@ -272,7 +278,8 @@ class Scheduler(Membership):
         draft = r.stack.get("draft")
         if r.rid not in d.sampled or draft is None or draft.model is None:
             return 0
-        most = d.sampled[r.rid] + min(int(draft.guesses), self.limits.max_guesses)
+        guesses = int(draft.guesses) if r.pace is None else r.pace.want
+        most = d.sampled[r.rid] + min(guesses, self.limits.max_guesses)
         return max(0, min(most, min(r.limit, self.limits.max_model_len, self.reach[m]) - len(r.context)))
 
     def _spare(self, r: Request, m: int, rows: int) -> bool:

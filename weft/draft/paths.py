@@ -73,12 +73,14 @@ class Paths:
         assert run is not None
         fans = [Fan([-1] * self._paths(ask)) for ask in asks]
         going = [i for i, ask in enumerate(asks) if ask.most > 0]
-        logits = run([(i, [int(asks[i].context[-1])]) for i in going]) if going else None
+        if not going:
+            return [Guesses(()) for _ in asks]
+        logits = run([(i, [int(asks[i].context[-1])]) for i in going])
         rows = [(i, path) for i in going for path in range(len(fans[i].ends))]
         where = [n for n, i in enumerate(going) for _ in fans[i].ends]
         for depth in range(self.length):
-            self.acts["draft_rows"] += len(logits) if rows else 0
-            rows = self._say(rows, logits[where] if rows else None, fans, asks, run, first=depth == 0)
+            self.acts["draft_rows"] += len(logits)
+            rows = self._say(rows, logits[where], fans, asks, run, first=depth == 0)
             if not rows or depth == self.length - 1:
                 break
             logits, where = self._compute(rows, fans, run), list(range(len(rows)))
@@ -94,8 +96,6 @@ class Paths:
         self, rows: Sequence[tuple[int, int]], logits: Any, fans: Sequence[Fan], asks: Sequence[Ask], run: Forward, *, first: bool
     ) -> list[tuple[int, int]]:  # fmt: skip
         """One more guess of each (ask, path); gives those that go on."""
-        if not rows:
-            return []
         texts = [(i, fans[i].text(fans[i].ends[path])) for i, path in rows]
         most = self.paths if first and not all(asks[i].independent for i, _ in rows) else 1
         ranked: Sequence[Ranked] = run.rank(texts, logits, most, [1 + path for _, path in rows])

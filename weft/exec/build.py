@@ -66,6 +66,7 @@ class EngineConfig:
     ops         auto, ref or cpu (weft's own kernels).  isa: auto, avx512_vnni, avx512, avx2 or portable
     weights     auto (as they are), float, int8, or int4, with inputs that share a scale as in int4:128 (`WeightFormat.parse`)
     activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact
+    draft_control   on or off: guess only as far ahead as pays
     kv          auto (as the model's dtype), float32, bfloat16, or int8, which is the technique kv.store=int8
     """
 
@@ -91,6 +92,7 @@ class EngineConfig:
     weights: str = "auto"
     activations: str = "float"
     kv: str = "auto"
+    draft_control: str = "on"
 
 
 USERS_NAMES = {"max_num_batched_tokens": "max_rows", "enable_prefix_caching": "share", "memory": "memory_bytes"}
@@ -207,6 +209,7 @@ def prepare(config: EngineConfig) -> Setup:
         raise ConfigError(f"--threads must be from 1 to 1024, got {config.threads}")
     if config.load not in ("auto", "random"):
         raise ConfigError(f"--load is auto or random, got {config.load!r}")
+    choices.require_switch("--draft-control", config.draft_control)
     raw = load_config(config.model) if isinstance(config.model, Path) else dict(config.model)
     if not isinstance(config.model, Path) and config.load != "random":
         raise ConfigError("a bare config has no weights: use --load random")
@@ -233,8 +236,7 @@ def prepare(config: EngineConfig) -> Setup:
     if not layered:
         groups = [g for g in groups if g.kind is not GroupKind.PARKED]
     offload = stack.get("kv.offload")
-    model_max = spec.max_positions
-    rows = min(config.max_rows, model_max)
+    rows = min(config.max_rows, spec.max_positions)
     samples = max(config.max_num_seqs, min(rows, max(64, stack.tile, _verified(stack, config.max_num_seqs, spec))))
     available = choices.available(device)
     plan = plan_memory(
@@ -244,7 +246,7 @@ def prepare(config: EngineConfig) -> Setup:
         block_bytes=block_bytes,
         rows=rows,
         max_num_seqs=config.max_num_seqs,
-        model_max_len=model_max,
+        model_max_len=spec.max_positions,
         available_bytes=available[0],
         available_source=available[1],
         memory_bytes=config.memory_bytes,
@@ -333,7 +335,7 @@ def build(
     engine = Engine(
         setup.groups, setup.plan.kv_blocks, limits, stacks, models=tuple(setup.specs), layers=len(setup.spec.layers),
         vocab=setup.spec.vocab, share=config.share, settings=_settings(setup), reach=reach(setup),
-        block_bytes=setup.block_bytes,
+        block_bytes=setup.block_bytes, control=config.draft_control == "on",
     )  # fmt: skip
     adapters.serve(engine)
     runtime = Runtime(setup, engine, None, decoder, pool, second, adapters, words)  # type: ignore[arg-type]

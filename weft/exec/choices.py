@@ -62,6 +62,12 @@ def second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     return draft
 
 
+def require_switch(flag: str, value: str) -> None:
+    """Raise ConfigError where a flag that is on or off is neither."""
+    if value not in ("on", "off"):
+        raise ConfigError(f"{flag} is on or off, got {value!r}")
+
+
 def _full_name(dtype: str) -> str:
     """'bf16' or 'torch.bfloat16' to 'bfloat16'."""
     name = dtype.removeprefix("torch.")

@@ -87,15 +87,18 @@ class TorchExecutor:
             self._sampling.sample(works, logits, wanted, results)
         self._compression.settle(works, results)
         self._pooling.settle(works, results)
+        began = time.perf_counter()
         ahead = {name: self._ahead(name, works, results) for name in self.decoders if name != TARGET}
         self._sampling.propose(works, results, ahead.get(DRAFT))
         for other in ahead.values():
             other.settle(results)
-        sample_s = time.perf_counter() - self._forward_s - middle
+        ended = time.perf_counter()
+        sample_s = ended - self._forward_s - middle
         facts = iter(results)
         return StepResult(
             step=plan.step, works=tuple(WorkResult(rows=0) if i in void else next(facts) for i in range(len(plan.works))),
             lost=tuple(lost), forward_s=self._forward_s, sample_s=sample_s, masked=masks.rows, mask_s=masks.seconds,
+            draft_s=ended - began,
         )  # fmt: skip
 
     def _ahead(self, name: str, works: Sequence[Work], results: Sequence[WorkResult]) -> Ahead:

@@ -161,7 +161,9 @@ class Sampling:
 
     def _ask(self, s: Mirrored, work: Work, fact: WorkResult, draft: Draft, ahead: Ahead | None) -> Ask:
         context, output = len(work.tokens) - work.guesses, work.output + len(fact.tokens)
-        most = min(s.sampling.max_tokens - output - 1, self._max_guesses)
+        most = min(
+            s.sampling.max_tokens - output - 1, self._max_guesses, work.want if work.want >= 0 else self._max_guesses
+        )
         if draft.model is not None:
             most = min(most, 0 if ahead is None else ahead.room(work.request))
         if fact.tokens[-1] in s.sampling.stop_ids and output > s.sampling.min_tokens:

@@ -76,6 +76,7 @@ def engine_of(made: Made) -> Engine:
     return Engine(
         made.groups, made.blocks, limits, build_stack(made.parts), models=made.models, layers=made.layers, vocab=made.vocab,
         share=made.share, settings=made.settings, in_flight=made.in_flight, reach=made.reach, block_bytes=made.block_bytes,
+        control=made.control,
     )  # fmt: skip
 
 

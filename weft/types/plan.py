@@ -37,6 +37,7 @@ class Work(Struct, frozen=True, kw_only=True):
     prompt_rows: rows (counted from the first) whose prompt logprobs are wanted, 0 for none.
     ahead: rows beyond these that the executor may compute in this step, once it knows what was accepted: a draft model's own
     proposals.  Their entries have room; how many rows stand is in the result.
+    want: guesses for the next plan that the executor may ask the slot `draft` for, -1 for as many as that likes.
     """
 
     request: int
@@ -53,6 +54,7 @@ class Work(Struct, frozen=True, kw_only=True):
     output: int = 0
     prompt_rows: int = 0
     ahead: int = 0
+    want: int = -1
 
     @property
     def start(self) -> int:

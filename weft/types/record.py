@@ -17,7 +17,10 @@ FORMAT = 1
 
 
 class Made(Struct, frozen=True, kw_only=True, tag="made"):
-    """How the engine was made.  limits: fields of `config.Limits`.  parts: of its stack, as slot=name(args)."""
+    """How the engine was made.  limits: fields of `config.Limits`.  parts: of its stack, as slot=name(args).
+
+    control: whether it chooses how far ahead is guessed (from the times that its results tell).
+    """
 
     format: int = FORMAT
     groups: tuple[GroupSpec, ...]
@@ -32,6 +35,7 @@ class Made(Struct, frozen=True, kw_only=True, tag="made"):
     in_flight: int = 1
     reach: dict[str, int] = {}
     block_bytes: int | None = None
+    control: bool = False
 
 
 class Added(Struct, frozen=True, tag="added"):

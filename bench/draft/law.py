@@ -1,0 +1,143 @@
+"""How often guesses should stand: what the two models' distributions say, at the very positions where guesses were verified.
+
+    p the target's law after the text before a guess, q the draft's
+
+    race, guess drawn by the noise of the token itself    1 / p and q share their Gumbel noise, and agree on x with probability
+                                                          1 / sum over y of max(p(y) / p(x), q(y) / q(x)); summed over x
+    race, guess that no law was drawn from                p(guess)
+    an accept that weighs laws                            sum over y of min(p(y), q(y)); for a guess without a law p(guess)
+    greedy                                                1 where both like the same token best, else 0
+
+The first: of independent exponential clocks with rates p and q over the same noise, x is the first to ring in both (Maddison et
+al., A* Sampling, arXiv:1411.0030, on Gumbel noise; Daliri et al., Coupling without Communication, arXiv:2408.07978, its law).
+
+The texts are read by `transformers`, not by weft.  Legend.  N: positions.  V: vocabulary.  A trial is a guess all before which
+stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from weft.types import Plan, StepResult
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+ROWS = 64
+"""Positions whose pairs of laws are in memory at once."""
+
+
+@dataclass(slots=True)
+class Trials:
+    """Verified guesses, by sequence of the executor: (index in the output, the guess, whether it stood)."""
+
+    by_sequence: dict[int, list[tuple[int, int, bool]]] = field(default_factory=dict)
+    draft_s: float = 0.0
+    step_s: float = 0.0
+
+    def take(self, plan: Plan, result: StepResult) -> None:
+        """Note what a step verified; of chains only."""
+        self.draft_s += result.draft_s
+        self.step_s += result.forward_s + result.sample_s
+        for work, fact in zip(plan.works, result.works, strict=True):
+            if not work.guesses or work.parents or not fact.tokens:
+                continue
+            guesses, stood = work.tokens[-work.guesses :], len(fact.tokens) - 1
+            mine = self.by_sequence.setdefault(work.request, [])
+            for i, guess in enumerate(guesses[: stood + 1]):
+                mine.append((work.output + i, guess, i < stood))
+
+    @property
+    def tried(self) -> int:
+        return sum(len(x) for x in self.by_sequence.values())
+
+    @property
+    def stood(self) -> int:
+        return sum(ok for x in self.by_sequence.values() for _, _, ok in x)
+
+
+def race(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """The chance that two draws that share their Gumbel noise are equal, float64 [N].
+
+    For each x the sum over y is taken in the order of p(y) / q(y): up to a point q's share is the larger one, behind it p's.
+    """
+    out = torch.zeros(len(p_NV), dtype=torch.float64)
+    for n, (p, q) in enumerate(zip(p_NV.double(), q_NV.double(), strict=True)):
+        both = (p > 0) & (q > 0)
+        ratio = torch.where(q > 0, p / q.clamp_min(1e-300), torch.full_like(p, float("inf")))
+        order = ratio.argsort()
+        p, q, both = p[order], q[order], both[order]
+        q_before = q.cumsum(0)
+        p_behind = p.sum() - p.cumsum(0)
+        # Ties stand on either side alike: there both shares are equal.
+        out[n] = (1 / (q_before / q + p_behind / p))[both].sum()
+    return out
+
+
+def overlap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
+    """sum of min(p, q), float64 [N]."""
+    return torch.minimum(p_NV.double(), q_NV.double()).sum(-1)
+
+
+def predicted(
+    target: LlamaForCausalLM,
+    draft: LlamaForCausalLM | None,
+    texts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]],
+    temperature: float,
+    *,
+    weighs: bool,
+) -> float:
+    """The mean chance of the trials.  texts: (prompt, output, trials).  weighs: whether the accept weighs laws."""
+    total, count = 0.0, 0
+    for prompt, output, trials in texts:
+        at = torch.tensor([len(prompt) - 1 + index for index, _, _ in trials])
+        guesses = torch.tensor([guess for _, guess, _ in trials])
+        p_NV = laws(target, [*prompt, *output], temperature, at)
+        q_NV = None if draft is None else laws(draft, [*prompt, *output], temperature, at)
+        for low in range(0, len(at), ROWS):
+            p, here = p_NV[low : low + ROWS], guesses[low : low + ROWS]
+            if q_NV is None:
+                found = p.gather(1, here[:, None])[:, 0]
+            else:
+                q = q_NV[low : low + ROWS]
+                found = overlap(p, q) if weighs or temperature == 0 else race(p, q)
+            total, count = total + float(found.sum()), count + len(here)
+    return total / count if count else float("nan")
+
+
+@torch.no_grad()
+def laws(model: LlamaForCausalLM, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
+    """The law after each position `at`, float32 [N, V]; certain at temperature 0."""
+    hidden = model.model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0, at]
+    logits = model.lm_head(hidden)
+    if temperature == 0:
+        return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return torch.softmax(logits / temperature, -1)
+
+
+def reader(folder: Path, threads: int = 1) -> Any:
+    """A checkpoint as `transformers` reads it."""
+    from transformers import LlamaForCausalLM
+
+    torch.set_num_threads(threads)
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def repeated(output: Sequence[int], n: int = 8) -> float:
+    """The share of the n-grams of a text that stood in it before."""
+    grams = [tuple(output[i : i + n]) for i in range(len(output) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def texts_of(
+    trials: Trials, owners: Mapping[int, int], prompts: Sequence[Sequence[int]], outputs: Mapping[int, Sequence[int]]
+) -> list[tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]]:
+    """For `predicted`.  owners: the prompt of each sequence of the executor."""
+    return [(prompts[owners[rid]], outputs[owners[rid]], mine) for rid, mine in trials.by_sequence.items()]

@@ -1,0 +1,318 @@
+"""Every draft beside plain decoding and a perfect draft: batch sizes, texts, temperatures, with the controller and without.
+
+    python -m bench.draft.table ../shared/data --texts prose --temperatures 0.8 --batches 1 --draft-model FOLDER
+    python -m bench.draft.table ../shared/data --resume           # what bench/results/draft.json does not hold yet
+    python -m bench.draft.table ../shared/data --quick            # the bundled model, few tokens; writes no file
+
+The model is the bundled one in the body of Qwen2.5-0.5B.  Its prompts: windows of the held-out novels (`prose`), the questions
+of Spec-Bench in the chat format, cut to 768 tokens (`spec-bench`), and tokens by lot (`random`).  Greedy answers of a small model
+run into loops, which accept everything: of greedy loads only prompts are kept whose answer repeats less than a fifth of its
+8-grams; each row says what its answers repeat.
+
+A row is a draft under a load.  `ratio` is decoding against plain decoding in the same round, the median of the rounds;
+`acceptance` of guesses all before which stood, `predicted_acceptance` what the law says of the same ones (`bench.draft.law`).
+Drafts of one load take turns on the same weights, and each command adds its rows to those that the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.contender import Case, Contender, Model
+from bench.draft.law import Trials, predicted, reader, repeated, texts_of
+from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
+from bench.oracle import perfect
+from tools.tiny.corpus import Corpus
+from weft.compose import traits_of
+from weft.errors import ConfigError, EngineError
+from weft.hub import resolve, resolve_draft
+from weft.models import load_spec
+from weft.models.layout import parameters
+from weft.registry import Part, names, parse
+from weft.traits import Trait
+from weft.types import Plan, StepResult
+
+SHAPE = "qwen2.5-0.5b"
+TEXTS = ("prose", "spec-bench", "random")
+BATCHES = (1, 2, 4, 8, 16, 32)
+LONGEST = {"prose": 96, "spec-bench": 768, "random": 64}
+"""Tokens of a prompt."""
+MOST_REPEATED = 0.2
+BOUND = 8
+"""Guesses of the perfect draft."""
+KEY = ("draft", "accept", "batch", "prompts", "temperature", "controller", "threads", "draft_share")
+OUT = RESULTS / "draft.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is decoded: prompts of one kind at one temperature, so many at once."""
+
+    text: str
+    temperature: float
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A draft with an accept; part: None for plain decoding.  folder: of its model."""
+
+    part: Part | None
+    accept: str
+    controller: bool
+    folder: Path | None
+
+    def case(self, null: Case) -> Case:
+        parts = (*(() if self.part is None else (str(self.part),)), f"accept={self.accept}")
+        control = "on" if self.controller else "off"
+        return replace(null, name=str(self), techniques=parts, engine={**null.engine, "draft_control": control})
+
+    def __str__(self) -> str:
+        return f"{self.part or 'none'}, {self.accept}, {'controlled' if self.controller else 'as it likes'}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.draft.table", description="Measure every draft.")
+    parser.add_argument("data", type=Path, help="folder with text/novels and eval/spec-bench")
+    parser.add_argument(
+        "--drafts", help="parts of the slot, such as ngram;speculative_sampling(guesses=4); else every one"
+    )
+    parser.add_argument("--draft-model", default="bundled", help="checkpoint of drafts that need one (bundled)")
+    parser.add_argument("--accepts", default="race", help="of the slot accept, with commas (race)")
+    parser.add_argument("--texts", default=",".join(TEXTS))
+    parser.add_argument("--temperatures", default="0.8,0")
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--controller", default="on,off", help="on, off or both")
+    parser.add_argument("--new", type=int, default=64, help="tokens of an answer (64)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model-dir", type=Path, default=GROWN)
+    parser.add_argument("--resume", action="store_true", help="leave out loads whose rows are there")
+    parser.add_argument("--quick", action="store_true", help="bundled model, few tokens, one round; writes no file")
+    parser.add_argument("--out", type=Path, default=OUT)
+    flags = parser.parse_args(argv)
+    try:
+        rows = measure(flags)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    return 0
+
+
+def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what is asked for, and keep it load by load.  Returns the rows of this run."""
+    if flags.quick:
+        flags.new, flags.rounds, flags.batches, model = 12, 1, "1", bundled()
+    else:
+        model = grown(SHAPE, flags.model_dir)
+    kept: list[dict[str, Any]] = json.loads(flags.out.read_text())["rows"] if flags.out.is_file() else []
+    chosen = list(stacks(flags))
+    loads = product(
+        flags.texts.split(","), map(float, flags.temperatures.split(",")), map(int, flags.batches.split(","))
+    )
+    rows = []
+    for load in (Load(*x) for x in loads):
+        null = Case(
+            name="plain", prompts=prompts(model, flags, load), max_new=flags.new, batch=load.batch,
+            sampling={"temperature": load.temperature},
+        )  # fmt: skip
+        todo = [s for s in chosen if not (flags.resume and _there(kept, s, load, model, flags))]
+        if not todo:
+            continue
+        new = list(compare(model, null, todo, load, flags))
+        rows += new
+        if not flags.quick:
+            mine = {_key(row) for row in new}
+            kept = [row for row in kept if _key(row) not in mine] + new
+            kept.sort(key=lambda row: [str(row[k]) for k in ("prompts", "temperature", "batch", "draft", "controller")])
+            command = "python -m bench.draft.table ../shared/data --resume"
+            write(flags.out, {"command": command, "machine": machine(), "rows": kept})
+            flags.out.with_suffix(".md").write_text("# Drafts\n\n" + table(kept) + "\n", encoding="utf8")
+    return rows
+
+
+def stacks(flags: argparse.Namespace) -> Iterator[Stack]:
+    """Every draft that is asked for, with each accept, controlled and not; what needs a model gets the one that was named."""
+    wanted = flags.drafts.split(";") if flags.drafts else [n for n in names("draft") if n != "none"]
+    for text, accept, control in product(wanted, flags.accepts.split(","), flags.controller.split(",")):
+        part = parse(f"draft={text}")
+        folder = None
+        if Trait.SECOND_MODEL in traits_of(part).needs:
+            folder = resolve_draft(flags.draft_model)
+            part = Part(part.slot, part.name, (*part.arguments, ("model", str(flags.draft_model))))
+        yield Stack(part, accept, control == "on", folder)
+
+
+def prompts(model: Model, flags: argparse.Namespace, load: Load) -> list[tuple[int, ...]]:
+    """A batch's prompts, two at least.  Greedy ones are tried, and those that loop are left out."""
+    found: list[tuple[int, ...]] = []
+    count = max(2, load.batch)
+    source = candidates(model, flags.data, load.text)
+    while len(found) < count:
+        some = [next(source) for _ in range(2 * count if load.temperature == 0 else count)]
+        if load.temperature == 0:
+            # The bundled model computes what the grown one does, at a tenth of its cost.
+            case = Case(name="tried", prompts=some, max_new=flags.new, batch=min(8, len(some)))
+            tokens = Contender(bundled(), case, 1).run(0).tokens
+            some = [p for i, p in enumerate(some) if repeated(tokens[i]) < MOST_REPEATED]
+        found += some
+    return found[:count]
+
+
+def candidates(model: Model, data: Path, text: str) -> Iterator[tuple[int, ...]]:
+    """Prompts of a kind without end, the same each time."""
+    from weft.front.tokenizer import Tokenizer
+
+    tokenizer, rnd, most = Tokenizer.load(model.folder), random.Random(11), LONGEST[text]
+    if text == "random":
+        vocab = load_spec(model.folder).vocab
+        while True:
+            yield tuple(rnd.randrange(10, vocab) for _ in range(most))
+    if text == "prose":
+        novels = [tokenizer.encode(novel, add_special=False) for novel in Corpus(data).held_out()]
+        while True:
+            novel = rnd.choice(novels)
+            start = rnd.randrange(len(novel) - most)
+            yield tuple(novel[start : start + most])
+    if text != "spec-bench":
+        raise ConfigError(f"there are the texts {', '.join(TEXTS)}; {text!r} is none of them")
+    lines = (data / "eval" / "spec-bench" / "question.jsonl").read_text(encoding="utf8").splitlines()
+    asks = [json.loads(line)["turns"][0] for line in lines]
+    rnd.shuffle(asks)
+    tail = tokenizer.encode("<|end|><|assistant|>", add_special=False)
+    while True:
+        for ask in asks:
+            ids = tokenizer.encode(f"<|user|>{ask}", add_special=False)[: most - len(tail)]
+            yield (*ids, *tail)
+
+
+def compare(
+    model: Model, null: Case, chosen: Sequence[Stack], load: Load, flags: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The rows of one load: plain decoding, the bound, and the stacks, in turns."""
+    plain = Contender(model, null, flags.threads)
+    name = f"table-{model.folder.name}-{load.text}-{load.temperature}-{load.batch}"
+    bound = perfect(model, null, name, BOUND, flags.threads, plain)
+    cases = [bound, *(s.case(null) for s in chosen)]
+    everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in cases)]
+    for one in everyone:
+        one.run(0)
+    watched = [Watched(one) for one in everyone]
+    for turn in range(1, flags.rounds + 1):
+        one_round(everyone, turn)
+    target = reader(resolve(None))
+    for one, seen, stack in zip(everyone, watched, (None, None, *chosen), strict=True):
+        ratios = [
+            (a.decode_tok / a.decode_s) / (b.decode_tok / b.decode_s) for a, b in zip(one.runs, plain.runs, strict=True)
+        ]
+        outputs = one.runs[-1].tokens
+        folder = None if stack is None else stack.folder
+        law = None
+        if stack is not None and seen.trials.tried:
+            draft = None if folder is None else reader(folder)
+            told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
+            law = predicted(target, draft, told, load.temperature, weighs=stack.accept == "rejection")
+        yield {
+            "draft": "none" if one is plain else "perfect" if stack is None else _short(stack.part),
+            "accept": "race" if stack is None else stack.accept,
+            "batch": load.batch,
+            "prompts": load.text,
+            "temperature": load.temperature,
+            "controller": stack is not None and stack.controller,
+            "ratio": median(ratios),
+            "ratio_spread": [min(ratios), max(ratios)],
+            "decode_tok_s": median(run.decode_tok / run.decode_s for run in one.runs),
+            "tok_per_step": median(run.figures(1)["tok_per_step"] for run in one.runs),
+            "acceptance": seen.trials.stood / seen.trials.tried if seen.trials.tried else None,
+            "predicted_acceptance": law,
+            "trials": seen.trials.tried,
+            "draft_time": seen.trials.draft_s / seen.trials.step_s if seen.trials.step_s else None,
+            "repeated_8grams": sum(repeated(x) for x in outputs.values()) / len(outputs),
+            "same_tokens": outputs == plain.runs[-1].tokens,
+            "draft_share": _share(folder, model),
+            "model": model.name,
+            "threads": flags.threads,
+            "rounds": flags.rounds,
+            "new": flags.new,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
+
+
+class Watched:
+    """The trials of a contender, and whose sequences they were: of its last round, whose outputs are kept."""
+
+    def __init__(self, one: Contender) -> None:
+        self.trials, self.owners = Trials(), dict[int, int]()
+        self._runs = len(one.runs)
+        engine, inner, count = one.runtime.engine, one.runtime.executor.execute, len(one.case.prompts)
+
+        def execute(plan: Plan) -> StepResult:
+            if len(one.runs) > self._runs:
+                self._runs, self.trials = len(one.runs), Trials()
+            for r in engine.requests():
+                self.owners[r.rid] = (r.id - 1) % count
+            found = inner(plan)
+            self.trials.take(plan, found)
+            return found
+
+        one.runtime.executor.execute = execute  # type: ignore[method-assign]
+
+
+def _share(folder: Path | None, model: Model) -> float:
+    """Of the target's parameters, those that the draft has."""
+    return 0.0 if folder is None else parameters(load_spec(folder)) / parameters(load_spec(model.folder))
+
+
+def _short(part: Part | None) -> str:
+    """A part without the folder of its model, which is this machine's."""
+    assert part is not None
+    rest = Part(part.slot, part.name, tuple((k, v) for k, v in part.arguments if k != "model"))
+    return str(rest).partition("=")[2]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(round(row[k], 5) if k == "draft_share" else row[k] for k in KEY)
+
+
+def _there(kept: Sequence[dict[str, Any]], s: Stack, load: Load, model: Model, flags: argparse.Namespace) -> bool:
+    row = {
+        "draft": _short(s.part), "accept": s.accept, "batch": load.batch, "prompts": load.text, "temperature": load.temperature,
+        "controller": s.controller, "threads": flags.threads, "draft_share": _share(s.folder, model),
+    }  # fmt: skip
+    return _key(row) in {_key(x) for x in kept}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a line for each row."""
+    heads = (
+        "prompts", "temperature", "batch", "draft", "accept", "controller", "ratio", "spread", "tokens a step", "acceptance",
+        "predicted", "draft's time", "repeated 8-grams", "draft's share", "threads",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in rows:
+        cells = (
+            row["prompts"], f"{row['temperature']:g}", row["batch"], row["draft"], row["accept"],
+            "on" if row["controller"] else "off", f"{row['ratio']:.2f}",
+            "{:.2f} to {:.2f}".format(*row["ratio_spread"]), f"{row['tok_per_step']:.2f}",
+            *("" if row[k] is None else f"{row[k]:.3f}" for k in ("acceptance", "predicted_acceptance")),
+            "" if row["draft_time"] is None else f"{row['draft_time']:.1%}",
+            f"{row['repeated_8grams']:.1%}", f"{row['draft_share']:.2%}",
+            row["threads"],
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""How many guesses each sequence is worth: chosen from what steps took and from how often guesses stood, 0 where none pays.
+
+What is maximized is the tokens of a step over its time,
+
+    sum over sequences of (1 + a + a^2 + ... + a^k)  /  (C(rows) + D(longest k)),        rows = sum over sequences of (1 + k)
+
+a the chance that a guess of that sequence stands, C what the target takes for so many rows, D what the draft takes for so many
+guesses.  The next guess of a sequence is worth less than the one before, so for each longest k the best lengths of all are found
+by taking guesses in the order of their worth.  Times are facts of steps (`StepResult`), so an engine that is told the same
+decides the same.
+
+    C   a level times a shape by rows, for each class of batch size; rows never seen are reckoned from the nearest that were
+    D   seconds of a guess, for each draft and class of batch size, and of a token that a second model has to catch up with
+    a   successes over trials of the sequence, forgotten slowly, with `PRIOR` trials of all sequences of that draft before them
+
+A sequence that gets no guesses is not followed by the second model.  It is probed now and then: of the time that goes by, `SHARE`
+may be lost to probes, what they gained counted back.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft.core.request import Pace, Request
+from weft.types import Plan, StepResult, Work
+
+EVERY = 4
+"""Steps between two decisions about a batch of one size."""
+LEAST = 0.02
+"""A guess that is less likely to stand is not looked at: it never pays for its row."""
+AGAIN = 1.03
+"""What guessing must promise, of plain decoding's speed, to be turned on again; it stays on while it promises 1."""
+SHARE = 0.01
+PROBE = 2
+"""Guesses of a probe."""
+PRIOR = 4.0
+OWN, ALL = 0.96, 0.99
+"""What a trial leaves of those before it: of the sequence's own, and of all sequences of a draft."""
+HOPE = 0.6
+"""How often a guess of a draft that nobody has tried is thought to stand."""
+RATE = 0.1
+"""Weight of the newest time against those before it."""
+FALLS, RISES = 0.3, 0.05
+"""The same for steps of the target.  Times that come out too long are the machine's affair, mostly, and few numbers of rows are
+seen as often as others: their lower times are compared, not their means."""
+WORST = 4.0
+"""No time counts as more than so many times what was expected, nor as less than its inverse."""
+DEAR = 0.25
+"""A row beside as many as were ever seen is thought to cost a quarter of one of those, until two numbers of rows were seen."""
+CATCHING_UP = 16
+"""Tokens that a second model is thought to catch up with in the time of one guess, until that was seen."""
+STALE = 512
+"""Steps after which it is no longer believed what a number of rows took; fewer for what was seen but 1 to 3 times."""
+FEW = 4
+"""So many first times count by their least."""
+SAVES = 0.25
+"""Catching up may cost so much of the time that guesses could save over the rest of the answer."""
+
+
+def size_class(n: int) -> int:
+    """A number of rows or sequences in classes: each to 8, then four to a doubling."""
+    if n <= 8:
+        return n
+    step = 1 << (n.bit_length() - 3)
+    return -(-n // step) * step
+
+
+@dataclass(slots=True)
+class Mean:
+    """A running mean: of the first times, then exponentially forgetting."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, x: float, rate: float = RATE) -> None:
+        self.count += 1
+        if self.count > 2:
+            x = min(x, WORST * self.value)
+        self.value += max(rate, 1 / self.count) * (x - self.value)
+
+
+@dataclass(slots=True)
+class Costs:
+    """Seconds of the target's steps by rows, for one class of batch size: level * shape[rows].
+
+    seen: by rows, how often, and in which step last.  known: rows whose time is believed, ascending.  A time that was seen few
+    times is believed for a while only: machines are slow now and then, and what looked dear would never be tried again.
+    """
+
+    level: float = 0.0
+    shape: dict[int, float] = field(default_factory=dict)
+    seen: dict[int, tuple[int, int]] = field(default_factory=dict)
+    known: list[int] = field(default_factory=list)
+    steps: int = 0
+
+    def add(self, rows: int, seconds: float) -> None:
+        self.steps += 1
+        key = size_class(rows)
+        count, _ = self.seen.get(key, (0, 0))
+        self.seen[key] = count + 1, self.steps
+        if not self.shape:
+            self.level, self.shape[key] = seconds, 1.0
+        elif key not in self.shape:
+            self.shape[key] = seconds / self.level
+        else:
+            off = math.log(seconds / (self.level * self.shape[key]))
+            off = max(-math.log(WORST), min(math.log(WORST), off))
+            if count < FEW and off < 0:
+                self.shape[key] *= math.exp(off)
+            else:
+                # What the machine does to all steps alike is the level's.
+                rate = FALLS if off < 0 else RISES
+                self.level *= math.exp(rate * off)
+                self.shape[key] *= math.exp(rate * off / 4)
+        self.known = sorted(k for k in self.shape if self._believed(k))
+
+    def _believed(self, key: int) -> bool:
+        count, at = self.seen[key]
+        return self.steps - at <= min(STALE, STALE >> 4 << count)
+
+    def __call__(self, rows: int) -> float | None:
+        """Expected seconds; None where so few rows, or none, are known."""
+        key, known = size_class(rows), self.known
+        if not known or key < known[0]:
+            return None
+        i = bisect_left(known, key)
+        if i < len(known) and known[i] == key:
+            return self.level * self._least(i)
+        below, low = known[i - 1], self._least(i - 1)
+        if i < len(known):
+            slope = (self._least(i) - low) / (known[i] - below)
+        elif i >= 2:
+            slope = (low - self._least(0)) / (below - known[0])
+        else:
+            slope = DEAR * low / below
+        return self.level * (low + slope * (rows - below))
+
+    def _least(self, i: int) -> float:
+        """The shape at known[i], made monotone: more rows never cost less."""
+        return max(self.shape[k] for k in self.known[: i + 1])
+
+
+@dataclass(slots=True)
+class Pool:
+    """What is known of one draft.  guess_s: by class of batch size.  row_s: of a token that its model catches up with."""
+
+    stood: float = HOPE * PRIOR
+    tried: float = PRIOR
+    guess_s: dict[int, Mean] = field(default_factory=dict)
+    row_s: Mean = field(default_factory=Mean)
+    on: int = -1
+    """Guesses that the newest decision gave to its sequences at most; -1 before the first."""
+
+    def guess(self, size: int) -> float:
+        """Seconds of a guess; of the nearest class where this one was never seen, 0 where none was."""
+        if not self.guess_s:
+            return 0.0
+        return self.guess_s[min(self.guess_s, key=lambda c: abs(math.log(c / size)))].value
+
+    def row(self, size: int) -> float:
+        return self.row_s.value if self.row_s.count else self.guess(size) / CATCHING_UP
+
+
+class Control:
+    """most: guesses that a plan would have verified for one sequence.  models: names, the target first."""
+
+    def __init__(self, most: int, models: Sequence[str] = ("target",)) -> None:
+        self.most = most
+        self._models = tuple(models)
+        self._costs: dict[int, Costs] = {}
+        self._pools: dict[str, Pool] = {}
+        self._size = 0
+        """Class of the batch size that the last decision was about."""
+        self._age = 0
+        self._step = 0
+        self._timed = False
+        """Whether any step has said how long it took; without times everybody gets what the draft likes."""
+        self.credit = 0.0
+        """Seconds that probes may lose."""
+        self._token_s = 0.0
+        """Of plain decoding, for each token, when that was last looked at."""
+
+    # ------------------------------------------------------------------ decisions
+
+    def choose(self, running: Iterable[Request]) -> None:
+        """Set `pace.want` of all who run: guesses that may be made for them in the step that is planned now."""
+        self._step += 1
+        mine: list[tuple[Request, Pace, Pool, int]] = []
+        size = 0
+        for r in running:
+            draft = r.stack["draft"]
+            size += r.decoding
+            if not draft.guesses or r.single or r.link is not None:
+                continue
+            pace = self.meet(r)
+            if pace.probing:
+                pace.probing, pace.want = False, 0
+            if r.decoding:
+                mine.append((r, pace, self._pool(draft), min(int(draft.guesses), self.most)))
+        if not mine or not self._timed:
+            return
+        self._age += 1
+        if size_class(size) != self._size or self._age >= EVERY:
+            self._size, self._age = size_class(size), 0
+            self._decide(mine, size)
+        self._probe(mine, size)
+
+    def meet(self, r: Request) -> Pace:
+        """The pace of a sequence; of a new one, that which the last decision gave to others of its draft."""
+        if r.pace is None:
+            draft = r.stack["draft"]
+            most, on = min(int(draft.guesses), self.most), self._pool(draft).on
+            r.pace = Pace(most if on < 0 else min(most, on))
+        return r.pace
+
+    def _decide(self, mine: Sequence[tuple[Request, Pace, Pool, int]], size: int) -> None:
+        costs = self._costs.get(size_class(size), Costs())
+        plain = costs(size)
+        if plain is None:  # what plain decoding takes has to be known first
+            for _, pace, _, _ in mine:
+                pace.want = 0
+            self._age = EVERY
+            return
+        hopes: list[float] = []
+        for r, pace, pool, _ in mine:
+            a = self.hope(pace, pool)
+            saves_s = a * plain / size * max(0, r.limit - len(r.context))
+            hopes.append(0.0 if self._behind(r) * pool.row(size) > SAVES * saves_s else a)
+        was = any(pace.want for _, pace, _, _ in mine)
+        guess_s = max(pool.guess(size) for _, _, pool, _ in mine)
+        least = size / plain * (1.0 if was else AGAIN)
+        wants = lengths(hopes, [most for _, _, _, most in mine], size, costs, guess_s, least)
+        for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
+            pool.on = 0
+        for want, (_, pace, pool, _) in zip(wants, mine, strict=True):
+            pace.want = want
+            pool.on = max(pool.on, want)
+
+    def _probe(self, mine: Sequence[tuple[Request, Pace, Pool, int]], size: int) -> None:
+        """Let one of those without guesses have some, where what may be lost by now covers what it will probably cost."""
+        off = [x for x in mine if not x[1].want]
+        costs = self._costs.get(size_class(size))
+        plain = None if costs is None else costs(size)
+        if not off or costs is None or plain is None:
+            return
+        self.credit += SHARE * plain
+        self._token_s = plain / size
+        r, pace, pool, most = min(off, key=lambda x: (x[1].probed, x[0].rid))
+        guesses = min(PROBE, most)
+        more = costs(size + guesses)
+        assert more is not None
+        cost = more - plain + guesses * pool.guess(size) + self._behind(r) * pool.row(size)
+        self.credit = min(self.credit, 2 * cost)
+        if self.credit >= cost > 0:
+            self.credit -= cost
+            pace.want, pace.probing, pace.probed, pace.lent = guesses, True, self._step, cost
+
+    def _behind(self, r: Request) -> int:
+        """Tokens that a second model has not computed, but for the newest two, which it never has."""
+        if len(self._models) < 2 or r.stack["draft"].model is None:
+            return 0
+        return max(0, len(r.context) - min(r.planned[1:]) - 2)
+
+    def hope(self, pace: Pace, pool: Pool) -> float:
+        """The chance that a guess stands."""
+        return min(0.995, (pace.stood + PRIOR * pool.stood / pool.tried) / (pace.tried + PRIOR))
+
+    def _pool(self, draft: Any) -> Pool:
+        return self._pools.setdefault(type(draft).__name__, Pool())
+
+    # ------------------------------------------------------------------ facts
+
+    def observe(self, plan: Plan, requests: Sequence[Request], result: StepResult) -> None:
+        """Learn from a step.  requests: of each work of the plan."""
+        rows = size = following = proposed = 0
+        pools: dict[int, Pool] = {}
+        decodes = True
+        for work, r, fact in zip(plan.works, requests, result.works, strict=True):
+            if work.model != self._models[0]:
+                following += len(work.tokens)
+                continue
+            rows, size = rows + len(work.tokens), size + 1
+            decodes = decodes and work.samples and len(work.tokens) == work.guesses + 1
+            if r.pace is None or not fact.tokens:
+                continue
+            pool = self._pool(r.stack["draft"])
+            pools[id(pool)] = pool
+            proposed = max(proposed, len(fact.draft))
+            if r.pace.probing and not fact.draft:
+                self.credit += r.pace.lent  # it had nothing to say
+            if work.guesses:
+                self._trial(r.pace, pool, work, len(fact.tokens) - 1)
+        target_s = result.forward_s + result.sample_s - result.draft_s
+        if target_s <= 0 or not size:
+            return
+        self._timed = True
+        if decodes:
+            self._costs.setdefault(size_class(size), Costs()).add(rows, target_s)
+        if len(pools) == 1 and result.draft_s > 0:
+            (pool,) = pools.values()
+            self._drafted(pool, size_class(size), proposed, following - 2 * size, result.draft_s)
+
+    def _trial(self, pace: Pace, pool: Pool, work: Work, stood: int) -> None:
+        tried = min(stood + 1, depth(work))
+        for x, kept in ((pace, OWN), (pool, ALL)):
+            x.stood = x.stood * kept**tried + stood
+            x.tried = x.tried * kept**tried + tried
+        if not pace.want:
+            self.credit += stood * self._token_s
+
+    def _drafted(self, pool: Pool, size: int, guesses: int, behind: int, seconds: float) -> None:
+        """What a draft took: for each guess where its model had little to catch up with, else for each token of that."""
+        if guesses and behind <= 4 * size:
+            pool.guess_s.setdefault(size, Mean()).add(seconds / guesses)
+        elif behind > 16:
+            pool.row_s.add(max(0.0, seconds - guesses * pool.guess(size)) / behind)
+
+
+def lengths(
+    hopes: Sequence[float], most: Sequence[int], size: int, costs: Costs, guess_s: float, least: float
+) -> list[int]:
+    """Guesses for each of some sequences, of `size` that decode, at the most tokens a second; none where `least` is not passed.
+
+    hopes: how often guesses stand, 0 for a sequence that is to have none.  most: for each the longest that it may have.
+    """
+    worth = sorted((-(a**k), k, i) for i, a in enumerate(hopes) for k in range(1, most[i] + 1) if a**k > LEAST)
+    rows_s = [costs(size + taken) or math.inf for taken in range(len(worth) + 1)]
+    best, chosen = least, list[tuple[float, int, int]]()
+    for longest in range(1, max(most) + 1):
+        some = [x for x in worth if x[1] <= longest]
+        tokens = float(size)
+        for taken, (gain, _, _) in enumerate(some, 1):
+            tokens -= gain
+            if (rate := tokens / (rows_s[taken] + guess_s * longest)) > best:
+                best, chosen = rate, some[:taken]
+    wants = [0] * len(hopes)
+    for _, k, i in chosen:
+        wants[i] = max(wants[i], k)
+    return wants
+
+
+def depth(work: Work) -> int:
+    """Guesses on the longest path."""
+    if not work.parents:
+        return work.guesses
+    found: list[int] = []
+    for p in work.parents:
+        found.append(1 if p < 0 else found[p] + 1)
+    return max(found)
