@@ -62,13 +62,10 @@ class Oracle:
         self.acts["accepted"] += accepted
 
 
-def perfect(model: Model, null: Case, name: str, guesses: int, threads: int = 1, like: Contender | None = None) -> Case:
-    """The null with a perfect draft, told as a bound.  Its answers are those that the null gives, taken now.
-
-    like: an engine whose weights are read for that, instead of loading them.
-    """
+def perfect(model: Model, null: Case, name: str, guesses: int, threads: int = 1) -> Case:
+    """The null with a perfect draft, told as a bound.  Its answers are those that the null gives, taken now."""
     plain = replace(null, techniques=())
-    tokens: Mapping[int, Sequence[int]] = Contender(model, plain, threads, like).run(0).tokens
+    tokens: Mapping[int, Sequence[int]] = Contender(model, plain, threads).run(0).tokens
     ANSWERS.mkdir(parents=True, exist_ok=True)
     known = [[*prompt, *tokens[i]] for i, prompt in enumerate(null.prompts)]
     (ANSWERS / f"{name}.json").write_text(json.dumps(known), encoding="utf8")

@@ -31,7 +31,7 @@ from typing import Any
 from bench.contender import Case, Contender, Model
 from bench.draft.law import Trials, predicted, reader, repeated, texts_of
 from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
-from bench.oracle import perfect
+from bench.oracle import ANSWERS, FILE
 from tools.tiny.corpus import Corpus
 from weft.compose import traits_of
 from weft.errors import ConfigError, EngineError
@@ -79,6 +79,16 @@ class Stack:
 
     def __str__(self) -> str:
         return f"{self.part or 'none'}, {self.accept}, {'controlled' if self.controller else 'as it likes'}"
+
+
+def perfect(model: Model, null: Case, name: str, threads: int, plain: Contender) -> Case:
+    """As `oracle.perfect`, with the weights of `plain` instead of its own."""
+    tokens = Contender(model, replace(null, techniques=()), threads, plain).run(0).tokens
+    ANSWERS.mkdir(parents=True, exist_ok=True)
+    known = [[*prompt, *tokens[i]] for i, prompt in enumerate(null.prompts)]
+    (ANSWERS / f"{name}.json").write_text(json.dumps(known), encoding="utf8")
+    draft = f"draft=oracle(answers={name!r}, guesses={BOUND})"
+    return replace(null, name="perfect draft", techniques=(draft,), plugins=(str(FILE),), bound=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,7 +213,7 @@ def compare(
     """The rows of one load: plain decoding, the bound, and the stacks, in turns."""
     plain = Contender(model, null, flags.threads)
     name = f"table-{model.folder.name}-{load.text}-{load.temperature}-{load.batch}"
-    bound = perfect(model, null, name, BOUND, flags.threads, plain)
+    bound = perfect(model, null, name, flags.threads, plain)
     cases = [bound, *(s.case(null) for s in chosen)]
     everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in cases)]
     for one in everyone:
