@@ -60,6 +60,8 @@ def test_bench_decode_takes_several_tokens_a_step() -> None:
         "--json",
         "--threads",
         "1",
+        "--draft-control",
+        "off",
         *WITH,
     )
     assert done.returncode == 0, done.stderr
