@@ -15,10 +15,17 @@ from weft.slots import SLOTS
 from weft.traits import Effect, Fidelity, Trait, Traits, told
 
 CORE_GIVES: frozenset[Trait] = frozenset(
-    {Trait.ATTENTION_MASS, Trait.BOUNDED_KV, Trait.READS_HISTORY, Trait.ROLLBACK, Trait.SECOND_MODEL}
+    {
+        Trait.ATTENTION_MASS,
+        Trait.BOUNDED_KV,
+        Trait.READS_HISTORY,
+        Trait.ROLLBACK,
+        Trait.SECOND_MODEL,
+        Trait.TREE_MASK,
+    }
 )
-"""What every stack has from the core itself: attention summed by entry, bounded KV, capped prefix hits, truncation, a second
-model beside the target (it is loaded where a part names one).  Starvation is the schedule's matter."""
+"""What every stack has from the core itself: attention summed by entry, bounded KV, capped prefix hits, truncation, trees of
+guesses, a second model beside the target (it is loaded where a part names one).  Starvation is the schedule's matter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,10 +101,33 @@ def test_a_guess_without_a_law_was_certain() -> None:
     assert Rejection().accept(Told([9], p, None, gone)) == ([5], []), "a guess that the target's law cut never stands"
 
 
-def test_of_a_tree_the_first_branch_is_weighed() -> None:
-    p = [{1: 0.5, 2: 0.5}, {3: 1.0}, {4: 1.0}, {5: 1.0}]
-    view = Told([1, 2, 3], p, None, {(0, 1, STAND): 0.4, (1, 3, STAND): 0.9}, parents=[-1, -1, 0])
-    assert Rejection().accept(view) == ([1, 3, 73], [0, 2])
+def test_of_siblings_each_is_weighed_against_what_is_left() -> None:
+    """q = (.5, .3, .2), then without 0: (0, .6, .4).  p = (.2, .3, .5): what 0 leaves is .3 of 2 alone, and so 1 never stands."""
+    q = [[0.5, 0.3, 0.2], [0.0, 0.6, 0.4], [0.0, 0.0, 1.0]]
+    p = [{0: 0.2, 1: 0.3, 2: 0.5}, {5: 1.0}, {5: 1.0}, {5: 1.0}]
+    falls = {(0, 0, STAND): 0.41, (0, 1, STAND + 2): 1e-9, (0, 2, STAND + 4): 0.999}
+    part = Rejection()
+    assert part.accept(Told([0, 1, 2], p, q, falls, parents=[-1, -1, -1])) == ([2, 73], [2])
+    assert part.acts == {"accepted": 1, "rejected": 2}
+    assert Rejection().accept(Told([0, 1], p, q[:2], {**falls, (0, 0, REST): 0.5}, parents=[-1, -1])) == ([2], [])
+    assert Rejection().accept(Told([0, 1], p, q[:2], {(0, 0, STAND): 0.39}, parents=[-1, -1])) == ([0, 71], [0])
+
+
+def test_siblings_that_were_certain_share_the_law() -> None:
+    """p = (.2, .3, .5): 0 stands with .2, else 1 with .3 / .8, else 2."""
+    p = [{0: 0.2, 1: 0.3, 2: 0.5}, {7: 1.0}, {7: 1.0}]
+    view = {(0, 0, STAND): 0.21, (0, 1, STAND + 2): 0.374}
+    assert Rejection().accept(Told([0, 1], p, None, view, parents=[-1, -1])) == ([1, 72], [1])
+    view = {(0, 0, STAND): 0.21, (0, 1, STAND + 2): 0.376, (0, 0, REST): 0.9}
+    assert Rejection().accept(Told([0, 1], p, None, view, parents=[-1, -1])) == ([2], [])
+
+
+def test_twins_go_on_together() -> None:
+    """Two draws of one token stand together; the second's own continuation is weighed where the first's falls."""
+    q = [[1.0, 0.0, 0.0]] * 2 + [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    p = [{0: 1.0}, {1: 0.5, 2: 0.5}, {1: 0.5, 2: 0.5}, {0: 1.0}, {0: 1.0}]
+    view = {(0, 0, STAND): 0.5, (1, 1, STAND): 0.6, (1, 2, STAND + 2): 0.9}
+    assert Rejection().accept(Told([0, 0, 1, 2], p, q, view, parents=[-1, -1, 0, 1])) == ([0, 2, 74], [1, 3])
 
 
 # ---------------------------------------------------------------------------------------------- the law, and its power
@@ -145,9 +168,9 @@ class Unprocessed(Rejection):
         super().__init__()
         object.__setattr__(self, "raw", raw)
 
-    def _weigh(self, view: Verify, row: int, guess: int) -> int:
-        token = super()._weigh(view, row, guess)
-        if token == view.guesses[guess]:
+    def _weigh(self, view: Verify, row: int, found: Sequence[int]) -> int:
+        token = super()._weigh(view, row, found)
+        if token == view.guesses[found[0]]:
             return token
         p, q = self.raw  # type: ignore[attr-defined]
         reached = (p - q).clip(min=0.0).cumsum() > view.uniform(row, 0, REST) * (p - q).clip(min=0.0).sum()

@@ -20,6 +20,7 @@ from weft.core.request import Pace
 from weft.exec.null import NullExecutor, draw, step
 from weft.exec.record import tap
 from weft.sim.replay import replay
+from weft.slots import Guesses
 from weft.types import Plan, RequestSpec, SamplingSpec, StepResult, TokenItem, Tokens, Work
 
 MS = 1e-3
@@ -189,17 +190,17 @@ class World(NullExecutor):
         self.wants: list[int] = []
         self.followed = 0
 
-    def propose(self, work: Work, state: int, output: int) -> tuple[int, ...]:
+    def propose(self, work: Work, state: int, output: int) -> Guesses:
         s, out = self.mirror.sequences[work.request], list[int]()
         if self.silent:
-            return ()
+            return Guesses(())
         for i in range(min(8 if work.want < 0 else work.want, s.sampling.max_tokens - output - 1)):
             token = draw(state, s.sampling, s.seed, output + i, self.vocab)
             if self.rnd.random() >= self.right():
                 token = (token + 1) % self.vocab
             out.append(token)
             state = step(state, token)
-        return tuple(out)
+        return Guesses(out)
 
     def execute(self, plan: Plan) -> StepResult:
         result = super().execute(plan)

@@ -13,6 +13,7 @@ from weft.core.noise import child_seed
 from weft.core.request import every
 from weft.errors import CapacityError, InvariantError, RequestError
 from weft.exec.null import NullExecutor, draw, reference, step
+from weft.slots import Guesses
 from weft.types import (
     Event,
     Finished,
@@ -43,13 +44,13 @@ class Guesser(NullExecutor):
     guesses = 0
     wrong: int | None = None
 
-    def propose(self, work: Work, state: int, output: int) -> tuple[int, ...]:
+    def propose(self, work: Work, state: int, output: int) -> Guesses:
         s, out = self.mirror.sequences[work.request], []
         for i in range(self.guesses):
             token = draw(state, s.sampling, s.seed, output + i, VOCAB)
             out.append(token if i != self.wrong else (token + 1) % VOCAB)
             state = step(state, token)
-        return tuple(out)
+        return Guesses(out)
 
 
 class Bench:

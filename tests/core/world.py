@@ -16,6 +16,7 @@ from weft.core.engine import Engine
 from weft.errors import InvariantError
 from weft.exec.mirror import Mirrored
 from weft.exec.null import EMPTY, NullExecutor, draw, inputs, step
+from weft.slots import Guesses
 from weft.types import (
     Event,
     Finished,
@@ -135,17 +136,21 @@ class Executor(NullExecutor):
                 self.memory[divmod(int(slot), size)] = self.rnd.getrandbits(60)
         return stand
 
-    def propose(self, work: Work, state: int, output: int) -> tuple[int, ...]:
+    def propose(self, work: Work, state: int, output: int) -> Guesses:
+        """A chain, or after every other token a tree of any shape."""
         if self.right is None:
-            return ()
-        s, out = self.mirror.sequences[work.request], []
+            return Guesses(())
+        s, out, parents, states, depth = self.mirror.sequences[work.request], list[int](), list[int](), [state], [0]
         for i in range(self.rnd.randrange(5)):
-            token = draw(state, s.sampling, s.seed, output + i, VOCAB)
+            at = 1 + (noise.mix(state + i) % (i + 1) - 1 if state & 1 else i - 1)
+            token = draw(states[at], s.sampling, s.seed, output + depth[at], VOCAB)
             if self.rnd.random() >= self.right:
                 token = self.rnd.randrange(VOCAB)
             out.append(token)
-            state = step(state, token)
-        return tuple(out)
+            parents.append(at - 1)
+            states.append(step(states[at], token))
+            depth.append(depth[at] + 1)
+        return Guesses(out, parents=parents if state & 1 else ())
 
     def _sample(self, work: Work, states: list[int], count: int, shared: dict[int, int]) -> WorkResult:
         if work.link is not None:
@@ -179,8 +184,9 @@ class Executor(NullExecutor):
                 s.state[f"kept{g}"] = [*self._kept(s, g), *range(done, done + stand)]
         if self.cut is not None and work.model == "target" and self.cut(s.prompt, work.start) == done + stand:
             return WorkResult(
-                rows=fact.rows, tokens=fact.tokens, draft=fact.draft, kept=self._forget_some(work, s, done + stand)
-            )
+                rows=fact.rows, tokens=fact.tokens, draft=fact.draft, parents=fact.parents,
+                kept=self._forget_some(work, s, done + stand),
+            )  # fmt: skip
         return fact
 
     def _audit(self, work: Work, s: Mirrored) -> None:

@@ -63,12 +63,12 @@ def test_each_trait_is_weighed(technique: Make, trait: Trait) -> None:
 
 
 def test_every_missing_need_has_a_reason(technique: Make) -> None:
-    one = technique("draft", "one", needs=frozenset({Trait.HIDDEN_STATES, Trait.TREE_MASK}))
-    two = technique("accept", "two", needs=frozenset({Trait.TREE_MASK}))
+    one = technique("draft", "one", needs=frozenset({Trait.HIDDEN_STATES, Trait.TRITON}))
+    two = technique("accept", "two", needs=frozenset({Trait.TRITON}))
     assert [(r.parts, r.text.split(";")[0]) for r in compose([one, two]).reasons] == [
         (("draft=one",), "draft=one needs HIDDEN_STATES"),
-        (("draft=one",), "draft=one needs TREE_MASK"),
-        (("accept=two",), "accept=two needs TREE_MASK"),
+        (("draft=one",), "draft=one needs TRITON"),
+        (("accept=two",), "accept=two needs TRITON"),
     ]
 
 

@@ -110,7 +110,7 @@ RESULT = StepResult(
     step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12), masked=3, mask_s=1e-7, draft_s=2e-3,
     works=(
         WorkResult(
-            rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), signals={"entropy": (0.5, 1.0 / 3.0)},
+            rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), parents=(-1, -1), signals={"entropy": (0.5, 1.0 / 3.0)},
             logprobs=(LOGPROB,), prompt_logprobs=(LOGPROB, LOGPROB), ended=True, vector=b"\0\0\x80?",
         ),
         WorkResult(rows=0, failed="not enough nerve: \u03b2 \U0001f600"),

@@ -1,9 +1,12 @@
 """Rejection sampling: a guess stands with probability min(1, p / q), and where one falls its place is drawn from what p has left.
 
 Paper    Chen et al., Accelerating Large Language Model Decoding with Speculative Sampling, arXiv:2302.01318 (002-111); Leviathan
-         et al., Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192
+         et al., Fast Inference from Transformers via Speculative Decoding, arXiv:2211.17192; Miao et al., SpecInfer,
+         arXiv:2305.09781, for trees
 Rule     p the target's law at a guess x, q the law that x was drawn from.  From left to right: x stands if u < p(x) / q(x); at
-         the first that falls, draw from max(p - q, 0) normalised, and stop; if all stand, draw one more from the last p
+         the first that falls, draw from max(p - q, 0) normalised, and stop; if all stand, draw one more from the last p.  Of
+         several guesses that follow the same token each is weighed in its turn against what those before it have left of p
+         (SpecInfer's and DySpec's rule for trees)
 Shapes   p: ids and probabilities of the truncated law; q [guesses, vocab] float32
 Units    probabilities, after temperature, truncation, bias and penalties of the request
 Cost     the law of each row that is reached: O(vocab)
@@ -11,23 +14,24 @@ Pays     at temperature 1, with a draft that is drawn from its own law: a step g
          with the race, and decoding is 1.04 to 1.17 times as fast.  At temperature 0.8 and top-p 0.95 the race, which shares its
          noise with the draft, accepts as much: there rejection decodes at 0.93 to 1.02 times its speed, and gives up that a
          seed means the same tokens
-Differs  a guess whose law is not told was certain (q = 1 there), as prompt lookup's are; of several guesses that follow the same
-         token the first is weighed alone.  The noise is a function of seed, output index and token, so a run repeats; tokens
-         are not those of the race, and depend on what was guessed
+Differs  a guess whose law is not told was certain (q = 1 there), as prompt lookup's are.  The noise is a function of seed,
+         output index and token, so a run repeats; tokens are not those of the race, and depend on what was guessed
 Raises   nothing
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from weft.registry import register
-from weft.slots import Verify
+from weft.slots import Verify, candidates, line
 from weft.traits import Effect, Fidelity, Traits
 
 STANDS, RESIDUAL = 1, 2
-"""Salts of the two draws that a row may need: they must not share their noise, nor with the draw of the guess."""
+"""Salts of the draws that a row may need, the n-th guess's being STANDS + 2 n: none shares its noise with another, nor with
+the draw of a guess."""
 
 
 @register("accept", "rejection")
@@ -42,34 +46,35 @@ class Rejection:
     traits: ClassVar[Traits] = Traits(fidelity=Fidelity.SAME_LAW, effects=frozenset({Effect.GUESSES}))
 
     def accept(self, view: Verify) -> tuple[list[int], list[int]]:
-        tokens, path, at = list[int](), list[int](), -1
+        tokens, after = list[int](), [-1]
         while True:
-            guess = next((j for j, parent in enumerate(view.parents) if parent == at), None)
-            if guess is None:
-                return [*tokens, view.winner(1 + at)], path
-            token = self._weigh(view, 1 + at, guess)
+            found = candidates(view.parents, after)
+            if not found:
+                return [*tokens, view.winner(1 + after[0])], line(view.parents, after[0])
+            token = self._weigh(view, 1 + after[0], found)
             tokens.append(token)
-            if token != view.guesses[guess]:
-                self.acts["rejected"] += 1
-                return tokens, path
+            stand = [j for j in found if view.guesses[j] == token]
+            if not stand:
+                return tokens, line(view.parents, after[0])
             self.acts["accepted"] += 1
-            path.append(guess)
-            at = guess
+            after = stand
 
-    def _weigh(self, view: Verify, row: int, guess: int) -> int:
-        """The token that stands after `row`: the guess, or one that the target likes better than the draft did."""
-        x = view.guesses[guess]
+    def _weigh(self, view: Verify, row: int, found: Sequence[int]) -> int:
+        """The token that stands after `row`: a guess, or one that the target likes better than the draft did."""
         ids, p = view.law(row)
-        q = self._draft(view, guess, ids)
-        here = ids == x
-        own = float(p[here].sum())
-        if view.uniform(row, x, STANDS) * (1.0 if view.laws is None else float(view.laws[guess][x])) < own:
-            return x
-        rest = (p - q).clip(min=0.0)
-        total = float(rest.sum())
-        if total <= 0.0:
-            return x  # p and q are equal, and only rounding says otherwise
-        reached = rest.cumsum() > view.uniform(row, 0, RESIDUAL) * total
+        for n, guess in enumerate(found):
+            x = view.guesses[guess]
+            own = float(p[ids == x].sum())
+            chance = 1.0 if view.laws is None else float(view.laws[guess][x])
+            if view.uniform(row, x, STANDS + 2 * n) * chance < own:
+                return x
+            rest = (p - self._draft(view, guess, ids)).clip(min=0.0)
+            total = float(rest.sum())
+            if total <= 0.0:
+                return x  # p and q are equal, and only rounding says otherwise
+            self.acts["rejected"] += 1
+            p = rest / total
+        reached = p.cumsum() > view.uniform(row, 0, RESIDUAL) * float(p.sum())
         return int(ids[int(reached.argmax())])
 
     def _draft(self, view: Verify, guess: int, ids: Any) -> Any:

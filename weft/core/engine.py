@@ -291,7 +291,7 @@ class Engine(Sequences):
         if reason is not None:
             self._end(r, reason, events, stop_id=stop_id, vector=fact.vector)
         elif not r.single:
-            r.draft = fact.draft
+            r.draft, r.parents = fact.draft, fact.parents
 
     def _end(
         self,

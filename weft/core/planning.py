@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from weft.config import Limits
 from weft.core.request import Request
 from weft.slots import StepView
-from weft.types import Enter, Grant, Keep, KVOp, Plan, Work
+from weft.types import Enter, Grant, Keep, KVOp, Mask, Plan, Work
 
 
 @dataclass(slots=True)
@@ -74,14 +74,17 @@ class Planning:
         """Add target rows [start, stop) of `r` and its first `guesses` guesses.  final: they pass the last layer."""
         context = r.context
         tokens = tuple(context[start:stop]) if not guesses else (*context[start:stop], *r.draft[:guesses])
+        parents = r.parents[:guesses]
         work = Work(
             request=r.rid,
             rows=((start, stop + guesses),),
             tokens=tokens,
             layers=layers,
+            mask=Mask.TREE if parents else Mask.CAUSAL,
             keep=Keep.ACCEPT if guesses else Keep.APPEND,
             link=r.link,
             guesses=guesses,
+            parents=parents,
             samples=final and stop == len(context),
             output=len(r.output),
             prompt_rows=prompt_rows,

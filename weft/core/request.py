@@ -70,14 +70,15 @@ class Request:
 
     context: what KV is computed from (-1 at positions of vectors and media).  output: what the client has.
     given: ranges of the context after the prompt that a program put in; the rest of it is output.
+    parents: where its draft is a tree, the guess that each follows.
     computed[m]: positions of model m whose KV stands.  planned[m]: the same, counting plans in flight.
     """
 
     __slots__ = (
         "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
         "generation", "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output",
-        "pace", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling", "seed",
-        "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "pace", "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling",
+        "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -110,6 +111,7 @@ class Request:
         self.tables = [Table() for _ in range(groups)]
         self.state = State.WAITING
         self.draft: tuple[int, ...] = ()
+        self.parents: tuple[int, ...] = ()
         self.names: dict[int, list[bytes]] = {}
         self.chains: dict[int, list[bytes]] = {}
         """Names that schedules asked for, by size of a block."""

@@ -20,7 +20,7 @@ from weft.exec import sampler
 from weft.exec.batch import Batch
 from weft.exec.gather import Gather
 from weft.models.decoder import Decoder
-from weft.slots import Ask
+from weft.slots import Ask, Ranked
 from weft.types import Work, WorkResult
 
 DRAFT = 1 << 20
@@ -40,6 +40,25 @@ class Follower:
     start: int
     ids: tuple[int, ...]
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Ids for the second model from entry `start` on.  parents: of a tree, for all of its guesses, of which these are the
+    last."""
+
+    request: int
+    start: int
+    ids: tuple[int, ...]
+    parents: tuple[int, ...] = ()
+
+    def work(self, model: str, at: int, take: int, *, samples: bool) -> Work:
+        """Of ids [at, at + take)."""
+        tree = self.parents[: len(self.parents) - len(self.ids) + at + take] if self.parents else ()
+        return Work(
+            request=self.request, model=model, rows=((self.start + at, self.start + at + take),),
+            tokens=self.ids[at : at + take], samples=samples, guesses=take if tree else 0, parents=tree,
+        )  # fmt: skip
 
 
 class Ahead:
@@ -87,35 +106,28 @@ class Ahead:
         for f in self.followers.values():
             results[f.at] = msgspec.structs.replace(results[f.at], rows=len(f.ids))
 
-    def compute(self, rows: Sequence[tuple[int, int, tuple[int, ...]]]) -> Tensor:
-        """Logits after the last of the ids of each (request, first position, ids), and whatever else is behind.
+    def compute(self, rows: Sequence[Piece]) -> Tensor:
+        """Logits after the last of the ids of each piece, or after all of a tree's, and whatever else is behind.
 
         Cut into passes that fit the decoder; a sequence's own rows stay in order.
         """
-        asked = {request for request, _, _ in rows}
-        todo = [*rows, *((r, f.start, f.ids) for r, f in self._behind.items() if r not in asked)]
+        asked = {piece.request for piece in rows}
+        todo = [*rows, *(Piece(r, f.start, f.ids) for r, f in self._behind.items() if r not in asked)]
         self._behind.clear()
         passes: list[list[Work]] = [[]]
         used = samples = 0
-        for index, (request, start, ids) in enumerate(todo):
-            wanted = index < len(rows)
-            at = 0
-            while at < len(ids):
+        for index, piece in enumerate(todo):
+            wanted, at, count = index < len(rows), 0, len(piece.ids)
+            while at < count:
                 if used == self._decoder.max_rows or (wanted and samples == self._decoder.max_samples):
                     passes.append([])
                     used = samples = 0
-                take = min(len(ids) - at, self._decoder.max_rows - used)
-                last = at + take == len(ids)
-                passes[-1].append(
-                    Work(
-                        request=request,
-                        model=self.name,
-                        rows=((start + at, start + at + take),),
-                        tokens=tuple(ids[at : at + take]),
-                        samples=wanted and last,
-                    )
-                )
-                used, samples, at = used + take, samples + (wanted and last), at + take
+                take = min(count - at, self._decoder.max_rows - used)
+                if piece.parents:
+                    take = min(take, self._decoder.max_samples - samples)
+                tell = take if piece.parents else int(wanted and at + take == count)
+                passes[-1].append(piece.work(self.name, at, take, samples=tell > 0))
+                used, samples, at = used + take, samples + tell, at + take
         found = [self._pass(works, alone=len(passes) == 1) for works in passes if works]
         return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
@@ -136,10 +148,12 @@ class Calls:
         self._ahead = ahead
         self._asks = list(asks)
         self._at: list[int | None] = [None] * len(self._asks)
-        """Position of the next row of each ask, once its newest token is computed."""
+        """Where the next row of each ask is written, once its newest token is computed."""
+        self._trees: list[list[int]] = [[] for _ in self._asks]
+        """The guess that each computed guess of a tree follows."""
 
     def __call__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        chosen: list[tuple[int, int, tuple[int, ...]]] = []
+        chosen: list[Piece] = []
         for i, ids in rows:
             request, _ = self._asks[i]
             f, at = self._ahead.followers[request], self._at[i]
@@ -149,7 +163,20 @@ class Calls:
                 start, whole = at, tuple(ids)
             self._at[i] = start + len(whole)
             assert start + len(whole) <= f.stop, "a draft wrote beyond its room"
-            chosen.append((request, start, whole))
+            chosen.append(Piece(request, start, whole))
+        return self._ahead.compute(chosen)
+
+    def grow(self, nodes: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> Tensor:
+        chosen: list[Piece] = []
+        for i, ids, parents in nodes:
+            request, _ = self._asks[i]
+            start, tree = self._at[i], self._trees[i]
+            assert start is not None, "a tree grows from the newest token, which was not computed"
+            assert all(p < len(tree) + j for j, p in enumerate(parents)), "a guess follows one that comes before it"
+            tree.extend(parents)
+            self._at[i] = start + len(ids)
+            assert start + len(ids) <= self._ahead.followers[request].stop, "a draft wrote beyond its room"
+            chosen.append(Piece(request, start, tuple(ids), tuple(tree)))
         return self._ahead.compute(chosen)
 
     def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: Tensor) -> list[tuple[int, Tensor | None]]:
@@ -163,8 +190,19 @@ class Calls:
             out.append((tokens[n], dense_law(logits[n], described[n]) if wanted else None))
         return out
 
-    def _row(self, ask: Ask, guesses: Sequence[int]) -> sampler.Row:
-        seed = noise.side_seed(ask.seed, DRAFT) if ask.independent else ask.seed
+    def rank(
+        self, rows: Sequence[tuple[int, Sequence[int]]], logits: Tensor, most: int, salts: Sequence[int] = ()
+    ) -> list[Ranked]:
+        out: list[Ranked] = []
+        for n, (i, guesses) in enumerate(rows):
+            own = self._asks[i][1].independent
+            row, logits_V = self._row(self._asks[i][1], guesses, salts[n] if salts else 0), logits[n].float().cpu()
+            tokens, chances = sampler.ranked(logits_V, row, most, fair=own)
+            out.append(Ranked(tokens, chances, dense_law(logits_V, row) if own and tokens else None))
+        return out
+
+    def _row(self, ask: Ask, guesses: Sequence[int], salt: int = 0) -> sampler.Row:
+        seed = noise.side_seed(ask.seed, DRAFT + salt) if ask.independent else ask.seed
         history = np.concatenate([ask.context, np.array(guesses, np.int64)]) if guesses else ask.context
         return sampler.Row(ask.sampling, seed, ask.output + len(guesses), history, ask.prompt)
 

@@ -55,8 +55,9 @@ class Batch:
     bounds       S + 1 row offsets: sequence s owns rows bounds[s]:bounds[s + 1]
     groups       by group index of the model, in the order of its GroupSpecs
     logit_rows_N int64, rows whose logits are wanted, ascending
-    trees        by sequence: for each of its last rows, the row within the sequence that it follows; such rows see the
-                 entries before them that are context, their ancestors and themselves, and nothing else
+    trees        by sequence: for each guess, the row within the sequence that it follows; such rows see the entries before
+                 them that are context, their ancestors and themselves, and nothing else.  Rows of guesses that were computed
+                 in an earlier pass, and stand in the table before this one's rows, are negative
     vectors      (rows int64, values float32 [rows, width]) that replace the embeddings of those rows, or None
     """
 

@@ -334,7 +334,7 @@ def build(
     if setup.draft is not None:
         second = build_decoder(
             setup.draft, "random" if config.load == "random" else resolve_draft(setup.stack.second or ""), dtype=dtype,
-            device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_num_seqs,
+            device=setup.device, max_rows=limits.max_rows, max_samples=max(limits.max_num_seqs, MAX_GUESSES),
             groups=setup.groups_of("draft"), invariant=config.invariant, seed=config.seed + 1,
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
             threads=setup.threads, ops=setup.ops["draft"].ops, isa=setup.ops["draft"].isa,
@@ -372,8 +372,8 @@ def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequ
     cut = replace(draft, tied=False, kept=tuple(range(keep))) if 0 < keep < draft.vocab else draft
     body = replace(draft, tied=True)  # a shorter head stands beside the whole one
     more = 0 if cut is draft else weights_bytes(cut, dtype, choice.panels) - weights_bytes(body, dtype, choice.panels)
-    # Its logits become rows of the whole vocabulary, so that they take as much as they did.
-    workspace = workspace_bytes(draft, stream, rows, sequences, choice.panels)
+    # Its logits become rows of the whole vocabulary, as many as they were.  A layer of a tree has one for each guess.
+    workspace = workspace_bytes(draft, stream, rows, max(sequences, MAX_GUESSES), choice.panels)
     return weights_bytes(draft, dtype, choice.panels) + more + workspace + laws
 
 

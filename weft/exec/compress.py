@@ -21,7 +21,7 @@ from weft.errors import InvariantError
 from weft.exec.batch import Batch, MassRows
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Mirror, Mirrored
-from weft.slots import Kept
+from weft.slots import Kept, candidates, line
 from weft.traits import Trait
 from weft.types import GroupKind, KVOp, KVOpKind, Work, WorkResult
 
@@ -229,12 +229,10 @@ def accepted_path(work: Work, fact: WorkResult) -> list[int]:
     accepted = len(fact.tokens) - 1 if work.guesses else 0
     if not work.parents:
         return list(range(accepted))
-    guesses = work.tokens[len(work.tokens) - work.guesses :]
-    path, at = [], -1
+    guesses, at = work.tokens[len(work.tokens) - work.guesses :], [-1]
     for token in fact.tokens[:accepted]:
-        at = next(j for j, parent in enumerate(work.parents) if parent == at and guesses[j] == token)
-        path.append(at)
-    return path
+        at = [j for j in candidates(work.parents, at) if guesses[j] == token]
+    return line(work.parents, at[0])
 
 
 def check(indices: Tensor, view: CompressView) -> None:

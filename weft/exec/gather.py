@@ -47,10 +47,11 @@ class Gather:
             context = count - work.guesses
             positions.append(self._positions(work, context))
             if work.parents:
-                trees[s] = tuple(context - 1 if p < 0 else context + p for p in work.parents)
+                first = count - len(work.parents)
+                trees[s] = tuple(first - 1 if p < 0 else first + p for p in work.parents)
             if -1 in work.tokens:
                 vectors.extend(self._vectors(work, at))
-            sampled = 1 + work.guesses if work.samples else 0
+            sampled = min(count, 1 + work.guesses) if work.samples else 0
             if sampled or work.prompt_rows:
                 wanted.append(Wanted(i, taken, work.prompt_rows, sampled))
                 rows = range(at, at + work.prompt_rows), range(at + count - sampled, at + count)
@@ -80,7 +81,9 @@ class Gather:
         depth: list[int] = []
         for p in work.parents:
             depth.append(0 if p < 0 else depth[p] + 1)
-        return np.concatenate([np.arange(work.start, work.start + context), work.start + context + np.array(depth)])
+        first = work.start + context - (len(depth) - work.guesses)  # position of a guess that follows the context
+        guessed = first + np.array(depth[len(depth) - work.guesses :], np.int64)
+        return np.concatenate([np.arange(work.start, work.start + context), guessed])
 
     def _group(self, g: int, works: Sequence[Work], mine: Sequence[int]) -> GroupBatch:
         sequences = [self.mirror.sequences[works[i].request] for i in mine]

@@ -16,12 +16,12 @@ from weft.config import Stacks
 from weft.core import noise
 from weft.errors import InvariantError
 from weft.exec.mirror import Mirror
+from weft.slots import Guesses, candidates
 from weft.types import (
     GroupKind,
     GroupSpec,
     KVOp,
     KVOpKind,
-    Mask,
     Plan,
     SamplingSpec,
     Span,
@@ -147,9 +147,9 @@ class NullExecutor:
         """How many of the tokens that stand after a work's rows are computed with them, where it may go ahead."""
         return tokens[: work.ahead]
 
-    def propose(self, work: Work, state: int, output: int) -> tuple[int, ...]:
+    def propose(self, work: Work, state: int, output: int) -> Guesses:
         """Guesses for the next plan.  state: after the newest token.  output: its index plus one."""
-        return ()
+        return Guesses(())
 
     def loses(self, ticket: int) -> bool:
         """Whether saving or loading under this ticket goes wrong."""
@@ -214,8 +214,6 @@ class NullExecutor:
     # ------------------------------------------------------------------ works
 
     def _work(self, work: Work, shared: dict[int, int]) -> WorkResult:
-        if work.mask is Mask.TREE:
-            raise InvariantError("the null executor takes no trees")
         count, planned = self.rows(work), work.count - work.guesses
         tokens = work.tokens if count == planned else work.tokens[:count]
         states = self._states(work, tokens)
@@ -278,10 +276,10 @@ class NullExecutor:
             found.append(self.memory.get(self.place(work, g, at - 1), EMPTY) if at else self.origin(work.request))
         if len(set(found)) > 1:
             raise InvariantError(f"sequence {work.request}: its groups tell different histories at {work.start}")
-        state, states = found[0], []
-        for code in inputs(tokens, self.mirror.sequences[work.request].spans, work.start):
-            state = step(state, code)
-            states.append(state)
+        states, context = list[int](), work.count - work.guesses
+        for i, code in enumerate(inputs(tokens, self.mirror.sequences[work.request].spans, work.start)):
+            before = context + work.parents[i - context] if work.parents and i >= context else i - 1
+            states.append(step(states[before] if before >= 0 else found[0], code))
         return states
 
     def _through(self, work: Work, states: list[int], first: int, last: int) -> None:
@@ -297,18 +295,33 @@ class NullExecutor:
 
     def _sample(self, work: Work, states: list[int], count: int, shared: dict[int, int]) -> WorkResult:
         s = self.mirror.sequences[work.request]
-        out: list[int] = []
-        for i in range(work.guesses + 1):
-            token = draw(states[count - 1 + i], s.sampling, s.seed, work.output + len(out), self.vocab)
+        out, path, parents = list[int](), [-1], work.parents or range(-1, work.guesses - 1)
+        while True:
+            token = draw(states[count + path[-1]], s.sampling, s.seed, work.output + len(out), self.vocab)
             if work.link is not None:
                 token = shared.setdefault(work.link, token)
             out.append(token)
-            if i == work.guesses or token != work.tokens[count + i]:
+            hit = next((j for j in candidates(parents, path[-1:]) if work.tokens[count + j] == token), None)
+            if hit is None:
                 break
-        state = step(states[count - 2 + len(out)], out[-1])
+            path.append(hit)
+        self._compact(work, count, path[1:])
+        state = step(states[count + path[-1]], out[-1])
         told: tuple[TokenLogprob, ...] = ()
         if s.sampling.logprobs >= 0:
-            told = tuple(logprob(states[count - 1 + i], t, s.sampling.logprobs, self.vocab) for i, t in enumerate(out))
-        draft = self.propose(work, state, work.output + len(out))
+            told = tuple(
+                logprob(states[count + j], t, s.sampling.logprobs, self.vocab) for j, t in zip(path, out, strict=True)
+            )
+        guesses = self.propose(work, state, work.output + len(out))
         s.write(work.start + count, out)
-        return WorkResult(rows=count, tokens=tuple(out), draft=draft, logprobs=told)
+        return WorkResult(
+            rows=count, tokens=tuple(out), draft=tuple(guesses.tokens), parents=tuple(guesses.parents), logprobs=told
+        )
+
+    def _compact(self, work: Work, count: int, path: list[int]) -> None:
+        """Bring the entries of accepted guesses together, right after the context's."""
+        for g in self.members(work):
+            first = self.mirror.entry(work, g) + count
+            held = [self.memory[self.place(work, g, first + j)] for j in path]
+            for i, state in enumerate(held):
+                self.memory[self.place(work, g, first + i)] = state

@@ -22,6 +22,7 @@ from weft.core import noise
 from weft.types import SamplingSpec, TokenLogprob
 
 FIRST_CANDIDATES = 256
+CONTENDERS = 1024
 NEVER = float("-inf")
 _U = np.uint64
 Floats = npt.NDArray[np.float64]
@@ -111,6 +112,33 @@ def _draw_one(logits_V: Tensor, row: Row) -> int:
     # Dividing by a tiny temperature must not overflow: the race needs differences only.
     scores = (scores - scores.max()) / s.temperature
     return int(ids[int(np.argmax(scores + gumbel(row.seed, row.output, ids)))])
+
+
+def ranked(logits_V: Tensor, row: Row, most: int, *, fair: bool) -> tuple[list[int], list[float]]:
+    """The first `most` of a row's race, the winner first, and how likely each is; nothing where logits are not finite.
+
+    fair: the chances are those of the law.  Else of the race with its noise as it is, had the logits an error of one more such
+    noise; contenders are then looked for among the likeliest ids.
+    """
+    s = row.sampling
+    if not bool(logits_V.max().isfinite()):
+        return [], []
+    if _adjusts(s, row.output):
+        logits_V = adjust(logits_V.clone(), row)
+    if s.temperature == 0.0:
+        values, index = torch.topk(logits_V, 1 if fair else min(most, logits_V.shape[0]))
+        total = torch.logsumexp(logits_V.double(), 0)
+        return index.tolist(), [1.0] if fair else (values.double() - total).exp().tolist()
+    ids, scores = candidates(logits_V, s)
+    if not fair and len(ids) > CONTENDERS:
+        likely = np.argpartition(scores, -CONTENDERS)[-CONTENDERS:]
+        ids, scores = ids[likely], scores[likely]
+    scores = (scores - scores.max()) / s.temperature
+    raced = scores + gumbel(row.seed, row.output, ids)
+    first = np.argsort(-raced, kind="stable")[:most]
+    chances = np.exp(scores if fair else raced - raced.max())
+    first = first[scores[first] > NEVER]
+    return ids[first].tolist(), (chances / chances.sum())[first].tolist()
 
 
 def adjust(x: Tensor, row: Row) -> Tensor:

@@ -18,7 +18,7 @@ from weft.exec.constrain import Masks
 from weft.exec.gather import Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror, Mirrored
-from weft.slots import Ask, Draft
+from weft.slots import Ask, Draft, line
 from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
 Probe = Callable[[Mirrored, int, Tensor], None]
@@ -156,7 +156,10 @@ class Sampling:
                 run = ahead.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
             for i, guesses in zip(at, draft.propose(mine, run), strict=True):
                 self.mirror.sequences[works[i].request].laws = guesses.laws
-                results[i] = msgspec.structs.replace(results[i], draft=tuple(guesses.tokens))
+                parents = tuple(int(p) for p in guesses.parents)
+                assert all(-1 <= p < j for j, p in enumerate(parents)), "a guess follows one that comes before it"
+                parents = () if parents == tuple(range(-1, len(parents) - 1)) else parents
+                results[i] = msgspec.structs.replace(results[i], draft=tuple(guesses.tokens), parents=parents)
 
     def _ask(self, s: Mirrored, work: Work, fact: WorkResult, draft: Draft, ahead: Ahead | None) -> Ask:
         context, output = len(work.tokens) - work.guesses, work.output + len(fact.tokens)
@@ -195,13 +198,9 @@ class Sampling:
 
     def _branch(self, work: Work, guess: int, s: Mirrored) -> Ints:
         """History of a guess in a tree: the context, its ancestors and itself."""
-        path = []
-        at = guess
-        while at >= 0:
-            path.append(work.tokens[len(work.tokens) - work.guesses + at])
-            at = work.parents[at]
-        base = work.start + len(work.tokens) - work.guesses
-        return np.concatenate([s.tokens[:base], np.array(path[::-1], np.int64)])
+        context = len(work.tokens) - work.guesses
+        path = [work.tokens[context + j] for j in line(work.parents, guess)]
+        return np.concatenate([s.tokens[: work.start + context], np.array(path, np.int64)])
 
     # ------------------------------------------------------------------ results
 

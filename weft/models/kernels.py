@@ -91,9 +91,10 @@ class NativeStep:
         for s, parents in batch.trees.items():
             if parents:
                 start, stop = batch.bounds[s], batch.bounds[s + 1]
-                seen = ancestors(parents, stop - start - len(parents)).numpy()
+                rows = min(len(parents), stop - start)
+                seen = ancestors(parents, stop - start - len(parents)).numpy()[len(parents) - rows :]
                 weights = np.uint64(1) << np.arange(len(parents), dtype=np.uint64)
-                bits[stop - len(parents) : stop] = (seen * weights).sum(1, dtype=np.uint64)
+                bits[stop - rows : stop] = (seen * weights).sum(1, dtype=np.uint64)
                 counts[s] = len(parents)
         return bits, counts
 

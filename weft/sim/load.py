@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from weft.slots.cost import Figures, Load
-from weft.types import KVOpKind, Plan
+from weft.types import KVOpKind, Plan, Work
 
 
 def load_of(plan: Plan, model: Figures, layers: int) -> Load:
@@ -21,7 +21,7 @@ def load_of(plan: Plan, model: Figures, layers: int) -> Load:
         if work.model != "target":
             continue
         n = len(work.tokens)
-        start, stop = work.rows[0][0], work.rows[-1][1]
+        stop = work.stop
         works += 1
         share = 1.0
         if work.layers is not None:
@@ -32,7 +32,7 @@ def load_of(plan: Plan, model: Figures, layers: int) -> Load:
                 single[i] += share * (stop if kind.window is None else min(stop, kind.window))
             continue
         for i, kind in enumerate(kinds):
-            pairs[i] += share * _pairs(start, stop, kind.window)
+            pairs[i] += share * _seen(work, kind.window)
             read[i] += share * (stop if kind.window is None else min(stop, kind.window + n))
     moved = sum(len(op.source) for op in plan.kv if op.kind is KVOpKind.COPY)
     stored = sum(len(op.argument) for op in plan.kv if op.kind in (KVOpKind.LOAD, KVOpKind.SAVE))
@@ -50,6 +50,18 @@ def _spans(plan: Plan, layers: int) -> list[tuple[float, int]]:
         ((stop - start) / layers, sum(n for (first, last), n in passed if first <= start and stop <= last))
         for start, stop in itertools.pairwise(bounds)
     ]
+
+
+def _seen(work: Work, window: int | None) -> float:
+    """Pairs of a work's rows; of a tree, each guess with what stands before the tree, and its own line."""
+    start, stop = work.start, work.stop
+    if not work.parents:
+        return _pairs(start, stop, window)
+    first = stop - work.guesses
+    depth: list[int] = []
+    for parent in work.parents:
+        depth.append(0 if parent < 0 else depth[parent] + 1)
+    return _pairs(start, first, window) + sum(_pairs(first + d, first + d + 1, window) for d in depth)
 
 
 def _pairs(start: int, stop: int, window: int | None) -> float:

@@ -7,7 +7,7 @@ where it names none; slots without one are empty by default.  Protocols have at 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from weft.slots.constrain import Constrain as Constrain
@@ -15,6 +15,15 @@ from weft.slots.constrain import GrammarPath as GrammarPath
 from weft.slots.constrain import Vocabulary as Vocabulary
 from weft.slots.constrain import Words as Words
 from weft.slots.cost import Cost as Cost
+from weft.slots.guesses import Accept as Accept
+from weft.slots.guesses import Ask as Ask
+from weft.slots.guesses import Draft as Draft
+from weft.slots.guesses import Forward as Forward
+from weft.slots.guesses import Guesses as Guesses
+from weft.slots.guesses import Ranked as Ranked
+from weft.slots.guesses import Verify as Verify
+from weft.slots.guesses import candidates as candidates
+from weft.slots.guesses import line as line
 from weft.slots.kv import Compress as Compress
 from weft.slots.kv import Evict as Evict
 from weft.slots.kv import Kept as Kept
@@ -184,104 +193,6 @@ class Attention(Protocol):
     def tile(self) -> int: ...
     def plan(self, call: Any) -> Any: ...
     def run(self, call: Any, plan: Any) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A sequence that could use guesses.
-
-    context: [T] int64 ids, the newest token last, -1 where no token stands.  prompt: how many of them are prompt.  output: index
-    of the first token to guess.  most: guesses that can be verified.  sampling, seed: the law and the noise of its tokens.
-    independent: the sequence's `accept` weighs laws (see `Accept.laws`).  salt: the tenant, from whose requests alone a guess may
-    be made: the pace of an answer would tell others what was said.  state: the technique's own for this sequence while it stays
-    (forks, and who comes back after preemption, begin with none).  stale: what the target drew in the last step behind a guess
-    that did not stand, for the positions from the next one on.
-    """
-
-    context: Any
-    prompt: int
-    output: int
-    most: int
-    sampling: SamplingSpec
-    seed: int
-    independent: bool = False
-    salt: bytes = b""
-    state: dict[str, Any] = field(default_factory=dict)
-    stale: Sequence[int] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Guesses:
-    """tokens: a chain of guesses.  laws: where each was drawn, float32 [guesses, vocab], for an `accept` that asks for it."""
-
-    tokens: Sequence[int]
-    laws: Any = None
-
-
-class Forward(Protocol):
-    """The second model, for the asks of one call of `propose`.
-
-    ()      for each (index of the ask, ids that follow what it has computed) the logits after the last of them, float32
-            [N, vocab], good until the next call.  Ids stand in its KV until the step's result says what stands; an ask has room
-            for most - 1 of them after its newest token
-    draw    for each (index of the ask, its guesses so far) a token of its row of logits under the ask's own law, -1 where they
-            are not finite, and None: by the noise of the very token that is guessed, so that draft and target mostly agree.
-            Where the ask is independent, by noise that nothing else uses, and the law, float32 [vocab]
-    """
-
-    def __call__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> Any: ...
-    def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: Any) -> list[tuple[int, Any]]: ...
-
-
-class Draft(Protocol):
-    """Slot `draft`: guesses for the tokens that come next, for all sequences of a step at once (each as many as it likes).
-
-    propose   for each ask its guesses, none where there is nothing to say.  run: the second model, where `model` names one;
-              the newest token is the first that it has not computed
-    observe   of a step's guesses for one sequence, how many were verified and how many of them stood
-
-    model: the second model's checkpoint ("bundled" for the one that ships with weft, a folder, or a hub id), or None.
-    guesses: the most for one sequence in a step; 0 asks for nothing.  A class may have `attach`, which is given the model's
-    `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached;
-    `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said.
-    """
-
-    @property
-    def model(self) -> str | None: ...
-    @property
-    def guesses(self) -> int: ...
-    def propose(self, asks: Sequence[Ask], run: Forward | None) -> Sequence[Guesses]: ...
-    def observe(self, proposed: int, accepted: int) -> None: ...
-
-
-class Verify(Protocol):
-    """What `accept` may ask about a sequence whose guesses were computed.
-
-    guesses, parents: a tree of guesses; parents[j] is the guess that j follows, -1 the context.  laws: of each guess, float32
-    [guesses, vocab], or None (then a guess was certain).  Row 0 follows the context, row 1 + j guess j.
-    winner(row): the token that the race selects there.  law(row): (ids int64, probabilities float64) of the target's law.
-    uniform(row, token, salt): noise in (0, 1), a function of seed, output index, token and salt.
-    """
-
-    guesses: Sequence[int]
-    parents: Sequence[int]
-    laws: Any
-
-    def winner(self, row: int) -> int: ...
-    def law(self, row: int) -> tuple[Any, Any]: ...
-    def uniform(self, row: int, token: int, salt: int) -> float: ...
-
-
-class Accept(Protocol):
-    """Slot `accept`: which guesses stand.
-
-    accept  (tokens that stand, accepted guesses in order); there is one token more than guesses
-    laws    whether guesses are weighed by the laws that they were drawn from: then they are drawn by noise of their own
-    """
-
-    @property
-    def laws(self) -> bool: ...
-    def accept(self, view: Verify) -> tuple[list[int], list[int]]: ...
 
 
 class Sample(Protocol):

@@ -29,8 +29,9 @@ class Work(Struct, frozen=True, kw_only=True):
     """How far one request advances in a step on one model.
 
     rows: sorted, disjoint ranges of logical positions.  tokens: the ids at those positions, in order (-1 where a vector or
-    media item stands).  guesses: how many of the last rows are drafts, not context.  parents: for a tree, the row
-    index within this work that each guessed row follows (-1: the last row that is context).
+    media item stands).  guesses: how many of the last rows are drafts, not context.  parents: for a tree, the guess
+    that each guess follows (-1: the last row that is context); positions are those of the path, entries those of the rows.  Where
+    a model computes a tree in several steps, its last guesses alone are rows, and parents tells of those before them, too.
     layers: (first, stop) or None for all.  samples: whether the last context row and each guess yield a token.
     output: index in the output of the first token that would be sampled.  link: works with one link are sampled together.
     prompt_rows: rows (counted from the first) whose prompt logprobs are wanted, 0 for none.

@@ -19,7 +19,8 @@ class WorkResult(Struct, frozen=True, kw_only=True):
 
     rows: rows computed, at most planned (a short result), or more where the work let the executor go ahead.  tokens: tokens
     that stand, in order: accepted guesses and the one sampled after them.  kept: entries kept per group where that is not simply
-    the accepted context rows.  draft: guesses for the next plan.  signals: named scalars per row.  ended: the last token is the
+    the accepted context rows.  draft: guesses for the next plan.  parents: where those are a tree, the guess that each
+    follows, -1 for the newest token.  signals: named scalars per row.  ended: the last token is the
     end of the output's grammar.  failed: why this request alone cannot go on.  vector: pooled hidden states, little-endian
     float32 [width], where the sequence asks for them.
     """
@@ -28,6 +29,7 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     tokens: tuple[int, ...] = ()
     kept: dict[int, int] = {}
     draft: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
     signals: dict[str, tuple[float, ...]] = {}
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()

@@ -1,0 +1,154 @@
+"""Slots `draft` and `accept`: guesses at the tokens that come next, chains and trees of them, and which of them stand.
+
+A tree of guesses is a list of tokens and, for each, the one that it follows: -1 for the newest token of the context.  A guess
+stands after the one that it follows, so any beginning of a tree is a tree.  A chain is told by its tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from weft.types import SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A sequence that could use guesses.
+
+    context: [T] int64 ids, the newest token last, -1 where no token stands.  prompt: how many of them are prompt.  output: index
+    of the first token to guess.  most: guesses that can be verified.  sampling, seed: the law and the noise of its tokens.
+    independent: the sequence's `accept` weighs laws (see `Accept.laws`).  salt: the tenant, from whose requests alone a guess may
+    be made: the pace of an answer would tell others what was said.  state: the technique's own for this sequence while it stays
+    (forks, and who comes back after preemption, begin with none).  stale: what the target drew in the last step behind a guess
+    that did not stand, for the positions from the next one on.
+    """
+
+    context: Any
+    prompt: int
+    output: int
+    most: int
+    sampling: SamplingSpec
+    seed: int
+    independent: bool = False
+    salt: bytes = b""
+    state: dict[str, Any] = field(default_factory=dict)
+    stale: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """tokens: a chain of guesses, or with `parents` a tree: the guess that each follows, -1 for the newest token.
+
+    A plan verifies as many of the first ones as fit its budgets, so the best, or the nearest, come first.  laws: where each was
+    drawn, given those before it, float32 [guesses, vocab], for an `accept` that asks for it.  Whether a guess is made may depend
+    on those before it, never on what it is itself.
+    """
+
+    tokens: Sequence[int]
+    laws: Any = None
+    parents: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """The likeliest winners of one row's race.
+
+    tokens: the first in the race, the second, and so on: draws without replacement from the row's law.  chances: how likely
+    each is, float64.  law: float32 [vocab], of a sequence that is independent, else None.
+    """
+
+    tokens: Sequence[int]
+    chances: Sequence[float]
+    law: Any = None
+
+
+class Forward(Protocol):
+    """The second model, for the asks of one call of `propose`.
+
+    ()      for each (index of the ask, ids that follow what it has computed) the logits after the last of them, float32
+            [N, vocab], good until the next call.  Ids stand in its KV until the step's result says what stands; an ask has room
+            for most - 1 of them after its newest token
+    grow    for each (index of the ask, guesses, parents) a tree's next guesses: the logits after each of them, one ask after the
+            other.  The newest token was computed before, by (); parents count the ask's guesses in the order in which they were
+            computed, -1 for the newest token
+    draw    for each (index of the ask, its guesses so far) a token of its row of logits under the ask's own law, -1 where they
+            are not finite, and None: by the noise of the very token that is guessed, so that draft and target mostly agree.
+            Where the ask is independent, by noise that nothing else uses, and the law, float32 [vocab]
+    rank    as `draw`, the first `most` of each row's race, fewer where the law has no more, none where logits are not finite.
+            Where the ask is independent the chances are the law's, and rows with the same guesses before them need salts of their
+            own to be drawn independently; else they tell how far apart the contenders stand
+    """
+
+    def __call__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> Any: ...
+    def grow(self, nodes: Sequence[tuple[int, Sequence[int], Sequence[int]]]) -> Any: ...
+    def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: Any) -> list[tuple[int, Any]]: ...
+    def rank(
+        self, rows: Sequence[tuple[int, Sequence[int]]], logits: Any, most: int, salts: Sequence[int] = ()
+    ) -> list[Ranked]: ...
+
+
+class Draft(Protocol):
+    """Slot `draft`: guesses for the tokens that come next, for all sequences of a step at once (each as many as it likes).
+
+    propose   for each ask its guesses, none where there is nothing to say.  run: the second model, where `model` names one;
+              the newest token is the first that it has not computed
+    observe   of a step's guesses for one sequence, how many were verified and how many of them stood
+
+    model: the second model's checkpoint ("bundled" for the one that ships with weft, a folder, or a hub id), or None.
+    guesses: the most for one sequence in a step; 0 asks for nothing.  A class may have `attach`, which is given the model's
+    `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached;
+    `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said.
+    """
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def guesses(self) -> int: ...
+    def propose(self, asks: Sequence[Ask], run: Forward | None) -> Sequence[Guesses]: ...
+    def observe(self, proposed: int, accepted: int) -> None: ...
+
+
+class Verify(Protocol):
+    """What `accept` may ask about a sequence whose guesses were computed.
+
+    guesses, parents: a tree of guesses; parents[j] is the guess that j follows, -1 the context.  laws: of each guess, float32
+    [guesses, vocab], or None (then a guess was certain).  Row 0 follows the context, row 1 + j guess j.
+    winner(row): the token that the race selects there.  law(row): (ids int64, probabilities float64) of the target's law.
+    uniform(row, token, salt): noise in (0, 1), a function of seed, output index, token and salt.
+    """
+
+    guesses: Sequence[int]
+    parents: Sequence[int]
+    laws: Any
+
+    def winner(self, row: int) -> int: ...
+    def law(self, row: int) -> tuple[Any, Any]: ...
+    def uniform(self, row: int, token: int, salt: int) -> float: ...
+
+
+class Accept(Protocol):
+    """Slot `accept`: which guesses stand.
+
+    accept  (tokens that stand, accepted guesses in order); there is one token more than guesses
+    laws    whether guesses are weighed by the laws that they were drawn from: then they are drawn by noise of their own
+    """
+
+    @property
+    def laws(self) -> bool: ...
+    def accept(self, view: Verify) -> tuple[list[int], list[int]]: ...
+
+
+def candidates(parents: Sequence[int], after: Collection[int]) -> list[int]:
+    """The guesses that follow any of `after`, in their order; `after` are guesses with the same text, or -1."""
+    return [j for j, parent in enumerate(parents) if int(parent) in after]
+
+
+def line(parents: Sequence[int], guess: int) -> list[int]:
+    """A guess and those before it, the first one first; nothing for -1."""
+    found: list[int] = []
+    while guess >= 0:
+        found.append(guess)
+        guess = int(parents[guess])
+    return found[::-1]
