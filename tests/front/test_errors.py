@@ -251,7 +251,8 @@ def test_only_json_is_read(http: httpx.Client, kind: str) -> None:
 
 
 def test_routes_and_methods(http: httpx.Client) -> None:
-    for path in ("/", "/v1", "/v1/images", "/v1/completions/", "/v1/chat", "/docs", "/v2/models"):
+    check(http.post("/", json={}), 405, code="method_not_allowed")  # the page is there to be read
+    for path in ("/v1", "/v1/images", "/v1/completions/", "/v1/chat", "/docs", "/v2/models"):
         check(http.get(path), 404, code="not_found")
         check(http.post(path, json={}), 404, code="not_found")
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):

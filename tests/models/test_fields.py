@@ -72,6 +72,7 @@ MUTATIONS: dict[tuple[type, str], tuple[str, Change]] = {
     (DecoderSpec, "embedding_scale"): ("gemma2", lambda s: {"embedding_scale": 1.0}),
     (DecoderSpec, "final_softcap"): ("gemma2", lambda s: {"final_softcap": None}),
     (DecoderSpec, "tied"): ("llama", lambda s: {"tied": True}),
+    (DecoderSpec, "kept"): ("llama", lambda s: {"kept": tuple(range(s.vocab // 2))}),
 }
 ALL = [(kind, field.name) for kind in (RopeSpec, ExpertSpec, LayerSpec, DecoderSpec) for field in fields(kind)]
 

@@ -323,6 +323,7 @@ def _run(
     from weft.config import parse_size
     from weft.front.app import STALL_S, create_app
     from weft.front.gate import Gate
+    from weft.front.page import serve_page
     from weft.front.server import Server
 
     security, guard = secured
@@ -347,7 +348,7 @@ def _run(
         lambda: port.state(STALL_S),
         lambda: port.error() is not None,
     )
-    gate.access = access
+    gate.access, gate.page = access, guard.visitors(serve_page)
     Server(
         gate,
         flags.host,

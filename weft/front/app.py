@@ -51,6 +51,7 @@ from weft.front.openai.responses import (
 from weft.front.openai.service import Service
 from weft.front.openai.tokens import detokenize, tokenize
 from weft.front.openapi import description
+from weft.front.page import serve_page
 from weft.front.port import EnginePort
 from weft.front.store import Store
 from weft.front.text import ModelText
@@ -128,6 +129,7 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.service = service
+    app.state.page = guard.visitors(serve_page)
     return app
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft.front.access import Access
 from weft.front.admission import KEY
@@ -50,6 +50,8 @@ class Gate:
     ) -> None:
         self._started, self._make, self._state, self.dead = started, make, state, dead
         self.app: Starlette | None = None
+        self.page: ASGIApp = serve_page
+        """The page, whatever the state of the application."""
         self.access = Access()
         """Tells of each request."""
         self.failed: BaseException | None = None
@@ -85,7 +87,7 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
         if scope["type"] == "http" and is_page(scope["path"]):
-            await serve_page(scope, receive, send)
+            await self.page(scope, receive, send)
             return
         if scope["type"] == "http" and (app is None or self.draining):
             if scope["path"] in WATCHED:
@@ -142,7 +144,7 @@ class Gate:
             self._started.result()
             app = self._make()
             await stack.enter_async_context(app.router.lifespan_context(app))
-            self.app = app
+            self.app, self.page = app, app.state.page
         except BaseException as error:
             self.failed = error
         return True

@@ -68,6 +68,10 @@ class Guard:
         if self.root_path and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", self.root_path):
             raise ConfigError(f"--root-path {self.root_path!r} is no path; give one such as /llm, without a last slash")
 
+    def visitors(self, app: ASGIApp) -> ASGIApp:
+        """What anybody may read who asks under this server's name, the page."""
+        return Visitors(app, self.hosts, self.origins)
+
     def middleware(self) -> list[Middleware]:
         """The outermost first."""
         cors = Middleware(

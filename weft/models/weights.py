@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weft.errors import ConfigError
 from weft.models.checkpoints.files import Files
 from weft.models.checkpoints.readers import opened
 from weft.models.layout import Part, arena, stored_bytes, tensor_shapes
@@ -76,8 +77,12 @@ def load(
     """Fill the fused tensors from the folder's safetensors, or from a GGUF file, rounded to their formats.
 
     Raises ConfigError when a tensor is missing, unexpected or of another shape (each is named), when a file is missing,
-    truncated or malformed, or when there are only pickle files.
+    truncated or malformed, or when there are only pickle files; for a head of fewer rows, which is cut from a whole one.
     """
+    if spec.kept:
+        raise ConfigError(
+            "a head of some rows is cut from a decoder that is there (models.trimmed), and is in no checkpoint"
+        )
     source = opened(folder, spec)
     done, total = 0, source.size
     with Files(source.stored) as files:
