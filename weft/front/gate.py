@@ -144,7 +144,7 @@ class Gate:
             self._started.result()
             app = self._make()
             await stack.enter_async_context(app.router.lifespan_context(app))
-            self.app, self.page = app, app.state.page
+            self.app, self.page = app, getattr(app.state, "page", self.page)
         except BaseException as error:
             self.failed = error
         return True
