@@ -305,8 +305,8 @@ class Engine(Sequences):
     ) -> None:
         for m in range(len(self.models)):
             self.kv.publish(r, m)
+        told = handover.tickets(self.kv, r) if r.spec.hand_over and error is None else ()
         for index in (r.index,) if r.fanned else range(r.spec.n):
-            told = handover.tickets(self.kv, r) if r.spec.hand_over and error is None else ()
             events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error, vector=vector, stored=told))
         for c in r.companions:
             self.kv.publish(c, 0)

@@ -89,12 +89,12 @@ class TorchExecutor:
             self._sampling.sample(works, logits, wanted, results)
         self._compression.settle(works, results)
         self._pooling.settle(works, results)
+        lost += self._saved(plan, void)
         began = time.perf_counter()
         ahead = {name: self._ahead(name, works, results) for name in self.decoders if name != TARGET}
         self._sampling.propose(works, results, ahead.get(DRAFT))
         for other in ahead.values():
             other.settle(results)
-        lost += self._saved(plan, void)
         ended = time.perf_counter()
         sample_s = ended - self._forward_s - middle
         facts = iter(results)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,12 +179,7 @@ class Replicas:
         )  # fmt: skip
 
     def close(self) -> None:
-        """All at once, as each may take a while."""
-        closing = [threading.Thread(target=engine.close) for engine in self.engines]
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join()
+        close(self.engines)
 
     # ------------------------------------------------------------------ commands
 
@@ -247,15 +242,8 @@ class Replicas:
     # ------------------------------------------------------------------ engines come and go
 
     def _up(self, _: Future[EngineInfo]) -> None:
-        done = [engine.started for engine in self.engines if engine.started.done()]
         with self._turn:
-            if self.started.done():
-                return
-            failed = next((error for one in done if (error := one.exception()) is not None), None)
-            if failed is not None:
-                self.started.set_exception(failed)
-            elif len(done) == len(self.engines):
-                self.started.set_result(together([one.result() for one in done]))
+            join([engine.started for engine in self.engines], self.started, together)
 
     def _hand_on(self, i: int) -> None:
         """Engine `i` has ended for good: others go on with what it had."""
@@ -276,6 +264,29 @@ class Replicas:
                     self._seen[k].pending += given.rows
                 given.replica = k
                 self.engines[k].send(entry)
+
+
+def join(
+    parts: Sequence[Future[EngineInfo]], whole: Future[EngineInfo], one: Callable[[list[EngineInfo]], EngineInfo]
+) -> None:
+    """End `whole` where it can be: with the error of a part that cannot be built, or as `one` out of all of them."""
+    done = [part for part in parts if part.done()]
+    failed = next((error for part in done if (error := part.exception()) is not None), None)
+    if whole.done():
+        return
+    if failed is not None:
+        whole.set_exception(failed)
+    elif len(done) == len(parts):
+        whole.set_result(one([part.result() for part in done]))
+
+
+def close(ports: Sequence[EnginePort]) -> None:
+    """All at once, as each may take a while."""
+    closing = [threading.Thread(target=port.close) for port in ports]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join()
 
 
 def added(stats: Sequence[EngineStats]) -> EngineStats:

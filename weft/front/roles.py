@@ -15,7 +15,7 @@ from typing import Protocol
 from msgspec import structs
 
 from weft.front.port import EngineInfo, EnginePort, EngineState, FrameSink
-from weft.front.replicas import Agreement, added, together
+from weft.front.replicas import Agreement, added, close, join
 from weft.types import (
     Adapted,
     Add,
@@ -37,8 +37,8 @@ NOT_HANDED = ("search=", "sample=", "kv.compress=")
 """Requests with such a part are computed by one engine: others would not find what theirs needs."""
 LEAST_BLOCKS = 4
 """Prompts of fewer blocks are not worth handing over: the second engine computes them with its next step."""
-ITS_OWN = ("generation_tokens", "finished", "prefix_hit_tokens", "prefix_query_tokens")
-"""Figures that one side alone has: what is generated and ends by the second, what prefixes hit by the first."""
+FIRSTS, SECONDS = ("prefix_hit_tokens", "prefix_query_tokens"), ("generation_tokens", "finished")
+"""Figures that one side alone has: what prefixes hit by the first, what is generated and ends by the second."""
 
 
 class Side(EnginePort, Protocol):
@@ -76,7 +76,7 @@ class Roles:
     @property
     def stats(self) -> EngineStats:
         first, second = self.prefill.stats, self.decode.stats
-        own = {name: getattr(second if i < 2 else first, name) for i, name in enumerate(ITS_OWN)}
+        own = {name: getattr(side, name) for side, names in ((first, FIRSTS), (second, SECONDS)) for name in names}
         return structs.replace(added([first, second]), **own)
 
     def send(self, command: Command) -> None:
@@ -120,10 +120,7 @@ class Roles:
         )  # fmt: skip
 
     def close(self) -> None:
-        closing = threading.Thread(target=self.prefill.close)
-        closing.start()
-        self.decode.close()
-        closing.join()
+        close((self.prefill, self.decode))
 
     # ------------------------------------------------------------------ a request's way
 
@@ -198,17 +195,13 @@ class Roles:
         return structs.replace(event, cached_tokens=cached) if event.cached_tokens else event
 
     def _up(self, _: Future[EngineInfo]) -> None:
-        done = [side.started for side in (self.prefill, self.decode) if side.started.done()]
         with self._turn:
-            if self.started.done():
-                return
-            failed = next((error for one in done if (error := one.exception()) is not None), None)
-            if failed is not None:
-                self.started.set_exception(failed)
-            elif len(done) == 2:
-                first, second = (one.result() for one in done)
-                least = together([first, second])
-                self.started.set_result(replace(second, max_model_len=least.max_model_len))
+            join([self.prefill.started, self.decode.started], self.started, _offered)
+
+
+def _offered(infos: list[EngineInfo]) -> EngineInfo:
+    """What requests can have of both sides: the second one's, and the context that both take."""
+    return replace(infos[1], max_model_len=min(info.max_model_len for info in infos))
 
 
 def prompt_alone(spec: RequestSpec) -> RequestSpec:
