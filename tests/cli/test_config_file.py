@@ -37,7 +37,7 @@ def parsed(tmp_path: Path, text: str, *args: str) -> dict[str, Any]:
 def test_every_kind_of_flag(tmp_path: Path) -> None:
     found = parsed(tmp_path, WHOLE)
     wanted = {
-        "model": "bundled", "port": 9000, "max_queue": 7, "drain_timeout": 2.5, "served_model_name": ["a", "b"],
+        "model": ["bundled"], "port": 9000, "max_queue": 7, "drain_timeout": 2.5, "served_model_name": ["a", "b"],
         "techniques": ["schedule=fair"], "prefix_cache": False, "share_prefixes": True, "max_body": "1MB",
     }  # fmt: skip
     assert {name: found[name] for name in wanted} == wanted
@@ -45,7 +45,7 @@ def test_every_kind_of_flag(tmp_path: Path) -> None:
 
 def test_the_command_line_wins(tmp_path: Path) -> None:
     found = parsed(tmp_path, WHOLE, "other", "--port", "1", "--served-model-name", "c", "--prefix-cache")
-    assert (found["model"], found["port"], found["prefix_cache"]) == ("other", 1, True)
+    assert (found["model"], found["port"], found["prefix_cache"]) == (["other"], 1, True)
     assert found["served_model_name"] == ["c"]
     found = parsed(tmp_path, "no-prefix-cache = true\n")
     assert found["prefix_cache"] is False

@@ -16,7 +16,8 @@ import pytest
 
 from tests.cli.running import READY, Serving, weft
 from weft.adapt.lora import LoRA
-from weft.cli.serve import ServerFlags, curl
+from weft.cli._server import ServerFlags
+from weft.cli.serve import curl
 from weft.errors import ConfigError
 from weft.front.admission import Bounds
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from weft.front.metrics import COUNTERS, GAUGES, Histogram, Metrics
+from weft.front.metrics import COUNTERS, GAUGES, Histogram, Metrics, page
 from weft.types import EngineStats
 
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-zA-Z_]\w*="[^"\\\n]*",?)*)\})? (\S+)')
@@ -58,6 +58,30 @@ def test_page_is_in_the_exposition_format() -> None:
     assert samples["weft:requests_total"]['finish_reason="length"'] == 0
     for name in ("time_to_first_token", "inter_token_latency", "time_per_output_token", "e2e_request_latency"):
         assert samples[f"weft:{name}_seconds_count"][""] == 0
+
+
+def test_several_models_have_a_label_each() -> None:
+    """A family comes once, with the samples of all, and a name may hold what would end it."""
+    first, second = Metrics(), Metrics()
+    first.end("stop")
+    second.ttft.observe(0.003, times=4)
+    told = page([("a", first, EngineStats(running=3, acts={"kv.x.y": 2})), ('b\\"\n', second, EngineStats(running=5))])
+    lines = told.decode().splitlines()
+    heads = [line for line in lines if line.startswith("# TYPE")]
+    assert (
+        len(heads)
+        == len(set(heads))
+        == sum(line.startswith("# TYPE") for line in Metrics().render(EngineStats()).decode().splitlines())
+    )
+    assert 'weft:requests_running{model_name="a"} 3' in lines
+    assert 'weft:requests_running{model_name="b\\\\\\"\\n"} 5' in lines
+    assert 'weft:requests_total{model_name="a",finish_reason="stop"} 1' in lines
+    assert 'weft:technique_acts_total{model_name="a",technique="kv.x",act="y"} 2' in lines
+    assert 'weft:time_to_first_token_seconds_count{model_name="a"} 0' in lines
+    assert 'weft:time_to_first_token_seconds_bucket{model_name="b\\\\\\"\\n",le="0.005"} 4' in lines
+    assert [parse(page([("a", first, EngineStats(running=3))]).decode())["weft:requests_running"]] == [
+        {'model_name="a"': 3}
+    ]
 
 
 def test_every_field_exists() -> None:

@@ -123,7 +123,7 @@ def impatient() -> Iterator[tuple[str, int]]:
             Route("/endless", lambda request: StreamingResponse(endless())),
         ]
     )
-    app.state.service = SimpleNamespace(client=SimpleNamespace(close=lambda: None))
+    app.state.services = [SimpleNamespace(client=SimpleNamespace(close=lambda: None))]
     started: Future[None] = Future()
     started.set_result(None)
     ready = threading.Event()

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 
 from tests.security.conftest import ADMIN, KEY, Attacked, is_refused
-from weft.cli.serve import ServerFlags
+from weft.cli._server import ServerFlags
 from weft.front.port import EngineInfo
 
 LOAD, DROP = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.cli._flags import EngineFlags
+from weft.cli._models import Chosen, cores, planned
 from weft.cli._terminal import level, say
 from weft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from weft.cli._server import ServerFlags
     from weft.cli._watch import WatchFlags
-    from weft.cli.serve import ServerFlags
     from weft.front.remote import RemoteEngine
     from weft.front.replicas import Replicas
     from weft.front.roles import Roles
@@ -24,19 +25,48 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def engine(
-    folder: Path, name: str, flags: EngineFlags, server: ServerFlags, watch: WatchFlags
-) -> Iterator[RemoteEngine | Replicas | Roles]:
-    """Engines of the model in `folder`, each in a process of its own; the first shows its plan, and they load meanwhile."""
+def engines(
+    models: Sequence[Chosen], flags: EngineFlags, server: ServerFlags, watch: WatchFlags
+) -> Iterator[list[RemoteEngine | Replicas | Roles]]:
+    """What computes each model, in processes of its own, which show their plans and load meanwhile."""
     from weft.cli._engine import command
     from weft.front.remote import RemoteEngine
-    from weft.front.replicas import Replicas
+    from weft.front.replicas import Replicas, close
     from weft.front.roles import Roles
+
+    how, where = command()
+
+    def made(start: Start, of: str = "") -> RemoteEngine:
+        limits = {"stall_s": server.stall_timeout, "request_stall_s": server.request_stall_timeout}
+        return RemoteEngine(how, start, cwd=where, of=of, **limits)
+
+    def started(starts: list[Start]) -> RemoteEngine | Replicas:
+        ports = [made(one) for one in starts]
+        return ports[0] if len(ports) == 1 else Replicas(ports, router(server.route))
+
+    starts = [_start(model, flags, server, watch) for model in models]
+    with contextlib.ExitStack() as held:
+        ports: list[RemoteEngine | Replicas | Roles]
+        if len(starts) > 1:
+            names = [model.names[0] for model in models]
+            ports = [made(start, name) for name, start in zip(names, planned(starts, names), strict=True)]
+        elif server.roles is None:
+            ports = [started(shares(starts[0], server.replicas))]
+        else:
+            answering = roles(server.roles)
+            first, *others = handing_over(shares(starts[0], 1 + answering), held)
+            ports = [Roles(started([first]), started(others))]
+        held.callback(close, ports)
+        yield ports
+
+
+def _start(model: Chosen, flags: EngineFlags, server: ServerFlags, watch: WatchFlags) -> Start:
+    """What the engine of a model builds."""
     from weft.front.wire import Start
 
-    start = Start(
-        folder=str(Path(folder).resolve()),
-        name=name,
+    return Start(
+        folder=str(Path(model.folder).resolve()),
+        name=model.id,
         options={key: _plain(value) for key, value in flags.options().items()},
         shadow=server.checks,
         lora_root=None if server.lora_root is None else str(server.lora_root.resolve()),
@@ -44,23 +74,6 @@ def engine(
         log_format=watch.log_format,
         record=None if server.record is None else str(server.record.resolve()),
     )
-    how, where = command()
-
-    def started(starts: list[Start]) -> RemoteEngine | Replicas:
-        limits = {"stall_s": server.stall_timeout, "request_stall_s": server.request_stall_timeout}
-        ports = [RemoteEngine(how, one, cwd=where, **limits) for one in starts]
-        return ports[0] if len(ports) == 1 else Replicas(ports, router(server.route))
-
-    with contextlib.ExitStack() as held:
-        port: RemoteEngine | Replicas | Roles
-        if server.roles is None:
-            port = started(shares(start, server.replicas))
-        else:
-            answering = roles(server.roles)
-            first, *others = handing_over(shares(start, 1 + answering), held)
-            port = Roles(started([first]), started(others))
-        held.callback(port.close)
-        yield port
 
 
 def roles(text: str) -> int:
@@ -117,16 +130,11 @@ def shares(start: Start, replicas: int) -> list[Start]:
         raise ConfigError("several engines on a GPU share its memory: say with --memory how much all of them may take")
     whole = parse_size(memory) if memory is not None else int(available_memory().bytes * DEFAULT_SHARE)
     options = {**start.options, "memory": whole // replicas}
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    alone = len(cpus) >= replicas and "threads" not in options
     say(f"{replicas} engines, each with {format_size(whole // replicas)} of memory")
     return [
-        structs.replace(
-            start, options=options, quiet=i > 0,
-            cpus=tuple(cpus[i * len(cpus) // replicas : (i + 1) * len(cpus) // replicas]) if alone else (),
-        )
-        for i in range(replicas)
-    ]  # fmt: skip
+        structs.replace(start, options=options, quiet=i > 0, cpus=cpus)
+        for i, cpus in enumerate(cores(replicas, options))
+    ]
 
 
 def _plain(value: Any) -> Any:

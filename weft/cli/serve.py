@@ -10,16 +10,13 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from weft.cli._config_file import read_config
-from weft.cli._engines import engine, roles, router
-from weft.cli._flags import EngineFlags, Model, spread
+from weft.cli._engines import engines
+from weft.cli._flags import EngineFlags, Models, spread
 from weft.cli._guard import GuardFlags
+from weft.cli._models import Chosen, check, names_of
+from weft.cli._server import ServerFlags
 from weft.cli._store import StoreFlags
 from weft.cli._terminal import level, log, say
 from weft.cli._watch import WatchFlags
@@ -27,256 +24,16 @@ from weft.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     from weft.front.access import Access
-    from weft.front.admission import Bounds
+    from weft.front.app import Served
     from weft.front.guard import Guard
-    from weft.front.remote import RemoteEngine
-    from weft.front.replicas import Replicas
-    from weft.front.roles import Roles
     from weft.front.store import Store
-    from weft.front.text import ModelText
-
-SERVER = "Server"
-Checks = tuple[float, float | None] | None
-"""Share of requests that are shadow-checked, and the alarm; None for no checks."""
-
-
-def _option(*names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=SERVER, show_default=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerFlags:
-    """What a user may say about the server."""
-
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            help="A TOML file of these flags by their names; what the command line says goes before it.",
-            metavar="FILE.toml",
-            callback=read_config,
-            is_eager=True,
-            rich_help_panel=SERVER,
-            show_default=False,
-        ),
-    ] = None
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.", rich_help_panel=SERVER)] = "127.0.0.1"
-    port: Annotated[
-        int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535, rich_help_panel=SERVER)
-    ] = 8000
-    served_model_name: Annotated[
-        list[str] | None,
-        _option(
-            "--served-model-name",
-            help="Name of the model in requests, instead of its own; more by repeating it.",
-            metavar="NAME",
-        ),
-    ] = None
-    lora_root: Annotated[
-        Path | None,
-        _option(
-            "--lora-root",
-            help="Folder below which clients may load adapters; without it they may not.",
-            metavar="FOLDER",
-        ),
-    ] = None
-    pooling: Annotated[
-        str, typer.Option("--pooling", help="Embeddings: last or mean.", metavar="HOW", rich_help_panel=SERVER)
-    ] = "last"
-    shadow: Annotated[
-        float | None,
-        _option(
-            "--shadow",
-            help="Share of the requests that is computed once more on the reference path; the drift is a metric.",
-            metavar="SHARE",
-        ),
-    ] = None
-    shadow_alarm: Annotated[
-        float | None,
-        _option(
-            "--shadow-alarm",
-            help="Divergence in nats per token from which on the drift is told as an alarm.",
-            metavar="NATS",
-        ),
-    ] = None
-    tool_parser: Annotated[
-        str | None,
-        _option(
-            "--tool-parser",
-            help="How the model writes tool calls, e.g. hermes; else what its chat template shows. (auto)",
-            metavar="NAME",
-        ),
-    ] = None
-    reasoning_parser: Annotated[
-        str | None,
-        _option(
-            "--reasoning-parser",
-            help="How the model marks its thoughts, e.g. think, or none to leave them in the text. (auto)",
-            metavar="NAME",
-        ),
-    ] = None
-    trust_request_chat_template: Annotated[
-        bool,
-        _option("--trust-request-chat-template", help="Let requests bring a chat template of their own."),
-    ] = False
-    max_queue: Annotated[
-        int,
-        typer.Option(
-            "--max-queue",
-            help="Requests that may wait for their first token.",
-            metavar="N",
-            min=1,
-            rich_help_panel=SERVER,
-        ),
-    ] = 1024
-    max_queued_tokens: Annotated[
-        str,
-        typer.Option(
-            "--max-queued-tokens", help="Tokens of their prompts, in all.", metavar="N", rich_help_panel=SERVER
-        ),
-    ] = "4M"
-    max_body: Annotated[
-        str,
-        typer.Option("--max-body", help="Longest body of a request.", metavar="SIZE", rich_help_panel=SERVER),
-    ] = "32MB"
-    rate_limit_requests: Annotated[
-        int | None, _option("--rate-limit-requests", help="Requests of one key in a minute.", metavar="N")
-    ] = None
-    rate_limit_tokens: Annotated[
-        str | None,
-        _option("--rate-limit-tokens", help="Tokens of one key in a minute, prompts and answers.", metavar="N"),
-    ] = None
-    drain_timeout: Annotated[
-        float,
-        typer.Option(
-            "--drain-timeout",
-            help="Seconds that open requests have after SIGTERM; a second signal ends them at once.",
-            metavar="S",
-            min=0,
-            rich_help_panel=SERVER,
-        ),
-    ] = 30.0
-    stall_timeout: Annotated[
-        float,
-        typer.Option(
-            "--stall-timeout",
-            help="Seconds without a step after which an engine that has work is started again.",
-            metavar="S",
-            min=0.1,
-            rich_help_panel=SERVER,
-        ),
-    ] = 120.0
-    replicas: Annotated[
-        int,
-        typer.Option(
-            "--replicas",
-            help="Engines of the model, each with its share of the memory and of the cores.",
-            metavar="N",
-            min=1,
-            max=64,
-            rich_help_panel=SERVER,
-        ),
-    ] = 1
-    roles: Annotated[
-        str | None,
-        _option(
-            "--roles",
-            help="Compute prompts in one engine and answers in others, as in prefill=1,decode=1.",
-            metavar="ROLES",
-        ),
-    ] = None
-    route: Annotated[
-        str,
-        typer.Option(
-            "--route", help="Which of several engines serves a request.", metavar="NAME(ARGS)", rich_help_panel=SERVER
-        ),
-    ] = "prefix_aware"
-    request_stall_timeout: Annotated[
-        float,
-        typer.Option(
-            "--request-stall-timeout",
-            help="Seconds after which a request that does not advance, while others do, is computed again.",
-            metavar="S",
-            min=0.1,
-            rich_help_panel=SERVER,
-        ),
-    ] = 120.0
-    record: Annotated[
-        Path | None,
-        _option(
-            "--record",
-            help="Write what comes to the engine and what it decides, prompts included, for weft sim --replay.",
-            metavar="FILE",
-        ),
-    ] = None
-    log_level: Annotated[
-        str | None,
-        _option("--log-level", help="debug, info, warning or error; else WEFT_LOG, else warning.", metavar="LEVEL"),
-    ] = None
-
-    @property
-    def checks(self) -> Checks:
-        """Share and alarm of the shadow checks."""
-        return None if self.shadow is None else (self.shadow, self.shadow_alarm)
-
-    @property
-    def speech(self) -> dict[str, Any]:
-        """What of it concerns templates and what models say, as keywords of `create_app`."""
-        return {
-            "tool_parser": self.tool_parser or "auto",
-            "reasoning_parser": self.reasoning_parser or "auto",
-            "trust_templates": self.trust_request_chat_template,
-        }
-
-    @property
-    def bounds(self) -> Bounds:
-        """What is let in at once, and from one key.  Raises ConfigError."""
-        from weft.config import parse_size
-        from weft.front.admission import Bounds
-
-        rate = self.rate_limit_tokens
-        return Bounds(
-            max_queue=self.max_queue,
-            max_queued_tokens=parse_size(self.max_queued_tokens),
-            requests_per_minute=self.rate_limit_requests,
-            tokens_per_minute=None if rate is None else parse_size(rate),
-        )
-
-    def check(self) -> None:
-        """Look at what can be wrong without a model.  Raises ConfigError."""
-        from weft.config import parse_size
-
-        parse_size(self.max_body)
-        if self.rate_limit_requests is not None and self.rate_limit_requests < 1:
-            raise ConfigError(f"--rate-limit-requests must be at least 1, got {self.rate_limit_requests}")
-        _ = self.bounds
-        names = self.served_model_name or ()
-        if not all(name.strip() for name in names):
-            raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
-        if self.pooling not in ("last", "mean"):
-            raise ConfigError(f"--pooling is last or mean, got {self.pooling!r}")
-        from weft.front import reasoning, tools
-
-        tools.chosen(self.tool_parser or "auto", ())
-        reasoning.chosen(self.reasoning_parser or "auto", ())
-        if self.shadow_alarm is not None and self.shadow is None:
-            raise ConfigError("--shadow-alarm needs --shadow, the share of requests to check")
-        router(self.route)
-        if self.roles is not None:
-            roles(self.roles)
-            if self.replicas > 1:
-                raise ConfigError("--roles says how many engines there are; leave --replicas out")
-        if self.record is not None and (self.replicas > 1 or self.roles is not None):
-            raise ConfigError("--record takes down what one engine decides; leave --replicas and --roles out")
-        if self.lora_root is not None and not self.lora_root.is_dir():
-            raise ConfigError(f"--lora-root {self.lora_root} is no folder")
 
 
 @functools.partial(
     spread, server=ServerFlags, security=GuardFlags, store=StoreFlags, watch=WatchFlags, flags=EngineFlags
 )
 def serve(
-    model: Model = None,
+    model: Models = None,
     *,
     server: ServerFlags,
     security: GuardFlags,
@@ -284,7 +41,8 @@ def serve(
     watch: WatchFlags,
     flags: EngineFlags,
 ) -> None:
-    """Serve a model over HTTP, in OpenAI's form."""
+    """Serve a model, or several, over HTTP, in OpenAI's form."""
+    from weft.front.app import Served
     from weft.front.server import bind
     from weft.front.text import ModelText
     from weft.hub import model_id, resolve
@@ -295,7 +53,10 @@ def serve(
         server.check()
         store.check()
         flags.check()
-        names = list(server.served_model_name or ()) or [model_id(model)]
+        asked: list[str | None] = [*(model or ())] or [None]
+        if len(asked) > 1:
+            check(server, flags)
+        names = names_of(asked, server.served_model_name or ())
         guard = security.guard(server.host)
         if guard.keys.from_files:
             signal.signal(signal.SIGHUP, lambda *_: guard.keys.reread())
@@ -304,18 +65,22 @@ def serve(
             kept = store.open()
             if server.roles is not None and flags.prefix_cache is False:
                 raise ConfigError("--roles hand prompts over by the prefix cache; leave --no-prefix-cache out")
-            folder = resolve(model, progress=sys.stderr.isatty())
-            with engine(folder, model_id(model), flags, server, watch) as port, watch.access() as access:
-                text = ModelText.load(folder, name=model_id(model))
-                _run(port, text, held, server, names, (security, guard), kept, access)
+            chosen = [
+                Chosen(resolve(one, progress=sys.stderr.isatty()), model_id(one), own)
+                for one, own in zip(asked, names, strict=True)
+            ]
+            with engines(chosen, flags, server, watch) as ports, watch.access() as access:
+                served = [
+                    Served(port, ModelText.load(one.folder, name=one.id), one.names)
+                    for port, one in zip(ports, chosen, strict=True)
+                ]
+                _run(served, held, server, (security, guard), kept, access)
 
 
 def _run(
-    port: RemoteEngine | Replicas | Roles,
-    text: ModelText,
+    served: list[Served],
     held: socket.socket,
     flags: ServerFlags,
-    names: list[str],
     secured: tuple[GuardFlags, Guard],
     store: Store | None,
     access: Access,
@@ -325,19 +90,24 @@ def _run(
     from weft.front.gate import Gate
     from weft.front.page import serve_page
     from weft.front.server import Server
+    from weft.front.several import Several
 
     security, guard = secured
+    first, others = served[0], served[1:]
+    port: Any = Several({one.model_ids[0]: one.port for one in served}) if others else first.port  # type: ignore[misc]
 
     def ready(url: str) -> None:
         print(f"weft ready {url}", flush=True)
-        say(f"try:  {curl(url, names[0], chat=text.has_chat_template, key=guard.keys.asks_clients)}")
+        key = guard.keys.asks_clients
+        say(f"try:  {curl(url, first.model_ids[0], chat=first.text.has_chat_template, key=key)}")
 
     gate = Gate(
         port.started,
         lambda: create_app(
-            port,
-            text,
-            model_ids=names,
+            first.port,
+            first.text,
+            model_ids=first.model_ids,
+            others=others,
             guard=guard,
             max_body=parse_size(flags.max_body),
             bounds=flags.bounds,

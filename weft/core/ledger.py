@@ -152,6 +152,24 @@ def plan_memory(
     )  # fmt: skip
 
 
+def parted(room: int, needs: Sequence[int], most: Sequence[int]) -> list[int]:
+    """`room` bytes among pools: in proportion to what each needs, none more than it may have; what one leaves, the others get.
+
+    Where `room` is at least the sum of the needs, each has at least its own.
+    """
+    out, left = list(most), set(range(len(needs)))
+    while left:
+        whole = sum(needs[i] for i in left)
+        full = {i for i in left if most[i] * whole <= room * needs[i]}
+        if not full:
+            for i in left:
+                out[i] = room * needs[i] // whole
+            break
+        room -= sum(most[i] for i in full)
+        left -= full
+    return out
+
+
 def _affordable(groups: Sequence[GroupSpec], blocks: int, rows: int, most: int, layered: bool, ahead: int) -> int:
     """The model's own length, or a shorter one that `blocks` hold, unless that would be hardly any."""
     if blocks_for(groups, most, rows, layered=layered, ahead=ahead) <= blocks:

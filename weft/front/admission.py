@@ -61,11 +61,13 @@ class Bucket:
 class Admission:
     """Counts what waits and what keys have used."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, beside: Admission | None = None) -> None:
+        """beside: of another model, where what waits is counted apart, and a key's rate together."""
         self.bounds = bounds
         self.requests = 0
         self.tokens = 0
-        self._buckets: OrderedDict[str, tuple[Bucket | None, Bucket | None]] = OrderedDict()
+        self._buckets: OrderedDict[str, tuple[Bucket | None, Bucket | None]]
+        self._buckets = OrderedDict() if beside is None else beside._buckets
 
     def enter(self, key: str, lengths: Sequence[int], now: float) -> None:
         """Let requests with prompts of these lengths in.  Raises Refused where too much waits, Limited for a key's rate.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -28,10 +29,10 @@ from weft.errors import EngineError, RequestError
 from weft.front.admission import Bounds
 from weft.front.anthropic.messages import count_tokens, create_message
 from weft.front.guard import TENANT, Guard, form_of
-from weft.front.health import health, state_of
+from weft.front.health import health, state_of, states_of
 from weft.front.keys import keyring
 from weft.front.live import LiveAnswer, hello
-from weft.front.metrics import CONTENT_TYPE
+from weft.front.metrics import CONTENT_TYPE, page
 from weft.front.openai.adapters import load_adapter, unload_adapter
 from weft.front.openai.batches import cancel_batch, create_batch, get_batch, list_batches
 from weft.front.openai.calls import Call
@@ -49,10 +50,11 @@ from weft.front.openai.responses import (
     input_items_of,
 )
 from weft.front.openai.service import Service
+from weft.front.openai.services import Services
 from weft.front.openai.tokens import detokenize, tokenize
 from weft.front.openapi import description
 from weft.front.page import serve_page
-from weft.front.port import EnginePort
+from weft.front.port import EnginePort, EngineState
 from weft.front.store import Store
 from weft.front.text import ModelText
 
@@ -63,11 +65,21 @@ SLOW_BYTES_S = 64 << 10
 STALL_S = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A model as a server has it: its engine, its text side, and the names that requests may use for it, at least one."""
+
+    port: EnginePort
+    text: ModelText
+    model_ids: Sequence[str]
+
+
 def create_app(
     port: EnginePort,
     text: ModelText,
     *,
     model_ids: Sequence[str],
+    others: Sequence[Served] = (),
     api_key: str | Sequence[str] | None = None,
     max_body: int = MAX_BODY_BYTES,
     body_timeout_s: float = BODY_TIMEOUT_S,
@@ -80,9 +92,9 @@ def create_app(
     bounds: Bounds | None = None,
     guard: Guard | None = None,
 ) -> Starlette:
-    """The application over one engine.
+    """The application over one engine, or over one for each of several models.
 
-    model_ids: names that requests may use for the model, at least one.
+    model_ids: names that requests may use for the model, at least one.  others: models beside it, which a request names.
     api_key: what `Authorization: Bearer` (or `x-api-key`) must carry, one of several where a list is given; None asks for none.
     What is stored under one key is not there for another.  guard: more of that, instead of api_key.
     max_body: bytes of a request's body.  body_timeout_s: for sending it.
@@ -90,31 +102,28 @@ def create_app(
     store: where responses, files and batches are kept; None keeps none.  The application closes it.
     pooling: last or mean, of embeddings whose requests do not say.
     tool_parser, reasoning_parser: how the model calls tools and thinks; trust_templates: take requests' own chat templates
-    (see `Service`).  Raises ConfigError for parsers that there are not.
+    (see `Service`).  Raises ConfigError for parsers that there are not, and for two models of one name.
     """
     guard = guard or Guard(keys=keyring(api_key))
-    service = Service(
-        port,
-        text,
-        tuple(model_ids),
-        __version__,
+    services = _services(
+        [Served(port, text, model_ids), *others],
         bounds,
+        pooling,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
         trust_templates=trust_templates,
         share_prefixes=guard.share_prefixes,
     )
-    attach(service, store)
-    service.pooling = pooling
-    routes = Routes(service, max_body, body_timeout_s, stall_s, guard.root_path)
+    attach(services, store)
+    routes = Routes(services, max_body, body_timeout_s, stall_s, guard.root_path)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         try:
-            async with working(service):
+            async with working(services):
                 yield
         finally:
-            service.close()
+            services.close()
 
     app = Starlette(
         routes=routes.table(),
@@ -128,18 +137,29 @@ def create_app(
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.state.service = service
+    app.state.services = services
     app.state.page = guard.visitors(serve_page)
     return app
 
 
+def _services(served: Sequence[Served], bounds: Bounds | None, pooling: str, **options: Any) -> Services:
+    """options: of each `Service`."""
+    made: list[Service] = []
+    for one in served:
+        beside = made[0] if made else None
+        service = Service(one.port, one.text, tuple(one.model_ids), __version__, bounds, beside=beside, **options)
+        service.pooling = pooling
+        made.append(service)
+    return Services(made)
+
+
 class Routes:
-    """The routes' functions over one service."""
+    """The routes' functions over the models of a server."""
 
     def __init__(
-        self, service: Service, max_body: int, body_timeout_s: float, stall_s: float, root_path: str = ""
+        self, services: Services, max_body: int, body_timeout_s: float, stall_s: float, root_path: str = ""
     ) -> None:
-        self.service = service
+        self.services = services
         self.max_body = max_body
         self.body_timeout_s = body_timeout_s
         self.stall_s = stall_s
@@ -184,7 +204,8 @@ class Routes:
         """A route whose JSON body `make` turns into an answer, or into an object to be sent as JSON."""
 
         async def endpoint(request: Request) -> Any:
-            return _answer(await make(self.service, await self._body(request)))
+            given = await self._body(request)
+            return _answer(await make(self.services.asked(given), given))
 
         return Route(path, endpoint, methods=["POST"])
 
@@ -200,12 +221,13 @@ class Routes:
         """A route whose function sees the whole request.  body: it takes JSON.  stream: it reads the body itself."""
 
         async def endpoint(request: Request) -> Any:
+            given = await self._body(request) if body else b""
             return _answer(
                 await make(
                     Call(
-                        service=self.service,
+                        service=self.services.asked(given) if body else self.services.first,
                         tenant=request.scope.get(TENANT, ""),
-                        body=await self._body(request) if body else b"",
+                        body=given,
                         stream=self._stream(request) if stream else None,
                         path=request.path_params,
                         query=request.query_params,
@@ -241,30 +263,37 @@ class Routes:
         except TimeoutError:
             raise RequestError("the body comes too slowly; send it faster", code="timeout") from None
 
-    async def health(self, _: Request) -> Response:
-        return health(state_of(self.service.port, self.stall_s))
+    async def health(self, request: Request) -> Response:
+        """Of all models, or of the one that the query names."""
+        name = request.query_params.get("model")
+        return health(self._state() if name is None else state_of(self.services.of(name).port, self.stall_s))
+
+    def _state(self) -> EngineState:
+        return states_of(self.services.ports, self.stall_s)
 
     async def metrics(self, _: Request) -> Response:
-        page = self.service.client.metrics.render(self.service.port.stats)
-        return Response(page, headers={"content-type": CONTENT_TYPE})
+        label = self.services.several
+        told = [(s.model_ids[0] if label else "", s.client.metrics, s.port.stats) for s in self.services]
+        return Response(page(told), headers={"content-type": CONTENT_TYPE})
 
-    async def live(self, _: Request) -> Any:
-        """What whoever watches sees, while they do."""
-        service = self.service
-        told = hello(service.client, service.model_ids, service.version)
-        return LiveAnswer(service.client.live, lambda: state_of(service.port, self.stall_s), told)
+    async def live(self, request: Request) -> Any:
+        """What whoever watches sees, while they do: of the model that the query names, else of the first."""
+        service = self.services.of(request.query_params.get("model"))
+        engines = tuple(self.services.ports) if self.services.several else ()
+        told = hello(service.client, service.model_ids, service.version, engines)
+        return LiveAnswer(service.client.live, self._state, told)
 
     async def version(self, _: Request) -> Response:
-        return _json({"version": self.service.version})
+        return _json({"version": __version__})
 
     async def openapi(self, _: Request) -> Response:
         return _json({**description(), "servers": [{"url": self.root_path or "/"}]})
 
     async def models(self, _: Request) -> Response:
-        return _json(list_models(self.service))
+        return _json(list_models(self.services))
 
     async def model(self, request: Request) -> Response:
-        return _json(get_model(self.service, request.path_params["name"]))
+        return _json(get_model(self.services, request.path_params["name"]))
 
 
 def _check_type(request: Request) -> None:

@@ -59,7 +59,7 @@ WATCH_S = 0.25
 class Client:
     """Sends prompts to an engine and turns its tokens into text.  Use it from one event loop at a time.
 
-    clock: seconds, for latencies and rates only.  bounds: of what may wait, and of what one key may ask.
+    clock: seconds, for latencies and rates only.  admission: of what may wait, and of what one key may ask.
     share_prefixes: between the holders of different keys, too.
     """
 
@@ -69,12 +69,12 @@ class Client:
         text: ModelText,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
-        bounds: Bounds | None = None,
+        admission: Admission | None = None,
         share_prefixes: bool = False,
     ) -> None:
         self.port = port
         self.share_prefixes = share_prefixes
-        self.admission = Admission(bounds or Bounds())
+        self.admission = Admission(Bounds()) if admission is None else admission
         self.text = replace(text, max_model_len=port.info.max_model_len, vocab_size=port.info.vocab_size)
         self.metrics = metrics if metrics is not None else Metrics()
         self.clock = self._clock = clock

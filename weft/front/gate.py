@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from weft.front.access import Access
 from weft.front.admission import KEY
 from weft.front.generation import Refused
-from weft.front.health import health, state_of
+from weft.front.health import health, states_of
 from weft.front.openai.errors import error_response
-from weft.front.openai.service import Service
+from weft.front.openai.services import Services
 from weft.front.page import is_page, serve_page
 from weft.front.port import EngineState
 
@@ -64,13 +64,15 @@ class Gate:
         """Before an application that is there."""
         started: Future[None] = Future()
         started.set_result(None)
-        service: Service = app.state.service
-        return cls(started, lambda: app, lambda: state_of(service.port, float("inf")))
+        services: Services = app.state.services
+        return cls(started, lambda: app, lambda: states_of(services.ports, float("inf")))
 
     def cut(self) -> None:
         """Fail every answer that is not at its end."""
-        if self.app is not None:
-            service: Service = self.app.state.service
+        if self.app is None:
+            return
+        services: Services = self.app.state.services
+        for service in services:
             try:
                 service.client.close()
             except Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -24,6 +26,23 @@ def state_of(port: EnginePort, stall_s: float) -> EngineState:
     return EngineState()
 
 
+def states_of(ports: Mapping[str, EnginePort], stall_s: float) -> EngineState:
+    """Of the engines of a server by their models: of a single one as it is, of several well while all of them are."""
+    states = {name: state_of(port, stall_s) for name, port in ports.items()}
+    first = next(iter(states.values()))
+    if len(states) == 1:
+        return first
+    wrong = "; ".join(f"{name}: {one.reason}" for name, one in states.items() if one.status != "ok")
+    steps = [one.last_step_s for one in states.values() if one.last_step_s is not None]
+    return EngineState(
+        status=next((one.status for one in states.values() if one.status != "ok"), "ok"),
+        reason=wrong or None,
+        restarts=sum(one.restarts for one in states.values()),
+        last_step_s=min(steps, default=None),
+        engines=tuple(replace(one, model=name) for name, one in states.items()),
+    )
+
+
 def health(state: EngineState, *, draining: bool = False) -> Response:
     """200 means that tokens advance, or that nobody waits for any, and that requests are taken; else 503 with the reason."""
     status, reason = str(state.status), state.reason
@@ -38,7 +57,13 @@ def health(state: EngineState, *, draining: bool = False) -> Response:
     }
     if state.engines:
         told["engines"] = [
-            {"status": one.status, "reason": one.reason, "pid": one.pid, "restarts": one.restarts}
+            {
+                **({} if one.model is None else {"model": one.model}),
+                "status": one.status,
+                "reason": one.reason,
+                "pid": one.pid,
+                "restarts": one.restarts,
+            }
             for one in state.engines
         ]
     return Response(msgspec.json.encode(told), 200 if status == "ok" else 503, media_type="application/json")

@@ -160,8 +160,9 @@ async def _send(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-def hello(client: Client, names: Sequence[str], version: str) -> dict[str, Any]:
-    """What the first event of a feed says of the server."""
+def hello(client: Client, names: Sequence[str], version: str, engines: Sequence[str] = ()) -> dict[str, Any]:
+    """What the first event of a feed says of the server.  engines: the models that have a feed, where there are several."""
     info = asdict(client.port.info)
     shown = ("plan", "block_tokens", "kv_blocks", "max_model_len", "max_num_seqs", "device", "dtype", "stack")
-    return {"version": version, "models": list(names), **{name: info[name] for name in shown}}
+    beside = {"engines": list(engines)} if engines else {}
+    return {"version": version, "models": list(names), **beside, **{name: info[name] for name in shown}}

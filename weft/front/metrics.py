@@ -86,14 +86,17 @@ class Histogram:
         self.sum += value * times
 
     def lines(self) -> Iterator[str]:
-        name = f"weft:{self.name}"
-        yield from _head(name, self.text, "histogram")
-        total = 0
+        yield from _head(f"weft:{self.name}", self.text, "histogram")
+        yield from self.samples("")
+
+    def samples(self, model: str) -> Iterator[str]:
+        """The lines without their head; model: as in `_labels`."""
+        name, total = f"weft:{self.name}", 0
         for bound, count in zip((*self.buckets, float("inf")), self.counts, strict=True):
             total += count
-            yield f'{name}_bucket{{le="{_bound(bound)}"}} {total}'
-        yield f"{name}_sum {self.sum!r}"
-        yield f"{name}_count {total}"
+            yield f"{name}_bucket{_labels(model, le=_bound(bound))} {total}"
+        yield f"{name}_sum{_labels(model)} {self.sum!r}"
+        yield f"{name}_count{_labels(model)} {total}"
 
 
 class Metrics:
@@ -118,34 +121,48 @@ class Metrics:
         self.output_length = Histogram("request_generation_tokens", "Tokens in a sequence's output", LENGTH_BUCKETS)
         self.ends = dict.fromkeys(REASONS, 0)
 
+    @property
+    def histograms(self) -> tuple[Histogram, ...]:
+        return self.ttft, self.inter_token, self.per_token, self.e2e, self.prompt_length, self.output_length
+
     def end(self, reason: str) -> None:
         """Count one sequence (or one rejected request) that ended."""
         self.ends[reason] = self.ends.get(reason, 0) + 1
 
     def render(self, stats: EngineStats) -> bytes:
         """The page that Prometheus reads."""
-        out: list[str] = []
-        for kind, table in (("gauge", GAUGES), ("counter", COUNTERS)):
-            for name, field, text in table:
-                out.extend(_head(f"weft:{name}", text, kind))
-                out.append(f"weft:{name} {getattr(stats, field)!r}")
-        out.extend(_head("weft:requests_total", "Sequences that ended, by reason", "counter"))
-        out.extend(f'weft:requests_total{{finish_reason="{reason}"}} {count}' for reason, count in self.ends.items())
-        out.extend(_head("weft:technique_acts_total", "What techniques did, by technique and act", "counter"))
+        return page([("", self, stats)])
+
+
+def page(engines: Sequence[tuple[str, Metrics, EngineStats]]) -> bytes:
+    """The page that Prometheus reads, of (model, what the front counts, what the engine counts); an empty model is no label."""
+    out: list[str] = []
+    for kind, table in (("gauge", GAUGES), ("counter", COUNTERS)):
+        for name, field, text in table:
+            out.extend(_head(f"weft:{name}", text, kind))
+            out.extend(f"weft:{name}{_labels(model)} {getattr(stats, field)!r}" for model, _, stats in engines)
+    out.extend(_head("weft:requests_total", "Sequences that ended, by reason", "counter"))
+    for model, metrics, _ in engines:
+        for reason, count in metrics.ends.items():
+            out.append(f"weft:requests_total{_labels(model, finish_reason=reason)} {count}")
+    out.extend(_head("weft:technique_acts_total", "What techniques did, by technique and act", "counter"))
+    for model, _, stats in engines:
         for key, count in sorted(stats.acts.items()):
             technique, _, act = key.rpartition(".")
-            out.append(f'weft:technique_acts_total{{technique="{technique}",act="{act}"}} {count}')
-        for histogram in (
-            self.ttft,
-            self.inter_token,
-            self.per_token,
-            self.e2e,
-            self.prompt_length,
-            self.output_length,
-        ):
-            out.extend(histogram.lines())
-        out.append("")
-        return "\n".join(out).encode()
+            out.append(f"weft:technique_acts_total{_labels(model, technique=technique, act=act)} {count}")
+    for same in zip(*(metrics.histograms for _, metrics, _ in engines), strict=True):
+        out.extend(_head(f"weft:{same[0].name}", same[0].text, "histogram"))
+        for (model, _, _), one in zip(engines, same, strict=True):
+            out.extend(one.samples(model))
+    out.append("")
+    return "\n".join(out).encode()
+
+
+def _labels(model: str, **more: str) -> str:
+    """Labels of a sample; model: under vLLM's name for it, none where it is empty."""
+    given = {"model_name": model, **more} if model else more
+    escaped = {k: v.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") for k, v in given.items()}
+    return "{" + ",".join(f'{k}="{v}"' for k, v in escaped.items()) + "}" if given else ""
 
 
 def _head(name: str, text: str, kind: str) -> tuple[str, str]:

@@ -104,10 +104,12 @@ ROUTES: dict[tuple[str, str], Described] = {
     ("POST", "/v1/load_lora_adapter"): Described(text="Take in an adapter", answer="text/plain", body=LoadRequest),
     ("POST", "/v1/unload_lora_adapter"): Described(text="Let go of one", answer="text/plain", body=UnloadRequest),
     ("GET", "/openapi.json"): Described(text="This description", answer="application/json"),
-    ("GET", "/health"): Described(text="Whether tokens advance", answer="Health", open=True),
-    ("GET", "/ready"): Described(text="Whether requests are taken", answer="Health", open=True),
+    ("GET", "/health"): Described(text="Whether tokens advance", answer="Health", open=True, query={"model": STRING}),
+    ("GET", "/ready"): Described(text="Whether requests are taken", answer="Health", open=True, query={"model": STRING}),
     ("GET", "/metrics"): Described(text="Prometheus text", answer="text/plain"),
-    ("GET", "/v1/weft/live"): Described(text="What the server is at, as server-sent events", answer="text/event-stream"),
+    ("GET", "/v1/weft/live"): Described(
+        text="What the server is at, as server-sent events", answer="text/event-stream", query={"model": STRING}
+    ),
     ("GET", "/version"): Described(text="weft's version", answer="Version"),
 }  # fmt: skip
 

@@ -41,7 +41,7 @@ class EngineInfo:
 class EngineState:
     """How an engine is.  reason: why it is not ok.  pid: of its process.  last_step_s: since the last step, None before one.
 
-    engines: how each one is, where there are several of one model.
+    engines: how each one is, where there are several; model: which one it has, where they are of several models.
     """
 
     status: Literal["ok", "loading", "stalled"] = "ok"
@@ -50,6 +50,7 @@ class EngineState:
     restarts: int = 0
     last_step_s: float | None = None
     engines: tuple[EngineState, ...] = ()
+    model: str | None = None
 
 
 class EnginePort(Protocol):

@@ -58,15 +58,17 @@ class RemoteEngine:
     """An `EnginePort` over engine processes.  command: starts the nursery in `cwd`, and gets the socket's path as last argument.
 
     start: what every engine builds.  stall_s: seconds without a step after which an engine that has work is replaced.
-    request_stall_s: seconds after which a request that does not advance in an engine that steps is computed again.
+    request_stall_s: seconds after which a request that does not advance in an engine that steps is computed again.  of: the model
+    that the log names, where there are several.
     `started` is done once the first engine is up, or with the error that it cannot be built.
     """
 
     def __init__(
         self, command: Sequence[str], start: Start, *, cwd: str | None = None, stall_s: float = STALL_S,
-        request_stall_s: float = REQUEST_STALL_S,
+        request_stall_s: float = REQUEST_STALL_S, of: str = "",
     ) -> None:  # fmt: skip
         self._command, self._cwd, self._start = list(command), cwd, start
+        self._name = f"the engine of {of}" if of else "the engine"
         self._fds = () if start.shared is None else (start.shared.fd,)
         self._stall_s, self._request_stall_s = stall_s, request_stall_s
         self._looked = 0.0
@@ -76,7 +78,7 @@ class RemoteEngine:
         self._status: EngineState = EngineState(status="loading", reason="the engine is being loaded")
         self._sink: FrameSink | None = None
         self._commands: deque[Command | Entry] = deque()
-        self._closing = False
+        self._closing = self._up = self._spawning = False
         self._journal = Journal()
         self._restarts = self._failures = 0
         self._patience = 1.0
@@ -84,14 +86,12 @@ class RemoteEngine:
         self._gone: int | None = None
         self._why = ""
         self._engine: Link | None = None
-        self._up = False
         self._moved = 0.0
         """When the engine last gave a sign, or got work after having had none."""
         self._stepped: float | None = None
         self._again_at: float | None = None
         self._nursery: Link | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._spawning = False
         self._door = Door()
         self._selector = selectors.DefaultSelector()
         self._bell = Bell()
@@ -161,7 +161,7 @@ class RemoteEngine:
                     key.data(write=bool(mask & selectors.EVENT_WRITE))
                 self._look(any(key.data == self._from_engine for key, _ in heard))
         except BaseException as error:
-            log.exception("the engine's supervisor has failed")
+            log.exception("%s: its supervisor has failed", self._name)
             self._give_up(EngineError(f"the engine's supervisor has failed ({type(error).__name__}: {error})"))
         finally:
             self._end()
@@ -187,7 +187,7 @@ class RemoteEngine:
 
     def _retry(self, events: list[Event], commands: list[Command]) -> None:
         if commands:
-            log.warning("requests did not advance for %g s: they are taken back", self._request_stall_s)
+            log.warning("%s: requests did not advance for %g s and are taken back", self._name, self._request_stall_s)
         self._tell(commands)
         self._emit(events)
 
@@ -340,7 +340,7 @@ class RemoteEngine:
     def _kill(self, why: str) -> None:
         """End an engine that cannot go on; that it has ended is told by its nursery."""
         self._why = self._why or why
-        log.warning("the engine is ended: %s", why)
+        log.warning("%s is ended: %s", self._name, why)
         if self._pid is not None:
             kill(self._pid)
 
@@ -368,7 +368,7 @@ class RemoteEngine:
         self._restarts += 1
         self._before = self._stats
         self._stats = total(self._before, EngineStats(), self._restarts)  # nothing runs, and no block is held
-        log.warning("the engine died (%s) and is started again", reason)
+        log.warning("%s died (%s) and is started again", self._name, reason)
         if was_up:
             self._emit(self._journal.died(reason))
         # Engines that do not even come up, or that die before any token, are given time.
@@ -398,7 +398,7 @@ class RemoteEngine:
         self._error = str(error)
         self._status = EngineState(status="stalled", reason=f"the engine has stopped: {self._error}")
         if self.started.done():
-            log.error("%s", error)
+            log.error("%s has stopped for good: %s", self._name, error)
         else:
             self.started.set_exception(error)
 

@@ -25,6 +25,8 @@ from weft.front.openai.errors import error_payload, passes, status_of
 from weft.front.openai.response_run import ResponseAnswer
 from weft.front.openai.responses import create_response
 from weft.front.openai.service import Service
+from weft.front.openai.services import Services
+from weft.front.store import Store
 from weft.front.store.batches import Batch, Fault, Row, Used, read_used
 from weft.front.store.database import StoreFull
 
@@ -52,30 +54,31 @@ class Line(msgspec.Struct, kw_only=True):
     body: dict[str, Any]
 
 
-class BatchRunner:
-    """The batches of a server.  endpoints: what lines may ask, and who answers."""
+Answering = Callable[[Service, Row, bytes], Awaitable[Any]]
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self.endpoints: dict[str, Callable[[Row, bytes], Awaitable[Any]]] = {
-            "/v1/chat/completions": lambda _, body: chat(service, body),
-            "/v1/completions": lambda _, body: complete(service, body),
-            "/v1/embeddings": lambda row, body: embed(Call(service=service, tenant=row.tenant, body=body)),
-            "/v1/responses": self._response,
+
+class BatchRunner:
+    """The batches of a server; a line is asked of the model that it names.  endpoints: what lines may ask, and who answers."""
+
+    def __init__(self, services: Services, store: Store | None) -> None:
+        self._services, self._kept = services, store
+        self.endpoints: dict[str, Answering] = {
+            "/v1/chat/completions": lambda service, _, body: chat(service, body),
+            "/v1/completions": lambda service, _, body: complete(service, body),
+            "/v1/embeddings": lambda service, row, body: embed(Call(service=service, tenant=row.tenant, body=body)),
+            "/v1/responses": _response,
         }
         self._work: dict[str, tuple[Row, asyncio.Task[None]]] = {}
-        self._room: asyncio.Semaphore | None = None
+        self._rooms: dict[Service, asyncio.Semaphore] = {}
 
     async def resume(self) -> None:
         """Go on with what an earlier server left."""
-        if self._service.store is not None:
-            for row in await self._service.store.batches.unfinished():
+        if self._kept is not None:
+            for row in await self._kept.batches.unfinished():
                 self.start(row)
 
     def start(self, row: Row) -> None:
         """Begin with a batch that is stored, or go on with it."""
-        if self._room is None:
-            self._room = asyncio.Semaphore(min(AT_ONCE, self._service.port.info.max_num_seqs))
         task = asyncio.create_task(self._run(row))
         self._work[row.batch.id] = row, task
         task.add_done_callback(lambda _: self._work.pop(row.batch.id, None))
@@ -98,9 +101,9 @@ class BatchRunner:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
-    def _store(self) -> Any:
-        assert self._service.store is not None
-        return self._service.store
+    def _store(self) -> Store:
+        assert self._kept is not None
+        return self._kept
 
     # ------------------------------------------------------------------------------------------ one batch
 
@@ -219,23 +222,30 @@ class BatchRunner:
     # ------------------------------------------------------------------------------------------ its lines
 
     async def _answer_all(self, row: Row, done: set[int]) -> None:
-        assert self._room is not None
         try:
             async with asyncio.TaskGroup() as group, contextlib.aclosing(self._lines(row)) as lines:
                 async for number, text in lines:
                     if number not in done:
-                        await self._room.acquire()
-                        group.create_task(self._answer(row, number, text)).add_done_callback(self._release)
+                        line = self._read(row, text)
+                        room = self._room(line)
+                        await room.acquire()
+                        task = group.create_task(self._answer(row, number, line))
+                        task.add_done_callback(lambda _, room=room: room.release())  # type: ignore[misc]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    def _release(self, _: object) -> None:
-        assert self._room is not None
-        self._room.release()
+    def _room(self, line: Line) -> asyncio.Semaphore:
+        """What the lines of one model take turns in: a model that is away holds up no other's."""
+        try:
+            service = self._services.of(line.body.get("model"))
+        except RequestError:  # which is its answer, in its turn
+            service = self._services.first
+        if service not in self._rooms:
+            self._rooms[service] = asyncio.Semaphore(min(AT_ONCE, service.port.info.max_num_seqs))
+        return self._rooms[service]
 
-    async def _answer(self, row: Row, number: int, text: bytes) -> None:
+    async def _answer(self, row: Row, number: int, line: Line) -> None:
         """Ask one line, and write what came of it."""
-        line = self._read(row, text)
         while True:
             try:
                 status, body = 200, await self._ask(row, line)
@@ -257,19 +267,12 @@ class BatchRunner:
         given = line.body.get("priority")
         given = given if isinstance(given, int) else 0
         body = encode({**line.body, "priority": max(LOW, min(given, (1 << 31) - 1)), "stream": False})
-        made = await self.endpoints[row.batch.endpoint](row, body)
+        made = await self.endpoints[row.batch.endpoint](self._services.of(line.body.get("model")), row, body)
         if isinstance(made, JSONAnswer | ResponseAnswer):
             async with made.generation:
                 made = msgspec.json.decode(await made.whole())
         answer: dict[str, Any] = made
         return answer
-
-    async def _response(self, row: Row, body: bytes) -> Any:
-        """A response of a batch is kept in the batch's output, and in the store only where it says so itself."""
-        given = msgspec.json.decode(body)
-        if given.get("store") is not True:
-            body = encode({**given, "store": False})
-        return await create_response(Call(service=self._service, tenant=row.tenant, body=body))
 
     async def _expire(self, row: Row) -> None:
         """Lines without a result become errors, and the batch ends."""
@@ -283,3 +286,11 @@ class BatchRunner:
                 }  # fmt: skip
                 await self._store.batches.result(row, number, encode(result), failed=True, used=Used())
         await self._finish(row, "expired")
+
+
+async def _response(service: Service, row: Row, body: bytes) -> Any:
+    """A response of a batch is kept in the batch's output, and in the store only where it says so itself."""
+    given = msgspec.json.decode(body)
+    if given.get("store") is not True:
+        body = encode({**given, "store": False})
+    return await create_response(Call(service=service, tenant=row.tenant, body=body))

@@ -1,4 +1,4 @@
-"""Work that has no client: what a service goes on with when it starts, and leaves off in good order when it ends."""
+"""Work that has no client: what a server goes on with when it starts, and leaves off in good order when it ends."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from collections.abc import AsyncIterator
 from weft.front.openai.batch_runner import BatchRunner
 from weft.front.openai.response_run import Background
 from weft.front.openai.responses import resume
-from weft.front.openai.service import Service
+from weft.front.openai.services import Services
 from weft.front.store import Store
 
 
-def attach(service: Service, store: Store | None) -> None:
-    """Give a service its store, and the desks of what runs without a client."""
-    service.store = store
-    service.background = Background()
-    service.batches = BatchRunner(service)
+def attach(services: Services, store: Store | None) -> None:
+    """Give the models of a server their store, and the desks of what runs without a client: one for all of them."""
+    background, batches = Background(), BatchRunner(services, store)
+    for service in services:
+        service.store, service.background, service.batches = store, background, batches
 
 
 @contextlib.asynccontextmanager
-async def working(service: Service) -> AsyncIterator[None]:
+async def working(services: Services) -> AsyncIterator[None]:
     """Go on with background responses and batches; at the end leave them as they are stored, and close the store."""
+    first = services.first
     try:
-        await resume(service)
-        await service.batches.resume()
+        await resume(services)
+        await first.batches.resume()
         yield
     finally:
-        await service.background.close()
-        await service.batches.close()
-        if service.store is not None:
-            service.store.close()
+        await first.background.close()
+        await first.batches.close()
+        if first.store is not None:
+            first.store.close()

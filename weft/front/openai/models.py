@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from weft.front.openai.service import Service
+from weft.front.openai.services import Services
 
 
 def model_object(service: Service, name: str) -> dict[str, Any]:
@@ -21,11 +22,11 @@ def model_object(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def list_models(service: Service) -> dict[str, Any]:
-    names = (*service.model_ids, *(name for name in service.client.adapters if name not in service.model_ids))
-    return {"object": "list", "data": [model_object(service, name) for name in names]}
+def list_models(services: Services) -> dict[str, Any]:
+    return {"object": "list", "data": [model_object(service, name) for service in services for name in service.names]}
 
 
-def get_model(service: Service, name: str) -> dict[str, Any]:
+def get_model(services: Services, name: str) -> dict[str, Any]:
     """RequestError (404) when there is no such model."""
+    service = services.of(name)
     return model_object(service, service.resolve(name))

@@ -19,6 +19,7 @@ from weft.front.openai.response_object import ResponseObject
 from weft.front.openai.response_run import Followed, ResponseAnswer, ResponseRun
 from weft.front.openai.response_structs import NEUTRAL, ResponseRequest
 from weft.front.openai.service import Service
+from weft.front.openai.services import Services
 from weft.front.openai.structs import read
 from weft.front.store.responses import Stored
 
@@ -102,21 +103,23 @@ async def input_items_of(call: Call) -> dict[str, Any]:
     return {"object": "list", "data": page, "has_more": len(items) > limit, **ends}
 
 
-async def resume(service: Service) -> None:
-    """Go on with background responses that an earlier server left."""
-    if service.store is None:
+async def resume(services: Services) -> None:
+    """Go on with background responses that an earlier server left, each by the model that it was asked of."""
+    first = services.first
+    if first.store is None:
         return
-    for row in await service.store.responses.unanswered():
+    for row in await first.store.responses.unanswered():
         assert row.request is not None
         request = msgspec.json.decode(row.request, type=ResponseRequest)
+        told = msgspec.json.decode(row.body)
         try:
+            service = services.of(request.model or told["model"])
             run = await _prepare(service, request, row.tenant, body=row.request, row=row)
         except RequestError as error:  # the model is another one now, or what it went on from has gone
-            body = msgspec.json.decode(row.body)
-            body |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
-            await service.store.responses.put(msgspec.structs.replace(row, body=encode(body), request=None))
+            told |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
+            await first.store.responses.put(msgspec.structs.replace(row, body=encode(told), request=None))
             continue
-        service.background.start(run)
+        first.background.start(run)
 
 
 async def _prepare(

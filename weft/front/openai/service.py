@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from weft.errors import ConfigError, RequestError
-from weft.front.admission import Bounds
+from weft.front.admission import Admission, Bounds
 from weft.front.client import Client
 from weft.front.dialect import Dialect
 from weft.front.generation import Generation, Prompt
@@ -53,17 +53,20 @@ class Service:
         version: str,
         bounds: Bounds | None = None,
         *,
+        beside: Service | None = None,
         share_prefixes: bool = False,
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
         trust_templates: bool = False,
     ) -> None:
-        """share_prefixes: between keys.  trust_templates: take requests' own chat templates.  See `Dialect` for the parsers."""
+        """beside: another model's, with which the rates of keys are counted.  share_prefixes: between keys.
+        trust_templates: take requests' own chat templates.  See `Dialect` for the parsers."""
         self._parsers = tool_parser, reasoning_parser
         self.dialect = Dialect(text, *self._parsers)
         self.trust_templates = trust_templates
         self.port = port
-        self.client = Client(port, text, bounds=bounds, share_prefixes=share_prefixes)
+        admission = Admission(bounds or Bounds(), None if beside is None else beside.client.admission)
+        self.client: Client = Client(port, text, admission=admission, share_prefixes=share_prefixes)
         self.text = self.client.text
         self.model_ids = model_ids
         self.version = version
@@ -74,6 +77,11 @@ class Service:
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="weft-text")
         info = port.info
         self._setting = "\n".join((version, info.model_id, info.dtype, info.device, *info.stack))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may name: the model, and its adapters."""
+        return (*self.model_ids, *(name for name in self.client.adapters if name not in self.model_ids))
 
     def dialect_of(self, template: str | None) -> Dialect:
         """The model's dialect, or that of a template of the client's own.  Raises RequestError where that is not allowed."""
@@ -95,12 +103,7 @@ class Service:
         if model is None:
             return self.model_ids[0]
         if model not in self.model_ids and model not in self.client.adapters:
-            there = (*self.model_ids, *self.client.adapters)
-            raise RequestError(
-                f"the model {model[:200]!r} does not exist here; there is {', '.join(map(repr, there))}",
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown(model, self.names)
         return model
 
     def techniques(self, model: str) -> tuple[str, ...]:
@@ -140,6 +143,15 @@ class Service:
     def close(self) -> None:
         self.client.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def unknown(model: str, there: Sequence[str]) -> RequestError:
+    """What is said of a name that nothing has."""
+    return RequestError(
+        f"the model {model[:200]!r} does not exist here; there is {', '.join(map(repr, there))}",
+        param="model",
+        code="model_not_found",
+    )
 
 
 def answer_id(prefix: str) -> str:

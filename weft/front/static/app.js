@@ -1,6 +1,7 @@
 // Views by the address's hash, and who is told what.
 
 import * as chat from "./chat.js";
+import { h } from "./dom.js";
 import * as feed from "./feed.js";
 import * as live from "./live.js";
 import * as memory from "./memory.js";
@@ -9,14 +10,23 @@ import { onReady, watch } from "./state.js";
 const VIEWS = { chat, live, memory };
 const WATCHING = new Set(["live", "memory"]);
 
+const which = document.getElementById("which");
+const engine = document.getElementById("engine");
+
 let ready = false;
 let named = false;
+let several = false;
 
 for (const [name, view] of Object.entries(VIEWS)) view.build(document.getElementById(name));
 
-function show() {
+function view() {
   const asked = location.hash.slice(1);
-  const name = asked in VIEWS ? asked : "chat";
+  return asked in VIEWS ? asked : "chat";
+}
+
+function show() {
+  const name = view();
+  which.hidden = !(several && WATCHING.has(name));
   for (const key of Object.keys(VIEWS)) document.getElementById(key).hidden = key !== name;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
@@ -39,6 +49,16 @@ onReady(async (now) => {
   }
 });
 
+/** Of several models each has a feed, and the reader says whose is shown. */
+feed.onFrame(({ hello }) => {
+  const names = hello?.engines ?? [];
+  several = names.length > 1;
+  which.hidden = !(several && WATCHING.has(view()));
+  if ([...engine.options].map(({ value }) => value).join("\n") === names.join("\n")) return;
+  engine.replaceChildren(...names.map((name) => h("option", { value: name }, name)));
+  engine.value = hello?.models.find((name) => names.includes(name)) ?? names[0] ?? "";
+});
+engine.addEventListener("change", () => feed.choose(engine.value));
 feed.onFrame(live.take);
 feed.onFrame(memory.take);
 addEventListener("hashchange", show);

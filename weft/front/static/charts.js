@@ -15,6 +15,12 @@ export class Steps {
     this.element = h("div", { class: "chart" }, this.canvas, h("p", { class: "legend" }, ...legend), this.text);
   }
 
+  clear() {
+    this.steps = [];
+    say(this.text, "No step yet.");
+    this.draw();
+  }
+
   add(steps) {
     if (steps.length && this.steps.length && steps[0].step < this.steps.at(-1).step) this.steps = [];
     this.steps = [...this.steps, ...steps].slice(-Steps.MOST);
@@ -69,6 +75,11 @@ export class Throughput {
     this.element = h("div", { class: "chart" }, this.canvas, h("p", { class: "legend" }, ...legend), this.text);
   }
 
+  clear() {
+    this.samples = [];
+    say(this.text, "Nothing computed in the last minute.");
+  }
+
   add(t, stats) {
     const last = this.samples.at(-1);
     if (last && (t < last.t || stats.generation_tokens < last.made)) this.samples = [];
@@ -115,6 +126,13 @@ export class Histogram {
     this.text = h("p", { class: "quiet", id: `${name}-text`, data: { count: 0 } }, "Nothing yet.");
     this.element = h("div", { class: "chart" }, this.picture, this.text);
     this.before = "";
+  }
+
+  clear() {
+    this.before = "";
+    this.text.dataset.count = 0;
+    say(this.text, "Nothing yet.");
+    this.picture.replaceChildren();
   }
 
   show({ buckets, counts }) {

@@ -4,7 +4,7 @@ import { events, request } from "./api.js";
 import { take } from "./state.js";
 
 const listeners = new Set();
-let [wanted, running, hello] = [false, null, null];
+let [wanted, running, hello, model] = [false, null, null, ""];
 
 /** f({hello, frame}) for each that comes. */
 export function onFrame(f) {
@@ -18,6 +18,13 @@ export function want(now) {
   else running?.abort();
 }
 
+/** Of which model, where the server has several. */
+export function choose(name) {
+  if (name === model) return;
+  model = name;
+  running?.abort();
+}
+
 document.addEventListener("visibilitychange", () => want(wanted));
 
 async function run() {
@@ -26,7 +33,8 @@ async function run() {
   let problem = "";
   while (!mine.signal.aborted) {
     try {
-      const response = await request("v1/weft/live", { signal: mine.signal });
+      const path = model ? `v1/weft/live?model=${encodeURIComponent(model)}` : "v1/weft/live";
+      const response = await request(path, { signal: mine.signal });
       for await (const { event, data } of events(response)) {
         const told = JSON.parse(data);
         if (event === "hello") hello = told;

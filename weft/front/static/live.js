@@ -19,7 +19,7 @@ const FIGURES = [
 const figures = {};
 const charts = {};
 const rows = new Map();
-let [last, since, blocks, open, table, ends, problem] = [null, 0, [], null, null, null, null];
+let [last, since, blocks, open, table, ends, problem, model] = [null, 0, [], null, null, null, null, ""];
 
 export function build(root) {
   const card = (title, ...inside) => h("section", { class: "card" }, h("h2", {}, title), ...inside);
@@ -75,9 +75,19 @@ function idle() {
   if (last && passed > 0.9 && !last.open_requests && !document.hidden) charts.speed.add(last.t_s + passed, last.stats);
 }
 
+/** Nothing of another model's stays. */
+function clear() {
+  [last, blocks] = [null, []];
+  requests([]);
+  for (const chart of [charts.steps, charts.speed, charts.ttft, charts.tpot]) chart.clear();
+}
+
 export function take({ hello, frame, problem: wrong }) {
   problem.hidden = !wrong;
   say(problem, wrong);
+  const name = hello?.models[0] ?? model;
+  if (model && name !== model) clear();
+  model = name;
   if (!frame) return;
   [last, since] = [frame, performance.now()];
   blocks = frame.blocks ?? blocks;

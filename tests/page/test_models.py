@@ -1,0 +1,79 @@
+"""The page of a server with several models: whose answer, whose figures, whose plan."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.page.test_page import complete, look, number, send, tools, until
+
+pytestmark = pytest.mark.serial
+TINY, SMALL = "weft-tiny", "small"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, bundled: Path) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("models") / SMALL
+    shutil.copytree(bundled, folder)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(bundled.parent / "draft" / name, folder / name)
+    with tools().served(str(folder), "--memory", "1000M") as address:
+        yield address
+
+
+@pytest.fixture
+def page(url: str) -> Iterator[Any]:
+    with tools().browsing() as browser:
+        made = browser.new_page()
+        made.set_default_timeout(15_000)
+        errors: list[str] = []
+        made.on("pageerror", lambda error: errors.append(str(error)))
+        made.goto(url)
+        made.locator("#state[data-state=ok]").wait_for()
+        yield made
+        assert errors == []
+
+
+def test_the_reader_chooses_who_answers_and_who_is_shown(page: Any, url: str) -> None:
+    said = {"messages": [{"role": "user", "content": "Tell me of the sea"}], "temperature": 0, "max_tokens": 12}
+    until(lambda: page.locator("#model option").count() == 2, page=page)
+    assert page.locator("#model option").all_text_contents() == [TINY, SMALL]
+    assert page.locator("#which").is_hidden(), "a chat has its own list"
+    texts = {}
+    for name in (TINY, SMALL):
+        page.locator("#clear").click()
+        page.locator("#model").select_option(name)
+        answer = send(page, "Tell me of the sea", temperature=0, max_tokens=12)
+        answer.locator(".what").wait_for()
+        texts[name] = answer.locator(".text").last.text_content()
+        told = httpx.post(f"{url}/v1/chat/completions", json={"model": name, **said}).json()
+        assert texts[name] == told["choices"][0]["message"]["content"]
+    assert texts[TINY] != texts[SMALL]
+
+    for i in range(3):
+        complete(url, f"The sea {i}", model=SMALL)
+    look(page, "live")
+    figures = {
+        line.rpartition(" ")[0]: line.rpartition(" ")[2] for line in httpx.get(f"{url}/metrics").text.splitlines()
+    }
+    for name in (TINY, SMALL, TINY):
+        page.locator("#engine").select_option(name)
+        for place, metric in (("#n-generation", "generation_tokens_total"), ("#n-steps", "engine_steps_total")):
+            wanted = int(figures[f'weft:{metric}{{model_name="{name}"}}'])
+            until(lambda place=place, wanted=wanted: _shows(page, place, wanted), page=page)  # type: ignore[misc]
+    look(page, "memory")
+    weights = {TINY: 0, SMALL: 0}
+    for name in weights:
+        page.locator("#engine").select_option(name)
+        page.locator("#memory dd", has_text=name).first.wait_for()
+        weights[name] = int(page.locator("#plan tr[data-part=weights_bytes]").get_attribute("data-bytes"))
+    assert weights[TINY] > 4 * weights[SMALL]
+
+
+def _shows(page: Any, place: str, wanted: int) -> bool:
+    return page.locator(place).text_content() != "–" and number(page, place) == wanted
