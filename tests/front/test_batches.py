@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -16,6 +18,8 @@ from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort, wait_until
 from weft.front.openai import batch_runner
 from weft.front.store import Store, open_store
+from weft.front.store.batches import Batch, Cached, Counts, Used
+from weft.front.store.database import StoreFull
 from weft.front.text import ModelText
 
 ENDED = ("completed", "failed", "cancelled", "expired")
@@ -312,3 +316,40 @@ def test_no_line_is_asked_twice_when_many_run(http: httpx.Client) -> None:
     names = Counter(row["custom_id"] for row in rows(url, batch["output_file_id"]))
     assert len(names) == 60
     assert set(names.values()) == {1}
+
+
+def test_a_result_that_does_not_fit_counts_nothing(tmp_path: Path) -> None:
+    """SQLite says that it is full at the first statement, or at the second, when counts are changed already: both times nothing
+    of it stays, in the database or in memory, and the same result is counted once when there is room."""
+    store = open_store(tmp_path)
+
+    async def run() -> None:
+        batch = Batch(
+            id="batch_1", object="batch", endpoint="/v1/completions", input_file_id="file-1", completion_window="24h",
+            status="in_progress", created_at=1, request_counts=Counts(total=2), usage=Used(),
+        )  # fmt: skip
+        row = await store.batches.add("", batch)
+        used = Used(input_tokens=7, input_tokens_details=Cached(cached_tokens=4), output_tokens=5, total_tokens=12)
+        before = msgspec.json.encode(batch)
+        _stop_growth(store)
+        with pytest.raises(StoreFull):  # the result itself has no room
+            await store.batches.result(row, 1, b"x" * 50_000, failed=False, used=used)
+        assert msgspec.json.encode(batch) == before
+        batch.metadata = {"key": "x" * 50_000}  # a state so long that there is room for the result, and none for it
+        before = msgspec.json.encode(batch)
+        for failed in (False, True):
+            with pytest.raises(StoreFull):
+                await store.batches.result(row, 1, b"{}", failed=failed, used=used)
+            assert msgspec.json.encode(batch) == before
+        assert await store.batches.done(row) == set()
+        store.files.database.run_now(lambda db: db.execute("PRAGMA max_page_count = 100000").fetchone())
+        await store.batches.result(row, 1, b"{}", failed=False, used=used)
+        kept = (await store.batches.get("", "batch_1")).batch
+        assert kept == batch
+        assert (kept.request_counts.completed, kept.request_counts.failed, kept.usage) == (1, 0, used)
+        assert await store.batches.done(row) == {1}
+
+    try:
+        asyncio.run(run())
+    finally:
+        store.close()
