@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 import subprocess
 import threading
@@ -249,6 +250,14 @@ def test_everything_below_a_path(scripted: Make, text: ModelText) -> None:
             assert http.get("/llm/llm/v1/models", headers=bearer("sesame")).status_code == 404
             assert http.get("/llmx/v1/models", headers=bearer("sesame")).status_code == 404
             assert http.get("/openapi.json", headers=bearer("sesame")).json()["servers"] == [{"url": "/llm"}]
+            moved = http.get("/llm?a=b%20c")
+            assert (moved.status_code, moved.headers["location"]) == (307, "llm/?a=b%20c")
+            page = http.get("/llm", follow_redirects=True)
+            assert page.url.path == "/llm/"
+            assert page.text == http.get("/").text
+            script = re.search(r'src="(static/[a-z]+\.js)"', page.text)
+            assert script is not None
+            assert http.get(page.url.join(script[1])).status_code == 200
         with openai.OpenAI(base_url=f"{server.url}/llm/v1", api_key="sesame", max_retries=0) as client:
             assert (
                 client.completions.create(model=MODEL, prompt="Hi", max_tokens=2).choices[0].finish_reason == "length"

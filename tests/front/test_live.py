@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -19,9 +20,12 @@ import pytest
 
 from tests.front.conftest import CONTEXT, MODEL, metric, serving
 from weft.exec.thread import EngineThread
-from weft.front.live import MOST_WATCHERS
+from weft.front.live import MOST_STEPS, MOST_WATCHERS, Live, Told
+from weft.front.metrics import Metrics
+from weft.front.port import EngineState
 from weft.front.text import ModelText
 from weft.front.timeline import MOST_MOMENTS, Timeline
+from weft.types import EngineStats, Seen
 
 OWN = {"weft": {"timeline": True}}
 LONG = "The old man walked along the shore and looked at the sea. " * 12
@@ -163,6 +167,49 @@ def test_a_timeline_is_bounded() -> None:
     line.add(9999.0, "finished")
     assert len(line.moments) == MOST_MOMENTS
     assert line.moments[-1] == {"t_s": 9999.0, "event": "finished", "detail": {"left_out": 2 * MOST_MOMENTS + 1}}
+
+
+def test_what_no_frame_has_room_for_is_told_as_sums() -> None:
+    """Two readers, one of whom comes later: steps and what was left out are together what there was since each came."""
+    client: Any = SimpleNamespace(
+        clock=lambda: 0.0, metrics=Metrics(), requests=[], port=SimpleNamespace(stats=EngineStats()), open_requests=0,
+        watch=lambda on: None,
+    )  # fmt: skip
+    feed = Live(client)
+    names = ("prompt_rows", "decode_rows", "guess_rows")
+    there = dict.fromkeys(("steps", *names), 0)
+
+    def computed(first: int, count: int) -> None:
+        for step in range(first, first + count):
+            feed.see(Seen(step, step % 3, 1 + step % 5, step % 2, 4), 0.0)
+            feed.see(Seen(step, 0, 0, 0, 0, ((step, 1, 1),)), 0.0)  # at rest: blocks alone
+            for name, rows in zip(there, (1, step % 3, 1 + step % 5, step % 2), strict=True):
+                there[name] += rows
+
+    def read(told: Told, heard: dict[str, int]) -> Told:
+        frame, told = feed.frame(EngineState(), told)
+        assert len(frame["steps"]) <= MOST_STEPS
+        heard["steps"] += len(frame["steps"]) + frame["left_out"]["steps"]
+        for name in names:
+            heard[name] += sum(step[name] for step in frame["steps"]) + frame["left_out"][name]
+        return told
+
+    early, late = dict.fromkeys(there, 0), dict.fromkeys(there, 0)
+    one = read(Told(), early)
+    computed(1, 200)
+    one = read(one, early)
+    assert early == there
+    other = read(Told(), late)
+    assert late["steps"] == MOST_STEPS, "what was before a reader came is not missed"
+    before = {name: there[name] - late[name] for name in there}
+    computed(201, 30)
+    one = read(one, early)
+    computed(231, 500)
+    other = read(other, late)
+    computed(1, 90)  # another engine, which counts anew
+    one, other = read(one, early), read(other, late)
+    assert early == there
+    assert {name: late[name] + before[name] for name in there} == there
 
 
 class Watcher:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from weft.errors import ConfigError, RequestError
@@ -184,13 +185,23 @@ class Key:
 
 
 class Rooted:
-    """Everything below a path, whether a proxy has taken that off or not."""
+    """Everything below a path, whether a proxy has taken that off or not.
+
+    The page's own links are relative, so the path alone, without a slash behind it, leads a reader to the one with it.
+    """
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app, self._root = app, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         root = self._root
+        if scope["type"] == "http" and scope["path"] == root and scope["method"] in ("GET", "HEAD"):
+            query = scope["query_string"].decode("latin-1")
+            # Relative, as only the last part is known to stand in the reader's address too.
+            await RedirectResponse(f"{root.rpartition('/')[2]}/{'?' if query else ''}{query}", 307)(
+                scope, receive, send
+            )
+            return
         if scope["type"] == "http" and (scope["path"] == root or scope["path"].startswith(root + "/")):
             scope = {**scope, "path": scope["path"].removeprefix(root) or "/"}
         await self.app(scope, receive, send)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -37,6 +37,18 @@ STATS = (
 encode = msgspec.json.encode
 
 
+Sums = tuple[int, int, int, int]
+SUMS = ("steps", "prompt_rows", "decode_rows", "guess_rows")
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What one reader knows.  sums: of all steps up to its last frame, None before the first; blocks: as they were."""
+
+    sums: Sums | None = None
+    blocks: tuple[tuple[int, int, int], ...] | None = None
+
+
 class Live:
     """Keeps what the last steps were made of, and who has ended, while somebody watches.  client: whose requests are shown."""
 
@@ -46,11 +58,17 @@ class Live:
         self.closed = False
         """Whether the server ends, and its watchers with it."""
         self.ended: deque[dict[str, Any]] = deque(maxlen=MOST_ENDED)
-        self.steps: deque[tuple[float, Seen]] = deque(maxlen=MOST_STEPS)
+        self.steps: deque[tuple[float, Seen, Sums]] = deque(maxlen=MOST_STEPS)
+        """With the sums of all steps up to each."""
+        self._sums: Sums = (0, 0, 0, 0)
         self._blocks: tuple[tuple[int, int, int], ...] | None = None
 
     def see(self, seen: Seen, now: float) -> None:
-        self.steps.append((now, seen))
+        rows = seen.prompt_rows, seen.decode_rows, seen.guess_rows
+        if any(rows):  # else nothing is computed, and only the blocks are told
+            steps, prompt, decode, guess = self._sums
+            self._sums = steps + 1, prompt + rows[0], decode + rows[1], guess + rows[2]
+            self.steps.append((now, seen, self._sums))
         self._blocks = self._blocks if seen.blocks is None else seen.blocks
 
     def end(self, request: LiveRequest, now: float) -> None:
@@ -74,12 +92,13 @@ class Live:
             self.steps.clear()
             self._blocks = None
 
-    def frame(self, state: EngineState, since: int, blocks: Any) -> tuple[dict[str, Any], int, Any]:
-        """(what is to be seen now, its last step, its blocks).  since: the last step that was told; blocks: as told."""
+    def frame(self, state: EngineState, told: Told) -> tuple[dict[str, Any], Told]:
+        """(what is to be seen now, what is told with it).  told: what its reader knows already."""
         client = self._client
         now, metrics = client.clock(), client.metrics
         live = list(client.requests)[: MOST_REQUESTS - len(self.ended)]
-        told: dict[str, Any] = {
+        news = [entry for entry in self.steps if told.sums is None or entry[2][0] > told.sums[0]]
+        frame: dict[str, Any] = {
             "t_s": now,
             "state": {
                 "status": state.status, "reason": state.reason, "engine_pid": state.pid, "engine_restarts": state.restarts,
@@ -90,8 +109,9 @@ class Live:
             "steps": [
                 {"step": s.step, "t_s": t, "prompt_rows": s.prompt_rows, "decode_rows": s.decode_rows,
                  "guess_rows": s.guess_rows, "requests": s.sequences}
-                for t, s in self.steps if s.step > since
+                for t, s, _ in news
             ],
+            "left_out": dict(zip(SUMS, _between(told, news), strict=True)),
             "requests": [*(self._shown(r, now, "waiting" if r.waiting else "running") for r in live), *self.ended],
             "histograms": {
                 name: {"buckets": one.buckets, "counts": one.counts}
@@ -99,11 +119,9 @@ class Live:
             },
             "finished": metrics.ends,
         }  # fmt: skip
-        last = self.steps[-1][1] if self.steps else None
-        now_there = self._blocks
-        if now_there is not None and now_there != blocks:
-            told["blocks"] = now_there
-        return told, since if last is None else last.step, now_there
+        if self._blocks is not None and self._blocks != told.blocks:
+            frame["blocks"] = self._blocks
+        return frame, Told(self._sums, self._blocks)
 
     def _shown(self, request: LiveRequest, now: float, state: str) -> dict[str, Any]:
         return {
@@ -111,6 +129,16 @@ class Live:
             "output_tokens": sum(s.text.tokens for s in request.sequences), "age_s": now - request.arrived_s,
             "timeline": [] if request.timeline is None else request.timeline.moments,
         }  # fmt: skip
+
+
+def _between(told: Told, news: Sequence[tuple[float, Seen, Sums]]) -> Sums:
+    """What steps were made of that came behind those that were told and before the news: too many for one frame."""
+    if told.sums is None or not news:  # whoever has just come misses nothing
+        return 0, 0, 0, 0
+    _, first, sums = news[0]
+    own = 1, first.prompt_rows, first.decode_rows, first.guess_rows
+    steps, prompt, decode, guess = (a - b - c for a, b, c in zip(sums, own, told.sums, strict=True))
+    return steps, prompt, decode, guess
 
 
 class LiveAnswer:
@@ -126,12 +154,9 @@ class LiveAnswer:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
             await _send(send, b"event: hello\ndata: " + encode(self._hello) + b"\n\n")
-            since, blocks, before, quiet_s = -1, None, b"", 0.0
+            told, before, quiet_s = Told(), b"", 0.0
             while not gone.done() and not self._live.closed:
-                frame, last, blocks = self._live.frame(self._state(), since, blocks)
-                if last < since:  # another engine, which counts anew
-                    frame, last, blocks = self._live.frame(self._state(), -1, None)
-                since = last
+                frame, told = self._live.frame(self._state(), told)
                 same = encode({**frame, "t_s": 0, "requests": [], "state": {**frame["state"], "last_step_s": 0}})
                 quiet = same == before and not frame["open_requests"]
                 quiet_s = quiet_s + EVERY_S if quiet else 0.0

@@ -8,20 +8,23 @@ export class Steps {
   static KINDS = [["prompt_rows", "prompt", "rows of prompts"], ["decode_rows", "decode", "rows of answers"], ["guess_rows", "guess", "guesses"]];
 
   constructor() {
-    this.steps = [];
     this.canvas = h("canvas", { role: "img", "aria-label": "Rows of the last steps" });
-    this.text = h("p", { class: "quiet", id: "step-text" }, "No step yet.");
+    this.text = h("p", { class: "quiet", id: "step-text" });
     const legend = Steps.KINDS.map(([, name, words]) => h("span", {}, h("i", { class: `swatch fill-${name}` }), words));
     this.element = h("div", { class: "chart" }, this.canvas, h("p", { class: "legend" }, ...legend), this.text);
+    this.clear();
   }
 
   clear() {
     this.steps = [];
+    this.missed = Object.fromEntries(["steps", ...Steps.KINDS.map(([key]) => key)].map((key) => [key, 0]));
     say(this.text, "No step yet.");
     this.draw();
   }
 
-  add(steps) {
+  /** missed: what steps were made of that came too fast for a frame of the feed. */
+  add(steps, missed) {
+    for (const key of Object.keys(this.missed)) this.missed[key] += missed?.[key] ?? 0;
     if (steps.length && this.steps.length && steps[0].step < this.steps.at(-1).step) this.steps = [];
     this.steps = [...this.steps, ...steps].slice(-Steps.MOST);
     this.draw();
@@ -46,8 +49,9 @@ export class Steps {
     });
     const last = this.steps.at(-1);
     if (last) {
-      const parts = Steps.KINDS.filter(([key]) => last[key]).map(([key, , words]) => `${count(last[key])} ${words}`);
-      say(this.text, `Step ${count(last.step)}: ${parts.join(", ") || "no rows"}, ${count(last.requests)} sequences.`);
+      const words = (of) => Steps.KINDS.filter(([key]) => of[key]).map(([key, , name]) => `${count(of[key])} ${name}`).join(", ") || "no rows";
+      const fast = this.missed.steps ? ` Too fast to be drawn: ${count(this.missed.steps)} steps with ${words(this.missed)}.` : "";
+      say(this.text, `Step ${count(last.step)}: ${words(last)}, ${count(last.requests)} sequences.${fast}`);
       this.canvas.dataset.steps = this.steps.length;
     }
   }

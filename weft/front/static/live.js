@@ -94,7 +94,7 @@ export function take({ hello, frame, problem: wrong }) {
   for (const [name, , value] of FIGURES) say(figures[name], count(value(frame)));
   const told = Object.entries(frame.finished).filter(([, n]) => n);
   say(ends, told.length ? `Ended since the server started: ${told.map(([why, n]) => `${why} ${count(n)}`).join(", ")}.` : "");
-  charts.steps.add(frame.steps);
+  charts.steps.add(frame.steps, frame.left_out);
   charts.speed.add(frame.t_s, frame.stats);
   charts.ttft.show(frame.histograms.ttft);
   charts.tpot.show(frame.histograms.tpot);

@@ -1,7 +1,9 @@
-"""The page of a server with several models: whose answer, whose figures, whose plan."""
+"""The page of a server with several models: whose answer, whose figures, whose plan; and what a feed leaves out."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,3 +79,36 @@ def test_the_reader_chooses_who_answers_and_who_is_shown(page: Any, url: str) ->
 
 def _shows(page: Any, place: str, wanted: int) -> bool:
     return page.locator(place).text_content() != "–" and number(page, place) == wanted
+
+
+def test_steps_that_came_too_fast_are_counted(page: Any, url: str) -> None:
+    """A feed as a fast engine would send it."""
+    with httpx.stream("GET", f"{url}/v1/weft/live", timeout=30) as answer:
+        hello, frame = itertools.islice((line[6:] for line in answer.iter_lines() if line.startswith("data: ")), 2)
+    rows = {"prompt_rows": 1, "decode_rows": 2, "guess_rows": 0}
+    steps = lambda first: [{"step": first + i, "t_s": 0.0, "requests": 3, **rows} for i in range(64)]
+    left = [
+        dict.fromkeys(("steps", *rows), 0),
+        {"steps": 1036, "prompt_rows": 10, "decode_rows": 2000, "guess_rows": 0},
+    ]
+    left.append({"steps": 4, "prompt_rows": 0, "decode_rows": 8, "guess_rows": 1})
+    frames = [{**json.loads(frame), "steps": steps(2000 * i), "left_out": one} for i, one in enumerate(left)]
+    body = "".join(
+        ["event: hello\ndata: ", hello, "\n\n", *(f"event: frame\ndata: {json.dumps(f)}\n\n" for f in frames)]
+    )
+    sent = []
+
+    def once(route: Any) -> None:
+        if sent:
+            route.abort()
+        else:
+            sent.append(route.fulfill(status=200, content_type="text/event-stream", body=body))
+
+    page.route("**/v1/weft/live*", once)
+    look(page, "live")
+    until(lambda: "4,063" in page.locator("#step-text").text_content(), page=page)
+    assert page.locator("#step-text").text_content() == (
+        "Step 4,063: 1 rows of prompts, 2 rows of answers, 3 sequences. "
+        "Too fast to be drawn: 1,040 steps with 10 rows of prompts, 2,008 rows of answers, 1 guesses."
+    )
+    assert page.locator("canvas[data-steps]").get_attribute("data-steps") == "120"
