@@ -44,6 +44,9 @@ def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it() -> Non
             kind = there[re.sub("_bucket$", "", name)]
             assert kind in ("counter", "histogram"), f"{name} is a {kind}, which has no rate"
         assert expression.count("(") == expression.count(")")
+        assert expression.count("weft:") == expression.count('{instance=~"$instance",model_name=~"$model"}')
+    # What matches all has to match a server of one model too, whose samples have no such label.
+    assert [v["allValue"] for v in board["templating"]["list"] if v["name"] == "model"] == [".*"]
     for variable in board["templating"]["list"]:
         for name in re.findall(r"weft:\w+", str(variable["query"])):
             assert name in exposed

@@ -23,7 +23,7 @@ from weft.cli._terminal import JSONLines
 from weft.cli._watch import WatchFlags
 from weft.errors import ConfigError
 from weft.front.access import Access
-from weft.front.app import create_app
+from weft.front.app import Served, create_app
 from weft.front.gate import Gate
 from weft.front.server import Server
 from weft.front.text import ModelText
@@ -77,6 +77,22 @@ def of(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in found if line["logger"] == "weft.access"]
 
 
+def test_of_several_models_a_line_and_a_trace_name_the_one_that_answered(
+    scripted: Make, text: ModelText, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    exporter = InMemorySpanExporter()
+    traces = OpenTelemetry(exporter)
+    with served(scripted(answer), text, Access(traces), others=[Served(scripted(answer), text, ["other", "o"])]) as url:
+        for model in (MODEL, "o"):
+            httpx.post(f"{url}/v1/completions", json={**BODY, "model": model})
+        httpx.get(f"{url}/v1/models")
+        assert wait_until(lambda: len(of(lines())) >= 3)
+    assert [line.get("model") for line in of(lines())] == [MODEL, "other", None]
+    traces.close()
+    spans = [s for s in exporter.get_finished_spans() if s.name == "POST /v1/completions"]
+    assert [(s.attributes or {}).get("gen_ai.request.model") for s in spans] == [MODEL, "other"]
+
+
 def test_a_line_for_each_request(scripted: Make, text: ModelText, lines: Callable[[], list[dict[str, Any]]]) -> None:
     with served(scripted(answer), text, Access(), api_key=SECRET) as url:
         head = {"authorization": f"Bearer {SECRET}"}
@@ -97,6 +113,7 @@ def test_a_line_for_each_request(scripted: Make, text: ModelText, lines: Callabl
         ("GET", "/v1/files/{id}", 501),
     ]
     first, second, third, refused, _ = found
+    assert not any("model" in line for line in found), "there is one"
     assert [line["id"] for line in found[:2]] == [whole.headers["x-request-id"], "mine-1"]
     assert streamed.headers["x-request-id"] == "mine-1"
     assert third["id"] == forged.headers["x-request-id"] != 'a"\tb'

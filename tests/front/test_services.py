@@ -30,8 +30,8 @@ def body(model: Any, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def two(scripted: Make) -> tuple[ScriptedPort, ScriptedPort]:
-    """Engines that say X and Y."""
-    return tuple(scripted(lambda spec, index, id=id: [id] * spec.sampling.max_tokens) for id in (65, 66))  # type: ignore[misc,return-value]
+    """Engines that say Y and Z."""
+    return tuple(scripted(lambda spec, index, id=id: [id] * spec.sampling.max_tokens) for id in (66, 67))  # type: ignore[misc,return-value]
 
 
 def test_the_model_of_a_body_is_who_is_asked(two: tuple[ScriptedPort, ScriptedPort], text: ModelText) -> None:
@@ -89,7 +89,7 @@ def test_an_engine_that_has_ended_for_good_takes_only_its_model_along(
         second.die("it cannot be started again")
         refused = httpx.post(f"{url}/v1/completions", json=body("b"))
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_stopped")
-        assert httpx.post(f"{url}/v1/completions", json=body("a")).json()["choices"][0]["text"] == "XXX"
+        assert httpx.post(f"{url}/v1/completions", json=body("a")).json()["choices"][0]["text"] == "YYY"
         health = httpx.get(f"{url}/health")
         assert health.status_code == 503
         assert health.json()["reason"] == "b: the engine has stopped: it cannot be started again"
@@ -100,11 +100,11 @@ def test_an_engine_that_has_ended_for_good_takes_only_its_model_along(
         counts = f"{url}/v1/batches/{id}"
         assert wait_until(lambda: httpx.get(counts).json()["request_counts"]["completed"] == 3)
         assert httpx.get(counts).json()["status"] == "in_progress"
-    again = scripted(lambda spec, index: [66] * spec.sampling.max_tokens)
+    again = scripted(lambda spec, index: [67] * spec.sampling.max_tokens)
     with serving(again, text, model_ids=["b"], others=[Served(first, text, ["a"])], store=open_store(tmp_path)) as url:
         batch = ended(url, id)
         found = rows(url, batch["output_file_id"])
-    assert [row["response"]["body"]["choices"][0]["text"] for row in found] == ["YYY", "XXX"] * 3
+    assert [row["response"]["body"]["choices"][0]["text"] for row in found] == ["ZZZ", "YYY"] * 3
 
 
 class Coming:

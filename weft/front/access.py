@@ -31,7 +31,9 @@ class Track:
     """A request over HTTP.  began_s, ended_s: on the monotonic clock; wall_ns: since 1970, of the beginning.  generations: what
     it asked the engine for, until it ended: work that goes on without a client is no part of it."""
 
-    __slots__ = ("began_s", "ended_s", "generations", "headers", "id", "method", "path", "route", "status", "wall_ns")
+    __slots__ = (
+        "began_s", "ended_s", "generations", "headers", "id", "method", "model", "path", "route", "status", "wall_ns",
+    )  # fmt: skip
 
     def __init__(self, scope: Scope) -> None:
         self.began_s, self.wall_ns = time.monotonic(), time.time_ns()
@@ -43,10 +45,13 @@ class Track:
         self.route = ""
         self.status = LEFT
         self.generations: list[Generation] = []
+        self.model = ""
 
-    def add(self, generation: Generation) -> None:
+    def add(self, generation: Generation, model: str = "") -> None:
+        """model: who answers, where there are several."""
         if self.ended_s is None:
             self.generations.append(generation)
+            self.model = model
 
     def end(self, scope: Scope) -> None:
         self.ended_s = time.monotonic()
@@ -70,6 +75,7 @@ class Track:
         found: dict[str, Any] = {"id": self.id, "method": self.method, "route": self.route, "status": self.status}
         if self.generations:
             first = self.first_s
+            found |= {"model": self.model} if self.model else {}
             found |= {
                 "prompt_tokens": sum(g.prompt_tokens for g in self.generations),
                 "cached_tokens": sum(g.cached_tokens for g in self.generations),

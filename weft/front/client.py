@@ -73,6 +73,8 @@ class Client:
         share_prefixes: bool = False,
     ) -> None:
         self.port = port
+        self.name = ""
+        """Of the model, where there are several."""
         self.share_prefixes = share_prefixes
         self.admission = Admission(Bounds()) if admission is None else admission
         self.text = replace(text, max_model_len=port.info.max_model_len, vocab_size=port.info.vocab_size)
@@ -151,7 +153,7 @@ class Client:
             self.metrics.prompt_length.observe(len(prompt.ids))
         track = TRACK.get()
         if track is not None:
-            track.add(generation)
+            track.add(generation, self.name)
         for spec in specs:
             self.port.send(Add(spec))
         if self._watch is None:

@@ -97,6 +97,7 @@ def _attributes(record: dict[str, Any]) -> dict[str, Any]:
         "method": "http.request.method",
         "route": "http.route",
         "status": "http.response.status_code",
+        "model": "gen_ai.request.model",
         "prompt_tokens": "gen_ai.usage.input_tokens",
         "completion_tokens": "gen_ai.usage.output_tokens",
         "cached_tokens": "weft.usage.cached_tokens",

@@ -28,6 +28,8 @@ class Services:
                         f"two of the models have the name {name!r}; give each its own with --served-model-name"
                     )
                 seen.add(name)
+        for service in self._all if self.several else ():
+            service.client.name = service.model_ids[0]
 
     def __iter__(self) -> Iterator[Service]:
         return iter(self._all)
