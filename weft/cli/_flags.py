@@ -27,7 +27,7 @@ MODEL_HELP = (
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Models = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[MODEL]...", help=f"{MODEL_HELP} Several have an engine each.", show_default=False),
+    typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Several have an engine each.", show_default=False),
 ]
 Plugins = Annotated[
     list[Path] | None,
