@@ -21,11 +21,13 @@ CORE_GIVES: frozenset[Trait] = frozenset(
         Trait.READS_HISTORY,
         Trait.ROLLBACK,
         Trait.SECOND_MODEL,
+        Trait.TARGET_FEATURES,
         Trait.TREE_MASK,
     }
 )
 """What every stack has from the core itself: attention summed by entry, bounded KV, capped prefix hits, truncation, trees of
-guesses, a second model beside the target (it is loaded where a part names one).  Starvation is the schedule's matter."""
+guesses, a second model beside the target (it is loaded where a part names one), the target's final states.  Starvation is the
+schedule's matter."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tools.tiny.heads import lesson, outputs
 from weft.types import Plan, StepResult
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def overlap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 def predicted(
     target: LlamaForCausalLM,
-    draft: LlamaForCausalLM | None,
+    draft: LlamaForCausalLM | Heads | None,
     texts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]],
     temperature: float,
     *,
@@ -100,7 +102,10 @@ def predicted(
         at = torch.tensor([len(prompt) - 1 + index for index, _, _ in trials])
         guesses = torch.tensor([guess for _, guess, _ in trials])
         p_NV = laws(target, [*prompt, *output], temperature, at)
-        q_NV = None if draft is None else laws(draft, [*prompt, *output], temperature, at)
+        if isinstance(draft, Heads):
+            q_NV: Tensor | None = draft.laws(target, prompt, output, trials, temperature)
+        else:
+            q_NV = None if draft is None else laws(draft, [*prompt, *output], temperature, at)
         for low in range(0, len(at), ROWS):
             p, here = p_NV[low : low + ROWS], guesses[low : low + ROWS]
             if q_NV is None:
@@ -116,10 +121,52 @@ def predicted(
 def laws(model: LlamaForCausalLM, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
     """The law after each position `at`, float32 [N, V]; certain at temperature 0."""
     hidden = model.model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0, at]
-    logits = model.lm_head(hidden)
+    return _law(model.lm_head(hidden), temperature)
+
+
+def _law(logits: Tensor, temperature: float) -> Tensor:
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     return torch.softmax(logits / temperature, -1)
+
+
+class Heads:
+    """Clover's heads in a file, run along a text on the states that `transformers` gives of the target."""
+
+    def __init__(self, file: Path) -> None:
+        self.weights = {name: tensor.float() for name, tensor in load_file(file).items()}
+        self.window = self.weights["augment.near"].shape[1]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for name, tensor in self.weights.items() if name != "mark")
+
+    @torch.no_grad()
+    def laws(
+        self,
+        target: LlamaForCausalLM,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        trials: Sequence[tuple[int, int, bool]],
+        temperature: float,
+    ) -> Tensor:
+        """The law that each trial's guess was drawn from, float32 [N, V]: it depends on where its step began."""
+        depths: list[int] = []
+        for n, (index, _, _) in enumerate(trials):
+            goes_on = n > 0 and trials[n - 1][2] and trials[n - 1][0] == index - 1
+            depths.append(depths[-1] + 1 if goes_on else 0)
+        most = max(depths) + 1
+        text = torch.tensor([[*prompt, *output, *[0] * most]])
+        hidden = target.model(text, use_cache=False).last_hidden_state
+        at = torch.tensor(
+            [len(prompt) + index - depth - 2 for (index, _, _), depth in zip(trials, depths, strict=True)]
+        )
+        found = []
+        for here, deep in zip(at.split(ROWS), torch.tensor(depths).split(ROWS), strict=True):
+            given = lesson(text, hidden, torch.zeros_like(here), here, self.window, most)
+            states = outputs(self.weights, target, given).view(len(here), most, -1)[torch.arange(len(here)), deep]
+            found.append(_law(target.lm_head(states), temperature))
+        return torch.cat(found)
 
 
 def reader(folder: Path, threads: int = 1) -> Any:

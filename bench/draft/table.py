@@ -29,7 +29,8 @@ from statistics import median
 from typing import Any
 
 from bench.contender import Case, Contender, Model
-from bench.draft.law import Trials, predicted, reader, repeated, texts_of
+from bench.draft.heads import fitted, heads_file
+from bench.draft.law import Heads, Trials, predicted, reader, repeated, texts_of
 from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
 from bench.oracle import ANSWERS, FILE
 from tools.tiny.corpus import Corpus
@@ -65,7 +66,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A draft with an accept; part: None for plain decoding.  folder: of its model."""
+    """A draft with an accept; part: None for plain decoding.  folder: of its model, or the file of its heads."""
 
     part: Part | None
     accept: str
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--drafts", help="parts of the slot, such as ngram;speculative_sampling(guesses=4); else every one"
     )
     parser.add_argument("--draft-model", default="bundled", help="checkpoint of drafts that need one (bundled)")
+    parser.add_argument("--heads", default="bundled", help="file of heads on the bundled model's states (bundled)")
     parser.add_argument("--accepts", default="race", help="of the slot accept, with commas (race)")
     parser.add_argument("--texts", default=",".join(TEXTS))
     parser.add_argument("--temperatures", default="0.8,0")
@@ -117,7 +119,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     else:
         model = grown(SHAPE, flags.model_dir)
     kept: list[dict[str, Any]] = json.loads(flags.out.read_text())["rows"] if flags.out.is_file() else []
-    chosen = list(stacks(flags))
+    chosen = list(stacks(flags, model))
     loads = product(
         flags.texts.split(","), map(float, flags.temperatures.split(",")), map(int, flags.batches.split(","))
     )
@@ -142,7 +144,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def stacks(flags: argparse.Namespace) -> Iterator[Stack]:
+def stacks(flags: argparse.Namespace, model: Model) -> Iterator[Stack]:
     """Every draft that is asked for, with each accept, controlled and not; what needs a model gets the one that was named."""
     wanted = flags.drafts.split(";") if flags.drafts else [n for n in names("draft") if n != "none"]
     for text, accept, control in product(wanted, flags.accepts.split(","), flags.controller.split(",")):
@@ -151,6 +153,9 @@ def stacks(flags: argparse.Namespace) -> Iterator[Stack]:
         if Trait.SECOND_MODEL in traits_of(part).needs:
             folder = resolve_draft(flags.draft_model)
             part = Part(part.slot, part.name, (*part.arguments, ("model", str(flags.draft_model))))
+        elif Trait.TARGET_FEATURES in traits_of(part).needs:
+            folder = fitted(heads_file(flags.heads), model)
+            part = Part(part.slot, part.name, (*part.arguments, ("weights", str(folder))))
         yield Stack(part, accept, control == "on", folder)
 
 
@@ -230,7 +235,7 @@ def compare(
         folder = None if stack is None else stack.folder
         law = None
         if stack is not None and seen.trials.tried:
-            draft = None if folder is None else reader(folder)
+            draft = None if folder is None else Heads(heads_file(flags.heads)) if folder.is_file() else reader(folder)
             told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
             law = predicted(target, draft, told, load.temperature, weighs=stack.accept == "rejection")
         yield {
@@ -281,13 +286,16 @@ class Watched:
 
 def _share(folder: Path | None, model: Model) -> float:
     """Of the target's parameters, those that the draft has."""
-    return 0.0 if folder is None else parameters(load_spec(folder)) / parameters(load_spec(model.folder))
+    if folder is None:
+        return 0.0
+    mine = Heads(folder).parameters if folder.is_file() else parameters(load_spec(folder))
+    return mine / parameters(load_spec(model.folder))
 
 
 def _short(part: Part | None) -> str:
     """A part without the folder of its model, which is this machine's."""
     assert part is not None
-    rest = Part(part.slot, part.name, tuple((k, v) for k, v in part.arguments if k != "model"))
+    rest = Part(part.slot, part.name, tuple((k, v) for k, v in part.arguments if k not in ("model", "weights")))
     return str(rest).partition("=")[2]
 
 

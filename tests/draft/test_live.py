@@ -22,6 +22,7 @@ DRAFTS = {
     "trie": "draft=trie(shortest=1, share=0.2)",
     "hierarchy": "draft=hierarchy(shortest=1)",
     "jacobi": "draft=jacobi(window=4)",
+    "clover": "draft=clover",
 }
 
 

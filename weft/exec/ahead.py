@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -141,12 +142,47 @@ class Ahead:
         return logits if alone else logits.clone()  # a view of the decoder's buffer, which the next pass overwrites
 
 
-class Calls:
-    """What a technique of the slot `draft` is given (`slots.Forward`).  asks: (request, ask)."""
+class Draws:
+    """Draws under the asks' own laws.  program: of weft's kernels, or None.  asks: (request, ask)."""
+
+    def __init__(self, program: Any, asks: Sequence[tuple[int, Ask]]) -> None:
+        self._program = program
+        self._asks = list(asks)
+
+    def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: Tensor) -> list[tuple[int, Tensor | None]]:
+        if not rows:
+            return []
+        described = [self._row(self._asks[i][1], guesses) for i, guesses in rows]
+        tokens = sampler.draw(logits, described, self._program)
+        out: list[tuple[int, Tensor | None]] = []
+        for n, (i, _) in enumerate(rows):
+            wanted = tokens[n] >= 0 and self._asks[i][1].independent
+            out.append((tokens[n], dense_law(logits[n], described[n]) if wanted else None))
+        return out
+
+    def rank(
+        self, rows: Sequence[tuple[int, Sequence[int]]], logits: Tensor, most: int, salts: Sequence[int] = ()
+    ) -> list[Ranked]:
+        out: list[Ranked] = []
+        for n, (i, guesses) in enumerate(rows):
+            own = self._asks[i][1].independent
+            row, logits_V = self._row(self._asks[i][1], guesses, salts[n] if salts else 0), logits[n].float().cpu()
+            tokens, chances = sampler.ranked(logits_V, row, most, fair=own)
+            out.append(Ranked(tokens, chances, dense_law(logits_V, row) if own and tokens else None))
+        return out
+
+    def _row(self, ask: Ask, guesses: Sequence[int], salt: int = 0) -> sampler.Row:
+        seed = noise.side_seed(ask.seed, DRAFT + salt) if ask.independent else ask.seed
+        history = np.concatenate([ask.context, np.array(guesses, np.int64)]) if guesses else ask.context
+        return sampler.Row(ask.sampling, seed, ask.output + len(guesses), history, ask.prompt)
+
+
+class Calls(Draws):
+    """What a technique with a second model is given (`slots.Forward`)."""
 
     def __init__(self, ahead: Ahead, asks: Sequence[tuple[int, Ask]]) -> None:
+        super().__init__(ahead.program, asks)
         self._ahead = ahead
-        self._asks = list(asks)
         self._at: list[int | None] = [None] * len(self._asks)
         """Where the next row of each ask is written, once its newest token is computed."""
         self._trees: list[list[int]] = [[] for _ in self._asks]
@@ -178,33 +214,6 @@ class Calls:
             assert start + len(ids) <= self._ahead.followers[request].stop, "a draft wrote beyond its room"
             chosen.append(Piece(request, start, tuple(ids), tuple(tree)))
         return self._ahead.compute(chosen)
-
-    def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: Tensor) -> list[tuple[int, Tensor | None]]:
-        if not rows:
-            return []
-        described = [self._row(self._asks[i][1], guesses) for i, guesses in rows]
-        tokens = sampler.draw(logits, described, self._ahead.program)
-        out: list[tuple[int, Tensor | None]] = []
-        for n, (i, _) in enumerate(rows):
-            wanted = tokens[n] >= 0 and self._asks[i][1].independent
-            out.append((tokens[n], dense_law(logits[n], described[n]) if wanted else None))
-        return out
-
-    def rank(
-        self, rows: Sequence[tuple[int, Sequence[int]]], logits: Tensor, most: int, salts: Sequence[int] = ()
-    ) -> list[Ranked]:
-        out: list[Ranked] = []
-        for n, (i, guesses) in enumerate(rows):
-            own = self._asks[i][1].independent
-            row, logits_V = self._row(self._asks[i][1], guesses, salts[n] if salts else 0), logits[n].float().cpu()
-            tokens, chances = sampler.ranked(logits_V, row, most, fair=own)
-            out.append(Ranked(tokens, chances, dense_law(logits_V, row) if own and tokens else None))
-        return out
-
-    def _row(self, ask: Ask, guesses: Sequence[int], salt: int = 0) -> sampler.Row:
-        seed = noise.side_seed(ask.seed, DRAFT + salt) if ask.independent else ask.seed
-        history = np.concatenate([ask.context, np.array(guesses, np.int64)]) if guesses else ask.context
-        return sampler.Row(ask.sampling, seed, ask.output + len(guesses), history, ask.prompt)
 
 
 def dense_law(logits_V: Tensor, row: sampler.Row) -> Tensor:

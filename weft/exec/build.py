@@ -248,7 +248,8 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
         memory_bytes=config.memory_bytes,
         max_model_len=config.max_model_len,
         layered=layered,
-        draft_bytes=0 if draft is None else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack),
+        draft_bytes=choices.own_bytes(stack, config.max_num_seqs, spec)
+        + (0 if draft is None else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack)),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
         adapters_bytes=config.lora_memory or 0,
         tiers_bytes=0 if offload is None or (shared and not shared.writes) else memory_bytes(offload.tiers),
@@ -304,6 +305,7 @@ def build(
     setup.require_fit()
     import torch
 
+    from weft.exec.reading import DraftShelf, Read
     from weft.exec.runner import TorchExecutor
     from weft.exec.tiers import life
     from weft.models.decoder import build as build_decoder
@@ -329,7 +331,8 @@ def build(
     adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
     with adapters.folders():
         words = VocabularyShelf(vocabulary) if like is None else like.words
-        stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words, "draft": words})
+        shelves = {"adapt": adapters, "constrain": words, "draft": DraftShelf(words, Read(decoder))}
+        stacks = Stacks(setup.stack, shelves)
     second = None
     if setup.draft is not None:
         second = build_decoder(

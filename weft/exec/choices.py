@@ -62,6 +62,12 @@ def second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     return draft
 
 
+def own_bytes(stack: Stack, sequences: int, spec: DecoderSpec) -> int:
+    """Bytes that a draft holds beside the models."""
+    memory = getattr(stack["draft"], "memory", None)
+    return 0 if memory is None else int(memory(sequences, spec.vocab))
+
+
 def require_switch(flag: str, value: str) -> None:
     """Raise ConfigError where a flag that is on or off is neither."""
     if value not in ("on", "off"):

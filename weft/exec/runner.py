@@ -26,6 +26,7 @@ from weft.exec.kvpool import KVPool
 from weft.exec.leaving import EarlyExits, leaves_early
 from weft.exec.mirror import Mirror
 from weft.exec.pooled import Pooling
+from weft.exec.reading import Reading
 from weft.exec.tiers import TierStore
 from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
@@ -59,7 +60,10 @@ class TorchExecutor:
         offload = exchange or self.stacks.base.get("kv.offload")
         self.tiers = None if offload is None else TierStore(offload, pool)
         self._gather = Gather(self.mirror, pool, self._members)
-        self._sampling = Sampling(self.mirror, pool, self._members, max_guesses, self.decoders[TARGET].program)
+        self._reading = Reading(self.mirror, self.decoders[TARGET])
+        self._sampling = Sampling(
+            self.mirror, pool, self._members, max_guesses, self._reading, self.decoders[TARGET].program
+        )
         self._pooling = Pooling(self.mirror, self.decoders[TARGET])
         self._compression = Compression(self.mirror, pool, self._members)
 
@@ -80,6 +84,7 @@ class TorchExecutor:
         self._forward_s = 0.0
         masks = self._sampling.masks
         masks.reset()
+        self._reading.reset()
         works = [w for i, w in enumerate(plan.works) if i not in void]
         mine = [i for i, w in enumerate(works) if w.model == TARGET]
         found = self._forward(TARGET, works, mine) if mine else []
@@ -142,13 +147,14 @@ class TorchExecutor:
             self._compression.ask(batch, works, mine)
             logits = self._timed(decoder, batch)
             self._compression.take(batch)
-            self._pool(name, batch, works, mine)
+            self._look(name, batch, works, mine)
             return [(logits, wanted)] if wanted else []
         return self._forward_split(name, decoder, works, mine)
 
-    def _pool(self, name: str, batch: Batch, works: Sequence[Work], mine: Sequence[int]) -> None:
+    def _look(self, name: str, batch: Batch, works: Sequence[Work], mine: Sequence[int]) -> None:
         if name == TARGET:
             self._pooling.take(batch, works, mine)
+            self._reading.take(batch, works, mine)
 
     def _timed(
         self, decoder: Decoder, batch: Batch, layers: tuple[int, int] | None = None, hidden: Tensor | None = None
@@ -183,7 +189,7 @@ class TorchExecutor:
             result = self._timed(decoder, batch, (low, high), entering)
             self._compression.take(batch)
             if high == depth:
-                self._pool(name, batch, works, active)
+                self._look(name, batch, works, active)
                 if wanted:
                     out.append((result, wanted))
                 continue

@@ -18,6 +18,7 @@ from weft.exec.constrain import Masks
 from weft.exec.gather import Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror, Mirrored
+from weft.exec.reading import Reading
 from weft.slots import Ask, Draft, line
 from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
@@ -56,13 +57,15 @@ class Verified:
 class Sampling:
     """Draws, accepts and proposes for the sequences of a mirror.  members: the pool's groups of each model.
 
-    max_guesses: of one sequence that a plan would have verified.  program: of weft's kernels, which draw then.
+    max_guesses: of one sequence that a plan would have verified.  reading: of the target, for drafts that look at it.
+    program: of weft's kernels, which draw then.
     """
 
     def __init__(
-        self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]], max_guesses: int, program: Any = None
-    ) -> None:
-        self._program = program
+        self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]], max_guesses: int, reading: Reading,
+        program: Any = None,
+    ) -> None:  # fmt: skip
+        self._program, self._reading = program, reading
         self.mirror, self.pool, self.groups = mirror, pool, pool.groups
         self._max_guesses = max_guesses
         self._members = members
@@ -151,9 +154,11 @@ class Sampling:
                 at.append(i)
                 mine.append(ask)
         for draft, at, mine in asks.values():
-            run = None
+            run: Any = None
             if draft.model is not None and ahead is not None:
                 run = ahead.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
+            elif getattr(draft, "states", 0):
+                run = self._reading.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
             for i, guesses in zip(at, draft.propose(mine, run), strict=True):
                 self.mirror.sequences[works[i].request].laws = guesses.laws
                 parents = tuple(int(p) for p in guesses.parents)
@@ -176,8 +181,9 @@ class Sampling:
         state = s.state.setdefault(GUESSING, {})
         assert isinstance(state, dict)
         return Ask(
-            known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale
-        )
+            known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale,
+            self._reading.of(work.request),
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ rows
 
@@ -234,6 +240,7 @@ class Sampling:
         tokens, ended = self.masks.cut(s, tokens)
         path = path[: len(tokens) - 1] if ended else path
         s.stale = tuple(winners[len(tokens) :]) if not work.parents else ()
+        self._reading.settle(work, path)
         if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[i])

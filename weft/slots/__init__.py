@@ -18,9 +18,11 @@ from weft.slots.cost import Cost as Cost
 from weft.slots.guesses import Accept as Accept
 from weft.slots.guesses import Ask as Ask
 from weft.slots.guesses import Draft as Draft
+from weft.slots.guesses import Features as Features
 from weft.slots.guesses import Forward as Forward
 from weft.slots.guesses import Guesses as Guesses
 from weft.slots.guesses import Ranked as Ranked
+from weft.slots.guesses import Target as Target
 from weft.slots.guesses import Verify as Verify
 from weft.slots.guesses import candidates as candidates
 from weft.slots.guesses import line as line

@@ -22,7 +22,9 @@ class Ask:
     independent: the sequence's `accept` weighs laws (see `Accept.laws`).  salt: the tenant, from whose requests alone a guess may
     be made: the pace of an answer would tell others what was said.  state: the technique's own for this sequence while it stays
     (forks, and who comes back after preemption, begin with none).  stale: what the target drew in the last step behind a guess
-    that did not stand, for the positions from the next one on.
+    that did not stand, for the positions from the next one on.  hidden: for a draft with `states`, float32 [n, width], the
+    target's final states (normed, as its head reads them) of this step's rows that stand, oldest first: the last is the row from
+    which the newest token was drawn, and stands one position before it.
     """
 
     context: Any
@@ -35,6 +37,7 @@ class Ask:
     salt: bytes = b""
     state: dict[str, Any] = field(default_factory=dict)
     stale: Sequence[int] = ()
+    hidden: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +92,53 @@ class Forward(Protocol):
     ) -> list[Ranked]: ...
 
 
+class Target(Protocol):
+    """What a draft with weights of its own may ask of the model that it guesses for.
+
+    embed     embeddings of tokens, float32 [n, width], as the first layer is given them
+    predict   float32 [n, vocab], the logits that the model's final norm and head give for any states [n, width]
+    """
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def vocab(self) -> int: ...
+    def embed(self, ids: Sequence[int]) -> Any: ...
+    def predict(self, states: Any) -> Any: ...
+
+
+class Features(Protocol):
+    """The target, for a draft that reads its states; draw, rank: as `Forward` has them."""
+
+    @property
+    def target(self) -> Target: ...
+    def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: Any) -> list[tuple[int, Any]]: ...
+    def rank(
+        self, rows: Sequence[tuple[int, Sequence[int]]], logits: Any, most: int, salts: Sequence[int] = ()
+    ) -> list[Ranked]: ...
+
+
 class Draft(Protocol):
     """Slot `draft`: guesses for the tokens that come next, for all sequences of a step at once (each as many as it likes).
 
-    propose   for each ask its guesses, none where there is nothing to say.  run: the second model, where `model` names one;
-              the newest token is the first that it has not computed
+    propose   for each ask its guesses, none where there is nothing to say.  run: the second model, where `model` names one (the
+              newest token is the first that it has not computed); `Features`, where the class has `states`
     observe   of a step's guesses for one sequence, how many were verified and how many of them stood
 
     model: the second model's checkpoint ("bundled" for the one that ships with weft, a folder, or a hub id), or None.
     guesses: the most for one sequence in a step; 0 asks for nothing.  A class may have `attach`, which is given the model's
     `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached;
-    `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said.
+    `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said;
+    `states`, of how many of a step's newest rows of the context it is given the hidden states (of guesses that stand, of all);
+    `memory(sequences, vocab)`, bytes that it holds beside the models for so many sequences.  What `attach` is given has `target`,
+    the model that is guessed for (`Target`).
     """
 
     @property
     def model(self) -> str | None: ...
     @property
     def guesses(self) -> int: ...
-    def propose(self, asks: Sequence[Ask], run: Forward | None) -> Sequence[Guesses]: ...
+    def propose(self, asks: Sequence[Ask], run: Any) -> Sequence[Guesses]: ...
     def observe(self, proposed: int, accepted: int) -> None: ...
 
 

@@ -1,0 +1,312 @@
+"""Clover: heads on the target's own hidden state, run one after the other, each of which reads the guess before it.
+
+Paper    Xiao et al., Clover: Regressive Lightweight Speculative Decoding with Sequential Knowledge, arXiv:2405.00263 (003-61)
+Rule     N(x) = x / rms(x).  B(x; k, v) = y + D (silu(G N(y)) * U N(y)) with y = x + O a, a = attention of Q N(x) over k, v, to
+         whose scores a number for each distance is added.  u_j = I h_j of the target's last `window` hidden states h; augmenting
+         block: s_0 = B(u_t; K N(u), V N(u)).  Head i, of the tokens x_1 (the newest), x_2, ... x_i, whose embeddings are e:
+         s_i = B'(s_(i-1); K' N(T e), V' N(T e)); its law is the softmax of the target's own head on E s_i, and x_(i+1) its draw
+Shapes   h [window, width], s [inner], E s [width]; laws [vocab] by the target's head, one row for each sequence and head
+Units    guesses: tokens
+Cost     for each guess a product with the target's head and some 100,000 to 400,000 multiplications; nothing of a second model.
+         2 * window * inner floats for each sequence
+Pays     for single sequences of a model beside whose step a head costs little
+Differs  all heads share their weights, where the paper's have their own: a fourth of the parameters, and any number of guesses.
+         The augmenting block sees `window` states, the paper's all of them: there is no KV of its own to keep.  A chain is
+         guessed, where the paper's heads grow a tree.  Heads learn the target's whole law, not its tokens alone
+Raises   ValueError unless 1 <= guesses <= 8; ConfigError for weights that cannot be read, or are of another model
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from weft.errors import ConfigError
+from weft.registry import register
+from weft.slots import Ask, Features, Guesses, Target
+from weft.traits import Effect, Trait, Traits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST = 8
+HEADS = 4
+"""Of attention."""
+BUNDLED = Path(__file__).resolve().parents[1] / "bundled" / "clover" / "heads.safetensors"
+KIND = "weft clover heads 1"
+"""What a file of weights says that it is."""
+MARKS = 8
+OTHER = 0.5
+"""Of the embeddings that a file remembers: how far off a model's may be, which can be rounded to few bits."""
+HEADER_BYTES = 1 << 16
+MAKE = "train some with python -m tools.train_tiny heads, as docs/speculation.md says"
+Weights = Mapping[str, Any]
+
+
+def shapes(width: int, inner: int, window: int) -> dict[str, tuple[int, ...]]:
+    """Of every weight."""
+    found: dict[str, tuple[int, ...]] = {
+        "in": (inner, width),
+        "token": (inner, width),
+        "out": (width, inner),
+    }
+    for block, near in (("augment", window), ("head", MOST)):
+        found |= {
+            f"{block}.q": (inner, inner),
+            f"{block}.kv": (2 * inner, inner),
+            f"{block}.o": (inner, inner),
+            f"{block}.near": (HEADS, near),
+            f"{block}.gate_up": (4 * inner, inner),
+            f"{block}.down": (inner, 2 * inner),
+        }
+    return found
+
+
+def norm(x: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+def block(w: Weights, name: str, x_PD: Tensor, kv_PN2D: Tensor, seen_PN: Tensor | None = None) -> Tensor:
+    """Attention of x over keys and values, the nearest last, and an MLP; seen: which of them there are."""
+    import torch
+
+    p, n, _ = kv_PN2D.shape
+    k, v = (t.view(p, n, HEADS, -1) for t in kv_PN2D.chunk(2, -1))
+    q = (norm(x_PD) @ w[f"{name}.q"].T).view(p, HEADS, -1)
+    scores = torch.einsum("phd,pnhd->phn", q, k) * q.shape[-1] ** -0.5 + w[f"{name}.near"][:, -n:]
+    if seen_PN is not None:
+        scores = scores.masked_fill(~seen_PN[:, None], -torch.inf)
+    a = torch.einsum("phn,pnhd->phd", scores.softmax(-1), v)
+    y = x_PD + a.reshape(p, -1) @ w[f"{name}.o"].T
+    gate, up = (norm(y) @ w[f"{name}.gate_up"].T).chunk(2, -1)
+    return y + (torch.nn.functional.silu(gate) * up) @ w[f"{name}.down"].T
+
+
+def keys(w: Weights, name: str, x: Tensor) -> Tensor:
+    """Keys and values of a block, [..., 2 * inner]."""
+    found: Tensor = norm(x) @ w[f"{name}.kv"].T
+    return found
+
+
+def augmented(w: Weights, u_PD: Tensor, kv_PN2D: Tensor, seen_PN: Tensor) -> Tensor:
+    """The state that the heads start from: of the newest hidden state u, with keys and values of those that are known."""
+    return block(w, "augment", u_PD, kv_PN2D, seen_PN)
+
+
+def head(w: Weights, s_PD: Tensor, kv_PI2D: Tensor) -> tuple[Tensor, Tensor]:
+    """(next state, what the target's head makes logits of) from keys and values of the tokens so far, the newest last."""
+    s = block(w, "head", s_PD, kv_PI2D)
+    return s, s @ w["out"].T
+
+
+@dataclass(slots=True)
+class Seen:
+    """Of one sequence: keys and values [window, 2 * inner] of its last states, the newest last; how many there are; the newest
+    one's projection; and the position behind it."""
+
+    kv: Tensor
+    count: int
+    u: Tensor
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file of weights says of itself."""
+
+    width: int
+    inner: int
+    window: int
+    vocab: int
+
+
+@register("draft", "clover")
+@dataclass(slots=True, kw_only=True)
+class Clover:
+    """guesses: heads that are run.  weights: a file that `python -m tools.train_tiny heads` wrote, or the bundled model's."""
+
+    guesses: int = 4
+    weights: str = "bundled"
+    acts: dict[str, int] = field(
+        default_factory=lambda: {"proposed": 0, "accepted": 0, "head_rows": 0}, init=False, compare=False
+    )
+    model: ClassVar[str | None] = None
+    per_request: ClassVar[bool] = False
+    states: ClassVar[int] = 16
+    traits: ClassVar[Traits] = Traits(
+        needs=frozenset({Trait.ROLLBACK, Trait.TARGET_FEATURES}), effects=frozenset({Effect.GUESSES})
+    )
+    _weights: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _header: Header | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.guesses <= MOST:
+            raise ValueError(f"guesses must be from 1 to {MOST}, got {self.guesses}")
+        if not self.weights:
+            raise ValueError("the weights' name is empty; leave it out for the heads that come with weft")
+
+    # ------------------------------------------------------------------ weights
+
+    @property
+    def path(self) -> Path:
+        return BUNDLED if self.weights == "bundled" else Path(self.weights).expanduser()
+
+    @property
+    def header(self) -> Header:
+        """Raises ConfigError."""
+        if self._header is None:
+            self._header = read_header(self.path)
+        return self._header
+
+    def memory(self, sequences: int, vocab: int) -> int:
+        """Bytes: the weights, the states of sequences, and the laws of guesses, in float32.  Raises ConfigError."""
+        h = self.header
+        weights = sum(prod(shape) for shape in shapes(h.width, h.inner, h.window).values())
+        return 4 * (weights + sequences * (h.inner * (2 * h.window + 1) + min(self.guesses, MOST) * vocab))
+
+    def attach(self, words: Any) -> None:
+        """Read the weights.  Raises ConfigError where they cannot be read, or were trained for another model."""
+        if not self._weights:
+            self._weights.update(read_weights(self.path, self.header, words.target))
+
+    # ------------------------------------------------------------------ guesses
+
+    def propose(self, asks: Sequence[Ask], run: Features) -> list[Guesses]:
+        if not self._weights:
+            self.attach(run)
+        self._look(asks)
+        most = [min(self.guesses, ask.most) if "clover" in ask.state else 0 for ask in asks]
+        tokens: list[list[int]] = [[] for _ in asks]
+        laws: list[list[Any]] = [[] for _ in asks]
+        going = [i for i, m in enumerate(most) if m > 0]
+        if not going:
+            return [Guesses(()) for _ in asks]
+        state = self._augmented([asks[i].state["clover"] for i in going])
+        kv = state.new_empty(len(going), 0, 2 * state.shape[1])
+        newest = [int(asks[i].context[-1]) for i in going]
+        while going:
+            state, kv, logits = self._head(state, kv, newest, run)
+            self.acts["head_rows"] += len(going)
+            keep: list[int] = []
+            for n, (token, law) in enumerate(run.draw([(i, tokens[i]) for i in going], logits)):
+                i = going[n]
+                if token < 0:
+                    continue
+                tokens[i].append(token)
+                laws[i].append(law)
+                if len(tokens[i]) < most[i] and token not in asks[i].sampling.stop_ids:
+                    keep.append(n)
+            if len(keep) < len(going):
+                state, kv = state[keep], kv[keep]
+            going = [going[n] for n in keep]
+            newest = [tokens[i][-1] for i in going]
+        return [Guesses(t, _stacked(law) if ask.independent else None) for ask, t, law in zip(asks, tokens, laws)]
+
+    def observe(self, proposed: int, accepted: int) -> None:
+        self.acts["proposed"] += proposed
+        self.acts["accepted"] += accepted
+
+    def _look(self, asks: Sequence[Ask]) -> None:
+        """Take in the states of the step.  A sequence of which some are missing starts anew with those that are there."""
+        import torch
+
+        told = [ask for ask in asks if ask.hidden is not None and len(ask.hidden)]
+        if not told:
+            return
+        w, window = self._weights, self.header.window
+        u = torch.cat([ask.hidden for ask in told]) @ w["in"].T
+        kv, at = keys(w, "augment", u), 0
+        for ask in told:
+            fresh, newest = kv[at : at + len(ask.hidden)][-window:], u[at + len(ask.hidden) - 1]
+            stop = len(ask.context) - 1
+            before: Seen | None = ask.state.get("clover")
+            if before is None or before.stop != stop - len(ask.hidden):
+                before = Seen(fresh.new_zeros(window, fresh.shape[1]), 0, newest, 0)
+            held = torch.cat([before.kv[len(fresh) :], fresh])
+            ask.state["clover"] = Seen(held, min(window, before.count + len(fresh)), newest, stop)
+            at += len(ask.hidden)
+
+    def _augmented(self, seen: Sequence[Seen]) -> Tensor:
+        import torch
+
+        kv = torch.stack([s.kv for s in seen])
+        known = torch.tensor([s.count for s in seen], device=kv.device)
+        there = torch.arange(kv.shape[1], device=kv.device) >= kv.shape[1] - known[:, None]
+        return augmented(self._weights, torch.stack([s.u for s in seen]), kv, there)
+
+    def _head(self, state: Tensor, kv: Tensor, newest: Sequence[int], run: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """The next head, of the tokens so far and the newest: (its state, keys and values, logits)."""
+        import torch
+
+        w = self._weights
+        fresh = keys(w, "head", run.target.embed(newest) @ w["token"].T)
+        kv = torch.cat([kv, fresh[:, None]], 1)
+        state, out = head(w, state, kv)
+        # The target's head begins with a norm, whose scale is given back: how sure a head is stands in the length of its output.
+        return state, kv, run.target.predict(out) * out.square().mean(-1, keepdim=True).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def marked(vocab: int) -> list[int]:
+    """Tokens whose embeddings a file holds, to know its model by."""
+    return [i * vocab // MARKS for i in range(MARKS)]
+
+
+def read_header(path: Path) -> Header:
+    """Raises ConfigError for a file that is missing, or is none of heads."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= HEADER_BYTES:
+                raise ValueError("it does not begin as a safetensors file does")
+            said = json.loads(file.read(size))
+    except OSError as error:
+        raise ConfigError(f"the heads {path} cannot be read: {error.strerror}; {MAKE}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is no file of heads: {error}; {MAKE}") from None
+    try:
+        told = said.pop("__metadata__")
+        vocab, (inner, width), (_, window) = int(told["vocab"]), said["in"]["shape"], said["augment.near"]["shape"]
+        wanted = {**shapes(width, inner, window), "mark": (MARKS, width)}
+        found = {name: tuple(entry["shape"]) for name, entry in said.items()}
+        sound = told["kind"] == KIND and found == wanted and inner % HEADS == 0 and min(vocab, inner, width, window) > 0
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ConfigError(f"{path} is no file of heads, or one of another version of weft; {MAKE}")
+    return Header(width, inner, window, vocab)
+
+
+def read_weights(path: Path, header: Header, target: Target) -> dict[str, Any]:
+    """Float32, where the target is.  Raises ConfigError where they are damaged, or were trained for another model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if (header.width, header.vocab) != (target.width, target.vocab):
+        raise ConfigError(
+            f"the heads in {path} were trained for a model of width {header.width} with {header.vocab} tokens, and this one has "
+            f"width {target.width} and {target.vocab} tokens; {MAKE}"
+        )
+    try:
+        found = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"the heads {path} cannot be read: {error}; {MAKE}") from None
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise ConfigError(f"the heads in {path} have values that are no finite numbers; {MAKE}")
+    mine = target.embed(marked(header.vocab))
+    mark = found.pop("mark").to(mine.device)
+    if float((mine - mark).norm()) > OTHER * float(mark.norm()):
+        raise ConfigError(f"the heads in {path} were trained for another model than this one; {MAKE}")
+    return {name: tensor.to(mine.device) for name, tensor in found.items()}
+
+
+def _stacked(laws: list[Any]) -> Any:
+    import torch
+
+    return torch.stack(laws) if laws else None

@@ -1,0 +1,112 @@
+"""What a draft may read of the target: the hidden states of a step's rows, its embeddings and its head.
+
+States are kept from a pass until its step's guesses are made, and of sequences alone whose draft asks for them (`states`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from weft.exec.ahead import Draws
+from weft.exec.batch import Batch
+from weft.exec.mirror import Mirror
+from weft.exec.vocabulary import VocabularyShelf
+from weft.models.decoder import Decoder
+from weft.ops.cpu.panels import Panels
+from weft.slots import Ask, Target, Vocabulary
+from weft.types import Work
+
+T = TypeVar("T")
+ROWS = 64
+"""Embeddings that are looked up at a time."""
+
+
+class Read:
+    """A decoder as a draft sees it (`slots.Target`)."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._table = decoder, decoder.tensors["embed"]
+        spec = decoder.spec
+        self.width, self.vocab = spec.width, spec.vocab
+        if isinstance(self._table, Panels):
+            self._out = torch.empty(ROWS, spec.width)
+            self._program = self._table.module.Program(1, "portable")
+            self._program.embed(self._table.weight, spec.embedding_scale, self._out.data_ptr(), spec.width)
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        tokens = torch.tensor(ids, dtype=torch.int64)
+        if not isinstance(self._table, Panels):
+            return self._table[tokens.to(self._table.device)].float() * self._decoder.spec.embedding_scale
+        found = []
+        for part in tokens.split(ROWS):
+            step = self._table.module.Step()
+            step.rows(len(part), part.data_ptr(), 0, 0, 0, 0, 0, 0)
+            self._program.run(0, 1, step)
+            found.append(self._out[: len(part)].clone())
+        return torch.cat(found) if found else self._out[:0]
+
+    def predict(self, states: Tensor) -> Tensor:
+        return self._decoder.predict(states)
+
+
+class Reading:
+    """States of one step, and the calls of the drafts that read them.  decoder: of the target."""
+
+    def __init__(self, mirror: Mirror, decoder: Decoder) -> None:
+        self._mirror, self._decoder = mirror, decoder
+        self.target = Read(decoder)
+        self._rows: dict[int, Tensor] = {}
+        """By sequence: of the last of its context's rows, and behind them its guesses'."""
+
+    def reset(self) -> None:
+        self._rows.clear()
+
+    def take(self, batch: Batch, works: Sequence[Work], mine: Sequence[int]) -> None:
+        """Keep what is asked for of a batch that has just passed the last layer."""
+        for k, i in enumerate(mine):
+            work = works[i]
+            asked = int(getattr(self._mirror.sequences[work.request].stack["draft"], "states", 0))
+            if asked and work.samples and work.link is None:
+                context = len(work.tokens) - work.guesses
+                first = batch.bounds[k] + max(0, context - asked)
+                self._rows[work.request] = self._decoder.states(first, batch.bounds[k + 1])
+
+    def settle(self, work: Work, path: Sequence[int]) -> None:
+        """Of the guesses' rows, those of `path` stand."""
+        found = self._rows.get(work.request)
+        if found is not None and work.guesses:
+            context = len(found) - work.guesses
+            self._rows[work.request] = found[[*range(context), *(context + j for j in path)]]
+
+    def of(self, request: int) -> Tensor | None:
+        """States [n, width] of a sequence's rows that stand, oldest first."""
+        return self._rows.get(request)
+
+    def calls(self, asks: Sequence[tuple[int, Ask]]) -> Draws:
+        return Reads(self._decoder.program, asks, self.target)
+
+
+class Reads(Draws):
+    """What a draft that reads the target is given (`slots.Features`)."""
+
+    def __init__(self, program: Any, asks: Sequence[tuple[int, Ask]], target: Read) -> None:
+        super().__init__(program, asks)
+        self.target = target
+
+
+class DraftShelf:
+    """What drafts take hold of: the vocabulary (`slots.Words`), and the target."""
+
+    def __init__(self, words: VocabularyShelf, target: Target) -> None:
+        self._words, self.target = words, target
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._words.vocabulary
+
+    def once(self, key: str, make: Callable[[Vocabulary], T], size: int = 0) -> T:
+        return self._words.once(key, make, size)
