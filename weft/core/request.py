@@ -78,7 +78,8 @@ class Request:
         "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
         "generation", "given", "guessed", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names",
         "output", "pace", "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid",
-        "sampling", "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "sampling", "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables",
+        "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
