@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weft.slots import Translation
 from weft.types import Plan, StepResult
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def overlap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 def predicted(
     target: LlamaForCausalLM,
-    draft: LlamaForCausalLM | None,
+    draft: LlamaForCausalLM | Translated | None,
     texts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]],
     temperature: float,
     *,
@@ -113,13 +114,30 @@ def predicted(
 
 
 @torch.no_grad()
-def laws(model: LlamaForCausalLM, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
+def laws(model: LlamaForCausalLM | Translated, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
     """The law after each position `at`, float32 [N, V]; certain at temperature 0."""
     hidden = model.model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0, at]
     logits = model.lm_head(hidden)
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     return torch.softmax(logits / temperature, -1)
+
+
+class Translated:
+    """A draft of another vocabulary as `transformers` reads it, in the target's ids: what is not shared has no chance."""
+
+    def __init__(self, draft: Any, translation: Translation, vocab: int) -> None:
+        self._draft, self._reads, self._vocab = draft, torch.tensor(translation.reads), vocab
+        self._own, self._means = torch.tensor(translation.own), torch.tensor(translation.means)
+
+    def model(self, ids: Tensor, **options: Any) -> Any:
+        return self._draft.model(self._reads[ids], **options)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        own = self._draft.lm_head(hidden)
+        wide = own.new_full((*own.shape[:-1], self._vocab), float("-inf"))
+        wide[..., self._means] = own[..., self._own]
+        return wide
 
 
 def reader(folder: Path, threads: int = 1) -> Any:

@@ -29,7 +29,7 @@ from statistics import median
 from typing import Any
 
 from bench.contender import Case, Contender, Model
-from bench.draft.law import Trials, predicted, reader, repeated, texts_of
+from bench.draft.law import Translated, Trials, predicted, reader, repeated, texts_of
 from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
 from bench.oracle import ANSWERS, FILE
 from tools.tiny.corpus import Corpus
@@ -231,6 +231,8 @@ def compare(
         law = None
         if stack is not None and seen.trials.tried:
             draft = None if folder is None else reader(folder)
+            between = getattr(one.runtime.engine.stack["draft"], "translation", None)
+            draft = draft if between is None else Translated(draft, between, one.runtime.setup.spec.vocab)
             told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
             law = predicted(target, draft, told, load.temperature, weighs=stack.accept == "rejection")
         yield {

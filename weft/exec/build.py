@@ -248,7 +248,9 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
         memory_bytes=config.memory_bytes,
         max_model_len=config.max_model_len,
         layered=layered,
-        draft_bytes=0 if draft is None else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack),
+        draft_bytes=0
+        if draft is None
+        else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack, spec.vocab),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
         adapters_bytes=config.lora_memory or 0,
         tiers_bytes=0 if offload is None or (shared and not shared.writes) else memory_bytes(offload.tiers),
@@ -295,11 +297,13 @@ def build(
     *,
     like: Runtime | None = None,
     vocabulary: Callable[[], Vocabulary] | None = None,
+    vocabulary_of: Callable[[Path], Vocabulary] | None = None,
 ) -> Runtime:
     """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint.
 
     like: a runtime of the same model and number format, whose weights, adapters and vocabulary are read by this engine too.
     vocabulary: gives what the model's tokens stand for, when a request first asks for a grammar.
+    vocabulary_of: the same of the model in a folder, for a draft with a vocabulary of its own.
     """
     setup.require_fit()
     import torch
@@ -328,7 +332,7 @@ def build(
     )  # fmt: skip
     adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
     with adapters.folders():
-        words = VocabularyShelf(vocabulary) if like is None else like.words
+        words = VocabularyShelf(vocabulary, vocabulary_of) if like is None else like.words
         stacks = Stacks(setup.stack, {"adapt": adapters, "constrain": words, "draft": words})
     second = None
     if setup.draft is not None:
@@ -364,9 +368,13 @@ def reach(setup: Setup) -> dict[str, int]:
     return {name: spec.max_positions for name, spec in setup.specs.items()}
 
 
-def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack) -> int:
-    """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
-    laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
+def _draft_bytes(
+    draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack, vocab: int
+) -> int:
+    """Weights and workspace of a draft model, and laws of its guesses for an `accept` that weighs them.  vocab: the target's."""
+    foreign = vocab if getattr(stack["draft"], "translates", False) else 0
+    laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * (foreign or draft.vocab) * dtype_bytes("float32")
+    laws += max(sequences, MAX_GUESSES) * foreign * dtype_bytes("float32")  # its logits, in the target's ids
     stream = _stream(choice, dtype)
     keep = min(getattr(stack["draft"], "keep", 0), draft.vocab)
     cut = replace(draft, tied=False, kept=tuple(range(keep))) if 0 < keep < draft.vocab else draft

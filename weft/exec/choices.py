@@ -54,10 +54,10 @@ def second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     if stack.second is None:
         return None
     draft = read(load_config(resolve_draft(stack.second, weights=False)))
-    if draft.vocab != spec.vocab:
+    if draft.vocab != spec.vocab and not getattr(stack["draft"], "translates", False):
         raise ConfigError(
             f"the draft model {stack.second} has a vocabulary of {draft.vocab} and the model one of {spec.vocab}: its guesses "
-            "would mean other words; name a smaller model of the same family as model='...'"
+            "would mean other words; name a smaller model of the same family as model='...', or say draft=crossvocab"
         )
     return draft
 
