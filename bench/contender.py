@@ -23,7 +23,7 @@ from weft.errors import CapacityError, ConfigError, EngineError
 from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare, with_limits
 from weft.exec.host import peak_rss_bytes
 from weft.exec.thread import step
-from weft.front.text import ModelText
+from weft.front.text import ModelText, vocabulary_of
 from weft.registry import load_plugin
 from weft.types import Event, Finished, Grammar, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
 
@@ -146,6 +146,7 @@ class Contender:
             setup(model, case, threads),
             like=None if like is None else like.runtime,
             vocabulary=lambda: ModelText.load(model.folder).vocabulary(),
+            vocabulary_of=vocabulary_of,
         )
         self.runs: list[Run] = []
         self._ids = 0

@@ -20,7 +20,7 @@ from weft.exec.build import EngineConfig, Runtime, Setup, build, engine_config, 
 from weft.exec.thread import step
 from weft.front.grammars import constrained, holder, shared_grammars
 from weft.front.port import EngineInfo
-from weft.front.text import ModelText
+from weft.front.text import ModelText, vocabulary_of
 from weft.hub import model_id, resolve
 from weft.jobs import Job, Progress, Prompt, listed, read_asides, read_prompt
 from weft.outputs import RequestOutput
@@ -54,7 +54,7 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Runtime, Mode
     setup = prepare(config)
     assert isinstance(config.model, Path)
     text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=name)
-    return build(setup, vocabulary=text.vocabulary), text, name
+    return build(setup, vocabulary=text.vocabulary, vocabulary_of=vocabulary_of), text, name
 
 
 def engine_info(

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.tiny.heads import lesson, outputs
+from weft.slots import Translation
 from weft.types import Plan, StepResult
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def overlap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 def predicted(
     target: LlamaForCausalLM,
-    draft: LlamaForCausalLM | Heads | None,
+    draft: LlamaForCausalLM | Heads | Translated | None,
     texts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]],
     temperature: float,
     *,
@@ -118,7 +119,7 @@ def predicted(
 
 
 @torch.no_grad()
-def laws(model: LlamaForCausalLM, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
+def laws(model: LlamaForCausalLM | Translated, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
     """The law after each position `at`, float32 [N, V]; certain at temperature 0."""
     hidden = model.model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0, at]
     return _law(model.lm_head(hidden), temperature)
@@ -167,6 +168,23 @@ class Heads:
             states = outputs(self.weights, target, given).view(len(here), most, -1)[torch.arange(len(here)), deep]
             found.append(_law(target.lm_head(states), temperature))
         return torch.cat(found)
+
+
+class Translated:
+    """A draft of another vocabulary as `transformers` reads it, in the target's ids: what is not shared has no chance."""
+
+    def __init__(self, draft: Any, translation: Translation, vocab: int) -> None:
+        self._draft, self._reads, self._vocab = draft, torch.tensor(translation.reads), vocab
+        self._own, self._means = torch.tensor(translation.own), torch.tensor(translation.means)
+
+    def model(self, ids: Tensor, **options: Any) -> Any:
+        return self._draft.model(self._reads[ids], **options)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        own = self._draft.lm_head(hidden)
+        wide = own.new_full((*own.shape[:-1], self._vocab), float("-inf"))
+        wide[..., self._means] = own[..., self._own]
+        return wide
 
 
 def reader(folder: Path, threads: int = 1) -> Any:

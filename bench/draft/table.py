@@ -30,7 +30,7 @@ from typing import Any
 
 from bench.contender import Case, Contender, Model
 from bench.draft.heads import fitted, heads_file
-from bench.draft.law import Heads, Trials, predicted, reader, repeated, texts_of
+from bench.draft.law import Heads, Translated, Trials, predicted, reader, repeated, texts_of
 from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
 from bench.oracle import ANSWERS, FILE
 from tools.tiny.corpus import Corpus
@@ -236,6 +236,8 @@ def compare(
         law = None
         if stack is not None and seen.trials.tried:
             draft = None if folder is None else Heads(heads_file(flags.heads)) if folder.is_file() else reader(folder)
+            between = getattr(one.runtime.engine.stack["draft"], "translation", None)
+            draft = draft if between is None else Translated(draft, between, one.runtime.setup.spec.vocab)
             told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
             law = predicted(target, draft, told, load.temperature, weighs=stack.accept == "rejection")
         yield {

@@ -36,7 +36,7 @@ class Draft:
 def sequence(rid: int, a: float, *, trials: float = 1e6, want: int = 1) -> Any:
     """A decoding sequence of which it is known how often its guesses stand."""
     return SimpleNamespace(
-        rid=rid, stack={"draft": Draft()}, single=False, link=None, decoding=True, limit=1000, context=[0] * 10,
+        rid=rid, stack={"draft": Draft()}, guessed=True, link=None, decoding=True, limit=1000, context=[0] * 10,
         planned=[10], pace=Pace(want, stood=a * trials, tried=trials),
     )  # fmt: skip
 

@@ -122,6 +122,7 @@ STATS = EngineStats(
     last_step_s=1.5, host_s=2.5e-4, acts={"draft=ngram.proposed": 4}, shadow_requests=1, shadow_tokens=2,
     shadow_skipped=3, shadow_kl=0.25, shadow_top1=0.5, shadow_alarm=1, masked_rows=1,
     masked_steps=2, mask_s=0.5, grammars=3, grammar_s=0.25, engine_restarts=2,
+    draft_sequences=5, draft_guesses=6, draft_off=7, draft_probes=8,
 )  # fmt: skip
 EVENTS: tuple[Event, ...] = (
     Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB), cached_tokens=16),

@@ -294,7 +294,7 @@ def _built(start: Start) -> EngineThread:
         setup = planned(setup)
     if start.quiet:
         setup.require_fit()
-        runtime = build(setup, vocabulary=_vocabulary(start))
+        runtime = build(setup, vocabulary=_vocabulary(start), vocabulary_of=_vocabulary_of)
     else:
         runtime = _shown(setup, start)
     if start.record is not None:
@@ -326,7 +326,7 @@ def _shown(setup: Any, start: Start) -> Any:
     if fallback and setup.device == "cpu" and start.options.get("ops") != "ref":
         say(f"note: this model runs on plain PyTorch, which is slower: {fallback}")
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
-        return build(setup, progress, vocabulary=_vocabulary(start))
+        return build(setup, progress, vocabulary=_vocabulary(start), vocabulary_of=_vocabulary_of)
 
 
 def _vocabulary(start: Start) -> Callable[[], Vocabulary]:
@@ -338,6 +338,12 @@ def _vocabulary(start: Start) -> Callable[[], Vocabulary]:
         return ModelText.load(Path(start.folder), name=start.name).vocabulary()
 
     return read
+
+
+def _vocabulary_of(folder: Path) -> Vocabulary:
+    from weft.front.text import vocabulary_of
+
+    return vocabulary_of(folder)
 
 
 if __name__ == "__main__":

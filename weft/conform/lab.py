@@ -26,7 +26,7 @@ from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.exec.mirror import Mirrored
 from weft.exec.null import NullExecutor, reference
 from weft.exec.thread import step
-from weft.front.text import ModelText
+from weft.front.text import ModelText, vocabulary_of
 from weft.hub import resolve
 from weft.registry import Part, lookup
 from weft.slots import Kept
@@ -160,7 +160,7 @@ class Lab:
         blocks = setup.plan.kv_blocks if roomy else min(setup.plan.kv_blocks, self._tight(setup))
         stack = setup.stack if self.alter is None else self.alter(setup.stack)
         planned = replace(setup, stack=stack, plan=replace(setup.plan, kv_blocks=blocks))
-        return build(planned, vocabulary=self.text.vocabulary)
+        return build(planned, vocabulary=self.text.vocabulary, vocabulary_of=vocabulary_of)
 
     def _tight(self, setup: Setup) -> int:
         """Blocks that two or three of the longest requests fill, as many entries as their stack keeps of them."""

@@ -165,6 +165,17 @@ class Pool:
         return self.row_s.value if self.row_s.count else self.guess(size) / CATCHING_UP
 
 
+@dataclass(slots=True)
+class Chosen:
+    """What was chosen, counted: for how many sequences (each in every step), how many guesses they were allowed in all, how
+    often one that had guesses was given none because they do not pay, and how many probes there were."""
+
+    sequences: int = 0
+    guesses: int = 0
+    off: int = 0
+    probes: int = 0
+
+
 class Control:
     """most: guesses that a plan would have verified for one sequence.  models: names, the target first."""
 
@@ -181,33 +192,38 @@ class Control:
         """Whether any step has said how long it took; without times everybody gets what the draft likes."""
         self.credit = 0.0
         """Seconds that probes may lose."""
+        self.chosen = Chosen()
         self._token_s = 0.0
         """Of plain decoding, for each token, when that was last looked at."""
 
     # ------------------------------------------------------------------ decisions
 
     def choose(self, running: Iterable[Request]) -> None:
-        """Set `pace.want` of all who run: guesses that may be made for them in the step that is planned now."""
+        """Set `pace.want` of all who run: guesses that may be made for them in the step that is planned now.
+
+        Not asked where no live request has a draft, nor told of steps then: both cost time for each sequence.
+        """
         self._step += 1
         mine: list[tuple[Request, Pace, Pool, int]] = []
         size = 0
         for r in running:
-            draft = r.stack["draft"]
             size += r.decoding
-            if not draft.guesses or r.single or r.link is not None:
+            if not r.guessed or r.link is not None:
                 continue
+            draft = r.stack["draft"]
             pace = self.meet(r)
             if pace.probing:
                 pace.probing, pace.want = False, 0
             if r.decoding:
                 mine.append((r, pace, self._pool(draft), min(int(draft.guesses), self.most)))
-        if not mine or not self._timed:
-            return
-        self._age += 1
-        if size_class(size) != self._size or self._age >= EVERY:
-            self._size, self._age = size_class(size), 0
-            self._decide(mine, size)
-        self._probe(mine, size)
+        if mine and self._timed:
+            self._age += 1
+            if size_class(size) != self._size or self._age >= EVERY:
+                self._size, self._age = size_class(size), 0
+                self._decide(mine, size)
+            self._probe(mine, size)
+        self.chosen.sequences += len(mine)
+        self.chosen.guesses += sum(pace.want for _, pace, _, _ in mine)
 
     def meet(self, r: Request) -> Pace:
         """The pace of a sequence; of a new one, that which the last decision gave to others of its draft."""
@@ -237,6 +253,7 @@ class Control:
         for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
             pool.on = 0
         for want, (_, pace, pool, _) in zip(wants, mine, strict=True):
+            self.chosen.off += pace.want > want == 0
             pace.want = want
             pool.on = max(pool.on, want)
 
@@ -257,6 +274,7 @@ class Control:
         self.credit = min(self.credit, 2 * cost)
         if self.credit >= cost > 0:
             self.credit -= cost
+            self.chosen.probes += 1
             pace.want, pace.probing, pace.probed, pace.lent = guesses, True, self._step, cost
 
     def _behind(self, r: Request) -> int:

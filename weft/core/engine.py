@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core import handover, timeline
-from weft.core.control import Control
+from weft.core.control import Chosen, Control
 from weft.core.kv import KV
 from weft.core.pool import BlockPool
 from weft.core.request import CutRule, Request, State
@@ -156,7 +156,7 @@ class Engine(Sequences):
             self.tap(Committed(now, result))
         lives = self._flights.pop(plan.step)
         flight = zip(lives, plan.works, result.works, strict=True)
-        if self.control is not None:
+        if self.control is not None and self.scheduler.guessed:
             self.control.observe(plan, [r for r, _ in lives], result)
         self.pool.now = now
         self._masked += result.masked
@@ -324,13 +324,14 @@ class Engine(Sequences):
     @property
     def stats(self) -> EngineStats:
         """A snapshot; times are the caller's to add."""
-        s = self.scheduler
+        s, chosen = self.scheduler, Chosen() if self.control is None else self.control.chosen
         return EngineStats(
             steps=self._step, running=len(s.running), waiting=len(s.waiting), kv_blocks_total=self.pool.total,
             kv_blocks_referenced=self.pool.referenced, kv_blocks_cached=self.pool.cached, prompt_tokens=self._prompted,
             generation_tokens=self._generated, prefix_hit_tokens=s.hit_tokens, prefix_query_tokens=s.queried_tokens,
             preemptions=s.preemptions, evictions=self.pool.evictions, finished=self._finished, rows=self._rows,
             acts=self.stacks.acts(), masked_rows=self._masked, masked_steps=self._masked_steps, mask_s=self._mask_s,
+            draft_sequences=chosen.sequences, draft_guesses=chosen.guesses, draft_off=chosen.off, draft_probes=chosen.probes,
         )  # fmt: skip
 
     def check(self) -> None:

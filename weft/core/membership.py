@@ -29,6 +29,8 @@ class Membership:
         self.forked: list[Request] = []
         """Forks that the executor has not heard of."""
         self.preemptions = 0
+        self.guessed = 0
+        """Live requests for which guesses may be made."""
         self._heap: list[tuple[tuple[float, ...], int, int, Request]] = []
 
     # ------------------------------------------------------------------ the queue

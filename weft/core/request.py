@@ -76,9 +76,10 @@ class Request:
 
     __slots__ = (
         "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
-        "generation", "given", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names", "output",
-        "pace", "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid", "sampling",
-        "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables", "tile", "vectors",
+        "generation", "given", "guessed", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names",
+        "output", "pace", "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid",
+        "sampling", "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables",
+        "tile", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -130,8 +131,8 @@ class Request:
         self.cut: CutRule | None = None
         self.followed = not self.spans
         """Whether models beside the target may compute it; decided for life, so that what it needs at most does not grow."""
-        self.single = stack.single
-        """Whether it takes no guesses."""
+        self.single, self.guessed = stack.single, bool(stack["draft"].guesses) and not stack.single
+        """Whether it takes no guesses; whether its stack makes some for it."""
         self.pace: Pace | None = None
         """None where nobody decides how far ahead is guessed: as far as the draft likes."""
         self.link: int | None = None

@@ -62,7 +62,7 @@ class Scheduler(Membership):
         self.pool.now = now
         if not self.policy.static:
             self._reorder(now)
-        if self.control is not None:
+        if self.control is not None and self.guessed:
             self.control.choose(self.running.values())
         view = self.view(now)
         d = Planning.begin(view, self.limits)
@@ -144,7 +144,7 @@ class Scheduler(Membership):
                 d.loading.append(x)
             x.state = State.RUNNING
             self.running[x.rid] = x
-            if self.control is not None:
+            if self.control is not None and x.guessed:
                 self.control.meet(x)
             if self.kv.share:
                 self.queried_tokens += len(x.context)

@@ -308,18 +308,13 @@ class Sequences:
         stack = self.stacks.of(spec.techniques)
         self._check_tile(stack.tile, spec)
         r = Request(
-            self._rids,
-            spec,
-            stack,
-            index=index,
-            seed=own,
-            arrival=arrival,
-            models=len(self.models),
+            self._rids, spec, stack, index=index, seed=own, arrival=arrival, models=len(self.models),
             groups=len(self.kv.groups),
-        )
+        )  # fmt: skip
         r.cut = every((*self.cuts, stack.cut) if stack.get("kv.compress") is not None else self.cuts)
         self._fit([r])
         self._live[r.rid] = r
+        self.scheduler.guessed += r.guessed
         self._by_id.setdefault(spec.id, {})[index] = r.rid
         return r
 
@@ -350,6 +345,7 @@ class Sequences:
         r.companions = []
         self.scheduler.remove(r)
         del self._live[r.rid]
+        self.scheduler.guessed -= r.guessed
         family = self._by_id[r.id]
         del family[r.index]
         if not family:

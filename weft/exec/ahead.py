@@ -21,7 +21,7 @@ from weft.exec import sampler
 from weft.exec.batch import Batch
 from weft.exec.gather import Gather
 from weft.models.decoder import Decoder
-from weft.slots import Ask, Ranked
+from weft.slots import Ask, Ranked, Translation
 from weft.types import Work, WorkResult
 
 DRAFT = 1 << 20
@@ -62,8 +62,27 @@ class Piece:
         )  # fmt: skip
 
 
+class Reader:
+    """Carries out a `Translation` between the target's `vocab` ids and those of a decoder on `device`."""
+
+    def __init__(self, translation: Translation, vocab: int, device: torch.device) -> None:
+        self._reads, self._vocab = tuple(translation.reads), vocab
+        self._own = torch.tensor(translation.own, dtype=torch.int64, device=device)
+        self._means = torch.tensor(translation.means, dtype=torch.int64, device=device)
+
+    def rows(self, work: Work) -> Work:
+        return msgspec.structs.replace(work, tokens=tuple(self._reads[t] for t in work.tokens))
+
+    def logits(self, own_NV: Tensor) -> Tensor:
+        """In the target's ids; what is not shared cannot be drawn."""
+        wide = own_NV.new_full((len(own_NV), self._vocab), sampler.NEVER)
+        wide[:, self._means] = own_NV[:, self._own]
+        return wide
+
+
 class Ahead:
-    """The passes of model `name` in one step.  forward: runs a batch on its decoder, and times it."""
+    """The passes of model `name` in one step.  forward: runs a batch on its decoder, and times it.  reader: of a model with
+    another vocabulary."""
 
     def __init__(
         self,
@@ -73,7 +92,9 @@ class Ahead:
         forward: Callable[[Decoder, Batch], Tensor],
         works: Sequence[Work],
         results: Sequence[WorkResult],
+        reader: Reader | None = None,
     ) -> None:
+        self._reader = reader
         self.name, self._decoder, self._gather, self._run = name, decoder, gather, forward
         self.program = decoder.program
         self._kept = torch.tensor(decoder.spec.kept, dtype=torch.int64)
@@ -133,8 +154,12 @@ class Ahead:
         return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
     def _pass(self, works: list[Work], alone: bool) -> Tensor:
+        if self._reader is not None:
+            works = [self._reader.rows(work) for work in works]
         batch, _ = self._gather.batch(self.name, works, range(len(works)))
         logits = self._run(self._decoder, batch)
+        if self._reader is not None:
+            return self._reader.logits(logits)
         if self._decoder.spec.kept:  # no others can be drawn
             wide = logits.new_full((len(logits), self._decoder.spec.vocab), sampler.NEVER)
             wide[:, self._kept] = logits

@@ -17,6 +17,7 @@ from weft.core.ledger import MemoryPlan, plan_memory
 from weft.core.tiers import Exchange, memory_bytes, record_bytes, records
 from weft.errors import CapacityError, ConfigError
 from weft.exec import choices
+from weft.exec.drafts import MAX_GUESSES, model_bytes, own_bytes, stream
 from weft.exec.host import cpu_count, parse_size
 from weft.exec.vocabulary import VocabularyShelf
 from weft.hub import resolve_draft
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from weft.exec.runner import TorchExecutor
     from weft.models.decoder import Decoder
 
-MAX_GUESSES = 16
-"""Guesses that are verified for one sequence in a step."""
 GUESSED_BYTES = 128 << 20
 """Logits of guesses that a step has room for, beside those of the sequences themselves."""
 SMALL_BYTES = 64 << 20
@@ -237,7 +236,7 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
     available = choices.available(device)
     plan = plan_memory(
         weights_bytes=weights_bytes(spec, dtype, ops["target"].panels, formats),
-        workspace_bytes=workspace_bytes(spec, _stream(ops["target"], dtype), rows, samples, ops["target"].panels),
+        workspace_bytes=workspace_bytes(spec, stream(ops["target"], dtype), rows, samples, ops["target"].panels),
         groups=groups,
         block_bytes=block_bytes,
         rows=rows,
@@ -248,8 +247,8 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
         memory_bytes=config.memory_bytes,
         max_model_len=config.max_model_len,
         layered=layered,
-        draft_bytes=choices.own_bytes(stack, config.max_num_seqs, spec)
-        + (0 if draft is None else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack)),
+        draft_bytes=own_bytes(stack, config.max_num_seqs, spec)
+        + (0 if draft is None else model_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack, spec)),
         ahead=0 if draft is None else 2 * MAX_GUESSES,
         adapters_bytes=config.lora_memory or 0,
         tiers_bytes=0 if offload is None or (shared and not shared.writes) else memory_bytes(offload.tiers),
@@ -279,11 +278,6 @@ def _offload(stack: Stack, shared: SharedKV | None) -> Offload | None:
     return Exchange(shared)
 
 
-def _stream(choice: Choice, dtype: str) -> str:
-    """Number format of activations."""
-    return "float32" if choice.panels else dtype
-
-
 def _verified(stack: Stack, sequences: int, spec: DecoderSpec) -> int:
     """Rows of logits of a step in which every sequence has its guesses verified, as many as GUESSED_BYTES hold."""
     guesses = sequences * min(MAX_GUESSES, int(stack["draft"].guesses))
@@ -296,11 +290,13 @@ def build(
     *,
     like: Runtime | None = None,
     vocabulary: Callable[[], Vocabulary] | None = None,
+    vocabulary_of: Callable[[Path], Vocabulary] | None = None,
 ) -> Runtime:
     """Allocate what the plan says.  Raises CapacityError where it does not fit, ConfigError for a bad checkpoint.
 
     like: a runtime of the same model and number format, whose weights, adapters and vocabulary are read by this engine too.
     vocabulary: gives what the model's tokens stand for, when a request first asks for a grammar.
+    vocabulary_of: the same of the model in a folder, for a draft with a vocabulary of its own.
     """
     setup.require_fit()
     import torch
@@ -330,7 +326,7 @@ def build(
     )  # fmt: skip
     adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
     with adapters.folders():
-        words = VocabularyShelf(vocabulary) if like is None else like.words
+        words = VocabularyShelf(vocabulary, vocabulary_of) if like is None else like.words
         shelves = {"adapt": adapters, "constrain": words, "draft": DraftShelf(words, Read(decoder))}
         stacks = Stacks(setup.stack, shelves)
     second = None
@@ -365,19 +361,6 @@ def _settings(setup: Setup) -> bytes:
 def reach(setup: Setup) -> dict[str, int]:
     """Positions that each model can compute."""
     return {name: spec.max_positions for name, spec in setup.specs.items()}
-
-
-def _draft_bytes(draft: DecoderSpec, choice: Choice, dtype: str, rows: int, sequences: int, stack: Stack) -> int:
-    """Weights and workspace of a draft model, and the laws of its guesses, for an `accept` that weighs them."""
-    laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * draft.vocab * dtype_bytes("float32")
-    stream = _stream(choice, dtype)
-    keep = min(getattr(stack["draft"], "keep", 0), draft.vocab)
-    cut = replace(draft, tied=False, kept=tuple(range(keep))) if 0 < keep < draft.vocab else draft
-    body = replace(draft, tied=True)  # a shorter head stands beside the whole one
-    more = 0 if cut is draft else weights_bytes(cut, dtype, choice.panels) - weights_bytes(body, dtype, choice.panels)
-    # Its logits become rows of the whole vocabulary, as many as they were.  A layer of a tree has one for each guess.
-    workspace = workspace_bytes(draft, stream, rows, max(sequences, MAX_GUESSES), choice.panels)
-    return weights_bytes(draft, dtype, choice.panels) + more + workspace + laws
 
 
 def make_pool(setup: Setup) -> KVPool:

@@ -54,18 +54,12 @@ def second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     if stack.second is None:
         return None
     draft = read(load_config(resolve_draft(stack.second, weights=False)))
-    if draft.vocab != spec.vocab:
+    if draft.vocab != spec.vocab and not getattr(stack["draft"], "translates", False):
         raise ConfigError(
             f"the draft model {stack.second} has a vocabulary of {draft.vocab} and the model one of {spec.vocab}: its guesses "
-            "would mean other words; name a smaller model of the same family as model='...'"
+            "would mean other words; name a smaller model of the same family as model='...', or say draft=crossvocab"
         )
     return draft
-
-
-def own_bytes(stack: Stack, sequences: int, spec: DecoderSpec) -> int:
-    """Bytes that a draft holds beside the models."""
-    memory = getattr(stack["draft"], "memory", None)
-    return 0 if memory is None else int(memory(sequences, spec.vocab))
 
 
 def require_switch(flag: str, value: str) -> None:

@@ -108,5 +108,8 @@ class DraftShelf:
     def vocabulary(self) -> Vocabulary:
         return self._words.vocabulary
 
+    def of(self, model: str) -> Vocabulary:
+        return self._words.of(model)
+
     def once(self, key: str, make: Callable[[Vocabulary], T], size: int = 0) -> T:
         return self._words.once(key, make, size)

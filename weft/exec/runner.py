@@ -18,7 +18,7 @@ from torch import Tensor
 from weft.config import Stacks, build_stack
 from weft.core.tiers import Exchange
 from weft.errors import InvariantError
-from weft.exec.ahead import Ahead
+from weft.exec.ahead import Ahead, Reader
 from weft.exec.batch import Batch
 from weft.exec.compress import Compression
 from weft.exec.gather import Gather, Wanted
@@ -30,6 +30,7 @@ from weft.exec.reading import Reading
 from weft.exec.tiers import TierStore
 from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
+from weft.slots import Translation
 from weft.types import GroupKind, KVOpKind, Plan, StepResult, Work, WorkResult
 
 TARGET, DRAFT = "target", "draft"
@@ -65,6 +66,9 @@ class TorchExecutor:
             self.mirror, pool, self._members, max_guesses, self._reading, self.decoders[TARGET].program
         )
         self._pooling = Pooling(self.mirror, self.decoders[TARGET])
+        between: Translation | None = getattr(self.stacks.base["draft"], "translation", None)
+        vocab = self.decoders[TARGET].spec.vocab
+        self._reader = None if between is None else Reader(between, vocab, self.device)
         self._compression = Compression(self.mirror, pool, self._members)
 
     def close(self) -> None:
@@ -110,7 +114,7 @@ class TorchExecutor:
         )  # fmt: skip
 
     def _ahead(self, name: str, works: Sequence[Work], results: Sequence[WorkResult]) -> Ahead:
-        return Ahead(name, self.decoders[name], self._gather, self._timed, works, results)
+        return Ahead(name, self.decoders[name], self._gather, self._timed, works, results, self._reader)
 
     def _instructions(self, plan: Plan) -> tuple[list[int], set[int]]:
         """Carry out the plan's KV instructions: (tickets that were lost, works that would read what was not loaded)."""

@@ -6,9 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from weft.errors import ConfigError
+from weft.hub import BUNDLED, resolve, resolve_draft
 from weft.slots import Vocabulary
 
 T = TypeVar("T")
@@ -19,10 +21,13 @@ MOST_BYTES = 1 << 18
 
 
 class VocabularyShelf:
-    """read: gives the vocabulary, or raises ConfigError; None where nobody knows the model's tokenizer (a bare config)."""
+    """read: gives the vocabulary, or raises ConfigError; None where nobody knows the model's tokenizer (a bare config).
+    others: gives that of the model in a folder."""
 
-    def __init__(self, read: Callable[[], Vocabulary] | None = None) -> None:
-        self._read = read
+    def __init__(
+        self, read: Callable[[], Vocabulary] | None = None, others: Callable[[Path], Vocabulary] | None = None
+    ) -> None:
+        self._read, self._others = read, others
         self._found: Vocabulary | None = None
         self._made: OrderedDict[str, Future[Any]] = OrderedDict()
         self._sizes: dict[str, int] = {}
@@ -41,6 +46,12 @@ class VocabularyShelf:
                     raise ConfigError("this model has no token that ends an output, so no grammar could end one")
                 self._found = found
             return self._found
+
+    def of(self, model: str) -> Vocabulary:
+        """That of another model; the bundled draft has the bundled model's.  Raises ConfigError."""
+        if self._others is None:
+            raise ConfigError(f"this engine was built without what reads the tokenizer of {model}")
+        return self._others(resolve(None) if model == BUNDLED else resolve_draft(model))
 
     def once(self, key: str, make: Callable[[Vocabulary], T], size: int = 0) -> T:
         """What `make` makes of the vocabulary, made once for each key while it is kept.  Who asks for it meanwhile waits for

@@ -41,6 +41,10 @@ COUNTERS = (
     ("prefix_hit_tokens_total", "prefix_hit_tokens", "Prompt tokens found in the prefix index"),
     ("prefix_query_tokens_total", "prefix_query_tokens", "Prompt tokens looked up in the prefix index"),
     ("preemptions_total", "preemptions", "Sequences that lost their blocks and were computed again"),
+    ("draft_sequences_total", "draft_sequences", "Sequences for which draft lengths were chosen, each in every step"),
+    ("draft_guesses_total", "draft_guesses", "Guesses that they were allowed"),
+    ("draft_off_total", "draft_off", "Times that guesses were switched off for a sequence, as they did not pay"),
+    ("draft_probes_total", "draft_probes", "Steps in which a sequence had a few to see what they would be worth"),
     ("grammar_rows_total", "masked_rows", "Rows of logits that a grammar masked"),
     ("grammar_steps_total", "masked_steps", "Steps in which there were some"),
     ("grammar_mask_seconds_total", "mask_s", "Time that masks took, of steps"),
@@ -56,7 +60,7 @@ COUNTERS = (
 ENGINES = (
     "steps", "prompt_tokens", "generation_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "evictions",
     "finished", "shadow_requests", "shadow_tokens", "shadow_skipped", "masked_rows", "masked_steps", "mask_s", "grammars",
-    "grammar_s",
+    "grammar_s", "draft_sequences", "draft_guesses", "draft_off", "draft_probes",
 )  # fmt: skip
 """Figures of `EngineStats` that one engine counts up, and that are counted over all of them."""
 

@@ -226,6 +226,11 @@ class ModelText:
         )
 
 
+def vocabulary_of(folder: Path) -> Vocabulary:
+    """What the tokens of the model in a folder stand for.  Raises ConfigError where it has no tokenizer."""
+    return ModelText.load(folder).vocabulary()
+
+
 class Speller:
     """Text to ids whose bytes are exactly the text's, as the tokenizer writes it in the middle of a text.
 

@@ -23,6 +23,7 @@ from weft.slots.guesses import Forward as Forward
 from weft.slots.guesses import Guesses as Guesses
 from weft.slots.guesses import Ranked as Ranked
 from weft.slots.guesses import Target as Target
+from weft.slots.guesses import Translation as Translation
 from weft.slots.guesses import Verify as Verify
 from weft.slots.guesses import candidates as candidates
 from weft.slots.guesses import line as line

@@ -28,6 +28,7 @@ class Vocabulary:
 class Words(Protocol):
     """The vocabulary of an engine's model, read when it is first asked for.
 
+    of    what the tokens of another model stand for, named as in the slot `draft`
     once  what `make` makes of it, made once for each key, whoever asks (threads too), and kept while it is among the newest
 
     Raises ConfigError where the model has no tokenizer, or no token that ends an output.
@@ -35,6 +36,7 @@ class Words(Protocol):
 
     @property
     def vocabulary(self) -> Vocabulary: ...
+    def of(self, model: str) -> Vocabulary: ...
     def once(self, key: str, make: Callable[[Vocabulary], T], size: int = 0) -> T: ...
 
 

@@ -67,6 +67,19 @@ class Ranked:
     law: Any = None
 
 
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """How a second model with another vocabulary reads the target's ids, and what it may guess.
+
+    reads: for each id of the target, the id that the second model's row has in its place.  own, means: ids of the second model,
+    and the target's ids that they stand for, no id twice; its other tokens cannot be guessed.
+    """
+
+    reads: Sequence[int]
+    own: Sequence[int]
+    means: Sequence[int]
+
+
 class Forward(Protocol):
     """The second model, for the asks of one call of `propose`.
 
@@ -128,6 +141,8 @@ class Draft(Protocol):
     model: the second model's checkpoint ("bundled" for the one that ships with weft, a folder, or a hub id), or None.
     guesses: the most for one sequence in a step; 0 asks for nothing.  A class may have `attach`, which is given the model's
     `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached;
+    `translates`, whether the second model may have another vocabulary, and `translation`, between the two once it is attached
+    (all ids of asks, guesses and logits are the target's);
     `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said;
     `states`, of how many of a step's newest rows of the context it is given the hidden states (of guesses that stand, of all);
     `memory(sequences, vocab)`, bytes that it holds beside the models for so many sequences.  What `attach` is given has `target`,

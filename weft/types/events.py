@@ -156,6 +156,12 @@ class EngineStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When the last step ended, on the engine's clock."""
     acts: dict[str, int] = {}
     """What the techniques did, by "slot=name.act" (counters)."""
+    draft_sequences: int = 0
+    """Sequences, each in every step, for which it was chosen how far ahead to guess (counters); guesses that they were allowed;
+    how often guesses were switched off for one, and probes of what they would be worth."""
+    draft_guesses: int = 0
+    draft_off: int = 0
+    draft_probes: int = 0
     masked_rows: int = 0
     """Rows of logits that a grammar masked (counter), the steps in which there were some, and the seconds that it took."""
     masked_steps: int = 0

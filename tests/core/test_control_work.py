@@ -1,0 +1,97 @@
+"""What choosing draft lengths costs where no request has a draft (nothing), and what is told of the choices."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from tests.core.test_control import MS, World, add, engine_of, go
+from weft.core import control
+from weft.core.engine import Engine
+from weft.types import RequestSpec, SamplingSpec, TokenItem
+
+
+def calls(engine: Engine, world: World, steps: int) -> tuple[int, int]:
+    """(function calls, those of them into the controller) that an engine makes for so many steps, the executor's left out."""
+    found = Counter[bool]()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            found[frame.f_code.co_filename == control.__file__] += 1
+
+    for _ in range(steps):
+        sys.setprofile(note)
+        try:
+            plan, _ = engine.schedule(world.now)
+        finally:
+            sys.setprofile(None)
+        result = world.execute(plan)
+        sys.setprofile(note)
+        try:
+            engine.commit(world.now, plan, result)
+        finally:
+            sys.setprofile(None)
+    return sum(found.values()), found[True]
+
+
+def guessed(engine: Engine, id: int, tokens: int, part: str) -> None:
+    spec = RequestSpec(
+        id=id, items=(TokenItem((1, 2, 3)),), sampling=SamplingSpec(max_tokens=tokens), techniques=(part,), seed=id
+    )
+    assert engine.add(spec, 0.0) == []
+
+
+def test_without_a_draft_nothing_is_looked_at() -> None:
+    """The engine that may choose makes the very calls of one that may not, whatever the batch."""
+    found = []
+    for chooses in (True, False):
+        engine = engine_of("draft=none", control=chooses)
+        for id in range(8):
+            add(engine, id, 50)
+        found.append(calls(engine, World(engine, row_s=1 * MS, guess_s=0.5 * MS), 20))
+    assert found[0] == found[1]
+    assert found[0][1] == 0
+
+
+def test_it_looks_while_there_is_a_request_with_a_draft_and_no_longer() -> None:
+    engine = engine_of("draft=none")
+    for id in range(4):
+        add(engine, id, 200)
+    world = World(engine, row_s=1 * MS, guess_s=0.5 * MS)
+    assert calls(engine, world, 3)[1] == 0
+    guessed(engine, 9, 5, "draft=ngram(guesses=2)")
+    assert calls(engine, world, 3)[1] > 0
+    go(engine, world, 6)
+    with pytest.raises(Exception, match="9"):
+        engine.find(9)
+    assert calls(engine, world, 3)[1] == 0
+    engine.cancel(0)
+    assert engine.scheduler.guessed == 0
+    guessed(engine, 10, 50, "draft=ngram")
+    engine.cancel(10)
+    assert engine.scheduler.guessed == 0
+
+
+def test_what_was_chosen_is_told() -> None:
+    """Counted beside the engine, from the plans: what each sampled sequence was allowed, step by step."""
+    engine = engine_of()
+    world = World(engine, row_s=1 * MS, guess_s=0.5 * MS)
+    world.right = lambda: 0.8 if world.tokens < 600 else 0.0
+    for id in range(3):
+        add(engine, id, 900)
+    go(engine, world)
+    stats = engine.stats
+    last = sum(w > 0 for w in world.wants)
+    assert stats.draft_guesses == sum(world.wants[3:])  # but for the prompts' steps, whose lengths were not chosen
+    assert stats.draft_sequences == len(world.wants) - 3
+    assert 3 <= stats.draft_off < 30
+    assert 0 < stats.draft_probes < last
+    quiet = engine_of(control=False)
+    add(quiet, 1, 50)
+    go(quiet, World(quiet, row_s=1 * MS, guess_s=0.5 * MS))
+    stats = quiet.stats
+    assert (stats.draft_guesses, stats.draft_sequences, stats.draft_off, stats.draft_probes) == (0, 0, 0, 0)
