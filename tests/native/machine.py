@@ -46,9 +46,7 @@ def panels(program: Any, weight: Tensor | Quantized, format: torch.dtype | Weigh
     return made
 
 
-def product(
-    machine: Machine, x: Tensor, weight: Panels, bias: Tensor | None, rows: int, inputs: int = 0
-) -> Tensor:
+def product(machine: Machine, x: Tensor, weight: Panels, bias: Tensor | None, rows: int, inputs: int = 0) -> Tensor:
     """Rows beyond `rows` must stay as they are."""
     out = torch.full((x.shape[0] + 1, weight.shape[0]), 7.0)
     index = machine.program.linear(

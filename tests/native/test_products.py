@@ -242,6 +242,11 @@ def test_panels_refuse_what_they_cannot_hold() -> None:
         empty(program, 16, 64, WeightFormat.parse("int8")).pack(quantize(random(1, 16, 64), WeightFormat.parse("int4")))
     with pytest.raises(ConfigError, match="too large or not finite"):
         empty(program, 16, 64, WeightFormat.parse("int8")).pack(torch.full((16, 64), float("nan")))
-    for bad in ((0, 16, 63, 3, 32, False), (0, 16, 64, 3, 48, False), (0, 16, 64, 2, 0, False), (0, 16, 64, 1, 32, False)):
+    for bad in (
+        (0, 16, 63, 3, 32, False),
+        (0, 16, 64, 3, 48, False),
+        (0, 16, 64, 2, 0, False),
+        (0, 16, 64, 1, 32, False),
+    ):
         with pytest.raises(ValueError, match="inputs"):
             MODULE.Weight(*bad)

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "pairs.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -49,6 +50,8 @@ struct Queries {
     const uint8_t* visible;         // [blocks] of the item's unit and kv head, null for all
     int64_t block;
     float q[QUERY_ROWS * MAX_DIM];
+    uint32_t words[QUERY_ROWS * MAX_DIM / 2];  // the same as pairs [D / 2, QUERY_ROWS], where products are of those
+    float units[QUERY_ROWS];
 };
 
 // Whether some of these entries are visible, and whether not all are.
@@ -62,8 +65,18 @@ inline bool in_sight(const Queries& queries, int64_t start, int64_t stop, bool& 
 }
 
 inline void hide(const Queries& queries, int row, const Entries& from, int64_t window, float* scores) {
+    const int64_t position = queries.positions[row];
+    if (queries.tree_first < 0 && !queries.visible) {
+        const auto last = static_cast<int32_t>(position < INT32_MAX ? position : INT32_MAX - 1);
+        const auto gone = static_cast<int32_t>(window && position >= window ? position - window : -1);
+        for (int e = 0; e < CHUNK; e += LANES) {
+            const vi mine = reinterpret_cast<vi>(load_bits(from.positions + e));
+            store(scores + e, select((mine <= last) & (mine > gone), load(scores + e), all(NEVER)));
+        }
+        return;
+    }
     for (int e = 0; e < CHUNK; e++) {
-        const int64_t gap = queries.positions[row] - from.positions[e];
+        const int64_t gap = position - from.positions[e];
         bool hidden = gap < 0 || (window && gap >= window);
         const int64_t guess = from.start + e - queries.tree_first;
         if (queries.tree_first >= 0 && guess >= 0 && queries.tree[row] != ~uint64_t{0})
@@ -86,12 +99,12 @@ WEFT_INLINE void seen_parts(const Queries& queries, const Entries& from, int& fi
     while (stop - first > KEY_PART && !sees(first)) first += KEY_PART;
 }
 
-// Scores of an item's pairs with one kv head, whose queries are `q`, with a chunk: [M, C], -inf where a row does not see an entry.
+// Scores of an item's pairs with one kv head, the first of which is `top`, with a chunk: [M, C], -inf where a row does not see an entry.
 template <class T>
-void score(const Attend& a, const Place& place, const Queries& queries, int rows, const Entries& from, int64_t head_bytes, const float* q,
+void score(const Attend& a, const Place& place, const Queries& queries, int rows, const Entries& from, int64_t head_bytes, int top,
            float* found, Asking& asking) {
     const int each = a.heads / a.kv_heads, pairs = rows * each;
-    alignas(64) float keys[MAX_DIM * KEY_PART];
+    alignas(64) std::conditional_t<T::PAIRS, uint32_t, float> keys[MAX_DIM * KEY_PART / (T::PAIRS ? 2 : 1)];
     const int64_t offset = keys_at<T>(a, place) + head_bytes;
     int first, stop;
     seen_parts(queries, from, first, stop);
@@ -101,9 +114,13 @@ void score(const Attend& a, const Place& place, const Queries& queries, int rows
                 for (int v = 0; v < KEY_PART; v += LANES) store(found + m * CHUNK + e + v, all(NEVER));
             continue;
         }
-        transposed<T>(from.rows + e, offset, a.dim, keys);
+        if constexpr (T::PAIRS) paired_keys<T>(from.rows + e, offset, a.dim, keys);
+        else transposed<T>(from.rows + e, offset, a.dim, keys);
         each_part<SCORE_ROWS>(pairs, [&](auto count, int m) {
-            scores<T, count.value>(q + m * a.dim, keys, a.dim, found + m * CHUNK + e, asking);
+            float* out = found + m * CHUNK + e;
+            if constexpr (T::PAIRS)
+                paired_scores<T, count.value>(queries.words + top + m, queries.units + top + m, keys, a.dim, out, asking);
+            else scores<T, count.value>(queries.q + (top + m) * a.dim, keys, a.dim, out, asking);
         });
     }
     const bool clear = !from.partly && from.highest <= queries.lowest && (!place.window || queries.highest - from.lowest < place.window) &&
@@ -124,7 +141,8 @@ void score(const Attend& a, const Place& place, const Queries& queries, int rows
 }
 
 // Scores [M, C] become weights; each pair's maximum and sum.  A pair that sees nothing has weights of 0.
-inline void weights_of(float* found, int pairs, float* most, float* total) {
+template <class T>
+void weights_of(float* found, int pairs, float* most, float* total) {
     for (int m = 0; m < pairs; m++) {
         vf high = load(found + m * CHUNK);
         for (int v = LANES; v < CHUNK; v += LANES) high = larger(high, load(found + m * CHUNK + v));
@@ -134,7 +152,8 @@ inline void weights_of(float* found, int pairs, float* most, float* total) {
         float* mine = found + m * CHUNK;
         vf added = vf{};
         for (int v = 0; v < CHUNK; v += LANES) {  // of two that are -inf the difference is no number, whose exponential is 0 here
-            const vf weight = exponential(load(mine + v) - most[m]);
+            vf weight = exponential(load(mine + v) - most[m]);
+            if constexpr (T::PAIRS) weight = T::weight(weight);
             store(mine + v, weight);
             added += weight;
         }
@@ -150,15 +169,14 @@ void one_chunk(const Attend& a, const Place& place, const Queries& queries, cons
     const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each;  // pairs of a kv head, and of all
     const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place) + item.kv_head * one, values = keys + layer_bytes<T>(a, place);
     alignas(64) float found[QUERY_ROWS * CHUNK], most[QUERY_ROWS], total[QUERY_ROWS], before[QUERY_ROWS], now[QUERY_ROWS];
-    Asking asking{from.rows, values, item.kv_heads * one, from.low, from.high};
+    Asking asking(from, values, item.kv_heads * one, a.kv_heads * one);
     for (int h = 0; h < item.kv_heads; h++)
-        score<T>(a, place, queries, item.rows, from, (item.kv_head + h) * one, queries.q + h * each * a.dim,
-                 found + h * each * CHUNK, asking);
-    weights_of(found, pairs, most, total);
+        score<T>(a, place, queries, item.rows, from, (item.kv_head + h) * one, h * each, found + h * each * CHUNK, asking);
+    weights_of<T>(found, pairs, most, total);
     for (int m = 0; m < pairs; m += LANES) shares(state, most, total, m, before, now);
     int first, stop;
     seen_parts(queries, from, first, stop);
-    asking = next ? Asking{next->rows, keys, item.kv_heads * one, next->low, next->high} : Asking{from.rows, keys, 0, 0, 0};
+    asking = next ? Asking(*next, keys, item.kv_heads * one, a.kv_heads * one) : Asking();
     for (int h = 0; h < item.kv_heads; h++) {
         if (T::SCALED) {
             alignas(64) float scales[CHUNK];
@@ -166,10 +184,19 @@ void one_chunk(const Attend& a, const Place& place, const Queries& queries, cons
             for (int m = h * each; m < (h + 1) * each; m++)
                 for (int v = first; v < stop; v += LANES) store(found + m * CHUNK + v, load(found + m * CHUNK + v) * load(scales + v));
         }
+        alignas(64) uint32_t words[T::PAIRS ? QUERY_ROWS * CHUNK / 2 : 1];
+        float units[QUERY_ROWS];
+        if constexpr (T::PAIRS)
+            for (int m = h * each; m < (h + 1) * each; m++)
+                units[m] = T::round(found + m * CHUNK, CHUNK, reinterpret_cast<uint16_t*>(words + m * (CHUNK / 2)));
         each_part<MIX_ROWS>(each, [&](auto count, int m) {
             m += h * each;
-            mix<T, count.value>(from, values + h * one, found + m * CHUNK, first, stop, before + m, now + m, a.dim,
-                                state.mixed + m * a.dim, asking);
+            float* mixed = state.mixed + m * a.dim;
+            if constexpr (T::PAIRS)
+                paired_mix<T, count.value>(from, values + h * one, words + m * (CHUNK / 2), units + m, first, stop, before + m, now + m,
+                                           a.dim, mixed, asking);
+            else
+                mix<T, count.value>(from, values + h * one, found + m * CHUNK, first, stop, before + m, now + m, a.dim, mixed, asking);
         });
     }
 }
@@ -180,7 +207,8 @@ inline void write(const Attend& a, int kv_head, int64_t row, int head, float tot
     for (int d = 0; d < a.dim; d++) out[d] = mixed[d] * share;
 }
 
-inline void ask(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, Queries& queries) {
+template <class T>
+void ask(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, Queries& queries) {
     const int each = a.heads / a.kv_heads;
     const int64_t s = item.sequence, guesses = seen.tree_rows ? seen.tree_rows[s] : 0;
     queries.tree_first = guesses ? place.first[s] + place.lengths[s] - guesses : -1;
@@ -197,6 +225,9 @@ inline void ask(const Attend& a, const Place& place, const Seen& seen, const Ite
             const float* q = a.q + row * a.q_stride + (item.kv_head + h) * each * a.dim;
             float* mine = queries.q + (h * item.rows + r) * each * a.dim;
             for (int i = 0; i < each * a.dim; i++) mine[i] = q[i] * a.scale;
+            if constexpr (T::PAIRS)
+                for (int m = (h * item.rows + r) * each, i = 0; i < each; i++, m++)
+                    queries.units[m] = paired_query<T>(queries.q + m * a.dim, a.dim, queries.words + m);
         }
     }
 }
@@ -230,7 +261,7 @@ template <class T>
 void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows, float* partials) {
     const int each = a.heads / a.kv_heads, pairs = item.kv_heads * item.rows * each;
     Queries queries;
-    ask(a, place, seen, item, rows, queries);
+    ask<T>(a, place, seen, item, rows, queries);
     State state;
     state.clear(pairs, a.dim);
     const auto mixed_of = [&](int m, float* out) {
@@ -270,9 +301,7 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
 
 inline void attend(const Attend& a, const Place& place, const Seen& seen, const Item& item, const int32_t* rows,
                    float* partials) {
-    if (place.stored == Format::F32) attend_in<WideRows>(a, place, seen, item, rows, partials);
-    else if (place.stored == Format::BF16) attend_in<HalfRows>(a, place, seen, item, rows, partials);
-    else attend_in<ByteRows>(a, place, seen, item, rows, partials);
+    with_rows(place.stored, a.dim, [&](auto kind) { attend_in<decltype(kind)>(a, place, seen, item, rows, partials); });
 }
 
 inline void merge(const Attend& a, const Joined* list, int64_t count, const int64_t* places, const float* partials, Share share) {

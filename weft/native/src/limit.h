@@ -14,7 +14,8 @@ WEFT_INLINE double spun(int64_t turns, double each, const Dot& dot) {
     Total total[SUMS];
     for (int i = 0; i < SUMS; i++) total[i] = Total{}, total[i][0] = i;
     for (int64_t turn = 0; turn < turns; turn++)
-        for (int i = 0; i < SUMS; i++) total[i] = dot(total[i], turn);
+#pragma GCC unroll 24
+        for (int i = 0; i < SUMS; i++) total[i] = dot(total[i], turn);  // unrolled they stay in registers
     double odd = 0.0;
     for (int i = 0; i < SUMS; i++) odd += static_cast<double>(total[i][0]);
     return (odd == 1.5 ? 1.0 : 0.0) + each * LANES * SUMS * static_cast<double>(turns);

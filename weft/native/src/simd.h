@@ -146,7 +146,13 @@ WEFT_INLINE float sum(vf x) {
     if constexpr (S > 1) return sum<S / 2>(x);
     else return x[0];
 }
-WEFT_INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
+WEFT_INLINE vf larger(vf a, vf b) {  // b where either is no number
+#if defined(__AVX512F__)
+    return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
 template <int S = LANES / 2>
 WEFT_INLINE float top(vf x) {
     x = larger(x, moved<S>(x, Lanes{}));
@@ -168,13 +174,19 @@ WEFT_INLINE void turn(vu (&words)[LANES]) {
     if constexpr (S > 1) turn<S / 2>(words);
 }
 
-// e^x within about two units in the last place; 0 below -87, where floats end, and for -inf.
+// e^x within about two units in the last place; 0 below -87, where floats end, and for -inf and what is no number.
 WEFT_INLINE vf exponential(vf x) {
     const vi alive = x > -87.0f;
+#if defined(__AVX512F__)
+    x = reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_set1_ps(88.0f)));
+    const vf whole = reinterpret_cast<vf>(
+        _mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
     x = select(alive, x, all(0.0f));
     x = select(x < 88.0f, x, all(88.0f));
     const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     const vf whole = (x * 1.44269504088896341f + magic) - magic;
+#endif
     const vf rest = (x - whole * 0.693145751953125f) - whole * 1.42860682030941723e-6f;
     vf p = all(1.9875691500e-4f);
     p = p * rest + 1.3981999507e-3f;
@@ -183,8 +195,12 @@ WEFT_INLINE vf exponential(vf x) {
     p = p * rest + 1.6666665459e-1f;
     p = p * rest + 5.0000001201e-1f;
     p = p * (rest * rest) + (rest + 1.0f);
+#if defined(__AVX512F__)
+    return select(alive, reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole))), all(0.0f));
+#else
     const vi power = (__builtin_convertvector(whole, vi) + 127) << 23;
     return select(alive, p * reinterpret_cast<vf>(power), all(0.0f));
+#endif
 }
 WEFT_INLINE vf hyperbolic_tangent(vf x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 

@@ -58,6 +58,7 @@ inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t 
 // A kv head's part of an entry.  `open` gives value i of words of several entries; `values` vectors of an entry's values from the
 // d-th on, the first LANES * V of them in an order of their own, which `place_of` tells.  What has a scale has its values without.
 struct WideRows {
+    static constexpr bool PAIRS = false;  // see pairs.h
     static constexpr int PER = 1;  // values in a word of four bytes
     static constexpr bool SCALED = false;
     static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 4; }
@@ -72,6 +73,7 @@ struct WideRows {
     static WEFT_INLINE float value(const char* row, int d) { return reinterpret_cast<const float*>(row)[d]; }
 };
 struct HalfRows {  // bfloat16
+    static constexpr bool PAIRS = false;
     static constexpr int PER = 2;
     static constexpr bool SCALED = false;
     static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 2; }
@@ -96,6 +98,7 @@ struct HalfRows {  // bfloat16
     static WEFT_INLINE float value(const char* row, int d) { return widen_one(reinterpret_cast<const uint16_t*>(row)[d]); }
 };
 struct ByteRows {  // int8, and a float32 behind them that multiplies all
+    static constexpr bool PAIRS = false;
     static constexpr int PER = 4;
     static constexpr bool SCALED = true;
     static WEFT_INLINE int64_t bytes(int dim) { return dim + 4; }
@@ -127,26 +130,42 @@ WEFT_INLINE int64_t keys_at(const Attend& a, const Place& place) {
 }
 
 // Asks memory for what the next entries have, a line at a time: all at once they would wait for each other, and the product too.
-// What is little goes to the nearest cache.
-struct Asking {
+// What is little goes to the nearest cache.  Entries that lie behind each other are asked for as one.
+class Asking {
     static constexpr int64_t LITTLE = 256;  // bytes of an entry; of a chunk they are half of that cache
 
-    const char* const* rows;  // null for nothing to ask for
-    int64_t offset, bytes;    // of one entry
-    int entry, stop;
-    int64_t at = 0;
+    const char* const* rows = nullptr;
+    int64_t offset = 0, bytes = 0, apart = 0;
+    int entry = 0, stop = 0;
+    const char* at = nullptr;
+    int64_t left = 0;
+
+    bool more() {
+        if (entry >= stop) return false;
+        const int first = entry++;
+        if (bytes == apart)
+            while (entry < stop && rows[entry] - rows[entry - 1] == apart) entry++;
+        const int64_t outside = reinterpret_cast<uintptr_t>(rows[first] + offset) % LINE_BYTES;
+        at = rows[first] + offset - outside;
+        left = outside + (entry - 1 - first) * apart + bytes;
+        return true;
+    }
+
+public:
+    Asking() = default;
+    // bytes: of each entry, from `offset` on; apart: what is between entries that lie behind each other.
+    Asking(const Entries& from, int64_t offset, int64_t bytes, int64_t apart)
+        : rows(from.rows), offset(offset), bytes(bytes), apart(apart), entry(from.low), stop(from.high) {}
 
     WEFT_INLINE void line() {
-        if (entry == stop) return;
-        const char* wanted = rows[entry] + offset + at;
-        if (bytes <= LITTLE) __builtin_prefetch(wanted);
-        else __builtin_prefetch(wanted, 0, 2);
-        at += LINE_BYTES;
-        if (at >= bytes) at = 0, entry++;
+        if (left <= 0 && !more()) return;
+        if (bytes <= LITTLE) __builtin_prefetch(at);
+        else __builtin_prefetch(at, 0, 2);
+        at += LINE_BYTES, left -= LINE_BYTES;
     }
     template <class T>
     WEFT_INLINE void lines() {  // as many as a product's turn reads
-        for (int i = 0; i < (T::PER == 1 ? 2 : 1); i++) line();
+        for (int i = 0; i < (T::PER == 1 || T::PAIRS ? 2 : 1); i++) line();
     }
 };
 

@@ -20,7 +20,7 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
     const int64_t head_bytes = item.kv_head * T::bytes(a.dim), row_bytes = a.kv_heads * T::bytes(a.dim);
     const int each = a.heads / a.kv_heads, pairs = item.rows * each;
     Queries queries;
-    ask(a, place, seen, item, rows, queries);
+    ask<T>(a, place, seen, item, rows, queries);
     float most[QUERY_ROWS], total[QUERY_ROWS];
     for (int m = 0; m < pairs; m++) most[m] = NEVER, total[m] = 0.0f;
     for (int turn = 0; turn < 2; turn++) {
@@ -28,9 +28,9 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
             Entries from;
             from.partly = false;
             if (!locate(place, s, start, row_bytes, from) || from.lowest > queries.highest) continue;
-            Asking asking{from.rows, 0, 0, 0, 0};
+            Asking asking;
             alignas(64) float found[QUERY_ROWS * CHUNK];
-            score<T>(a, place, queries, item.rows, from, head_bytes, queries.q, found, asking);
+            score<T>(a, place, queries, item.rows, from, head_bytes, 0, found, asking);
             for (int m = 0; m < pairs && turn == 0; m++) {
                 const float* mine = found + m * CHUNK;
                 vf high = load(mine), added = vf{};
@@ -65,9 +65,7 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
 }
 
 inline void weigh(const Attend& a, const Place& place, const Seen& seen, const Weigh& to, const Item& item, const int32_t* rows) {
-    if (place.stored == Format::F32) weigh_in<WideRows>(a, place, seen, to, item, rows);
-    else if (place.stored == Format::BF16) weigh_in<HalfRows>(a, place, seen, to, item, rows);
-    else weigh_in<ByteRows>(a, place, seen, to, item, rows);
+    with_rows(place.stored, a.dim, [&](auto kind) { weigh_in<decltype(kind)>(a, place, seen, to, item, rows); });
 }
 
 }  // namespace weft::WEFT_ISA
