@@ -158,13 +158,18 @@ def cores(engines: int, options: dict[str, Any]) -> list[tuple[int, ...]]:
 
 def _asked(starts: Sequence[Start], names: Sequence[str]) -> list[Figures]:
     """Raises ConfigError or CapacityError, which names the model."""
-    done = subprocess.run(
-        [sys.executable, "-m", "weft.cli._models", os.getcwd()],
-        cwd=Path(__file__).resolve().parents[2],
-        input=msgspec.json.encode([(start.folder, start.options, start.shadow is not None) for start in starts]),
-        stdout=subprocess.PIPE,
-        timeout=PLANNING_S,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "weft.cli._models", os.getcwd()],
+            cwd=Path(__file__).resolve().parents[2],
+            input=msgspec.json.encode([(start.folder, start.options, start.shadow is not None) for start in starts]),
+            stdout=subprocess.PIPE,
+            timeout=PLANNING_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"the models could not be looked at within {PLANNING_S:g} s; are their files there?"
+        ) from None
     if done.returncode:
         raise EngineError(f"the models could not be looked at: the process for it ended with status {done.returncode}")
     told = msgspec.json.decode(done.stdout, type=list[Figures | Refused])
