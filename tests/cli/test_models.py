@@ -13,14 +13,17 @@ from typing import Any
 
 import anthropic
 import httpx
+import msgspec
 import openai
 import pytest
 
 from tests.cli.running import Serving, weft
 from tests.cli.test_faults import Reader, body, health, streams, total, until, up
-from weft.cli._models import Figures, divided
+from weft.cli._models import Figures, divided, figures_of
 from weft.core.ledger import parted
 from weft.errors import CapacityError
+from weft.exec.build import EngineConfig, prepare
+from weft.exec.shadow import planned as shadowed
 
 ENGINE = ("--threads", "1", "--max-model-len", "512")
 TINY, SMALL = "weft-tiny", "small"
@@ -296,3 +299,17 @@ def test_memory_by_hand() -> None:
     assert divided(figures, names, 440) == [110, 330]
     with pytest.raises(CapacityError, match="1 bytes are missing"):
         divided(figures, names, 439)
+    figures[1].checks = 60  # which an engine takes beside its memory
+    assert divided(figures, names, 500) == [110, 330]
+    with pytest.raises(CapacityError, match="1 bytes are missing"):
+        divided(figures, names, 499)
+
+
+def test_shadow_checks_are_planned_too(bundled: Path) -> None:
+    """As the engine itself widens its plan by them, whatever its pool has."""
+    options = {"max_model_len": 512, "threads": 1}
+    plain, checked = (figures_of(bundled, options, checked=one) for one in (False, True))
+    assert plain.checks == 0
+    assert msgspec.structs.replace(checked, checks=0, available=0) == msgspec.structs.replace(plain, available=0)
+    setup = prepare(EngineConfig(model=bundled, max_model_len=512, threads=1, memory_bytes=700 << 20))
+    assert shadowed(setup).plan.total_bytes - setup.plan.total_bytes == checked.checks > 0

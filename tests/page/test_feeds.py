@@ -68,6 +68,12 @@ def test_the_reader_chooses_who_answers_and_who_is_shown(page: Any, url: str) ->
         for place, metric in (("#n-generation", "generation_tokens_total"), ("#n-steps", "engine_steps_total")):
             wanted = int(figures[f'weft:{metric}{{model_name="{name}"}}'])
             until(lambda place=place, wanted=wanted: _shows(page, place, wanted), page=page)  # type: ignore[misc]
+    steps = page.locator("#step-text")
+    complete(url, "The sea", model=TINY)
+    until(lambda: steps.text_content().startswith("Step "), page=page)
+    page.locator("#engine").select_option(SMALL)
+    until(lambda: steps.text_content() == "No step yet.", steps.text_content, page)
+    assert page.locator("#requests tr").count() == 0
     look(page, "memory")
     weights = {TINY: 0, SMALL: 0}
     for name in weights:

@@ -39,7 +39,8 @@ class Chosen:
 
 class Figures(msgspec.Struct, tag="figures"):
     """What a model takes, in bytes.  fixed: beside its KV pool.  need: of the pool, for one sequence of `length` tokens, its
-    longest.  usual: of the pool, where nobody says how much memory there is; most: what all its sequences can fill."""
+    longest.  usual: of the pool, where nobody says how much memory there is; most: what all its sequences can fill.
+    checks: of shadow checks, which an engine takes beside its memory."""
 
     fixed: int
     need: int
@@ -47,12 +48,14 @@ class Figures(msgspec.Struct, tag="figures"):
     most: int
     length: int
     available: int
+    checks: int = 0
 
 
 class Refused(msgspec.Struct, tag="refused"):
-    """Why there are no figures."""
+    """Why there are no figures.  capacity: for want of memory."""
 
     message: str
+    capacity: bool = False
 
 
 def names_of(models: Sequence[str | None], given: Sequence[str]) -> list[list[str]]:
@@ -101,14 +104,14 @@ def planned(starts: Sequence[Start], names: Sequence[str]) -> list[Start]:
         starts, figures, parts, names, cores(len(starts), starts[0].options), strict=True
     ):
         where = f", on {len(cpus)} core{'' if len(cpus) == 1 else 's'}" if cpus else ""
-        say(f"{name}: {format_size(part)} of memory, sequences of {one.length:,} tokens{where}")
+        say(f"{name}: {format_size(part + one.checks)} of memory, sequences of {one.length:,} tokens{where}")
         options = {**start.options, "memory": part, "max_model_len": one.length}
         out.append(structs.replace(start, options=options, cpus=cpus))
     return out
 
 
 def divided(figures: Sequence[Figures], names: Sequence[str], memory: str | int | None) -> list[int]:
-    """Bytes for each model: what it takes beside its pool, and of the rest a part by what its longest sequence needs.
+    """Bytes for each engine: what it takes beside its pool, and of the rest a part by what its longest sequence needs.
 
     memory: what all of them may take; None for the usual pools, within the usual share of what is available.
     Raises CapacityError, which says how many bytes are missing.
@@ -119,11 +122,12 @@ def divided(figures: Sequence[Figures], names: Sequence[str], memory: str | int 
     available = min(one.available for one in figures)
     asked = None if memory is None else parse_size(str(memory))
     budget = int(available * DEFAULT_SHARE) if asked is None else min(asked, available)
-    needed = sum(one.fixed + one.need for one in figures)
+    fixed = [one.fixed + one.checks for one in figures]
+    needed = sum(fixed) + sum(one.need for one in figures)
     if needed > budget:
         each = "; ".join(
-            f"{name} takes {format_size(one.fixed)} and {format_size(one.need)} for a sequence of {one.length:,} tokens"
-            for name, one in zip(names, figures, strict=True)
+            f"{name} takes {format_size(own)} and {format_size(one.need)} for a sequence of {one.length:,} tokens"
+            for name, own, one in zip(names, fixed, figures, strict=True)
         )
         bound = (
             f"weft takes {format_size(budget)} of the {format_size(available)} that are available unless --memory says more"
@@ -137,7 +141,7 @@ def divided(figures: Sequence[Figures], names: Sequence[str], memory: str | int 
             f"{needed - budget} bytes are missing; try a smaller --max-model-len, smaller models, or more memory"
         )
     most = [one.usual if asked is None else one.most for one in figures]
-    pools = parted(budget - sum(one.fixed for one in figures), [one.need for one in figures], most)
+    pools = parted(budget - sum(fixed), [one.need for one in figures], most)
     return [one.fixed + pool for one, pool in zip(figures, pools, strict=True)]
 
 
@@ -153,38 +157,46 @@ def cores(engines: int, options: dict[str, Any]) -> list[tuple[int, ...]]:
 
 
 def _asked(starts: Sequence[Start], names: Sequence[str]) -> list[Figures]:
-    """Raises ConfigError, which names the model."""
-    done = subprocess.run(
-        [sys.executable, "-m", "weft.cli._models", os.getcwd()],
-        cwd=Path(__file__).resolve().parents[2],
-        input=msgspec.json.encode([(start.folder, start.options) for start in starts]),
-        stdout=subprocess.PIPE,
-        timeout=PLANNING_S,
-    )
+    """Raises ConfigError or CapacityError, which names the model."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "weft.cli._models", os.getcwd()],
+            cwd=Path(__file__).resolve().parents[2],
+            input=msgspec.json.encode([(start.folder, start.options, start.shadow is not None) for start in starts]),
+            stdout=subprocess.PIPE,
+            timeout=PLANNING_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"the models could not be looked at within {PLANNING_S:g} s; are their files there?"
+        ) from None
     if done.returncode:
         raise EngineError(f"the models could not be looked at: the process for it ended with status {done.returncode}")
     told = msgspec.json.decode(done.stdout, type=list[Figures | Refused])
     for name, one in zip(names, told, strict=True):
         if isinstance(one, Refused):
-            raise ConfigError(f"{name}: {one.message}")
+            raise (CapacityError if one.capacity else ConfigError)(f"{name}: {one.message}")
     return [one for one in told if isinstance(one, Figures)]
 
 
 def main(folder: str) -> None:
     """folder: what relative paths start from."""
     os.chdir(folder)
-    asked = msgspec.json.decode(sys.stdin.buffer.read(), type=list[tuple[str, dict[str, Any]]])
+    asked = msgspec.json.decode(sys.stdin.buffer.read(), type=list[tuple[str, dict[str, Any], bool]])
     told: list[Figures | Refused] = []
-    for model, options in asked:
+    for model, options, checked in asked:
         try:
-            told.append(figures_of(Path(model), options))
+            told.append(figures_of(Path(model), options, checked=checked))
         except EngineError as error:
-            told.append(Refused(str(error)))
+            told.append(Refused(str(error), isinstance(error, CapacityError)))
     sys.stdout.buffer.write(msgspec.json.encode(told))
 
 
-def figures_of(folder: Path, options: dict[str, Any]) -> Figures:
-    """options: of the engine; a context that is longer than the model's own becomes that.  Raises ConfigError."""
+def figures_of(folder: Path, options: dict[str, Any], *, checked: bool = False) -> Figures:
+    """options: of the engine; a context that is longer than the model's own becomes that.  checked: by a shadow.
+
+    Raises ConfigError, CapacityError.
+    """
     from dataclasses import replace
 
     from weft.exec.build import engine_config, prepare
@@ -200,7 +212,12 @@ def figures_of(folder: Path, options: dict[str, Any]) -> Figures:
         raise ConfigError(f"--max-model-len must be at least 1, got {wanted}")
     length = min(wanted or own.spec.max_positions, own.spec.max_positions)
     config = replace(given, max_model_len=length)
-    usual, least = prepare(config).plan, prepare(replace(config, memory_bytes=1)).plan  # which holds one sequence
+    usual, smallest = prepare(config).plan, prepare(replace(config, memory_bytes=1))
+    least, checks = smallest.plan, 0  # which holds one sequence
+    if checked:
+        from weft.exec.shadow import planned as widened
+
+        checks = widened(smallest).plan.total_bytes - least.total_bytes
     return Figures(
         fixed=least.total_bytes - least.kv_bytes,
         need=least.kv_bytes,
@@ -208,6 +225,7 @@ def figures_of(folder: Path, options: dict[str, Any]) -> Figures:
         most=own.limits.max_num_seqs * least.kv_bytes,
         length=length,
         available=usual.available_bytes,
+        checks=checks,
     )
 
 
