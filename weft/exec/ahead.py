@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -166,10 +167,19 @@ class Ahead:
         return logits if alone else logits.clone()  # a view of the decoder's buffer, which the next pass overwrites
 
 
-class Calls:
-    """What a technique of the slot `draft` is given (`slots.Forward`).  asks: (request, ask)."""
+class Passes(Protocol):
+    """What computes rows for guesses, after entries that `followers` tell of."""
 
-    def __init__(self, ahead: Ahead, asks: Sequence[tuple[int, Ask]]) -> None:
+    followers: dict[int, Follower]
+    program: Any
+
+    def compute(self, rows: Sequence[Piece]) -> Tensor: ...
+
+
+class Calls:
+    """What a technique of the slot `draft` is given (`slots.Forward`).  ahead: what computes.  asks: (request, ask)."""
+
+    def __init__(self, ahead: Passes, asks: Sequence[tuple[int, Ask]]) -> None:
         self._ahead = ahead
         self._asks = list(asks)
         self._at: list[int | None] = [None] * len(self._asks)

@@ -248,7 +248,7 @@ def prepare(config: EngineConfig, *, shared: SharedKV | None = None) -> Setup:
         memory_bytes=config.memory_bytes,
         max_model_len=config.max_model_len,
         layered=layered,
-        draft_bytes=0
+        draft_bytes=choices.laws_bytes(stack, spec, config.max_num_seqs, MAX_GUESSES)
         if draft is None
         else _draft_bytes(draft, ops["draft"], dtype, rows, config.max_num_seqs, stack, spec.vocab),
         ahead=0 if draft is None else 2 * MAX_GUESSES,

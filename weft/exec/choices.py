@@ -62,6 +62,12 @@ def second(stack: Stack, spec: DecoderSpec) -> DecoderSpec | None:
     return draft
 
 
+def laws_bytes(stack: Stack, spec: DecoderSpec, sequences: int, most: int) -> int:
+    """Laws of guesses that the target's first layers make, for an `accept` that weighs them."""
+    guesses = min(most, int(stack["draft"].guesses)) if hasattr(stack["draft"], "exits") else 0
+    return sequences * guesses * spec.vocab * dtype_bytes("float32")
+
+
 def require_switch(flag: str, value: str) -> None:
     """Raise ConfigError where a flag that is on or off is neither."""
     if value not in ("on", "off"):
