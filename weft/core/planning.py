@@ -69,7 +69,7 @@ class Planning:
 
     def write(
         self, r: Request, start: int, stop: int, *, guesses: int = 0, layers: tuple[int, int] | None = None,
-        prompt_rows: int = 0, samples: int = 0, final: bool = True,
+        prompt_rows: int = 0, samples: int = 0, final: bool = True, ahead: int = 0,
     ) -> None:  # fmt: skip
         """Add target rows [start, stop) of `r` and its first `guesses` guesses.  final: they pass the last layer."""
         context = r.context
@@ -88,6 +88,7 @@ class Planning:
             samples=final and stop == len(context),
             output=len(r.output),
             prompt_rows=prompt_rows,
+            ahead=ahead,
             want=-1 if r.pace is None else r.pace.want,
         )
         self.add(r, work, samples)

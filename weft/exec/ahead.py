@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -167,6 +167,15 @@ class Ahead:
         return logits if alone else logits.clone()  # a view of the decoder's buffer, which the next pass overwrites
 
 
+class Passes(Protocol):
+    """What computes rows for guesses, after entries that `followers` tell of."""
+
+    followers: dict[int, Follower]
+    program: Any
+
+    def compute(self, rows: Sequence[Piece]) -> Tensor: ...
+
+
 class Draws:
     """Draws under the asks' own laws.  program: of weft's kernels, or None.  asks: (request, ask)."""
 
@@ -203,9 +212,9 @@ class Draws:
 
 
 class Calls(Draws):
-    """What a technique with a second model is given (`slots.Forward`)."""
+    """What a technique whose guesses are computed is given (`slots.Forward`).  ahead: what computes."""
 
-    def __init__(self, ahead: Ahead, asks: Sequence[tuple[int, Ask]]) -> None:
+    def __init__(self, ahead: Passes, asks: Sequence[tuple[int, Ask]]) -> None:
         super().__init__(ahead.program, asks)
         self._ahead = ahead
         self._at: list[int | None] = [None] * len(self._asks)

@@ -14,9 +14,12 @@ MAX_GUESSES = 16
 
 
 def own_bytes(stack: Stack, sequences: int, target: DecoderSpec) -> int:
-    """Bytes that a draft holds beside the models."""
-    memory = getattr(stack["draft"], "memory", None)
-    return 0 if memory is None else int(memory(sequences, target.vocab))
+    """Bytes that a draft holds beside the models, and laws of guesses that the target's first layers make."""
+    draft = stack["draft"]
+    memory = getattr(draft, "memory", None)
+    guesses = min(MAX_GUESSES, int(draft.guesses)) if hasattr(draft, "exits") else 0
+    laws = sequences * guesses * target.vocab * dtype_bytes("float32")
+    return laws + (0 if memory is None else int(memory(sequences, target.vocab)))
 
 
 def model_bytes(

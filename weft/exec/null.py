@@ -121,7 +121,10 @@ class NullExecutor:
         shared: dict[int, int] = {}
         void = self.mirror.reading(plan.works, bad)
         works = [work for i, work in enumerate(plan.works) if i not in void]
-        facts = [None if work.ahead else self._compress(work, self._work(work, shared)) for work in works]
+        facts = [
+            None if work.ahead and work.model != "target" else self._compress(work, self._work(work, shared))
+            for work in works
+        ]
         told = {w.request: f.tokens for w, f in zip(works, facts, strict=True) if f is not None and w.samples}
         done = iter([
             self._go_ahead(work, told.get(work.request, ())) if fact is None else fact

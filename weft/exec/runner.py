@@ -27,6 +27,7 @@ from weft.exec.leaving import EarlyExits, leaves_early
 from weft.exec.mirror import Mirror
 from weft.exec.pooled import Pooling
 from weft.exec.reading import Reading
+from weft.exec.shallow import Shallow
 from weft.exec.tiers import TierStore
 from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
@@ -65,6 +66,11 @@ class TorchExecutor:
         self._sampling = Sampling(
             self.mirror, pool, self._members, max_guesses, self._reading, self.decoders[TARGET].program
         )
+        exits = getattr(self.stacks.base["draft"], "exits", None)
+        if exits is not None:
+            target = self.decoders[TARGET]
+            found = exits(len(target.spec.layers))
+            self._sampling.shallow = Shallow(TARGET, target, self._gather, pool, found, self._first_layers)
         self._pooling = Pooling(self.mirror, self.decoders[TARGET])
         between: Translation | None = getattr(self.stacks.base["draft"], "translation", None)
         vocab = self.decoders[TARGET].spec.vocab
@@ -89,6 +95,8 @@ class TorchExecutor:
         masks = self._sampling.masks
         masks.reset()
         self._reading.reset()
+        if self._sampling.shallow is not None:
+            self._sampling.shallow.reset()
         works = [w for i, w in enumerate(plan.works) if i not in void]
         mine = [i for i, w in enumerate(works) if w.model == TARGET]
         found = self._forward(TARGET, works, mine) if mine else []
@@ -164,11 +172,22 @@ class TorchExecutor:
         self, decoder: Decoder, batch: Batch, layers: tuple[int, int] | None = None, hidden: Tensor | None = None
     ) -> Tensor:
         """The decoder's pass, whose seconds are the step's `forward_s`; what builds batches is host time."""
-        began = time.perf_counter()
+        began, shallow = time.perf_counter(), self._sampling.shallow
         if leaves_early(batch):
             result = EarlyExits(decoder, self.pool).forward(batch, layers, hidden)
+        elif layers is None and decoder is self.decoders[TARGET] and shallow is not None and len(shallow.exits) > 1:
+            result = shallow.watched(batch)
         else:
             result = decoder.forward(batch, self.pool, layers=layers, hidden=hidden)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._forward_s += time.perf_counter() - began
+        return result
+
+    def _first_layers(self, batch: Batch, layers: int) -> Tensor:
+        """Hidden states of rows ahead after the target's first layers."""
+        began = time.perf_counter()
+        result = self.decoders[TARGET].forward(batch, self.pool, layers=(0, layers))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._forward_s += time.perf_counter() - began

@@ -19,6 +19,7 @@ from weft.exec.gather import Wanted
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror, Mirrored
 from weft.exec.reading import Reading
+from weft.exec.shallow import Shallow
 from weft.slots import Ask, Draft, line
 from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
@@ -70,6 +71,8 @@ class Sampling:
         self._max_guesses = max_guesses
         self._members = members
         self.masks = Masks(mirror)
+        self.shallow: Shallow | None = None
+        """The target's first layers, where a draft guesses by them."""
         self.probe: Probe | None = None
         """Called with every row that a token was taken from: who measures a stack reads laws here."""
 
@@ -157,6 +160,8 @@ class Sampling:
             run: Any = None
             if draft.model is not None and ahead is not None:
                 run = ahead.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
+            elif self.shallow is not None and hasattr(draft, "exits"):
+                run = self.shallow.calls([(works[i], results[i], ask) for i, ask in zip(at, mine, strict=True)])
             elif getattr(draft, "states", 0):
                 run = self._reading.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
             for i, guesses in zip(at, draft.propose(mine, run), strict=True):
@@ -173,6 +178,8 @@ class Sampling:
         )
         if draft.model is not None:
             most = min(most, 0 if ahead is None else ahead.room(work.request))
+        elif hasattr(draft, "exits"):
+            most = min(most, Shallow.room(work, fact))
         if fact.tokens[-1] in s.sampling.stop_ids and output > s.sampling.min_tokens:
             most = 0  # it ends here
         known = None
@@ -250,6 +257,8 @@ class Sampling:
         if s.sampling.logprobs >= 0:
             at = [0, *(1 + j for j in path)]
             chosen = [sampler.told(sampled_NV[i], rows[i], t) for i, t in zip(at, tokens, strict=True)]
+        if self.shallow is not None and not follows and path == list(range(len(path))):
+            self.shallow.tell(work.request, w.first + w.prompt_rows, rows, tokens)
         s.write(work.start + context, tokens)  # a plan may speak of later rows before it says these
         return WorkResult(
             rows=context, tokens=tuple(tokens), logprobs=tuple(chosen), prompt_logprobs=tuple(told), ended=ended

@@ -19,6 +19,7 @@ from weft.slots.guesses import Accept as Accept
 from weft.slots.guesses import Ask as Ask
 from weft.slots.guesses import Draft as Draft
 from weft.slots.guesses import Features as Features
+from weft.slots.guesses import FirstLayers as FirstLayers
 from weft.slots.guesses import Forward as Forward
 from weft.slots.guesses import Guesses as Guesses
 from weft.slots.guesses import Ranked as Ranked

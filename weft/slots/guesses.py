@@ -6,7 +6,7 @@ stands after the one that it follows, so any beginning of a tree is a tree.  A c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -131,6 +131,21 @@ class Features(Protocol):
     ) -> list[Ranked]: ...
 
 
+class FirstLayers(Forward, Protocol):
+    """The target's own first layers, for a draft that has `exits`; of calls, `grow` is not to be had.
+
+    layers: of the target.  exit: after how many of them the passes leave that are asked for next, one of `exits`.
+    shadows   where there are several exits, by exit, for each row that the target sampled in this step for an ask: whether a
+              guess by that exit, drawn by the noise of the token itself, would have been the token that stood
+    """
+
+    exit: int
+
+    @property
+    def layers(self) -> int: ...
+    def shadows(self, ask: int) -> Mapping[int, Sequence[bool]]: ...
+
+
 class Draft(Protocol):
     """Slot `draft`: guesses for the tokens that come next, for all sequences of a step at once (each as many as it likes).
 
@@ -143,6 +158,7 @@ class Draft(Protocol):
     `Words` once; `keep`, rows of the second model's head that are computed, and `head`, their ids once it is attached;
     `translates`, whether the second model may have another vocabulary, and `translation`, between the two once it is attached
     (all ids of asks, guesses and logits are the target's);
+    `exits(layers)`, after how many of the target's `layers` it guesses, ascending (run is `FirstLayers` then);
     `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said;
     `states`, of how many of a step's newest rows of the context it is given the hidden states (of guesses that stand, of all);
     `memory(sequences, vocab)`, bytes that it holds beside the models for so many sequences.  What `attach` is given has `target`,

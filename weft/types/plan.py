@@ -36,7 +36,7 @@ class Work(Struct, frozen=True, kw_only=True):
     output: index in the output of the first token that would be sampled.  link: works with one link are sampled together.
     prompt_rows: rows (counted from the first) whose prompt logprobs are wanted, 0 for none.
     ahead: rows beyond these that the executor may compute in this step, once it knows what was accepted: a draft model's own
-    proposals.  Their entries have room; how many rows stand is in the result.
+    proposals, or what the target's first layers guess.  Their entries have room; how many rows stand is in the result.
     want: guesses for the next plan that the executor may ask the slot `draft` for, -1 for as many as that likes.
     """
 
