@@ -357,7 +357,7 @@ def test_refused_fields() -> None:
 def test_error_codes() -> None:
     """Every code that the front writes into an error, under its status."""
     sources = "".join(path.read_text() for path in sorted((ROOT / "weft" / "front").rglob("*.py")))
-    written = {*re.findall(r"\bcode\s*=\s*(?:code or )?\"(\w+)\"", sources), *STATUS_OF_CODE}
+    written = {*re.findall(r"\bcode\s*=\s*(?:code or )?\"(\w+)\"", sources), *STATUS_OF_CODE, *CAPACITY}
     told: dict[str, int] = {}
     for row in rows(HTTP["Errors"]):
         told |= dict.fromkeys(spans(row[1]), int(row[0]))

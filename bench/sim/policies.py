@@ -166,7 +166,7 @@ def judged(claim: Claim, own: dict[str, Any], other: dict[str, Any], title: str)
     seen = f"{claim.metric} {a:.4g}{each} against {b:.4g} of {claim.against}, {ratio:.3g} times"
     reason = f"{title}: {seen}; the claim asks for {wanted}"
     verdict = "holds" if holds else "does not hold"
-    keys = ("goodput", "output_tok_s", "fairness", "cached_tokens", "slo_met")
+    keys = ("goodput", "output_tok_s", "fairness", "cached_tokens", "slo_met", "finished", "refused")
     told = {k: own[k] for k in keys} | {k: own[k] for k in ("ttft_s", "tpot_s", "e2e_s")}
     return {"verdict": verdict, "reason": reason, "ratio": min(ratio, 1e9), "case": claim.case, **told}
 

@@ -16,6 +16,9 @@ from weft.sim.machines import hardware, model
 from weft.sim.workload import UNIQUE, Arrival
 
 MODEL = model("llama-3.2-1b", block_tokens=4)
+SCHEDULES = [
+    "schedule=fcfs", "schedule=prefill_first", "schedule=layered(least=8)", "schedule=deadline(ttft_s=3.0, row_s=0.004)",
+]  # fmt: skip
 
 
 def crowd(seed: int, n: int = 60, pace: float = 300.0) -> Iterator[Arrival]:
@@ -44,9 +47,9 @@ def simulated(
 
 
 @pytest.mark.parametrize("blocks", [60, 90, 400])
-@pytest.mark.parametrize("schedule", ["schedule=fcfs", "schedule=prefill_first", "schedule=layered(least=8)"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_log_is_that_of_single_steps(schedule: str, blocks: int) -> None:
-    coasted = preempted = evicted = shared = 0
+    coasted = preempted = evicted = shared = refused = 0
     for seed in range(4):
         whole = simulated(seed, coasting=True, blocks=blocks, schedule=schedule)
         single = simulated(seed, coasting=False, blocks=blocks, schedule=schedule)
@@ -59,10 +62,13 @@ def test_the_log_is_that_of_single_steps(schedule: str, blocks: int) -> None:
         preempted += whole.meter.preemptions
         evicted += engine.pool.evictions
         shared += whole.meter.cached
+        refused += whole.meter.refusals
+        assert whole.result()["finished"] + whole.result()["refused"] == whole.result()["requests"]
         assert single.replicas[0]._coast.steps == 0
     assert coasted > 100
     assert shared > 0
-    if blocks == 60:
+    assert (refused > 0) == schedule.startswith("schedule=deadline")
+    if blocks == 60 and not refused:
         assert preempted > 0
         assert evicted > 0
 

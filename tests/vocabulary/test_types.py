@@ -88,6 +88,7 @@ SPEC = RequestSpec(
     grammar=Grammar("regex", "[\u03b2\U0001f600]+"),
     hand_over=True,
     timeline=True,
+    ttft_s=0.5,
     stored=((5, 0), ()),
 )
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
@@ -117,7 +118,7 @@ RESULT = StepResult(
     ),
 )  # fmt: skip
 STATS = EngineStats(
-    steps=1, running=2, waiting=3, kv_blocks_total=4, kv_blocks_referenced=5, kv_blocks_cached=6, prompt_tokens=7,
+    steps=1, running=2, refused=15, waiting=3, kv_blocks_total=4, kv_blocks_referenced=5, kv_blocks_cached=6, prompt_tokens=7,
     generation_tokens=8, prefix_hit_tokens=9, prefix_query_tokens=10, preemptions=11, evictions=12, finished=13, rows=14,
     last_step_s=1.5, host_s=2.5e-4, acts={"draft=ngram.proposed": 4}, shadow_requests=1, shadow_tokens=2,
     shadow_skipped=3, shadow_kl=0.25, shadow_top1=0.5, shadow_alarm=1, masked_rows=1,
@@ -156,7 +157,7 @@ ENTRIES: tuple[Entry, ...] = (
         vocab=7, share=False, settings=b"s", in_flight=2, reach={"draft": 4}, block_bytes=64,
         control=True,
     ),
-    Added(1.5, SPEC, refused=True), Cancelled(3, 1, found=False), Planned(2.5, PLAN, ((1, 0),)), Committed(3.5, RESULT),
+    Added(1.5, SPEC, refused=True), Cancelled(3, 1, found=False), Planned(2.5, PLAN, ((1, 0),), (7, 8)), Committed(3.5, RESULT),
     Abandoned(4.5, 6),
 )  # fmt: skip
 SHARED = SharedKV(3, 1 << 20, writes=True)

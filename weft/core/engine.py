@@ -17,6 +17,7 @@ from weft.config import Limits, Stack, Stacks, build_stack
 from weft.core import handover, timeline
 from weft.core.control import Chosen, Control
 from weft.core.kv import KV
+from weft.core.lateness import Lateness
 from weft.core.pool import BlockPool
 from weft.core.request import CutRule, Request, State
 from weft.core.scheduler import Scheduler
@@ -37,6 +38,7 @@ from weft.types import (
     Plan,
     Planned,
     Preempted,
+    Rejected,
     Seen,
     StepResult,
     Tokens,
@@ -98,12 +100,14 @@ class Engine(Sequences):
             models=tuple(models), layers=layers, vocab=vocab, share=share, settings=settings, in_flight=in_flight,
             reach=dict(reach or {}), block_bytes=block_bytes, control=control,
         )  # fmt: skip
+        self.lateness = Lateness(policy, kv, limits) if getattr(policy, "refuses", False) else None
+        """Where the schedule refuses whom it can't serve in time."""
         self._layers = layers
         self._step = 0
         self._flights: dict[int, list[tuple[Request, int]]] = {}
         self._loads: dict[int, list[tuple[Request, int]]] = {}
         """By plan in flight, the requests that it loads blocks for, and their lives."""
-        self._generated = self._prompted = self._finished = 0
+        self._generated = self._prompted = self._finished = self._refused = 0
         self._rows = 0
         self._masked = self._masked_steps = 0
         self._mask_s = 0.0
@@ -116,25 +120,40 @@ class Engine(Sequences):
     # ------------------------------------------------------------------ the step
 
     def schedule(self, now: float) -> tuple[Plan, list[Event]]:
-        """The next plan, and an event for each sequence that was preempted to make it."""
+        """The next plan, and an event for each sequence that was preempted to make it, or is refused as too late for it."""
         if len(self._flights) >= self.most_in_flight:
             raise InvariantError(f"{len(self._flights)} plans are in flight; commit one first")
         self._step += 1
+        refused = self._refuse(now)
         d, plan = self.scheduler.plan(now, self._step)
         self._flights[self._step] = [(r, r.generation) for r in d.requests]
         self._loads[self._step] = [(r, r.generation) for r in d.loading]
         self.pool.submitted(self._step)
         self.kv.submitted()
         self._rows = plan.rows
+        if self.lateness is not None:
+            self.lateness.planned(plan.step, now, plan.rows, d.view.prompt_rows)
         told: list[Event] = [
             Preempted(r.id, r.index) for r in d.preempted if r.leader is None and r.id not in self.programs
         ]
         if self.tap is not None:
-            self.tap(Planned(now, plan, tuple((e.id, e.index) for e in told if isinstance(e, Preempted))))
+            preempted = tuple((e.id, e.index) for e in told if isinstance(e, Preempted))
+            self.tap(Planned(now, plan, preempted, tuple(e.id for e in refused)))
         if self.timed:
             told += [n for n in timeline.planned(d.requests, plan, self.models[0]) if n.id not in self.programs]
             self.timed = bool(self._live)
-        return plan, told
+        return plan, [*refused, *told]
+
+    def _refuse(self, now: float) -> list[Rejected]:
+        """Let go of those who can't be in time any more, where the schedule says so."""
+        if self.lateness is None or not self.scheduler.waiting:
+            return []
+        told = []
+        for late in self.lateness.find(self.scheduler.waiting.values(), self.scheduler.running.values(), now):
+            told.append(Rejected(late.request.id, late.text(now), "capacity", code="too_late"))
+            self._cancel(late.request.id, None)
+        self._refused += len(told)
+        return told
 
     def seen(self, plan: Plan, *, blocks: bool = True) -> Seen:
         """What a plan in flight is made of, and who holds the blocks of the pool."""
@@ -155,6 +174,8 @@ class Engine(Sequences):
         if self.tap is not None:
             self.tap(Committed(now, result))
         lives = self._flights.pop(plan.step)
+        if self.lateness is not None:
+            self.lateness.committed(plan.step, now, plan.rows)
         flight = zip(lives, plan.works, result.works, strict=True)
         if self.control is not None and self.scheduler.guessed:
             self.control.observe(plan, [r for r, _ in lives], result)
@@ -199,6 +220,8 @@ class Engine(Sequences):
         """An executor broke off inside a plan, and nobody knows how far it came: all who run are computed anew."""
         if self.tap is not None:
             self.tap(Abandoned(now, plan.step))
+        if self.lateness is not None:
+            self.lateness.abandoned(plan.step, now)
         for request, _ in (*self._flights.pop(plan.step), *self._loads.pop(plan.step)):
             request.in_flight -= 1
         self.kv.lost(t for op in (*plan.kv, *plan.after) if op.kind is KVOpKind.SAVE for t in op.argument)
@@ -326,9 +349,10 @@ class Engine(Sequences):
         """A snapshot; times are the caller's to add."""
         s, chosen = self.scheduler, Chosen() if self.control is None else self.control.chosen
         return EngineStats(
-            steps=self._step, running=len(s.running), waiting=len(s.waiting), kv_blocks_total=self.pool.total,
-            kv_blocks_referenced=self.pool.referenced, kv_blocks_cached=self.pool.cached, prompt_tokens=self._prompted,
-            generation_tokens=self._generated, prefix_hit_tokens=s.hit_tokens, prefix_query_tokens=s.queried_tokens,
+            refused=self._refused, steps=self._step, running=len(s.running), waiting=len(s.waiting),
+            kv_blocks_total=self.pool.total, kv_blocks_referenced=self.pool.referenced, kv_blocks_cached=self.pool.cached,
+            prompt_tokens=self._prompted, generation_tokens=self._generated,
+            prefix_hit_tokens=s.hit_tokens, prefix_query_tokens=s.queried_tokens,
             preemptions=s.preemptions, evictions=self.pool.evictions, finished=self._finished, rows=self._rows,
             acts=self.stacks.acts(), masked_rows=self._masked, masked_steps=self._masked_steps, mask_s=self._mask_s,
             draft_sequences=chosen.sequences, draft_guesses=chosen.guesses, draft_off=chosen.off, draft_probes=chosen.probes,

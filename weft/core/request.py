@@ -180,6 +180,11 @@ class Request:
         return len(self.context) - len(self.output) + self.sampling.max_tokens
 
     @property
+    def ttft_s(self) -> float | None:
+        """Within how long after its arrival the first token is wanted; as `RequestSpec.ttft_s`."""
+        return self.spec.ttft_s
+
+    @property
     def tenant(self) -> bytes:
         """Who is counted: of a salt with an owner, the owner alone, or whoever changes salts would have many shares."""
         return self.spec.salt.partition(b"\0")[0]

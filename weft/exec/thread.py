@@ -289,6 +289,8 @@ class EngineThread:
 
         def planned(plan: Plan, more: list[Event]) -> None:
             self._seen = self._look(plan) if self._watched else None
+            if self.shadow is not None:
+                self.shadow.see(more)
             self._emit([*events, *more], self._host_s, self.engine.members(plan))
 
         return planned

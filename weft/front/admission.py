@@ -17,13 +17,16 @@ KEY: ContextVar[str] = ContextVar("weft-key", default="")
 """Who asks, within the handling of one HTTP request, for rates: the tenant of the key, or an address."""
 OWNER: ContextVar[str] = ContextVar("weft-owner", default="")
 """Whose prefixes are shared, and whom schedulers count for: the key's name or tenant; nobody's where there are no keys."""
+HURRY: ContextVar[bool] = ContextVar("weft-hurry", default=True)
+"""Whether somebody waits for what is asked here: only such requests have a deadline."""
 MOST_KEYS = 10_000
 """Keys whose buckets are kept; that of a key which has asked nothing for longest is full again anyway."""
 MINUTE_S = 60.0
 
 
 def work_for(tenant: str) -> None:
-    """What goes on here without its client, after a server's new start, is somebody's all the same."""
+    """What goes on here without its client, also after a server's new start, is somebody's all the same, and in no hurry."""
+    HURRY.set(False)
     if tenant and not OWNER.get():
         KEY.set(tenant)
         OWNER.set(tenant)

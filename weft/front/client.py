@@ -17,7 +17,7 @@ from msgspec import structs
 
 from weft.errors import RequestError
 from weft.front.access import TRACK
-from weft.front.admission import KEY, OWNER, Admission, Bounds
+from weft.front.admission import HURRY, KEY, OWNER, Admission, Bounds
 from weft.front.generation import (
     Delta,
     EngineStopped,
@@ -131,6 +131,7 @@ class Client:
                 techniques=p.techniques,
                 contrast=p.contrast,
                 pooling=p.pooling,
+                ttft_s=p.ttft_s if HURRY.get() else None,
             )
             for p in batch
         ]

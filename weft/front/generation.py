@@ -26,7 +26,8 @@ class GenerationFailed(EngineError):
 
 
 class Refused(CapacityError):
-    """A CapacityError as the engine worded it; code "never_fits" when trying again is of no use."""
+    """A CapacityError as the engine worded it; code "never_fits" when trying again is of no use, "too_late" when the first token
+    could not come in time any more."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -49,7 +50,7 @@ class Prompt:
     salt: prompts share cached prefixes only under equal salts.  priority: lower runs first.  techniques: laid over the server's
     stack.  contrast: ids of a second context, for a technique that contrasts.  pooling: "last" or "mean" to get the
     prompt's pooled hidden states (`LiveSequence.vector`), "" for none.  manner: how the answers are to be read, where they are
-    more than text.  timeline: whether the answer tells what became of it.
+    more than text.  timeline: whether the answer tells what became of it.  ttft_s: as `RequestSpec.ttft_s`.
     """
 
     ids: Sequence[int]
@@ -61,6 +62,7 @@ class Prompt:
     pooling: str = ""
     manner: Manner | None = None
     timeline: bool = False
+    ttft_s: float | None = 0.0
 
 
 class Delta(msgspec.Struct, kw_only=True):

@@ -338,6 +338,9 @@ class Journal:
     def _send(self, entry: Entry) -> list[Command]:
         """Everything of a request that has not ended, as it goes on from where the front has it."""
         spec, again = entry.spec, entry.sent
+        if entry.progress:
+            # The client has something, so there is nothing left that could be late.
+            spec = structs.replace(spec, ttft_s=None)
         entry.sent = True
         entry.again |= self._again
         if entry.again or not any(line.output or line.done for line in entry.lines):

@@ -54,12 +54,13 @@ COUNTERS = (
     ("shadow_tokens_total", "shadow_tokens", "Tokens that shadow checks compared"),
     ("shadow_skipped_total", "shadow_skipped", "Sampled requests that could not be checked"),
     ("evictions_total", "evictions", "Cached blocks that were given up"),
+    ("requests_refused_total", "refused", "Requests that the schedule refused, as they could not be in time any more"),
 )
 
 
 ENGINES = (
     "steps", "prompt_tokens", "generation_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "evictions",
-    "finished", "shadow_requests", "shadow_tokens", "shadow_skipped", "masked_rows", "masked_steps", "mask_s", "grammars",
+    "finished", "refused", "shadow_requests", "shadow_tokens", "shadow_skipped", "masked_rows", "masked_steps", "mask_s", "grammars",
     "grammar_s", "draft_sequences", "draft_guesses", "draft_off", "draft_probes",
 )  # fmt: skip
 """Figures of `EngineStats` that one engine counts up, and that are counted over all of them."""

@@ -151,6 +151,9 @@ class Roles:
         """Send a request to the second side, with what the first has stored of it."""
         spec, cut = self._first.pop(id)
         self._cached[id] = (cached, spec.n)
+        if stored:
+            # Its prompt is computed: to refuse it as too late now would waste that.
+            spec = structs.replace(spec, ttft_s=None)
         self.decode.send(Add(structs.replace(spec, stored=stored)))
         for index in cut:
             self.decode.send(Cancel(id, index))
@@ -158,8 +161,10 @@ class Roles:
     # ------------------------------------------------------------------ frames
 
     def _computed(self, frame: EngineFrame) -> None:
-        """Of the first side.  What it refuses or fails at, the other one tells in its own words, if it must."""
-        told: list[Adapted | Noted] = []
+        """Of the first side.  What it refuses or fails at, the other one tells in its own words, if it must; but who can't be in
+        time any more would not be in time there either.
+        """
+        told: list[Adapted | Noted | Rejected] = []
         with self._turn:
             for event in frame.events:
                 if isinstance(event, Adapted):
@@ -169,7 +174,11 @@ class Roles:
                 elif event.id in self._first and isinstance(event, Finished):
                     self._go_on(event.id, event.stored, event.cached_tokens)
                 elif event.id in self._first and isinstance(event, Rejected):
-                    self._go_on(event.id, (), 0)
+                    if event.code == "too_late":
+                        del self._first[event.id]
+                        told.append(event)
+                    else:
+                        self._go_on(event.id, (), 0)
         if (told or frame.plan) and self._sink is not None:
             self._sink(structs.replace(frame, events=tuple(told), seen=None))
 

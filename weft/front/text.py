@@ -154,10 +154,11 @@ class ModelText:
         techniques: tuple[str, ...] = (),
         contrast: Sequence[int] = (),
         pooling: str = "",
+        ttft_s: float | None = None,
     ) -> RequestSpec:
         """What the engine is asked for one prompt; its seed is drawn where `params` names none.
 
-        techniques: laid over the server's stack.  contrast: ids of a second context.
+        techniques: laid over the server's stack.  contrast: ids of a second context.  ttft_s: as `RequestSpec.ttft_s`.
         Raises RequestError for ids that are no prompt (see `check_prompt_ids`) or parameters outside the vocabulary.
         """
         assert self.max_model_len is not None, "the engine's context is known before anything is asked of it"
@@ -177,6 +178,7 @@ class ModelText:
             techniques=techniques,
             grammar=params.grammar,
             companions=((TokenItem(tuple(contrast)),),) if contrast else (),
+            ttft_s=ttft_s,
         )
 
     @property

@@ -1,11 +1,13 @@
-"""Deadline: who has the least time left until the first token is due goes first; who is too late goes last.
+"""Deadline: who has the least time left until the first token is due goes first; who can't be in time any more is refused.
 
-Paper    none; least slack first (Mok, MIT, 1983) with the overdue put behind those who can still make it
-Rule     slack = arrival + ttft_s - prompt * row_s - now; new ones with slack by slack, then those without it by arrival
-Units    ttft_s, row_s: seconds; row_s is what a row of a prompt takes
-Cost     O(1) for each request
+Paper    none; least slack first (Mok, MIT, 1983), and who is sure to be late is turned away
+Rule     due = arrival + ttft_s; slack = due - prompt * row_s - now; new ones with slack by slack, then those without by arrival;
+         refuse: who waits and has a deadline is refused once now + what its first token takes at least > due
+Units    ttft_s, row_s: seconds; row_s is what a row of a prompt takes, for the order alone
+Cost     O(1) for each request and step
 Pays     under overload, where requests that are late anyway would make others late too
-Differs  an overdue request is served last and not refused
+Differs  a request may bring its own ttft_s (weft.ttft_s); what it takes at least is measured, not row_s (weft/core/lateness.py);
+         whoever has no deadline (batches, background responses, LLM.generate), or has begun, is not refused but served last
 Raises   ValueError if ttft_s or row_s is not above 0
 """
 
@@ -28,6 +30,7 @@ class Deadline:
 
     ttft_s: float = 1.0
     row_s: float = 5e-5
+    refuse: bool = True
     acts: dict[str, int] = field(default_factory=lambda: {"ordered": 0, "overdue": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = False
@@ -35,7 +38,7 @@ class Deadline:
     layered: ClassVar[bool] = False
     claim: ClassVar[Claim] = Claim(
         "more requests keep their limit under overload than first come, first served",
-        "goodput", 1.05, "more", case="jam",
+        "slo_met", 1.05, "more", case="jam",
     )  # fmt: skip
     trial: ClassVar[dict[str, float]] = {"ttft_s": 0.01, "row_s": 1e-5}
 
@@ -43,10 +46,21 @@ class Deadline:
         if not (self.ttft_s > 0 and self.row_s > 0):
             raise ValueError(f"ttft_s and row_s are above 0, got {self.ttft_s} and {self.row_s}")
 
+    @property
+    def refuses(self) -> bool:
+        return self.refuse
+
+    def due(self, request: RequestView) -> float:
+        """When its first token is wanted."""
+        return request.arrival + (request.ttft_s or self.ttft_s)
+
+    def late(self, request: RequestView, now: float, least_s: float) -> bool:
+        return now + least_s > self.due(request)
+
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:
         if request.rank < 2 or request.output:
             return (request.rank, 0, request.priority, request.arrival)
-        slack = request.arrival + self.ttft_s - request.prompt * self.row_s - now
+        slack = self.due(request) - request.prompt * self.row_s - now
         self.acts["ordered"] += 1
         self.acts["overdue"] += slack < 0
         return (2, slack < 0, request.priority, request.arrival if slack < 0 else slack)

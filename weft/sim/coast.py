@@ -94,10 +94,12 @@ class Coast:
         return True
 
     def _enters(self, now: float) -> bool:
-        """Whether somebody who waits could enter now."""
+        """Whether somebody who waits could enter now, or be refused one day."""
         head = self.scheduler.head()
         if head is None:
             return False
+        if self.engine.lateness is not None:
+            return True
         return head.link is not None or self.scheduler.entry(head, self.scheduler.view(now)) is not None
 
     def _publishes(self, r: Request) -> bool:
@@ -251,4 +253,4 @@ class Coast:
             (r.rid, len(r.context) - 1 + at - self.base[i], 1)
             for i, r in enumerate(self.requests) if r.state is not State.DONE
         )  # fmt: skip
-        self.log.append((self.engine._step, now, works, (), tuple(leave), tuple(grants), (), ()))
+        self.log.append((self.engine._step, now, works, (), tuple(leave), tuple(grants), (), (), ()))

@@ -15,7 +15,7 @@ import msgspec
 from weft.config import Limits, build_stack
 from weft.core.engine import Engine
 from weft.errors import ConfigError, EngineError
-from weft.types import Abandoned, Added, Cancelled, Committed, Entry, Made, Plan, Planned, Preempted
+from weft.types import Abandoned, Added, Cancelled, Committed, Entry, Made, Plan, Planned, Preempted, Rejected
 from weft.types.record import FORMAT
 
 MAX_ENTRY = 256 << 20
@@ -26,6 +26,7 @@ class Replayed:
     """What a record holds, and the first difference, or None.
 
     chunks: works that end inside a prompt.  hits: requests that entered with entries from the prefix index.
+    refusals: at once, or later because they could not be in time any more.
     """
 
     steps: int = 0
@@ -134,6 +135,10 @@ def _one(engine: Engine, entry: Entry, flight: list[Plan], prompts: dict[int, in
         _count(plan, prompts, found)
         told = tuple((e.id, e.index) for e in events if isinstance(e, Preempted))
         found.preemptions += len(told)
+        late = tuple(e.id for e in events if isinstance(e, Rejected))
+        found.refusals += len(late)
+        if late != entry.refused:
+            return f"refused as too late: recorded {entry.refused}, decided {late}"
         if plan != entry.plan:
             return differing(msgspec.to_builtins(entry.plan), msgspec.to_builtins(plan), "plan")
         return None if told == entry.preempted else f"preempted: recorded {entry.preempted}, decided {told}"

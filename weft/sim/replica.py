@@ -164,6 +164,8 @@ class Replica:
         for event in events:
             if isinstance(event, Preempted):
                 self.meter.preempted(event.id)
+            elif isinstance(event, Rejected):
+                self.meter.refused(event.id)
         self._flight, self.ends = (plan, parts, load.whole_rows), self.now + sum(parts)
 
     def _land(self) -> None:
@@ -196,4 +198,5 @@ def entry(now: float, plan: Plan, events: Sequence[Event]) -> LogEntry:
     )
     preempted = tuple((e.id, e.index) for e in events if isinstance(e, Preempted))
     enter = tuple((e.request, len(e.tokens), e.entries) for e in plan.enter)
-    return plan.step, now, works, enter, plan.leave, plan.grants, plan.kv, preempted
+    refused = tuple(e.id for e in events if isinstance(e, Rejected))
+    return plan.step, now, works, enter, plan.leave, plan.grants, plan.kv, preempted, refused

@@ -53,7 +53,7 @@ class Arrival:
         """As the engine gets it: the answer ends where the trace says, by its length."""
         return RequestSpec(
             id=id, items=(TokenItem(self.tokens()),), sampling=SamplingSpec(temperature=0.0, max_tokens=self.output),
-            priority=self.priority, salt=self.tenant.encode(),
+            priority=self.priority, salt=self.tenant.encode(), ttft_s=0.0,
         )  # fmt: skip
 
 

@@ -111,6 +111,8 @@ class RequestView(Protocol):
     @property
     def preemptions(self) -> int: ...
     @property
+    def ttft_s(self) -> float | None: ...
+    @property
     def partial(self) -> tuple[int, int, int] | None: ...
     def heads(self, block: int) -> Sequence[bytes]:
         """Names of the prompt's beginnings of `block`, 2 * `block`, ... tokens: equal ones are equal tokens of one tenant."""
@@ -169,6 +171,8 @@ class Schedule(Protocol):
 
     A class variable `steady = True` promises a simulator that it may leave out asking: where only decodes run, each gets its
     row and their order stays, and whom `admit` refuses it refuses until a sequence ends or another request comes.
+
+    One with an attribute `refuses` that is true is a `Refusing`.
     """
 
     @property
@@ -179,6 +183,23 @@ class Schedule(Protocol):
     def admit(self, request: RequestView, step: StepView) -> bool: ...
     def quota(self, request: RequestView, step: StepView) -> Quota: ...
     def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None: ...
+
+
+class Refusing(Protocol):
+    """A schedule that says of a request that it can't be in time any more; it is refused at once then, and never computed.
+
+    late    whether its first token can't come in time even if it comes `least_s` seconds from now, which is what the
+            request takes at least if it is next (`core.lateness`).  Who is late stays late, also with more `least_s`
+
+    It is asked, before each step, of requests that wait, have a deadline (`ttft_s` is not None: seconds from `arrival`, 0.0 for
+    the schedule's own) and have had no turn yet: who has begun is never refused.
+
+    refuses: whether it does; an engine looks once.
+    """
+
+    @property
+    def refuses(self) -> bool: ...
+    def late(self, request: RequestView, now: float, least_s: float) -> bool: ...
 
 
 class Attention(Protocol):

@@ -103,7 +103,8 @@ class Noted(Struct, frozen=True, tag="noted", omit_defaults=True):
 class Rejected(Struct, frozen=True, tag="rejected"):
     """The request never ran: it can't fit, or it is malformed.  kind: "request" (4xx) or "capacity".
 
-    code of a capacity: "overloaded" may be asked again later, "never_fits" is too large for this engine's pool.
+    code of a capacity: "overloaded" may be asked again later, "never_fits" is too large for this engine's pool, "too_late" could
+    not have its first token in time any more.
     """
 
     id: int
@@ -150,6 +151,8 @@ class EngineStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
     preemptions: int = 0
     evictions: int = 0
     finished: int = 0
+    refused: int = 0
+    """Requests that the schedule refused because they could not be in time any more (counter)."""
     rows: int = 0
     """Rows of the last plan."""
     last_step_s: float = 0.0

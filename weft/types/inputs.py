@@ -117,6 +117,9 @@ class RequestSpec(Struct, frozen=True, kw_only=True):
     """Output tokens that the client already has (resubmission after a crash): restored as output, never as prompt."""
     timeline: bool = False
     """Whether its steps are told (`Noted`)."""
+    ttft_s: float | None = None
+    """Within how many seconds its first token is wanted, for a schedule that goes by that: 0.0 for as long as the schedule says,
+    None for whenever it comes, and such a request is never refused for being late."""
     hand_over: bool = False
     """Another engine goes on with it: the prompt's full blocks are stored where that one finds them, and their tickets told."""
     stored: tuple[tuple[int, ...], ...] = ()

@@ -55,11 +55,15 @@ class Cancelled(Struct, frozen=True, tag="cancelled"):
 
 
 class Planned(Struct, frozen=True, tag="planned"):
-    """A step was decided.  preempted: the (request id, sequence index) that lost their blocks for it and are told so."""
+    """A step was decided.  preempted: the (request id, sequence index) that lost their blocks for it and are told so.
+
+    refused: ids of requests that were refused before it, since they could not be in time any more.
+    """
 
     now: float
     plan: Plan
     preempted: tuple[tuple[int, int], ...] = ()
+    refused: tuple[int, ...] = ()
 
 
 class Committed(Struct, frozen=True, tag="committed"):

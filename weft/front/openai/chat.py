@@ -17,7 +17,7 @@ from weft.front.generation import Delta, Generation, Prompt
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
 from weft.front.openai.logprobs import chat_logprobs
 from weft.front.openai.offer import check_calls, offer_of
-from weft.front.openai.own import label, techniques
+from weft.front.openai.own import deadline, label, techniques
 from weft.front.openai.params import routing, sampling_params
 from weft.front.openai.service import Service, answer_id
 from weft.front.openai.structs import ChatRequest, TokenizeRequest, read
@@ -60,7 +60,14 @@ async def chat_prompt(service: Service, request: ChatRequest) -> tuple[str, Prom
     parts = techniques(request, service.port.info.stack, service.techniques(model), params.grammar)
     beside = await contrast(service, request)
     prompt = Prompt(
-        ids=ids, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside, manner=manner
+        ids=ids,
+        params=params,
+        priority=priority,
+        salt=salt,
+        techniques=parts,
+        contrast=beside,
+        manner=manner,
+        ttft_s=deadline(request),
     )
     return model, prompt
 

@@ -14,7 +14,7 @@ from weft.errors import RequestError
 from weft.front.generation import Delta, Generation, Prompt
 from weft.front.openai.answer import JSONAnswer, StreamAnswer
 from weft.front.openai.logprobs import CompletionLogprobs, completion_logprobs, completion_token, token_offsets
-from weft.front.openai.own import label, techniques
+from weft.front.openai.own import deadline, label, techniques
 from weft.front.openai.params import check_sequences, routing, sampling_params
 from weft.front.openai.service import SHORT_CHARS, Service, answer_id
 from weft.front.openai.structs import CompletionRequest, read
@@ -40,13 +40,13 @@ async def complete(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     priority, salt = routing(request)
     check_sequences(len(prompts), max(params.n, request.drawn))
     parts = techniques(request, service.port.info.stack, service.techniques(model))
-    special = request.add_special_tokens is not False
+    due, special = deadline(request), request.add_special_tokens is not False
     ids = await tokenize(service, prompts, add_special=special)
     beside = await contrast(service, request, add_special=special)
     generation = await service.start(
         request,
         [
-            Prompt(ids=one, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside)
+            Prompt(ids=one, params=params, priority=priority, salt=salt, techniques=parts, contrast=beside, ttft_s=due)
             for one in ids
         ],
     )

@@ -1,7 +1,8 @@
 """OpenAI's error form, `{"error": {message, type, param, code}}`, and which of weft's errors becomes which status.
 
 RequestError      400, or what its code says: 401, 403, 404, 405, 408, 409, 413, 415, 429, 501
-CapacityError     503, as it may be taken later; 400 with the code "never_fits", 507 with "storage_full"
+CapacityError     503, as it may be taken later (code "too_late": its first token could not come in time any more); 400 with the
+                  code "never_fits", 507 with "storage_full"
 EngineStopped     503, the engine is gone
 GenerationFailed  500 of the type engine_error: the engine could not go on with this one
 anything else     500, and no detail: the text of an unexpected error is for the log, never for a client
@@ -38,7 +39,7 @@ STATUS_OF_CODE = {
     "draining": 503,
     "no_store": 501,
 }
-CAPACITY = {"never_fits": 400, "storage_full": 507}
+CAPACITY = {"never_fits": 400, "storage_full": 507, "too_late": 503}
 INTERNAL = "weft failed on this request; the server's log says why"
 
 

@@ -1,7 +1,8 @@
-"""The field `weft` of a request: a stack for this request alone, the label of an answer, a prompt to contrast with."""
+"""The field `weft` of a request: a stack for it alone, the label of an answer, a prompt to contrast with, a deadline."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,16 @@ def techniques(
             f"these techniques do not go together: {reasons}", param="weft.with", code="unsupported_stack"
         )
     return tuple(str(part) for part in own)
+
+
+def deadline(fields: Fields) -> float | None:
+    """As `RequestSpec.ttft_s`, of what a request says.  Raises RequestError."""
+    given = None if fields.weft is None else fields.weft.ttft_s
+    if given is None:
+        return 0.0
+    if not 0.0 <= given < math.inf:
+        raise RequestError(f"weft.ttft_s is a time in seconds, or 0 for no deadline; got {given}", param="weft.ttft_s")
+    return given or None
 
 
 def _laid_over(own: Sequence[Part], server: Sequence[str]) -> list[Part]:

@@ -38,6 +38,7 @@ class Own(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"tec
     with: parts laid over the server's stack for this request.  label: whether the answer says which techniques touched it.
     contrast: a prompt, or messages, without what the answer should rest on, for a technique that contrasts the two.
     stack: as label.  timeline: whether the answer says what became of it, moment by moment.
+    ttft_s: within how many seconds its first token is wanted, for a schedule that goes by that; 0 for whenever it comes.
     """
 
     techniques: list[str] | None = None
@@ -45,6 +46,7 @@ class Own(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"tec
     contrast: str | list[dict[str, Any]] | None = None
     stack: bool | None = None
     timeline: bool | None = None
+    ttft_s: float | None = None
 
 
 class JSONSchema(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"schema_": "schema"}):
