@@ -10,10 +10,13 @@ import pytest
 from weft.config import Limits
 from weft.cost.roofline import Roofline
 from weft.registry import parse
+from weft.sim import cluster
 from weft.sim.cluster import Cluster, Setting
 from weft.sim.coast import Coast
 from weft.sim.machines import hardware, model
+from weft.sim.replica import Replica
 from weft.sim.workload import UNIQUE, Arrival
+from weft.slots.cost import Figures, Hardware, Load, Parts, Price
 
 MODEL = model("llama-3.2-1b", block_tokens=4)
 SCHEDULES = [
@@ -41,9 +44,9 @@ def simulated(
         model=MODEL, hardware=hardware("cpu2"), cost=Roofline(dtype="float32", host_s=1e-5), parts=[parse(schedule)],
         route=parse(f"route={route}"), replicas=replicas, limits=limits, blocks=blocks, coasting=coasting,
     )  # fmt: skip
-    cluster = Cluster(setting, log=True)
-    cluster.run(crowd(seed))
-    return cluster
+    made = Cluster(setting, log=True)
+    made.run(crowd(seed))
+    return made
 
 
 @pytest.mark.parametrize("blocks", [60, 90, 400])
@@ -80,6 +83,45 @@ def test_routers_see_the_same_and_choose_the_same(route: str) -> None:
     assert whole.logs == single.logs
     assert whole.result() == single.result()
     assert sum(r._coast.steps for r in whole.replicas) > 100
+
+
+class Asks:
+    """A replica as a router would see it by bringing it to the moment of each request and counting anew."""
+
+    def __init__(self, replica: Replica, clock: list[float]) -> None:
+        self.replica, self.clock = replica, clock
+
+    def __getattr__(self, name: str) -> float:
+        self.replica.quiet = 0.0
+        self.replica.advance(self.clock[0])
+        return getattr(self.replica, name)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("coasting", [True, False])
+@pytest.mark.parametrize("route", ["least_loaded", "power_of_two", "prefix_aware"])
+def test_a_replica_within_a_step_is_left_alone_and_nothing_else_is_seen(
+    route: str, coasting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = {"coasting": coasting, "blocks": 90, "schedule": "schedule=fcfs", "route": route, "replicas": 3}
+    priced, real = [0], Roofline.on
+
+    def counted(self: Roofline, hardware: Hardware, figures: Figures) -> Price:
+        price = real(self, hardware, figures)
+
+        def one(load: Load) -> Parts:
+            priced[0] += 1
+            return price(load)
+
+        return one
+
+    monkeypatch.setattr(Roofline, "on", counted)
+    quick = simulated(5, **args)  # type: ignore[arg-type]
+    assert priced[0] == quick.meter.steps  # each step once, however many requests come while it runs
+    monkeypatch.setattr(cluster, "Look", Asks)
+    slow = simulated(5, **args)  # type: ignore[arg-type]
+    assert quick.logs == slow.logs
+    assert quick.result() == slow.result()
+    assert quick.meter.parts == slow.meter.parts  # sums in the same order, to the last bit
 
 
 @pytest.mark.parametrize("broken", ["_grow", "_settle"])

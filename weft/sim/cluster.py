@@ -56,34 +56,48 @@ class Setting:
 
 
 class Look:
-    """A replica as a router sees it at the moment of a request; those that it does not look at need not be brought there."""
+    """A replica as a router sees it at the moment of a request; those that it does not look at need not be brought there.
 
-    __slots__ = ("_clock", "_replica", "_seen")
+    What it sees is counted again only where something has happened since: most of many replicas are within a step.
+    """
+
+    __slots__ = ("_changes", "_clock", "_pending", "_replica", "_running", "_waiting")
 
     def __init__(self, replica: Replica, clock: list[float]) -> None:
-        self._replica, self._clock, self._seen = replica, clock, -1.0
+        self._replica, self._clock, self._changes = replica, clock, -1
+        self._running = self._waiting = self._pending = 0
 
-    def _now(self) -> Replica:
-        if self._seen != self._clock[0]:
-            self._seen = self._clock[0]
-            self._replica.advance(self._seen)
-        return self._replica
+    def _now(self) -> None:
+        replica = self._replica
+        replica.advance(self._clock[0])
+        if self._changes != replica.changes:
+            self._changes = replica.changes
+            self._running, self._waiting, self._pending = replica.running, replica.waiting, -1
 
     @property
     def running(self) -> int:
-        return self._now().running
+        if self._clock[0] >= self._replica.quiet or self._changes != self._replica.changes:
+            self._now()
+        return self._running
 
     @property
     def waiting(self) -> int:
-        return self._now().waiting
+        if self._clock[0] >= self._replica.quiet or self._changes != self._replica.changes:
+            self._now()
+        return self._waiting
 
     @property
     def pending(self) -> int:
-        return self._now().pending
+        if self._clock[0] >= self._replica.quiet or self._changes != self._replica.changes:
+            self._now()
+        if self._pending < 0:
+            self._pending = self._replica.pending
+        return self._pending
 
     @property
     def used(self) -> float:
-        return self._now().used
+        self._now()
+        return self._replica.used
 
 
 class Cluster:

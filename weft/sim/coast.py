@@ -51,6 +51,8 @@ class Coast:
         self.load = Load(prompt_pairs=[0.0] * kinds, prompt_entries=[0.0] * kinds, decode_entries=[0.0] * kinds)
         self.at = -1
         """Steps coasted since `begin`; -1 while the engine plans itself."""
+        self.due: tuple[Parts, float] | None = None
+        """What the step in hand takes and when it ends, where `run` was last told not to wait for that."""
         self.steps = 0
 
     # ------------------------------------------------------------------ beginning and ending
@@ -133,7 +135,7 @@ class Coast:
         for i, r in enumerate(self.requests):
             if r.state is not State.DONE:
                 self._sync(i, self.at)
-        self.at = -1
+        self.at, self.due = -1, None
 
     def _sync(self, i: int, at: int) -> None:
         """Bring one sequence to where `at` steps have brought it."""
@@ -165,17 +167,21 @@ class Coast:
         """
         engine, pool, load, price, told = self.engine, self.pool, self.load, self.price, self.told
         while self.at >= 0 and now < before:
-            at = self.at
-            grow = self._live(self.grows, at)
-            if grow and pool.available < len(grow):
-                self.stop()
-                break
-            alive = self.alive
-            load.rows = load.samples = load.works = load.decode_rows = alive
-            load.decode_entries[0] = self.entries
-            parts = price(load)
-            end = now + sum(parts)
+            at, alive = self.at, self.alive
+            grow = self._live(self.grows, at) if at in self.grows else []
+            if self.due is not None:
+                parts, end = self.due
+                self.due = None
+            else:
+                if grow and pool.available < len(grow):
+                    self.stop()
+                    break
+                load.rows = load.samples = load.works = load.decode_rows = alive
+                load.decode_entries[0] = self.entries
+                parts = price(load)
+                end = now + sum(parts)
             if end > until:
+                self.due = parts, end
                 break
             engine._step += 1
             leave, self.scheduler.leaving = self.scheduler.leaving, []
@@ -190,9 +196,8 @@ class Coast:
             engine._generated += alive
             engine._rows = alive
             told(now, end, parts, alive, alive)
-            fill, ends = self._live(self.fills, at), self._live(self.ends, at)
-            if ends or fill:
-                self._settle(fill, ends, end)
+            if at in self.fills or at in self.ends:
+                self._settle(self._live(self.fills, at), self._live(self.ends, at), end)
             now = end
         return now
 

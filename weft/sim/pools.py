@@ -48,10 +48,17 @@ class Worker(Replica):
         self.coded = [c for c in self.coded if c[0] > self.now]
         return super().pending + int(sum(rows for _, rows in self.coded))
 
-    def advance(self, until: float, *, ahead: bool = False) -> None:
-        super().advance(until, ahead=ahead)
-        if until != FOREVER and not self.engine.has_work:
-            self.now = max(self.now, until)  # an encoder's clock goes on, too
+    def _advance(self, until: float, ahead: bool) -> float:
+        due = super()._advance(until, ahead)
+        if until == FOREVER or self.engine.has_work:
+            return due
+        self.now = max(self.now, until)  # an encoder's clock goes on, too
+        return self.now
+
+    def encode(self, end: float, rows: float) -> None:
+        """It has a tile in hand, until then."""
+        self.coded.append((end, rows))
+        self.quiet = 0.0
 
     def take_in(self, id: int, arrival: Arrival) -> None:
         if id not in self.handed:
@@ -179,7 +186,7 @@ class Pools(Cluster):
         for _ in range(a.images):
             start, i = heapq.heappop(free)
             end = max(end, start + self.setting.image_s)
-            coders[i].coded.append((start + self.setting.image_s, a.prompt / a.images))
+            coders[i].encode(start + self.setting.image_s, a.prompt / a.images)
             self.meter.parts[0] += self.setting.image_s
             heapq.heappush(free, (start + self.setting.image_s, i))
         link = self.setting.hardware.link

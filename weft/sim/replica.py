@@ -49,6 +49,10 @@ class Replica:
         self.now = 0.0
         """When the last committed step ended."""
         self.ends = FOREVER
+        self.quiet = 0.0
+        """Nothing happens before that moment, unless a request is delivered: `advance` to an earlier one does nothing."""
+        self.changes = 0
+        """Moments at which something happened."""
         self._flight: tuple[Plan, Parts, float] | None = None
         self._inbox: deque[tuple[int, Arrival]] = deque()
         self._coast = Coast(
@@ -106,35 +110,42 @@ class Replica:
     def deliver(self, id: int, arrival: Arrival) -> None:
         """Put a request into the inbox; `advance` has been called up to its time."""
         self._inbox.append((id, arrival))
+        self.quiet = 0.0
 
     def advance(self, until: float, *, ahead: bool = False) -> None:
         """Take every step that begins before `until`.
 
         ahead: those that end later may be committed already, where nobody looks at this replica before they end.
         """
+        if until >= self.quiet:
+            self.changes += 1
+            self.quiet = self._advance(until, ahead)
+
+    def _advance(self, until: float, ahead: bool) -> float:
+        """As `advance`; returns when something happens next."""
         while True:
             if self._flight is not None:
                 if self.ends > until and not ahead:
-                    return
+                    return self.ends
                 self._land()
             coast = self._coast
             before = min(until, self._inbox[0][1].time_s) if self._inbox else until
             if coast.active:
                 self.now = coast.run(self.now, before, FOREVER if ahead else until)
-                if coast.active and self.now < before:
-                    return  # the step in hand ends later
+                if coast.due is not None and self.now < before:
+                    return coast.due[1]
             if self._inbox and self._inbox[0][1].time_s <= self.now:
                 coast.stop()
                 self._take_in()
             if not self.engine.has_work:
                 if not self._inbox:
-                    return
+                    return FOREVER
                 self.now = max(self.now, self._inbox[0][1].time_s)
                 if self.now > until:
-                    return
+                    return self.now
                 continue
             if self.now >= until:
-                return
+                return self.now
             if self.coasting and not coast.active and coast.begin(self.now):
                 continue
             if not coast.active:
