@@ -9,7 +9,10 @@ Shapes   h [window, width], s [inner], E s [width]; laws [vocab] by the target's
 Units    guesses: tokens
 Cost     for each guess a product with the target's head and some 100,000 to 400,000 multiplications; nothing of a second model.
          2 * window * inner floats for each sequence
-Pays     for single sequences of a model beside whose step a head costs little
+Pays     for single sequences of a model beside whose step a head costs little: on the 0.5B shape, on held-out prose at
+         temperature 0.8, 1.66 times as fast as no draft with 4 guesses (1.56 to 1.73) and 1.50 with 8, with 0.07 % of the
+         target's parameters; the draft model that ships, with 0.41 %, brings 1.68 there.  Not on the bundled model itself, whose
+         step takes no longer than a few heads
 Differs  all heads share their weights, where the paper's have their own: a fourth of the parameters, and any number of guesses.
          The augmenting block sees `window` states, the paper's all of them: there is no KV of its own to keep.  A chain is
          guessed, where the paper's heads grow a tree.  Heads learn the target's whole law, not its tokens alone
