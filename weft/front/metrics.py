@@ -60,8 +60,8 @@ COUNTERS = (
 
 ENGINES = (
     "steps", "prompt_tokens", "generation_tokens", "prefix_hit_tokens", "prefix_query_tokens", "preemptions", "evictions",
-    "finished", "refused", "shadow_requests", "shadow_tokens", "shadow_skipped", "masked_rows", "masked_steps", "mask_s", "grammars",
-    "grammar_s", "draft_sequences", "draft_guesses", "draft_off", "draft_probes",
+    "finished", "refused", "shadow_requests", "shadow_tokens", "shadow_skipped", "masked_rows", "masked_steps", "mask_s",
+    "grammars", "grammar_s", "draft_sequences", "draft_guesses", "draft_off", "draft_probes",
 )  # fmt: skip
 """Figures of `EngineStats` that one engine counts up, and that are counted over all of them."""
 
