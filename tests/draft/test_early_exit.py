@@ -124,7 +124,9 @@ def test_shadow_tokens_are_what_the_exits_would_have_said(ids: list[int], monkey
         return inner(self, asks, run)
 
     monkeypatch.setattr(EarlyExit, "propose", propose)
+    monkeypatch.setattr("weft.draft.early_exit.LOOK", 1)
     bench.run([spec(i, ids[9 * i : 12 * i + 5], max_tokens=12, temperature=0.0) for i in range(5)])
+    seen = [(context, said) for context, said in seen if said]  # after a prompt nobody had asked to look
     assert len(seen) > 20
     assert any(len(said[2]) > 1 for _, said in seen)
     for context, said in seen[::2]:
@@ -141,7 +143,7 @@ def test_what_an_exit_is_worth_is_learnt() -> None:
     """An exit after 2 of 8 layers that is always right, those after 4 and 6 never: it alone stays, with all the guesses."""
 
     class Run:
-        layers, exit, right, asked = 8, 0, True, 0
+        layers, exit, right, asked, look = 8, 0, True, 0, False
 
         def shadows(self, i: int) -> dict[int, list[bool]]:
             self.asked += 1
@@ -176,6 +178,11 @@ def test_what_an_exit_is_worth_is_learnt() -> None:
         (found,) = part.propose([ask], run)  # type: ignore[arg-type]
     assert not found.tokens
     assert run.asked < 60, "while nothing is guessed it looks now and then"
+    looks = []
+    for _ in range(16):
+        part.propose([ask], run)  # type: ignore[arg-type]
+        looks.append(run.look)
+    assert sum(looks) == 2
     run.right = True
     for _ in range(400):
         (found,) = part.propose([ask], run)  # type: ignore[arg-type]

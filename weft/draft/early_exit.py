@@ -7,12 +7,12 @@ Rule     the head, put on what comes out of layer l, guesses; all L layers verif
          TPL(l, d) = (1 - a_l^(d + 1)) / ((1 - a_l) (d l + L)).  Exits: after a quarter, a half and three quarters of the layers
 Shapes   hidden [rows that sample, width] at each exit of a step; logits [sequences that still guess, vocab] in each pass
 Units    guesses: tokens.  exit: layers
-Cost     d passes of l layers and of the head; a product with the head for each exit and each token that stood; the target's pass
-         is cut in four.  No second model and no KV of its own: the first layers write into the target's cache, in room that a
-         plan grants
+Cost     d passes of l layers and of the head; in steps that look, a product with the head for each exit and each token that
+         stood, and the target's pass is cut in four.  No second model and no KV of its own: the first layers write into the
+         target's cache, in room that a plan grants
 Pays     for models that were trained to leave early.  The bundled one was not: after 2, 4 and 6 of its 8 layers a guess stands
          0.23, 0.31 and 0.48 of the time, where 2 layers would have to be right 0.25 of the time to pay for themselves at all.
-         So the choice is to guess nothing, and costs 0.12 to 0.21 of the speed for looking; guessing anyway costs more
+         So the choice is to guess nothing, and costs 0.12 to 0.23 of the speed for asking; guessing anyway costs more
 Differs  one exit and one d for all sequences of a step, by the mean of their a_l; a_l of a new sequence begins with what it was
          for all others; while d is 0, shadow tokens are made in every eighth step; a draft is not ended early by its confidence.
          With exit named, guesses are always as many as there may be.  Noise as in draft=speculative_sampling
@@ -78,6 +78,7 @@ class EarlyExit:
             self._steps += 1
             if self._length or self._steps % LOOK == 0:
                 run.exit, self._length = best(self._hopes(asks, run), max(most, default=0), run.layers)
+            run.look = self._length > 0 or (self._steps + 1) % LOOK == 0
             most = [min(m, self._length) for m in most]
         tokens: list[list[int]] = [[] for _ in asks]
         laws: list[list[Any]] = [[] for _ in asks]

@@ -175,7 +175,7 @@ class TorchExecutor:
         began, shallow = time.perf_counter(), self._sampling.shallow
         if leaves_early(batch):
             result = EarlyExits(decoder, self.pool).forward(batch, layers, hidden)
-        elif layers is None and decoder is self.decoders[TARGET] and shallow is not None and len(shallow.exits) > 1:
+        elif layers is None and decoder is self.decoders[TARGET] and shallow is not None:
             result = shallow.watched(batch)
         else:
             result = decoder.forward(batch, self.pool, layers=layers, hidden=hidden)

@@ -40,6 +40,8 @@ class Shallow:
         self._decoder, self._gather, self._pool, self._run = decoder, gather, pool, forward
         self.exit = self.exits[0]
         """Where the passes end that are asked for now."""
+        self.look = self._looks = False
+        """Whether the next step is to keep what shadow tokens are made of, and whether this one does."""
         self.followers: dict[int, Follower] = {}
         self._kept: dict[int, Tensor] = {}
         """By exit, [N, width]: of the rows of logits of the target's newest pass."""
@@ -53,10 +55,13 @@ class Shallow:
     def reset(self) -> None:
         """A new step begins."""
         self._kept, self._told = {}, {}
+        self._looks, self.look = self.look, False
 
     def watched(self, batch: Batch) -> Tensor:
-        """As `Decoder.forward`, and what stands at the exits is kept."""
+        """As `Decoder.forward`, and what stands at the exits is kept where that was asked for."""
         decoder, at = self._decoder, 0
+        if not self._looks:
+            return decoder.forward(batch, self._pool)
         rows_N = batch.logit_rows_N
         step = decoder.begin(batch, self._pool, 0, self.layers)
         for exit in self.exits:
@@ -119,6 +124,14 @@ class FirstLayers(Calls):
             f"the technique named the exits {self._own.exits}, and {layers} is none of them"
         )
         self._own.exit = layers
+
+    @property
+    def look(self) -> bool:
+        return self._own.look
+
+    @look.setter
+    def look(self, wanted: bool) -> None:
+        self._own.look = wanted
 
     def shadows(self, ask: int) -> Mapping[int, Sequence[bool]]:
         return self._own.shadows(self._asks[ask][0])

@@ -134,12 +134,14 @@ class Features(Protocol):
 class FirstLayers(Forward, Protocol):
     """The target's own first layers, for a draft that has `exits`; of calls, `grow` is not to be had.
 
-    layers: of the target.  exit: after how many of them the passes leave that are asked for next, one of `exits`.
-    shadows   where there are several exits, by exit, for each row that the target sampled in this step for an ask: whether a
-              guess by that exit, drawn by the noise of the token itself, would have been the token that stood
+    layers: of the target.  exit: after how many of them the passes leave that are asked for next, one of `exits`.  look: set for
+    shadows in the next step, whose pass is cut at the exits then.
+    shadows   by exit, for each row that the target sampled in this step for an ask: whether a guess by that exit, drawn by the
+              noise of the token itself, would have been the token that stood; nothing where nobody had asked to look
     """
 
     exit: int
+    look: bool
 
     @property
     def layers(self) -> int: ...
