@@ -158,12 +158,14 @@ def value(result: dict[str, Any], metric: str) -> float:
 
 def judged(claim: Claim, own: dict[str, Any], other: dict[str, Any], title: str) -> dict[str, Any]:
     """The verdict on a claim, with the numbers that it rests on."""
-    a, b = value(own, claim.metric) / claim.devices, value(other, claim.metric)
+    a, b = value(own, claim.metric) / claim.devices, value(other, claim.metric) if claim.against else 1.0
     ratio = a / b if b else float("inf") if a else 1.0
     holds = ratio <= claim.factor if claim.better == "less" else ratio >= claim.factor
     wanted = f"at {'most' if claim.better == 'less' else 'least'} {claim.factor:.3g}"
     each = f" for each of {claim.devices} devices" if claim.devices > 1 else ""
-    seen = f"{claim.metric} {a:.4g}{each} against {b:.4g} of {claim.against}, {ratio:.3g} times"
+    seen = f"{claim.metric} {a:.4g}{each}"
+    if claim.against:
+        seen += f" against {b:.4g} of {claim.against}, {ratio:.3g} times"
     reason = f"{title}: {seen}; the claim asks for {wanted}"
     verdict = "holds" if holds else "does not hold"
     keys = ("goodput", "output_tok_s", "fairness", "cached_tokens", "slo_met", "finished", "refused")
@@ -205,10 +207,10 @@ def main() -> None:
             claim = getattr(lookup(slot, name), "claim", None)
             if claim is None or (given.only and name not in given.only.split(",")):
                 continue
-            for policy in (name, claim.against):
+            for policy in (name, claim.against or name):
                 if (claim.case, policy, claim.metric) not in done:
                     done[claim.case, policy, claim.metric] = measured(known[claim.case], policy, claim)
-            own, other = (done[claim.case, policy, claim.metric] for policy in (name, claim.against))
+            own, other = (done[claim.case, policy, claim.metric] for policy in (name, claim.against or name))
             found[f"{slot}={name}"] = judged(claim, own, other, known[claim.case].title)
             print(name, found[f"{slot}={name}"]["verdict"], found[f"{slot}={name}"]["reason"], flush=True)
             OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")

@@ -99,6 +99,10 @@ class Couples(Pools):
         self.pairs = [Pair(setting, self.rule.couple > 1) for _ in range(setting.replicas // self.rule.couple)]
         self.home: dict[int, int] = {}
         super().__init__(replace(setting, coasting=False), log=log)
+        if self.peak_tok_s:
+            raise ConfigError(
+                f"{setting.place.name} has two workers beside each other, and no fine-tuning is priced there; take another --cost"
+            )
         for c, pair in enumerate(self.pairs):
             pair.workers = {"prefill": self.replicas[2 * c], "decode": self.replicas[2 * c + 1]}
             pair.looks = {"prefill": self.views[2 * c], "decode": self.views[2 * c + 1]}

@@ -106,6 +106,7 @@ class Cluster:
     def __init__(self, setting: Setting, *, log: bool = False) -> None:
         self.setting, self.meter = setting, Meter()
         price = setting.cost.on(setting.hardware, setting.model.figures)
+        self.peak_tok_s = float(getattr(price, "peak_tok_s", 0.0))
         blocks = setting.kv_blocks()
         self.route: Route = (setting.route or Part("route", "round_robin")).build()
         self.logs: list[list[LogEntry]] = [[] for _ in range(self.engines if log else 0)]
@@ -147,4 +148,11 @@ class Cluster:
         return meter
 
     def result(self) -> dict[str, Any]:
-        return self.meter.result(self.setting.wanted, self.engines)
+        found = self.meter.result(self.setting.wanted, self.engines)
+        return {**found, **self._trained(found["duration_s"])} if self.peak_tok_s else found
+
+    def _trained(self, duration_s: float) -> dict[str, float]:
+        """What became of a fine-tuning job: beside the steps, and at full speed while there are none."""
+        whole_s = duration_s * self.engines
+        trained = self.meter.trained + max(0.0, whole_s - self.meter.busy_s) * self.peak_tok_s
+        return {"trained_tok_s": trained / duration_s, "trained_share": trained / (whole_s * self.peak_tok_s)}

@@ -95,7 +95,7 @@ class Meter:
         self.tenants: dict[str, int] = {}
         self.refusals = self.preemptions = self.cached = 0
         self.parts = [0.0] * len(PARTS)
-        self.busy_s = self.rows = self.steps = 0.0
+        self.busy_s = self.rows = self.steps = self.trained = 0.0
         self.busy, self.running, self.memory, self.tokens = Curve(), Curve(), Curve(), Curve()
         self.last_s = 0.0
 
@@ -130,6 +130,7 @@ class Meter:
             self.parts[i] += part
         self.rows += rows
         self.steps += 1
+        self.trained += parts.trained
         self.busy_s += end - start
         if end > self.last_s:
             self.last_s = end

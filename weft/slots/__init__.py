@@ -137,8 +137,8 @@ class Claim:
     """What a policy's authors say of it, and what of a simulation's result would show it.
 
     metric: a key of the result, with dots.  factor: it holds where the ratio to the policy `against` is at most ("less"), or at
-    least ("more"), this.  case: the load on which it is judged (`bench/sim/policies.py`).  devices: for each of which the metric
-    is counted, where `against` has one.
+    least ("more"), this; `against` is empty where the metric is a share itself.  case: the load on which it is judged
+    (`bench/sim/policies.py`).  devices: for each of which the metric is counted, where `against` has one.
     """
 
     text: str

@@ -30,6 +30,11 @@ class Parts(NamedTuple):
     def total_s(self) -> float:
         return self.weights + self.attention + self.kv + self.communication + self.host
 
+    @property
+    def trained(self) -> float:
+        """Tokens of a fine-tuning job that were trained beside it."""
+        return 0.0
+
 
 PARTS = Parts._fields
 
@@ -144,7 +149,10 @@ class Hardware:
 
 
 class Price(Protocol):
-    """A cost that knows its machine and its model."""
+    """A cost that knows its machine and its model.
+
+    One under which a fine-tuning job runs beside requests has `peak_tok_s`: tokens that it trains in a second without any.
+    """
 
     def __call__(self, load: Load) -> Parts: ...
 
