@@ -95,6 +95,16 @@ def of(
     return read
 
 
+def unequal() -> list[Arrival]:
+    """Short and long answers, more of them than the blocks hold, in bursts."""
+    chance, now, found = random.Random("unequal"), 0.0, list[Arrival]()
+    for i in range(600):
+        now += chance.expovariate(12.0)
+        output = chance.randrange(1500, 3000) if chance.random() < 0.2 else chance.randrange(30, 150)
+        found.append(Arrival(now, ((UNIQUE + i, chance.randrange(500, 2500)),), output))
+    return found
+
+
 def cases(folder: Path) -> dict[str, Case]:
     azure, mooncake = (
         folder / "azure2023" / "AzureLLMInferenceTrace_conv.csv",
@@ -127,6 +137,8 @@ def cases(folder: Path) -> dict[str, Case]:
                          lambda: Synthetic(rate=50.0, requests=1500, prompt=1000, output=2000).arrivals()),
         "cache": Case("1,000 prompts with 50 beginnings of 1,500 tokens, shuffled, a cache for a few",
                       replace(BASE, blocks=1500), beginnings),
+        "switches": Case("a fifth of the answers is twenty times as long, blocks for some 60,000 tokens, one h100",
+                         replace(BASE, blocks=4000), unequal),
         "prefixes": Case("Mooncake's synthetic trace, half its pace, eight h100", replace(BASE, replicas=8),
                          lambda: paced(trace(str(mooncake)), Pace(time=0.5, requests=1000))),
     }  # fmt: skip
@@ -138,6 +150,8 @@ def measured(case: Case, policy: str, claim: Claim) -> dict[str, Any]:
         cluster = cluster_of(setting(replace(case.wanted, cost=policy)))
         cluster.run(case.load())
         return cluster.result()
+    if policy in names("schedule"):
+        policy = stacked(policy)
     rule = lookup("place", policy) if policy in names("place") else None
     if hasattr(rule, "prefill"):
         tried = splits(case.wanted, policy, list(case.load()))
@@ -148,6 +162,12 @@ def measured(case: Case, policy: str, claim: Claim) -> dict[str, Any]:
     cluster = cluster_of(setting(replace(case.wanted, policy=policy)))
     meter = cluster.run(case.load())
     return {**cluster.result(), **case.more(meter)}
+
+
+def stacked(name: str) -> str:
+    """A schedule with what it wants beside it, as large as a host's memory is."""
+    beside = getattr(lookup("schedule", name), "beside", ())
+    return "+".join((name, *(text.replace("host(", "host(memory='64GiB', ") for text in beside)))
 
 
 def value(result: dict[str, Any], metric: str) -> float:
@@ -180,7 +200,7 @@ def charts(folder: Path, out: Path) -> None:
     wanted = replace(BASE, trace=source, pace=Pace(requests=800))
     for name in names("schedule"):
         if name not in ("fcfs", "clairvoyant"):
-            points = compare(wanted, ("fcfs", name, "clairvoyant"), (1.0, 2.5, 4.0))
+            points = compare(wanted, ("fcfs", stacked(name), "clairvoyant"), (1.0, 2.5, 4.0))
             (out / f"schedule-{name}.html").write_text(page(points, wanted), encoding="utf8")
     many = replace(wanted, replicas=4)
     (out / "route.html").write_text(page(compare(many, names("route"), (4.0, 10.0, 16.0)), many), encoding="utf8")

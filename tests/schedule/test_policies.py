@@ -199,7 +199,13 @@ def test_everybody_gets_every_row_once(name: str) -> None:
         assert sum(step.values()) <= 48
         for i, n in step.items():
             total[i] = total.get(i, 0) + n
-    assert total == {i: prompt + output - 1 for i, (_, prompt, output) in enumerate(CROWD)}
+    whole = {i: prompt + output - 1 for i, (_, prompt, output) in enumerate(CROWD)}
+    if getattr(lookup("schedule", name), "switches", False):
+        # Who yields computes the rows of the block that was not full once more, and the last row: fewer than a block's each time.
+        assert all(whole[i] <= n <= whole[i] + 4 * 11 for i, n in total.items())
+        assert total != whole
+    else:
+        assert total == whole
 
 
 def test_every_policy_says_what_is_claimed_of_it_and_what_came_of_that() -> None:

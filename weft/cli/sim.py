@@ -79,6 +79,14 @@ class SimFlags:
     encoder: Annotated[
         str, _option("--encoder", help="What encodes images, where a load has some. (internvit-6b)", metavar="NAME")
     ] = "internvit-6b"
+    peak: Annotated[
+        str | None,
+        _option("--peak", help="Limits at the device's peaks for contexts of these lengths; no trace.", metavar="N,N"),
+    ] = None
+    kept: Annotated[
+        str | None,
+        _option("--kv-kept", help="Shares of KV that stay, for --peak, as in layers=0.5,bits=0.25.", metavar="SHARES"),
+    ] = None
     share: Annotated[
         bool,
         typer.Option(
@@ -154,6 +162,9 @@ def sim(
     if replay is not None:
         replayed(replay, json_)
         return
+    if flags.peak is not None:
+        peaks(flags, json_)
+        return
     wanted = flags.wanted()
     if compare is None and report is None:
         result, _ = run(wanted)
@@ -188,6 +199,28 @@ def replayed(path: Path, json_: bool) -> None:
         print(found.difference or "every decision is the recorded one")
     if found.difference is not None:
         raise typer.Exit(1)
+
+
+def peaks(flags: SimFlags, json_: bool) -> None:
+    """Print what the device could do at best, by length of the context."""
+    from rich.table import Table
+
+    from weft.sim.machines import hardware, model
+    from weft.sim.peak import contexts, peak, shares
+
+    device = hardware(flags.hardware, flags.devices)
+    shape = model(flags.model, block_tokens=flags.block_tokens, weight_bits=flags.weight_bits).figures
+    found = [peak(device, shape, n, shares(flags.kept)) for n in contexts(flags.peak or "")]
+    if json_:
+        print(json.dumps([p.as_dict() for p in found], indent=2))
+        return
+    grid = Table("context", "KV", "users", "prefill", "a token", "out and in", "session", "bound by")
+    for p in found:
+        grid.add_row(
+            f"{p.context:,}", f"{p.kv_bytes / 1e9:,.2f} GB", f"{p.users:,}", f"{p.prefill_s:,.2f} s",
+            f"{1e3 * p.decode_s:,.1f} ms", f"{p.switch_s:,.3f} s", f"{p.session_s:,.1f} s", p.bound_by,
+        )  # fmt: skip
+    stdout().print(grid)
 
 
 def numbers(text: str) -> list[float]:

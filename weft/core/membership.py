@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 
 from weft.config import Limits, Stack
+from weft.core import switch
 from weft.core.kv import KV
 from weft.core.ledger import blocks_for
 from weft.core.planning import Planning
@@ -18,6 +19,7 @@ class Membership:
     def __init__(self, kv: KV, policy: Schedule, limits: Limits, base: Stack) -> None:
         self.kv, self.pool, self.policy, self.limits, self.base = kv, kv.pool, policy, limits, base
         draft = base.get("draft")
+        self.switches = bool(getattr(policy, "switches", False))
         self._drafts = draft is not None and draft.model is not None
         self._target_groups = [g for g in kv.groups if g.model == kv.models[0]]
         self.running: dict[int, Request] = {}
@@ -139,6 +141,8 @@ class Membership:
         for r in self.linked(victim):
             r.preemptions += 1
             self.preemptions += 1
+        if d is not None and self.switches:
+            d.ops += switch.saves(self.kv, self.linked(victim))
         ran = self._strip(victim)
         if d is not None:
             d.preempted.extend(ran)

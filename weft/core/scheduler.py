@@ -131,6 +131,8 @@ class Scheduler(Membership):
     def _admit(self, r: Request, d: Planning) -> bool:
         """Take a waiting request in, with those linked to it and what the prefix index has of them.  False ends admission."""
         matches = self.entry(r, d.view)
+        if matches is None and self.switches:
+            matches = self._displace(r, d)
         if matches is None:
             return False
         entering = self.linked(r)
@@ -154,6 +156,18 @@ class Scheduler(Membership):
         d.view.running += len(entering)
         d.view.waiting -= len(entering)
         return True
+
+    def _displace(self, r: Request, d: Planning) -> list[tuple[list[int], list[dict[int, list[int]]], int]] | None:
+        """Let those yield whom the policy puts behind a waiting request, until it can enter; what became of that."""
+        matches, ops = None, len(d.ops)
+        while matches is None and not self.pool.limbo:
+            victim = self._victim(r, d)
+            if victim is None or victim is r:
+                break
+            self.preempt(victim, d)
+            matches = self.entry(r, d.view)
+        # What yielded is stored beside this step, so its blocks are taken in the next one.
+        return matches if len(d.ops) == ops else None
 
     def _fetch(self) -> tuple[int, ...]:
         """Stored blocks that those at the head of the queue will want; asked anew when they or the pool have changed."""

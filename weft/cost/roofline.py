@@ -8,7 +8,8 @@ Units    seconds; compute, memory: shares of what the maker says, in (0, 1]
 Cost     some ten multiplications a step
 Pays     where nothing was measured yet: it says which part bounds a step, and what a machine could do at best
 Differs  reading and multiplying overlap perfectly inside a product and not at all between products; two sums over all peers in
-         each layer (ring) where a model is spread over several devices; entries are written once
+         each layer (ring) where a model is spread over several devices; entries are written once; blocks that are moved beside a
+         step show where they take longer than it does
 Raises   ValueError for a share outside (0, 1] or a time below 0
 """
 
@@ -64,6 +65,7 @@ class Roofline:
         write_s = sum(k.entry_bytes for k in model.kinds) / band
         host_s = hardware.launch_s if self.host_s is None else self.host_s
         block_s, stored_s = 2 * model.block_bytes / band, model.block_bytes / hardware.host_link.bytes_s
+        copy_s = hardware.host_link.latency_s
         ring_s, hop_s = self._ring(hardware, model)
         sequence_s, read_bytes, mixture = self.sequence_s, model.read_bytes, bool(model.experts)
 
@@ -86,8 +88,10 @@ class Roofline:
                         attention += compute_s
                     else:
                         kv += traffic_s
-            kv += load.moved * block_s + load.stored * stored_s
+            kv += load.moved * block_s + (load.stored - load.aside) * stored_s + load.copies * copy_s
             told = rows * ring_s + hop_s if rows and devices > 1 else 0.0
+            if load.aside:
+                kv += max(0.0, load.aside * stored_s - weights - attention - kv - told)
             return Parts(weights, attention, kv, told, host_s + load.works * sequence_s)
 
         return price

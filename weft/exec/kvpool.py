@@ -320,6 +320,18 @@ class KVPool:
         self.arena.index_copy_(0, target, blocks.to(self.device))
         self._positions.index_copy_(0, target, positions.to(self.device))
 
+    def save_each(self, source: Sequence[int]) -> list[bytes]:
+        """As SAVE of each block by itself, gathered into few copies out of the arena."""
+        found: list[bytes] = []
+        for at in range(0, len(source), COPY_BLOCKS):
+            ids = self._ids(source[at : at + COPY_BLOCKS])
+            parts = [self.arena.index_select(0, ids), self._positions.index_select(0, ids).view(torch.uint8)]
+            bodies = torch.cat(parts, dim=1).cpu().numpy()
+            for row in bodies:
+                body = row.tobytes()
+                found.append(hashlib.blake2b(body, digest_size=CHECKSUM_BYTES).digest() + body)
+        return found
+
     def pack(self, group: int, source: Sequence[int], entries: Sequence[int]) -> bytes:
         """Bytes of the given entries of a table as stored, [layer][key, value][entry][kv head][row]: REWRITE's payload."""
         where = self._entries(group, source, entries)

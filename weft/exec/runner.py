@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from weft.config import Stacks, build_stack
+from weft.core import switch
 from weft.core.tiers import Exchange
 from weft.errors import InvariantError
 from weft.exec.ahead import Ahead, Reader
@@ -89,6 +90,8 @@ class TorchExecutor:
     @torch.inference_mode()
     def execute(self, plan: Plan) -> StepResult:
         """Carry out a plan.  Tokens, never tensors, come back."""
+        if self.tiers is not None:
+            self.tiers.end()  # a plan that was broken off may have left something behind
         self.mirror.follow(plan)
         lost, void = self._instructions(plan)
         self._forward_s = 0.0
@@ -107,6 +110,8 @@ class TorchExecutor:
         self._compression.settle(works, results)
         self._pooling.settle(works, results)
         lost += self._saved(plan, void)
+        if self.tiers is not None:
+            lost += [ticket for ticket, _ in self.tiers.end()]
         began = time.perf_counter()
         ahead = {name: self._ahead(name, works, results) for name in self.decoders if name != TARGET}
         self._sampling.propose(works, results, ahead.get(DRAFT))
@@ -128,7 +133,10 @@ class TorchExecutor:
         """Carry out the plan's KV instructions: (tickets that were lost, works that would read what was not loaded)."""
         lost: list[tuple[int, int]] = []
         bad: set[int] = set()
-        for op in plan.kv:
+        free = self._aside(plan)
+        for i, op in enumerate(plan.kv):
+            if i in free:
+                continue
             if op.kind not in (KVOpKind.SAVE, KVOpKind.LOAD):
                 self.pool.carry_out(op)
                 continue
@@ -139,8 +147,17 @@ class TorchExecutor:
             if op.kind is KVOpKind.LOAD:
                 bad.update(block for _, block in here)
         if self.tiers is not None:
+            for i in sorted(free):
+                self.tiers.begin(plan.kv[i])
             self.tiers.fetch(plan.fetch)
         return [ticket for ticket, _ in lost], self.mirror.reading(plan.works, bad)
+
+    def _aside(self, plan: Plan) -> frozenset[int]:
+        """KV instructions that are carried out while the rows are computed, where there are threads for that."""
+        if self.tiers is None or not self.tiers.beside or not plan.kv:
+            return frozenset()
+        loaded = {block for op in plan.kv if op.kind is KVOpKind.LOAD for block in op.target}
+        return switch.aside(plan) if not self.mirror.reading(plan.works, loaded) else frozenset()
 
     def _saved(self, plan: Plan, void: set[int]) -> list[int]:
         """Save what the works have computed; tickets of what was lost, and of everything where a work was void."""

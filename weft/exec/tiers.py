@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -215,13 +216,36 @@ class TierStore:
             self.places.append(place)
             self._buffers.append(buffer)
             threads.extend(thread)
-        self._close = weakref.finalize(self, _close, self.places, self._buffers, threads)
+        count = int(getattr(offload, "threads", 0))
+        self._workers = ThreadPoolExecutor(count, thread_name_prefix="weft-tier") if count else None
+        self._begun: list[tuple[KVOp, Future[list[tuple[int, int]]]]] = []
+        self._close = weakref.finalize(self, _close, self.places, self._buffers, threads, self._workers)
 
     def carry_out(self, op: KVOp) -> list[tuple[int, int]]:
         """Carry out one SAVE or LOAD; gives (ticket, block) of what was lost."""
-        move = self._save if op.kind is KVOpKind.SAVE else self._load
+        return self._counted(op, self._moved(op))
+
+    def begin(self, op: KVOp) -> None:
+        """Carry out one SAVE or LOAD on a thread, until `end`."""
+        assert self._workers is not None
+        self._begun.append((op, self._workers.submit(self._moved, op)))
+
+    def end(self) -> list[tuple[int, int]]:
+        """Wait for all that was begun; gives (ticket, block) of what was lost."""
+        begun, self._begun = self._begun, []
+        return [lost for op, future in begun for lost in self._counted(op, future.result())]
+
+    def _moved(self, op: KVOp) -> list[tuple[int, int]]:
+        if op.kind is KVOpKind.LOAD:
+            pairs = zip(op.argument, op.target, strict=True)
+            return [(t, b) for t, b in pairs if not self._load(op.group, t, b)]
+        payloads = self.pool.save_each(op.source)
+        return [
+            (t, b) for t, b, payload in zip(op.argument, op.source, payloads, strict=True) if not self._save(t, payload)
+        ]
+
+    def _counted(self, op: KVOp, lost: list[tuple[int, int]]) -> list[tuple[int, int]]:
         blocks = op.source if op.kind is KVOpKind.SAVE else op.target
-        lost = [(t, b) for t, b in zip(op.argument, blocks, strict=True) if not move(op.group, t, b)]
         moved = len(blocks) - len(lost)
         self._count("blocks_saved" if op.kind is KVOpKind.SAVE else "blocks_loaded", moved)
         self._count("bytes_moved", moved * self.size)
@@ -238,15 +262,18 @@ class TierStore:
                 buffer.want(mine)
             self._count("prefetched", buffer.news())
 
+    @property
+    def beside(self) -> bool:
+        """Whether there are threads that move blocks while a step computes."""
+        return self._workers is not None
+
     def close(self) -> None:
         """Forget everything that is stored; twice does no harm."""
         self._close()
 
     # ------------------------------------------------------------------ inside
 
-    def _save(self, group: int, ticket: int, block: int) -> bool:
-        payload = self.pool.carry_out(KVOp(KVOpKind.SAVE, group, (block,)))
-        assert payload is not None
+    def _save(self, ticket: int, payload: bytes) -> bool:
         record = _stamp(ticket) + payload
         tier, slot = self._where(ticket)
         try:
@@ -305,7 +332,12 @@ def _open(tier: Tier, count: int, size: int) -> tuple[Place, Buffer | None, list
     return file, buffer, [thread]
 
 
-def _close(places: Sequence[Place], buffers: Sequence[Buffer | None], threads: Sequence[threading.Thread]) -> None:
+def _close(
+    places: Sequence[Place], buffers: Sequence[Buffer | None], threads: Sequence[threading.Thread],
+    workers: ThreadPoolExecutor | None,
+) -> None:  # fmt: skip
+    if workers is not None:
+        workers.shutdown()
     for buffer in buffers:
         if buffer is not None:
             buffer.close()

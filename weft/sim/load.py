@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+from weft.core import switch
 from weft.slots.cost import Figures, Load
 from weft.types import KVOpKind, Plan, Work
 
 
-def load_of(plan: Plan, model: Figures, layers: int) -> Load:
-    """The load of a plan's works on the target model.
+def load_of(plan: Plan, model: Figures, layers: int, *, aside: bool = False) -> Load:
+    """The load of a plan's works on the target model.  aside: blocks below the pool are moved beside the step where they can be.
 
     A row sees itself and all before it, or as many as its window.  A work of several rows reads its entries once for all of them.
     """
@@ -35,10 +36,12 @@ def load_of(plan: Plan, model: Figures, layers: int) -> Load:
             pairs[i] += share * _seen(work, kind.window)
             read[i] += share * (stop if kind.window is None else min(stop, kind.window + n))
     moved = sum(len(op.source) for op in plan.kv if op.kind is KVOpKind.COPY)
-    stored = sum(len(op.argument) for op in plan.kv if op.kind in (KVOpKind.LOAD, KVOpKind.SAVE))
+    below = [(i, len(op.argument)) for i, op in enumerate(plan.kv) if op.kind in (KVOpKind.LOAD, KVOpKind.SAVE)]
+    free = switch.aside(plan) if aside and below else ()
     return Load(
         rows=plan.rows, samples=plan.samples, works=works, prompt_pairs=pairs, prompt_entries=read, decode_entries=single,
-        decode_rows=decode_rows, spans=_spans(plan, layers) if parted else [], moved=moved, stored=stored,
+        decode_rows=decode_rows, spans=_spans(plan, layers) if parted else [], moved=moved, stored=sum(n for _, n in below),
+        copies=len(below), aside=sum(n for i, n in below if i in free),
     )  # fmt: skip
 
 

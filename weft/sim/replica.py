@@ -43,6 +43,7 @@ class Replica:
             groups, blocks, limits, stack, layers=layers, share=share, block_bytes=model.block_bytes,
         )  # fmt: skip
         self.layers = layers
+        self.aside = bool(getattr(stack.get("kv.offload"), "threads", 0))
         self._told = ended or (lambda e, now: meter.finished(e.id, now, e.cached_tokens))
         self.coasting = coasting
         self.image_s, self._owed_s = image_s, 0.0
@@ -166,7 +167,7 @@ class Replica:
     def _launch(self) -> None:
         """Plan a step; it ends when its parts have passed."""
         plan, events = self.engine.schedule(self.now)
-        load = load_of(plan, self.model.figures, self.layers)
+        load = load_of(plan, self.model.figures, self.layers, aside=self.aside)
         parts = self.price(load)
         if self._owed_s:
             parts, self._owed_s = parts._replace(weights=parts.weights + self._owed_s), 0.0

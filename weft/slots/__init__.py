@@ -171,8 +171,9 @@ class Schedule(Protocol):
 
     A class variable `steady = True` promises a simulator that it may leave out asking: where only decodes run, each gets its
     row and their order stays, and whom `admit` refuses it refuses until a sequence ends or another request comes.
-
     One with an attribute `refuses` that is true is a `Refusing`.
+    Another, `switches = True`: where a waiting request finds no place, `victim` is asked for it, too (`needy` itself: it waits),
+    and what yields is stored below the pool at once.
     """
 
     @property

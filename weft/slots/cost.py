@@ -48,7 +48,8 @@ class Load:
     decode     by kind of layer, pairs of single rows that go on from what stands: as many as the entries that they read
     spans      (share of the layers, rows that pass them), where rows stop between layers; else empty: all rows pass all layers.
                Pairs and entries are counted in the share of the layers that their rows pass
-    moved      blocks that are copied.  stored: blocks that go to or come from below the pool
+    moved      blocks that are copied.  stored: blocks that go to or come from below the pool, in so many `copies`
+    aside      of `stored`, blocks that are moved while the step computes
     """
 
     rows: int = 0
@@ -61,6 +62,8 @@ class Load:
     spans: list[tuple[float, int]] = field(default_factory=list)
     moved: int = 0
     stored: int = 0
+    copies: int = 0
+    aside: int = 0
 
     @property
     def whole_rows(self) -> float:

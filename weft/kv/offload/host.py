@@ -3,14 +3,15 @@
 Paper    Gao et al., CachedAttention, arXiv:2403.19708, section 3.2 (the host tier of its hierarchy)
 Rule     a block that the pool evicts is saved if it was hit at least `hits` times; the record used longest ago makes room; a
          prefix is served by the blocks of the pool and of the tier together, for as long as every group has one or the other
-Units    memory: a size such as "256MiB"; hits: references to a block after its first; bytes_moved: bytes, both ways
-Cost     one copy and one BLAKE2 sum of a block when it is saved, and again when it is loaded, inside the step
+Units    memory: a size such as "256MiB"; hits: references to a block after its first; bytes_moved: bytes, both ways; threads:
+         that move blocks beside a step, 0 for all in it
+Cost     one copy and one BLAKE2 sum of a block when it is saved, and again when it is loaded, inside the step or on a thread
 Pays     where prompts begin as earlier ones did that the pool had to give up: with four documents in turns and room for one,
          prompts are computed at 2.1 and 2.4 times the speed.  Nothing is gained where the pool holds what comes back
 Differs  single blocks are moved, where the paper moves whole conversations, when they are evicted and not ahead of it; nothing is
          overlapped with layers.  On a CPU, memory beside the pool is worth having where the pool is full of longer rows or of
          fewer blocks than the machine could hold; on a GPU it is the host's memory, far larger than the device's
-Raises   ValueError for a size that cannot be read, and for hits < 0
+Raises   ValueError for a size that cannot be read, for hits < 0 and for threads outside 0 to 16
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Host:
 
     memory: str = "256MiB"
     hits: int = 0
+    threads: int = 0
     acts: dict[str, int] = field(
         default_factory=lambda: {"blocks_saved": 0, "blocks_loaded": 0, "bytes_moved": 0}, init=False, compare=False
     )
@@ -49,6 +51,8 @@ class Host:
             raise ValueError(f"memory: {error}") from None
         if self.hits < 0:
             raise ValueError(f"hits must be at least 0, got {self.hits}")
+        if not 0 <= self.threads <= 16:
+            raise ValueError(f"threads is a number from 0 to 16, got {self.threads}")
 
     @property
     def tiers(self) -> list[Tier]:
