@@ -274,3 +274,26 @@ def test_the_memory_plan_has_what_is_learnt() -> None:
     weights, inner = 131_168, 64
     lessons = KEPT * (inner + 3 * 3 * 64)
     assert online - plain == 4 * (TENANTS * (3 * weights + lessons) + 64 * 3 * 4096 + 6 * LESSONS * 3 * 4096)
+
+
+def test_states_and_logits_are_of_the_rows_that_stand(machine: Runtime) -> None:
+    """Greedy: the likeliest of each row is the token that stands there, and each row's logits are its state times the head."""
+    ids = Tokenizer.load(resolve(None)).encode(STORY, add_special=False)
+    table = load_file(resolve(None) / "model.safetensors")["model.embed_tokens.weight"].float()
+    seen: list[tuple[int, int]] = []
+
+    class Nosy(Clover):
+        def propose(self, asks: Sequence[Ask], run: Any) -> Any:
+            for ask in asks:
+                rows, length = len(ask.logits), len(ask.context)
+                assert length - ask.state.get("length", length - rows) == rows, "one for each token of the step"
+                ask.state["length"] = length
+                assert ask.logits.argmax(-1).tolist() == ask.context[-rows:].tolist()
+                assert torch.allclose(ask.hidden[-rows:] @ table.T, ask.logits, atol=2e-3)
+                seen.append((rows, len(ask.hidden)))
+            return super().propose(asks, run)
+
+    bench = Bench(machine, draft=Nosy(guesses=4, online=99))
+    bench.run([spec(i, ids[i : i + 3 + 9 * i], max_tokens=24, temperature=0.0) for i in range(6)])
+    assert {rows for rows, _ in seen} >= {1, 2, 3, 4}
+    assert max(states for rows, states in seen if rows == 1) == 16, "of a prompt's rows the last ones"
