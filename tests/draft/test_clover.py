@@ -101,6 +101,7 @@ class Script:
         self.words, self.target = words, self
         self.embedded: list[list[int]] = []
         self.states: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         self.embedded.append(list(ids))
@@ -110,8 +111,12 @@ class Script:
         self.states.append(states)
         return torch.arange(16.0).expand(len(states), 16).clone()
 
+    def rows(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.eye(16, WIDTH)[list(ids)]
+
     def draw(self, rows: Sequence[tuple[int, Sequence[int]]], logits: torch.Tensor) -> list[tuple[int, Any]]:
         assert len(rows) == len(logits)
+        self.logits.append(logits)
         return [(self.words[i][len(said)], torch.full((16,), float(len(said)))) for i, said in rows]
 
 
@@ -140,9 +145,12 @@ def test_each_head_reads_the_guess_before_it(file: str) -> None:
     assert run.embedded[1:] == [[10, 11, 12, 13], [1, 5, 9, 3], [2]]
     assert [g.laws is None for g in found] == [True, True, True, False, True, True]
     assert found[3].laws.tolist() == [[0.0] * 16]
-    assert part.acts == {"proposed": 0, "accepted": 0, "head_rows": 9}
+    assert part.acts == {"proposed": 0, "accepted": 0, "head_rows": 9, "lessons": 0}
     part.observe(3, 2)
-    assert part.acts == {"proposed": 3, "accepted": 2, "head_rows": 9}
+    assert part.acts == {"proposed": 3, "accepted": 2, "head_rows": 9, "lessons": 0}
+    for logits, states in zip(run.logits, run.states, strict=True):
+        length = states.square().mean(-1, keepdim=True).sqrt()  # the head's norm takes it away
+        assert torch.allclose(logits, torch.arange(16.0) * length)
     assert part.propose([], run) == []
     # Alone, and with nobody who ended before it, a sequence's heads say the same.
     lone = Script([words[0]])
@@ -181,7 +189,7 @@ def test_the_window_goes_along_and_starts_anew_after_a_gap(file: str) -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    for text in ("guesses=0", f"guesses={MOST + 1}", "weights=''", "guesses='four'", "size=1"):
+    for text in ("guesses=0", f"guesses={MOST + 1}", "weights=''", "guesses='four'", "size=1", "online=-1"):
         with pytest.raises(ConfigError):
             parse(f"draft=clover({text})").build()
 

@@ -23,6 +23,7 @@ DRAFTS = {
     "hierarchy": "draft=hierarchy(shortest=1)",
     "jacobi": "draft=jacobi(window=4)",
     "clover": "draft=clover",
+    "clover that learns": "draft=clover(online=3)",
 }
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tools.tiny.accept import Prompts
-from tools.tiny.corpus import Corpus
+from tools.tiny.corpus import SPECIAL_TOKENS, Corpus
 from tools.tiny.mixture import Mixture
 from tools.tiny.muon import Muon
 from tools.tiny.sampled import Sampled, write
@@ -215,6 +215,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the model that the heads will serve")
     parser.add_argument("--samples", type=Path, help="folder that keeps its texts; OUT.sampled if not given")
     parser.add_argument("--minutes", type=float, default=course.minutes, help="time to teach for, after the sampling")
+    parser.add_argument("--prose", action="store_true", help="teach no text in the chat format")
     for name in ("inner", "window", "heads", "rounds", "threads"):
         parser.add_argument(f"--{name}", type=int, default=getattr(course, name))
     given = vars(parser.parse_args(argv))
@@ -229,7 +230,11 @@ def main(argv: Sequence[str]) -> int:
     samples.extend(teacher, Mixture(corpus, tokenizer), course.rounds)
     weights = fresh(int(teacher.config.hidden_size), course)
     print(f"{course} parameters {sum(w.numel() for w in weights.values())}", flush=True)
-    train(weights, teacher, samples.read(course.rounds), course, lambda text: print(text, flush=True))
+    tokens, hidden = samples.read(course.rounds)
+    if given["prose"]:
+        chat = ((tokens > 0) & (tokens < len(SPECIAL_TOKENS))).any(1)
+        tokens, hidden = tokens[~chat], hidden[~chat]
+    train(weights, teacher, (tokens, hidden), course, lambda text: print(text, flush=True))
     save(weights, teacher, given["out"])
     prompts = Prompts(corpus, tokenizer)
     for kind in KINDS:

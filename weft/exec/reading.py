@@ -52,6 +52,12 @@ class Read:
     def predict(self, states: Tensor) -> Tensor:
         return self._decoder.predict(states)
 
+    def rows(self, ids: Sequence[int]) -> Tensor:
+        spec, tensors = self._decoder.spec, self._decoder.tensors
+        head = tensors["embed" if spec.tied else "head"]
+        found = head.unpacked(ids) if isinstance(head, Panels) else head[torch.tensor(ids, device=head.device)]
+        return found.float() * (tensors["norm"].float() + spec.norm_offset)
+
 
 class Reading:
     """States of one step, and the calls of the drafts that read them.  decoder: of the target."""
@@ -62,8 +68,11 @@ class Reading:
         self._rows: dict[int, Tensor] = {}
         """By sequence: of the last of its context's rows, and behind them its guesses'."""
 
+        self._logits: dict[int, Tensor] = {}
+
     def reset(self) -> None:
         self._rows.clear()
+        self._logits.clear()
 
     def take(self, batch: Batch, works: Sequence[Work], mine: Sequence[int]) -> None:
         """Keep what is asked for of a batch that has just passed the last layer."""
@@ -75,8 +84,10 @@ class Reading:
                 first = batch.bounds[k] + max(0, context - asked)
                 self._rows[work.request] = self._decoder.states(first, batch.bounds[k + 1])
 
-    def settle(self, work: Work, path: Sequence[int]) -> None:
-        """Of the guesses' rows, those of `path` stand."""
+    def settle(self, work: Work, path: Sequence[int], logits_NV: Tensor) -> None:
+        """Of the guesses' rows, those of `path` stand.  logits_NV: that the work was sampled from."""
+        if getattr(self._mirror.sequences[work.request].stack["draft"], "logits", False):
+            self._logits[work.request] = logits_NV[[0, *(1 + j for j in path)]].float()
         found = self._rows.get(work.request)
         if found is not None and work.guesses:
             context = len(found) - work.guesses
@@ -85,6 +96,10 @@ class Reading:
     def of(self, request: int) -> Tensor | None:
         """States [n, width] of a sequence's rows that stand, oldest first."""
         return self._rows.get(request)
+
+    def logits(self, request: int) -> Tensor | None:
+        """[m, vocab], a copy, of the rows from which the step's tokens were drawn."""
+        return self._logits.get(request)
 
     def calls(self, asks: Sequence[tuple[int, Ask]]) -> Draws:
         return Reads(self._decoder.program, asks, self.target)

@@ -189,7 +189,7 @@ class Sampling:
         assert isinstance(state, dict)
         return Ask(
             known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale,
-            self._reading.of(work.request),
+            self._reading.of(work.request), self._reading.logits(work.request),
         )  # fmt: skip
 
     # ------------------------------------------------------------------ rows
@@ -247,7 +247,7 @@ class Sampling:
         tokens, ended = self.masks.cut(s, tokens)
         path = path[: len(tokens) - 1] if ended else path
         s.stale = tuple(winners[len(tokens) :]) if not work.parents else ()
-        self._reading.settle(work, path)
+        self._reading.settle(work, path, sampled_NV)
         if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[i])

@@ -24,7 +24,8 @@ class Ask:
     (forks, and who comes back after preemption, begin with none).  stale: what the target drew in the last step behind a guess
     that did not stand, for the positions from the next one on.  hidden: for a draft with `states`, float32 [n, width], the
     target's final states (normed, as its head reads them) of this step's rows that stand, oldest first: the last is the row from
-    which the newest token was drawn, and stands one position before it.
+    which the newest token was drawn, and stands one position before it.  logits: for a draft with `logits`, float32 [m, vocab],
+    those from which the step's tokens were drawn, the newest one's last.
     """
 
     context: Any
@@ -38,6 +39,7 @@ class Ask:
     state: dict[str, Any] = field(default_factory=dict)
     stale: Sequence[int] = ()
     hidden: Any = None
+    logits: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class Target(Protocol):
 
     embed     embeddings of tokens, float32 [n, width], as the first layer is given them
     predict   float32 [n, vocab], the logits that the model's final norm and head give for any states [n, width]
+    rows      float32 [n, width], what a normed state is multiplied by, channel for channel, to give the logits of these tokens
     """
 
     @property
@@ -118,6 +121,7 @@ class Target(Protocol):
     def vocab(self) -> int: ...
     def embed(self, ids: Sequence[int]) -> Any: ...
     def predict(self, states: Any) -> Any: ...
+    def rows(self, ids: Sequence[int]) -> Any: ...
 
 
 class Features(Protocol):
@@ -163,8 +167,8 @@ class Draft(Protocol):
     `exits(layers)`, after how many of the target's `layers` it guesses, ascending (run is `FirstLayers` then);
     `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said;
     `states`, of how many of a step's newest rows of the context it is given the hidden states (of guesses that stand, of all);
-    `memory(sequences, vocab)`, bytes that it holds beside the models for so many sequences.  What `attach` is given has `target`,
-    the model that is guessed for (`Target`).
+    `logits`, whether it is given those of rows that stand, too; `memory(sequences, vocab)`, bytes that it holds beside the models
+    for so many sequences.  What `attach` is given has `target`, the model that is guessed for (`Target`).
     """
 
     @property

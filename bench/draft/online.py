@@ -1,0 +1,110 @@
+"""Heads that learn while they serve (`draft=clover(online=...)`) beside the same heads as they are, along a stream of requests.
+
+    python -m tools.train_tiny heads ../shared/data prose.safetensors --teacher weft/bundled/tiny --prose --minutes 2.5
+    python -m bench.draft.online ../shared/data --heads prose.safetensors
+
+The requests: questions of GSM8K in the chat format (`maths`), those of Spec-Bench (`spec-bench`), and windows of the held-out
+novels (`prose`), on the bundled model at temperature 0.8, each answered once, in their order.  Heads that were taught on prose
+alone know no chat.  Acceptance is told by quarters of the stream, of guesses all before which stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.draft.heads import heads_file
+from bench.draft.law import Heads, Trials
+from bench.harness import RESULTS, machine, write
+from tools.tiny.corpus import Corpus
+from weft import LLM, SamplingParams
+from weft.hub import resolve
+from weft.models import load_spec
+from weft.models.layout import parameters
+from weft.types import Plan, StepResult
+
+KINDS = ("maths", "spec-bench", "prose")
+QUARTERS = 4
+LONGEST = 400
+"""Characters of a question."""
+OUT = RESULTS / "draft-online.json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.draft.online", description="Measure heads that learn.")
+    parser.add_argument("data", type=Path, help="folder with text/novels, eval/gsm8k and eval/spec-bench")
+    parser.add_argument("--heads", default="bundled", help="file of heads on the bundled model's states (bundled)")
+    parser.add_argument("--requests", type=int, default=192, help="of each kind (192)")
+    parser.add_argument("--online", type=int, default=8, help="proposals between two steps of learning (8)")
+    parser.add_argument("--batch", type=int, default=8, help="requests at once (8)")
+    parser.add_argument("--new", type=int, default=96, help="tokens of an answer at most (96)")
+    parser.add_argument("--out", type=Path, default=OUT)
+    flags = parser.parse_args(argv)
+    rows = [
+        stream(prompts(flags.data, kind, flags.requests), kind, online, flags)
+        for kind in KINDS
+        for online in (0, flags.online)
+    ]
+    for still, learning in zip(rows[::2], rows[1::2], strict=True):
+        learning["same_tokens"] = learning.pop("tokens") == still.pop("tokens")
+        learning["seconds_ratio"] = learning["seconds"] / still["seconds"]
+    file = heads_file(flags.heads)
+    share = Heads(file).parameters / parameters(load_spec(resolve(None)))
+    command = f"python -m bench.draft.online ../shared/data --heads {os.path.basename(flags.heads)}"
+    write(flags.out, {"command": command, "machine": machine(), "draft_share": share, "rows": rows})
+    for row in rows:
+        print(json.dumps(row))
+    return 0
+
+
+def prompts(data: Path, kind: str, count: int) -> list[str]:
+    if kind == "prose":
+        novels = list(Corpus(data).held_out())
+        return [novels[i % len(novels)][i * 1500 : i * 1500 + LONGEST] for i in range(20, 20 + count)]
+    name, key = ("gsm8k/train.jsonl", "question") if kind == "maths" else ("spec-bench/question.jsonl", "turns")
+    lines = (data / "eval" / name).read_text(encoding="utf8").splitlines()
+    asked = [json.loads(line)[key] for line in lines[:: max(1, len(lines) // count)]][:count]
+    return [f"<|user|>{(x if isinstance(x, str) else x[0])[:LONGEST]}<|end|><|assistant|>" for x in asked]
+
+
+def stream(asked: Sequence[str], kind: str, online: int, flags: argparse.Namespace) -> dict[str, Any]:
+    """One pass over the requests, a batch at a time."""
+    part = f"draft=clover(weights={str(heads_file(flags.heads))!r}, online={online})"
+    law = SamplingParams(temperature=0.8, seed=3, max_tokens=flags.new)
+    with LLM(
+        device="cpu", threads=1, max_model_len=512, max_num_seqs=flags.batch, techniques=[part], draft_control="off"
+    ) as llm:
+        runtime = llm._runtime
+        assert runtime is not None
+        inner, trials, tokens, rates = runtime.executor.execute, Trials(), [], []
+
+        def execute(plan: Plan) -> StepResult:
+            found = inner(plan)
+            trials.take(plan, found)
+            return found
+
+        runtime.executor.execute = execute  # type: ignore[method-assign]
+        began, draft_s, quarter = time.perf_counter(), 0.0, -(-len(asked) // QUARTERS)
+        for at in range(0, len(asked), quarter):
+            trials.by_sequence.clear()
+            for first in range(at, min(at + quarter, len(asked)), flags.batch):
+                batch = asked[first : min(first + flags.batch, at + quarter, len(asked))]
+                tokens += [out.outputs[0].token_ids for out in llm.generate(batch, law, use_tqdm=False)]
+            rates.append(trials.stood / max(1, trials.tried))
+        draft_s = trials.draft_s
+        acts = runtime.engine.stack["draft"].acts
+        return {
+            "prompts": kind, "online": online, "requests": len(asked), "acceptance": rates, "tokens": tokens,
+            "output_tok": sum(map(len, tokens)), "lessons": acts["lessons"],
+            "seconds": time.perf_counter() - began, "draft_s": draft_s,
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
