@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from weft.errors import ConfigError
-from weft.slots.cost import Figures, Hardware, Link, Load, Parts
+from weft.slots.cost import Figures, Hardware, Link, Load, Parts, Price
 
 
 class Operator(NamedTuple):
@@ -117,3 +119,101 @@ def two_streams(compute_s: float, told_s: float, phases: int) -> float:
     """
     each, told = compute_s / (2 * phases), told_s / (2 * phases)
     return each + (2 * phases - 1) * max(each, told) + told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverRanks(ABC):
+    """A cost of positions on several ranks, which says what they tell each other (`told_s`).
+
+    compute, memory, attention: shares of the device's peaks.  Raises ValueError for ranks < 1 or a share outside (0, 1].
+    """
+
+    ranks: int = 2
+    compute: float = 0.65
+    memory: float = 0.8
+    attention: float = 0.4
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        shares = (self.compute, self.memory, self.attention)
+        if self.ranks < 1 or not all(0 < x <= 1 for x in shares):
+            raise ValueError("ranks is at least 1, and the shares are above 0 and at most 1")
+
+    @abstractmethod
+    def told_s(self, found: Split, load: Load, model: Figures, link: Link) -> float:
+        """Seconds that show of what ranks exchange in a step with rows."""
+
+    def on(self, hardware: Hardware, model: Figures) -> Price:
+        rates = Rates(hardware, model, self.dtype, self.compute, self.memory, self.attention)
+        link, host_s, n = hardware.link, hardware.launch_s, self.ranks
+
+        def price(load: Load) -> Parts:
+            found = by_rows(rates, load, n)
+            told = rates.ring_s(load.whole_rows / n)
+            if n > 1 and load.rows:
+                told += self.told_s(found, load, model, link)
+            return found.split(told, host_s + load.works * 2e-6)
+
+        return price
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Apart(ABC):
+    """A cost of attention on devices of its own, which says what a row sends to them and back (`sent_bytes`).
+
+    flops, bytes_s, kv_bytes: of those devices together.  link_bytes_s, link_s: between both kinds.  batches: parts of a batch
+    that take turns.  Raises ValueError for a rate or a share that cannot be.
+    """
+
+    flops: float = 4 * 312e12
+    bytes_s: float = 4 * 2039e9
+    kv_bytes: float = 4 * 80e9
+    link_bytes_s: float = 50e9
+    link_s: float = 5e-6
+    batches: int = 2
+    compute: float = 0.65
+    memory: float = 0.8
+    attention: float = 0.4
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        shares, sizes = (
+            (self.compute, self.memory, self.attention),
+            (self.flops, self.bytes_s, self.kv_bytes, self.link_bytes_s, self.batches),
+        )
+        if min(sizes) <= 0 or self.batches < 1 or self.link_s < 0 or not all(0 < x <= 1 for x in shares):
+            raise ValueError("rates and batches are above 0, and the shares are above 0 and at most 1")
+
+    @abstractmethod
+    def sent_bytes(self, model: Figures) -> float:
+        """Of a row over all layers, both ways."""
+
+    def on(self, hardware: Hardware, model: Figures) -> Price:
+        rates = Rates(hardware, model, self.dtype, self.compute, self.memory, self.attention)
+        host_s = hardware.launch_s
+        others = Rates(
+            replace(hardware, flops={self.dtype: self.flops}, memory_bytes_s=self.bytes_s, devices=1), model, self.dtype,
+            self.compute, self.memory, self.attention,
+        )  # fmt: skip
+        sent_bytes = self.sent_bytes(model)
+
+        def price(load: Load) -> Parts:
+            weights = sum(max(o.compute_s, o.memory_s) for o in rates.operators(load) if not o.attention)
+            weights += rates.ring_s(load.whole_rows)
+            attending = [o for o in others.operators(load) if o.attention]
+            attention = sum(o.compute_s for o in attending if o.compute_s > o.memory_s)
+            kv = sum(o.memory_s for o in attending if o.compute_s <= o.memory_s)
+            told = load.whole_rows * sent_bytes / self.link_bytes_s + (
+                2 * model.layers * self.link_s if load.rows else 0.0
+            )
+            whole = weights + attention + kv + told
+            if load.works >= self.batches > 1 and whole:
+                # Weights are read once for each part.
+                read = sum(
+                    max(o.compute_s, self.batches * o.memory_s) for o in rates.operators(load) if not o.attention
+                )
+                scale = min(1.0, max(read, attention + kv, told) / whole)
+                return Parts(weights * scale, attention * scale, kv * scale, told * scale, host_s + load.works * 2e-6)
+            return Parts(weights, attention, kv, told, host_s + load.works * 2e-6)
+
+        return price

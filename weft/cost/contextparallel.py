@@ -13,43 +13,22 @@ Raises   ValueError for a share outside (0, 1] or ranks < 1
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from weft.cost._common import Rates, by_rows, ways
+from weft.cost._common import OverRanks, Split, ways
 from weft.registry import register
-from weft.slots.cost import Figures, Hardware, Load, Parts
+from weft.slots.cost import Figures, Link, Load
 from weft.traits import Traits
 
 
 @register("cost", "contextparallel")
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContextParallel:
+class ContextParallel(OverRanks):
     """A ring of hosts."""
 
-    ranks: int = 2
-    compute: float = 0.65
-    memory: float = 0.8
-    attention: float = 0.4
-    dtype: str = "bfloat16"
     acts: ClassVar[dict[str, int]] = {}
     traits: ClassVar[Traits] = Traits()
 
-    def __post_init__(self) -> None:
-        shares = (self.compute, self.memory, self.attention)
-        if self.ranks < 1 or not all(0 < x <= 1 for x in shares):
-            raise ValueError("ranks is at least 1, and the shares are above 0 and at most 1")
-
-    def on(self, hardware: Hardware, model: Figures) -> Callable[[Load], Parts]:
-        rates = Rates(hardware, model, self.dtype, self.compute, self.memory, self.attention)
-        link, host_s, n = hardware.link, hardware.launch_s, self.ranks
-
-        def price(load: Load) -> Parts:
-            found = by_rows(rates, load, n)
-            told = rates.ring_s(load.whole_rows / n)
-            if n > 1 and load.rows:
-                told += min(ways(found, n, link, (found.attention + found.kv) / n)[:2])
-            return found.split(told, host_s + load.works * 2e-6)
-
-        return price
+    def told_s(self, found: Split, load: Load, model: Figures, link: Link) -> float:
+        return min(ways(found, self.ranks, link, (found.attention + found.kv) / self.ranks)[:2])
