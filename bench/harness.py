@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +51,7 @@ FEWER_ROUNDS = 3
 LARGE = 300_000_000
 """Parameters of a model that is large."""
 DONE = object()
+ELSEWHERE = re.compile(r"(?<![\w.:/])(?:/[\w.+-]+)+/([\w.+-]+)")
 SHARED = frozenset({"bench.harness", "bench.contender"})
 """What every benchmark is run by; a result is not out of date because that changed."""
 
@@ -313,7 +315,7 @@ def _file(module: str) -> Path:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """The result as JSON, figures to six digits."""
+    """The result as JSON, figures to six digits; of absolute paths only the last part, since nobody else has the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(result), indent=1) + "\n", encoding="utf8")
 
@@ -357,6 +359,8 @@ def table(result: Mapping[str, Any]) -> str:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
+    if isinstance(value, str):
+        return ELSEWHERE.sub(r"\1", value)
     if isinstance(value, Mapping):
         return {key: _rounded(v) for key, v in value.items()}
     return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value

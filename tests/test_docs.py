@@ -20,6 +20,7 @@ import pytest
 import typer
 
 import weft
+from bench.harness import _rounded
 from weft.bench.serve import Load, Sample, summary
 from weft.cli import _compare, app, features, generate, plan
 from weft.cli._flags import EngineFlags
@@ -469,3 +470,16 @@ def broken(path: Path) -> list[str]:
 def test_links_and_anchors() -> None:
     assert len(PAGES) > 10
     assert [f"{path.name}: {target}" for path in PAGES for target in broken(path)] == []
+
+
+def test_results_name_no_path_of_the_machine_they_were_taken_on() -> None:
+    kept = [*(ROOT / "bench" / "results").glob("*.*"), *(ROOT / "docs").rglob("*.md")]
+    found = [
+        (file.name, hit.group())
+        for file in kept
+        for hit in re.finditer(r"/(?:home|root|tmp|work|Users)/[\w.-]+/[\w./-]+", file.read_text("utf8"))
+    ]
+    assert len(kept) > 80
+    assert not found
+    assert _rounded("draft=trie(text='/home/me/.cache/said.txt')") == "draft=trie(text='said.txt')"
+    assert _rounded("bench/results/x.json of https://x.org/a/b") == "bench/results/x.json of https://x.org/a/b"
