@@ -217,6 +217,13 @@ class Request:
             return (self.prompt - 1) // self.tile * self.tile
         return len(self.context) if self.stack.shares_output else self.prompt
 
+    def beyond(self, end: int, limits: Limits) -> int:
+        """Entries of the target beyond `end`, for a draft whose guesses its first layers make."""
+        if not self.guessed or self.link is not None or not hasattr(draft := self.stack["draft"], "exits"):
+            return 0
+        guesses = int(draft.guesses) if self.pace is None else self.pace.want
+        return max(0, min(guesses, limits.max_guesses, limits.max_model_len - end))
+
     def prompt_rows(self, start: int, stop: int) -> int:
         """Rows of [start, stop), from the first, that give a wanted prompt logprob; 0 if all are known.
 

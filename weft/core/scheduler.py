@@ -224,7 +224,7 @@ class Scheduler(Membership):
         if self.kv.sliding[0]:
             self.kv.slide(r, 0, start)
         guesses = self._guesses(r, start, cut, samples, d) if r.draft and stop == end and not split else 0
-        rewrite, ahead = cut == stop + guesses, self._beyond(r, end + guesses) if stop == end and not split else 0
+        rewrite, ahead = cut == stop + guesses, r.beyond(end + guesses, self.limits) if stop == end and not split else 0
         if ahead and not self._room(r, stop - start + guesses + ahead, d, rewrite=rewrite, guesses=True):
             ahead = 0
         if not ahead and not self._room(
@@ -301,13 +301,6 @@ class Scheduler(Membership):
         guesses = int(draft.guesses) if r.pace is None else r.pace.want
         most = d.sampled[r.rid] + min(guesses, self.limits.max_guesses)
         return max(0, min(most, min(r.limit, self.limits.max_model_len, self.reach[m]) - len(r.context)))
-
-    def _beyond(self, r: Request, end: int) -> int:
-        """Entries of the target beyond `end`, for a draft whose guesses its first layers make."""
-        if not r.guessed or r.link is not None or not hasattr(draft := r.stack["draft"], "exits"):
-            return 0
-        guesses = int(draft.guesses) if r.pace is None else r.pace.want
-        return max(0, min(guesses, self.limits.max_guesses, self.limits.max_model_len - end))
 
     def _spare(self, r: Request, m: int, rows: int) -> bool:
         """Whether there is room for another model's rows, and one more block for everybody else who runs."""
