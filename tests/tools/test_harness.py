@@ -275,7 +275,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert main("draft=again", "bench.draft.ngram", measure, ["A note."], ["--quick", "--json", "--out", str(out)]) == 0
     printed, kept = json.loads(capsys.readouterr().out), json.loads(out.read_text())
     assert printed.keys() == kept.keys()
-    assert kept["command"] == f"python -m bench.draft.ngram --quick --json --out {out}"
+    assert kept["command"] == f"python -m bench.draft.ngram --quick --json --out {out.name}"
     assert kept["notes"] == ["A note."]
     assert kept["code"] == harness.code_digest("bench.draft.ngram")
     assert kept["machine"].keys() == {"cpu", "cores", "torch", "python", "busy"}

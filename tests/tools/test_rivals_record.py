@@ -294,5 +294,6 @@ def test_a_whole_run_with_a_stub_beside_weft(
     assert reasons["absent"] == "not installed: no wheel"
     assert "ended at measure (exit status 1)" in reasons["dying (int8)"]
     assert (tmp_path / "out" / "rivals.svg").is_file()
-    assert record["command"] == f"python -m bench.rivals {words.partition(' --cache')[0]}"
+    given = words.partition(" --cache")[0].replace(str(shape), shape.name)
+    assert record["command"] == f"python -m bench.rivals {given}"
     assert "not installed: no wheel" in capsys.readouterr().out
