@@ -273,6 +273,7 @@ void open_words(const Weight& w, const char* panel, int64_t line, int64_t lines,
 inline constexpr int GROUPED_ROWS = LANES == 16 ? 8 : TILE_ROWS;
 inline constexpr int64_t SMALL_GROUP = 64;
 inline constexpr int64_t NEAR_WORDS = 224;  // of two panels, in the first cache beside those of a tile's rows
+inline constexpr int64_t FAR_WORDS = 448;  // where they are read as they lie: longer sums, which are put down less often, are worth more
 inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in the second cache
 static_assert(NEAR_WORDS * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 
@@ -283,7 +284,7 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
     constexpr int EACH = W::VALUES / D::INPUTS;
     const Weight& w = a.weight;
     const int64_t each = w.k / D::INPUTS, tiles = (count + most - 1) / most, group = w.grouped() ? w.group / D::INPUTS : EACH;
-    const int64_t near = tiles == 1 ? each : group > NEAR_WORDS ? group : NEAR_WORDS / group * group;
+    const int64_t some = EACH > 1 ? NEAR_WORDS : FAR_WORDS, near = tiles == 1 ? each : group > some ? group : some / group * group;
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = BLOCK_WORDS / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
