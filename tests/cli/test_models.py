@@ -146,29 +146,31 @@ def test_a_name_that_there_is_not(url: str) -> None:
 
 
 def test_the_clients_of_others(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == [TINY, SMALL]
-    assert client.models.retrieve(SMALL).id == SMALL
-    other = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
-    texts = set()
-    for name in (TINY, SMALL):
-        said: Any = {
-            "messages": [{"role": "user", "content": "Tell me of the sea"}],
-            "extra_body": {"temperature": 0.0},
-        }
-        answer = client.chat.completions.create(model=name, max_tokens=20, **said)
-        assert answer.model == name
-        message = other.messages.create(model=name, max_tokens=20, **said)
-        assert message.model == name
-        block = message.content[0]
-        assert block.type == "text"
-        assert block.text == answer.choices[0].message.content
-        texts.add(block.text)
-    assert len(texts) == 2
-    one, another = (client.embeddings.create(model=name, input="Hi").data[0].embedding for name in (TINY, SMALL))
-    assert one != another
-    first = httpx.post(f"{url}/v1/completions", json={"prompt": "Hi", "max_tokens": 1}).json()
-    assert first["model"] == TINY
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other,
+    ):
+        assert [model.id for model in client.models.list()] == [TINY, SMALL]
+        assert client.models.retrieve(SMALL).id == SMALL
+        texts = set()
+        for name in (TINY, SMALL):
+            said: Any = {
+                "messages": [{"role": "user", "content": "Tell me of the sea"}],
+                "extra_body": {"temperature": 0.0},
+            }
+            answer = client.chat.completions.create(model=name, max_tokens=20, **said)
+            assert answer.model == name
+            message = other.messages.create(model=name, max_tokens=20, **said)
+            assert message.model == name
+            block = message.content[0]
+            assert block.type == "text"
+            assert block.text == answer.choices[0].message.content
+            texts.add(block.text)
+        assert len(texts) == 2
+        one, another = (client.embeddings.create(model=name, input="Hi").data[0].embedding for name in (TINY, SMALL))
+        assert one != another
+        first = httpx.post(f"{url}/v1/completions", json={"prompt": "Hi", "max_tokens": 1}).json()
+        assert first["model"] == TINY
 
 
 def test_the_feed_of_each(url: str) -> None:

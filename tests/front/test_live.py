@@ -136,28 +136,28 @@ def test_a_grammar_is_told(url: str) -> None:
 
 
 def test_streams_responses_and_messages_tell_it_too(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    stream = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=5, stream=True, extra_body=OWN,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
-    chunks = [chunk.model_dump() for chunk in stream]
-    carrying = [c for c in chunks if c.get("weft")]
-    assert len(carrying) == 1
-    assert carrying[0]["weft"]["timeline"][-1]["event"] == "finished"
-    assert carrying[0] in chunks[-2:]
-    whole = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=5, n=2, extra_body=OWN
-    ).model_dump()
-    ends = [m for m in whole["weft"]["timeline"] if m["event"] == "finished"]
-    assert sorted(m["detail"].get("sequence", 0) for m in ends) == [0, 1]
-    response = client.responses.create(model=MODEL, input="Hi", max_output_tokens=16, store=False, extra_body=OWN)
-    assert response.model_dump()["weft"]["timeline"][-1]["event"] == "finished"
-    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other:
-        message = other.messages.create(
-            model=MODEL, max_tokens=5, messages=[{"role": "user", "content": "Hi"}], extra_body=OWN
-        )
-    assert message.model_dump()["weft"]["timeline"][0]["event"] == "queued"
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=5, stream=True, extra_body=OWN,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = [chunk.model_dump() for chunk in stream]
+        carrying = [c for c in chunks if c.get("weft")]
+        assert len(carrying) == 1
+        assert carrying[0]["weft"]["timeline"][-1]["event"] == "finished"
+        assert carrying[0] in chunks[-2:]
+        whole = client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hi"}], max_tokens=5, n=2, extra_body=OWN
+        ).model_dump()
+        ends = [m for m in whole["weft"]["timeline"] if m["event"] == "finished"]
+        assert sorted(m["detail"].get("sequence", 0) for m in ends) == [0, 1]
+        response = client.responses.create(model=MODEL, input="Hi", max_output_tokens=16, store=False, extra_body=OWN)
+        assert response.model_dump()["weft"]["timeline"][-1]["event"] == "finished"
+        with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other:
+            message = other.messages.create(
+                model=MODEL, max_tokens=5, messages=[{"role": "user", "content": "Hi"}], extra_body=OWN
+            )
+        assert message.model_dump()["weft"]["timeline"][0]["event"] == "queued"
 
 
 def test_a_timeline_is_bounded() -> None:

@@ -41,20 +41,24 @@ def test_a_label_says_what_made_the_answer(url: str, route: str) -> None:
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 def test_a_stream_carries_the_label_in_a_chunk_of_its_own(url: str, route: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    extra = {"weft": {"label": True, "with": ["draft=ngram"]}}
-    if route == "completions":
-        stream = client.completions.create(
-            model="weft-tiny", prompt=PROMPT, max_tokens=5, stream=True, extra_body=extra
-        )
-    else:
-        stream = client.chat.completions.create(  # type: ignore[assignment]
-            model="weft-tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=5, stream=True, extra_body=extra
-        )
-    chunks = list(stream)
-    (labelled,) = [c for c in chunks if getattr(c, "weft", None)]
-    assert labelled.choices == []
-    assert labelled.weft["fidelity"] == "EXACT"  # type: ignore[attr-defined]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        extra = {"weft": {"label": True, "with": ["draft=ngram"]}}
+        if route == "completions":
+            stream = client.completions.create(
+                model="weft-tiny", prompt=PROMPT, max_tokens=5, stream=True, extra_body=extra
+            )
+        else:
+            stream = client.chat.completions.create(  # type: ignore[assignment]
+                model="weft-tiny",
+                messages=[{"role": "user", "content": "Hi"}],
+                max_tokens=5,
+                stream=True,
+                extra_body=extra,
+            )
+        chunks = list(stream)
+        (labelled,) = [c for c in chunks if getattr(c, "weft", None)]
+        assert labelled.choices == []
+        assert labelled.weft["fidelity"] == "EXACT"  # type: ignore[attr-defined]
 
 
 def test_the_server_counts_what_a_requests_technique_did(url: str) -> None:

@@ -62,13 +62,13 @@ def serve(
             signal.signal(signal.SIGHUP, lambda *_: guard.keys.reread())
         # The port is held from here on, so that a taken one is found before anything large is fetched or loaded.
         with contextlib.closing(bind(server.host, server.port)) as held:
-            kept = store.open()
             if server.roles is not None and flags.prefix_cache is False:
                 raise ConfigError("--roles hand prompts over by the prefix cache; leave --no-prefix-cache out")
             chosen = [
                 Chosen(resolve(one, progress=sys.stderr.isatty()), model_id(one), own)
                 for one, own in zip(asked, names, strict=True)
             ]
+            kept = store.open()
             with engines(chosen, flags, server, watch) as ports, watch.access() as access:
                 served = [
                     Served(port, ModelText.load(one.folder, name=one.id), one.names)
