@@ -1,4 +1,6 @@
-"""What a draft with weights of its own learns while it serves, from what verification computed anyway (004-101).
+"""What drafts share: guesses in a chain, and what one with weights of its own learns while it serves.
+
+It learns from what verification computed anyway (004-101).
 
 Every verified guess, up to the first that fell, leaves the target's law at its place.  A pupil keeps the newest `KEPT` proposals
 of one tenant, and takes one step of Adam at a time, down the distance of total variation between the two laws:
@@ -17,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from weft.slots import Ask, Forward, Guesses
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,6 +36,36 @@ MEMORY = 0.9
 """Of what was gained in earlier steps."""
 RATE, DECAYS, EPS = 3e-4, (0.9, 0.99), 1e-8
 """Adam's."""
+
+
+def chained(asks: Sequence[Ask], run: Forward, most: Sequence[int], acts: dict[str, int]) -> list[Guesses]:
+    """Guess after guess, a pass for all that still go on.  most: of each ask.  acts: in which `draft_rows` is counted."""
+    tokens: list[list[int]] = [[] for _ in asks]
+    laws: list[list[Any]] = [[] for _ in asks]
+    rows: list[tuple[int, list[int]]] = [(i, [int(ask.context[-1])]) for i, ask in enumerate(asks) if most[i] > 0]
+    while rows:
+        drawn = run.draw([(i, tokens[i]) for i, _ in rows], run(rows))
+        acts["draft_rows"] += len(rows)
+        going = []
+        for (i, _), (token, law) in zip(rows, drawn, strict=True):
+            if token < 0:
+                continue
+            tokens[i].append(token)
+            laws[i].append(law)
+            if len(tokens[i]) < most[i] and token not in asks[i].sampling.stop_ids:
+                going.append((i, [token]))
+        rows = going
+    return proposals(asks, tokens, laws)
+
+
+def proposals(asks: Sequence[Ask], tokens: Sequence[list[int]], laws: Sequence[list[Any]]) -> list[Guesses]:
+    """Of each ask, with the laws that its guesses were drawn from where they are weighed."""
+    import torch
+
+    return [
+        Guesses(t, torch.stack(law) if law and ask.independent else None)
+        for ask, t, law in zip(asks, tokens, laws, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

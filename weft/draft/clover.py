@@ -39,7 +39,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from weft.draft._common import KEPT, LESSONS, TOKENS, Lesson, Pupil, logits_of
+from weft.draft._common import KEPT, LESSONS, TOKENS, Lesson, Pupil, logits_of, proposals
 from weft.errors import ConfigError
 from weft.registry import register
 from weft.slots import Ask, Features, Guesses, Target
@@ -233,7 +233,7 @@ class Clover:
         for salt, group in groups.items():
             pupil = self._pupils.get(salt)
             self._guess(asks, group, most, tokens, laws, self._weights if pupil is None else pupil.serving, run)
-        return [Guesses(t, _stacked(law) if ask.independent else None) for ask, t, law in zip(asks, tokens, laws)]
+        return proposals(asks, tokens, laws)
 
     def _guess(
         self,
@@ -390,9 +390,3 @@ def read_weights(path: Path, header: Header, target: Target) -> dict[str, Any]:
     if float((mine - mark).norm()) > OTHER * float(mark.norm()):
         raise ConfigError(f"the heads in {path} were trained for another model than this one; {MAKE}")
     return {name: tensor.to(mine.device) for name, tensor in found.items()}
-
-
-def _stacked(laws: list[Any]) -> Any:
-    import torch
-
-    return torch.stack(laws) if laws else None

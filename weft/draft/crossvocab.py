@@ -27,8 +27,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from weft.draft._common import chained
 from weft.errors import ConfigError
 from weft.registry import register
 from weft.slots import Ask, Forward, Guesses, Translation, Vocabulary, Words
@@ -69,23 +70,7 @@ class CrossVocab:
 
     def propose(self, asks: Sequence[Ask], run: Forward | None) -> list[Guesses]:
         assert run is not None
-        most = [min(self.guesses, ask.most) for ask in asks]
-        tokens: list[list[int]] = [[] for _ in asks]
-        laws: list[list[Any]] = [[] for _ in asks]
-        rows: list[tuple[int, list[int]]] = [(i, [int(ask.context[-1])]) for i, ask in enumerate(asks) if most[i] > 0]
-        while rows:
-            drawn = run.draw([(i, tokens[i]) for i, _ in rows], run(rows))
-            self.acts["draft_rows"] += len(rows)
-            going = []
-            for (i, _), (token, law) in zip(rows, drawn, strict=True):
-                if token < 0:
-                    continue
-                tokens[i].append(token)
-                laws[i].append(law)
-                if len(tokens[i]) < most[i] and token not in asks[i].sampling.stop_ids:
-                    going.append((i, [token]))
-            rows = going
-        return [Guesses(t, _stacked(law) if ask.independent else None) for ask, t, law in zip(asks, tokens, laws)]
+        return chained(asks, run, [min(self.guesses, ask.most) for ask in asks], self.acts)
 
     def observe(self, proposed: int, accepted: int) -> None:
         self.acts["proposed"] += proposed
@@ -120,9 +105,3 @@ def _texts(vocabulary: Vocabulary) -> dict[bytes, int]:
     last = len(vocabulary.tokens) - 1
     backwards = ((text, last - i) for i, text in enumerate(reversed(vocabulary.tokens)))
     return {text: i for text, i in backwards if text and i not in vocabulary.special}
-
-
-def _stacked(laws: list[Any]) -> Any:
-    import torch
-
-    return torch.stack(laws) if laws else None

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from weft.draft._common import chained
 from weft.errors import ConfigError
 from weft.registry import register
 from weft.slots import Ask, FirstLayers, Guesses
@@ -80,22 +81,7 @@ class EarlyExit:
                 run.exit, self._length = best(self._hopes(asks, run), max(most, default=0), run.layers)
             run.look = self._length > 0 or (self._steps + 1) % LOOK == 0
             most = [min(m, self._length) for m in most]
-        tokens: list[list[int]] = [[] for _ in asks]
-        laws: list[list[Any]] = [[] for _ in asks]
-        rows: list[tuple[int, list[int]]] = [(i, [int(ask.context[-1])]) for i, ask in enumerate(asks) if most[i] > 0]
-        while rows:
-            drawn = run.draw([(i, tokens[i]) for i, _ in rows], run(rows))
-            self.acts["draft_rows"] += len(rows)
-            going = []
-            for (i, _), (token, law) in zip(rows, drawn, strict=True):
-                if token < 0:
-                    continue
-                tokens[i].append(token)
-                laws[i].append(law)
-                if len(tokens[i]) < most[i] and token not in asks[i].sampling.stop_ids:
-                    going.append((i, [token]))
-            rows = going
-        return [Guesses(t, _stacked(law) if ask.independent else None) for ask, t, law in zip(asks, tokens, laws)]
+        return chained(asks, run, most, self.acts)
 
     def observe(self, proposed: int, accepted: int) -> None:
         self.acts["proposed"] += proposed
@@ -127,9 +113,3 @@ def best(hopes: Mapping[int, float], most: int, layers: int) -> tuple[int, int]:
     found = [(-tokens_per_layer(a, exit, d, layers), d, exit) for exit, a in hopes.items() for d in range(most + 1)]
     _, guesses, exit = min(found)
     return exit, guesses
-
-
-def _stacked(laws: list[Any]) -> Any:
-    import torch
-
-    return torch.stack(laws) if laws else None
