@@ -137,13 +137,14 @@ def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
 
 
 def digest(pair: Pair) -> str:
-    """Changes with the code of either technique and of what its folder shares; not with comments and docstrings."""
+    """Changes with the code of either technique, and of `_common` where it names that; not with comments and docstrings."""
     h = hashlib.blake2b(digest_size=12)
     for slot, name in (pair.one, pair.other):
         module = inspect.getmodule(lookup(slot, name))
         assert module is not None
-        h.update(code(inspect.getsource(module)))
+        source = inspect.getsource(module)
+        h.update(code(source))
         common = Path(module.__file__ or "").with_name("_common.py")
-        if common.is_file():
+        if common.stem in source and common.is_file():
             h.update(code(common.read_text(encoding="utf8")))
     return h.hexdigest()
