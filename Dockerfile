@@ -1,16 +1,21 @@
 # weft on a CPU: docker build -t weft . && docker run -p 127.0.0.1:8000:8000 -v weft:/var/lib/weft weft
-# (docs/operating.md says more: keys, models, GPUs)
+# (docs/operating.md says more: keys, models, GPUs, where the base and PyTorch come from)
+
+# Any Debian with Python 3.11 or later, its venv and its headers, under the name `python`.
+ARG BASE=python:3.13-slim-bookworm
 
 # The kernels are compiled here; the compiler stays behind.
-FROM python:3.13-slim-bookworm AS build
+FROM ${BASE} AS build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN apt-get update && apt-get install -y --no-install-recommends g++ cmake ninja-build && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY weft ./weft
 RUN python -m venv /opt/weft && /opt/weft/bin/pip install --no-cache-dir \
-    --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt ".[otel]"
+    --extra-index-url ${TORCH_INDEX} -c constraints.txt ".[otel]" \
+    && /opt/weft/bin/python -P -c "import weft.native._native"
 
-FROM python:3.13-slim-bookworm
+FROM ${BASE}
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --home-dir /var/lib/weft --create-home --shell /usr/sbin/nologin weft
 COPY --from=build /opt/weft /opt/weft

@@ -98,18 +98,23 @@ def test_the_image_starts_a_command_that_weft_understands() -> None:
 
 def test_what_the_image_takes_is_there_and_pinned() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
+    base = dict(rest.split("=", 1) for name, rest in instructions() if name == "ARG")["BASE"]
     for name, rest in instructions():
         if name == "COPY" and not rest.startswith("--from"):
             for path in rest.split()[:-1]:
                 assert (ROOT / path).exists(), path
                 assert f"!{path}" in ignored, f"{path} is kept from the build"
         if name == "FROM":
+            rest = rest.replace("${BASE}", base)
             assert re.match(r"[\w./-]+:\d+\.\d+[\w.-]*", rest), f"{rest} names no version"
     (install,) = [rest for name, rest in instructions() if name == "RUN" and "pip install" in rest]
     assert "-c constraints.txt" in install
+    assert 'python -P -c "import weft.native._native"' in install, (
+        "an image without kernels is slow and does not say why"
+    )
     (extra,) = re.findall(r'"\.\[(\w+)\]"', install)
     assert f"{extra} = [" in (ROOT / "pyproject.toml").read_text()
-    python = re.search(r"python:(\d+)\.(\d+)", last("FROM"))
+    python = re.search(r"python:(\d+)\.(\d+)", base)
     assert python is not None
     assert (int(python[1]), int(python[2])) >= (3, 11)
 
