@@ -141,3 +141,29 @@ def test_a_second_signal_does_not_wait(bundled: Path) -> None:
         assert "shutting down" in "\n".join(lines)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
+
+
+EARLY = """
+import signal, uvicorn
+
+run = uvicorn.Server.run
+
+def late(self, sockets=None):
+    signal.raise_signal(signal.SIGTERM)
+    run(self, sockets)
+
+uvicorn.Server.run = late
+"""
+
+
+def test_a_signal_before_requests_are_taken_is_not_lost(bundled: Path) -> None:
+    """It comes after the command has handed signals on, and before uvicorn takes them."""
+    process, url = started(EARLY + PROGRAM, bundled)
+    try:
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, err
+    assert url.startswith("ended"), "it was never ready"
+    assert "Traceback" not in err

@@ -132,7 +132,7 @@ class Server:
     def run(self) -> None:
         """Serve.  Raises ConfigError when the application does not start, or what kept the engine from being built."""
         try:
-            with _quiet_signals():
+            with _signals(self._server.handle_exit):
                 self._server.run(sockets=[self._sock])
         except SystemExit:
             raise ConfigError("the HTTP application did not start; the log says why") from None
@@ -200,12 +200,12 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _quiet_signals() -> Iterator[None]:
-    """uvicorn raises the signals that it caught again once it has shut down; here they have done their work."""
+def _signals(take: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give signals to `take` also before uvicorn does so itself, and after: one that came in between would be lost."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    kept = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -5,7 +5,8 @@ Python's objects; that it cannot run for ever or eat the machine's memory is see
 no list of dangerous operations is ever complete (`10**(10**10)`, `'x'.center(10**12)`, constant folding while
 compiling, nested loops):
 
-    time     SIGALRM with its default action: the kernel ends the process, also inside one long C call
+    time     SIGPROF with its default action: the kernel ends the process, also inside one long C call.  Of the processor, so that
+             the same template is taken or given up on a busy machine as on a quiet one; its parent goes by the clock, later
     memory   RLIMIT_AS
     output   counted while it is generated
     files    RLIMIT_FSIZE 0, no core dumps
@@ -182,14 +183,14 @@ def limit(memory_bytes: int) -> None:
 
 def alarm(seconds: float) -> None:
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def serve(answered: Callable[[dict[str, Any]], dict[str, Any]], *, memory_bytes: int, seconds: float) -> None:
     """Answer the frames on stdin, each within `seconds`, until it closes; what the main program of a worker is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; it closes our stdin
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
     limit(memory_bytes)
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     while len(head := source.read(4)) == 4:

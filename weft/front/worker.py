@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +16,8 @@ import msgspec
 
 from weft.errors import ConfigError
 
-ENDS = {-9: "time", -14: "time", -6: "memory"}
-"""What it means that a process ended by SIGKILL (its parent's), SIGALRM, or SIGABRT (a library that got no memory)."""
+ENDS = {-9: "time", -signal.SIGPROF: "time", -6: "memory"}
+"""What it means that a process ended by SIGKILL (its parent's), SIGPROF, or SIGABRT (a library that got no memory)."""
 
 
 class Worker:
