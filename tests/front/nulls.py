@@ -73,7 +73,7 @@ def built(start: Start) -> EngineThread:
     once = Path(start.folder) / "once"
     if start.name == "once":
         if once.exists():
-            raise CapacityError("it fitted once")
+            raise CapacityError(f"it fitted once into {start.folder}")
         once.touch()
     limits = Limits(max_model_len=1 << 18, max_num_seqs=16, max_rows=64, max_samples=32)
     executor = Breaking(GROUPS, vocab=VOCAB)

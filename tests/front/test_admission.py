@@ -11,7 +11,7 @@ import pytest
 
 from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort
-from weft.front.admission import MOST_KEYS, Admission, Bounds
+from weft.front.admission import MOST_KEYS, PACE_OF, Admission, Bounds
 from weft.front.generation import Limited, Refused
 from weft.front.text import ModelText
 
@@ -27,10 +27,48 @@ def test_the_queue_counts_requests_and_tokens() -> None:
     queue.enter("", [20], 0.0)
     with pytest.raises(Refused):
         queue.enter("", [0], 0.0)
-    queue.leave(40)
-    queue.leave(20)
+    queue.leave(40, 0.0)
+    queue.leave(20, 0.0)
     assert (queue.requests, queue.tokens) == (1, 40)
     queue.enter("", [60], 0.0)
+
+
+def retry_s(queue: Admission, lengths: list[int], now: float) -> float:
+    with pytest.raises(Refused) as refused:
+        queue.enter("", lengths, now)
+    return refused.value.retry_s
+
+
+def test_who_is_turned_away_is_told_when_there_will_be_room() -> None:
+    """By hand: at the pace of those that had their turn, since the queue began."""
+    queue = Admission(Bounds(max_queue=8, max_queued_tokens=1000))
+    queue.enter("", [10] * 8, 100.0)
+    assert retry_s(queue, [1], 100.0) == 1.0, "nobody has had a turn: nothing is known"
+    for now in (104.0, 108.0):
+        queue.leave(10, now)  # one in 4 s
+    queue.enter("", [10, 10], 108.0)
+    assert retry_s(queue, [1], 108.0) == 4.0
+    assert retry_s(queue, [1] * 3, 108.0) == 12.0
+    assert retry_s(queue, [1], 120.0) == 10.0, "two in 20 s: that nobody leaves counts, too"
+    assert retry_s(queue, [1] * 8, 120.0) == 60.0, "80 s, and clients do not wait for longer than 60"
+    assert retry_s(queue, [1], 108.0001) < 4.01
+    for _ in range(8):
+        queue.leave(10, 120.0)
+    queue.enter("", [10] * 8, 5000.0)
+    assert retry_s(queue, [1], 5001.0) == 1.0, "the hour in which nobody asked says nothing of the pace"
+
+
+def test_room_for_tokens_comes_with_tokens() -> None:
+    queue = Admission(Bounds(max_queue=100, max_queued_tokens=1000))
+    queue.enter("", [100] * 10, 0.0)
+    queue.leave(100, 2.0)  # 50 tokens/s
+    assert retry_s(queue, [500], 2.0) == 8.0, "400 tokens too many"
+    assert retry_s(queue, [5000], 2.0) == 18.0, "all 900 that wait; what waits beside nothing is let in"
+    for i in range(PACE_OF):  # what was slow long ago is forgotten
+        queue.leave(0, 2.0 + i / 1000)
+        queue.requests += 1
+    queue.leave(100, 2.1)
+    assert retry_s(queue, [800], 2.1) == 1.0, "600 too many, and 100 left in 0.1 s"
 
 
 def test_what_waits_beside_nothing_is_let_in() -> None:
@@ -75,7 +113,7 @@ def test_keys_that_ask_nothing_are_forgotten() -> None:
     rate = Admission(Bounds(requests_per_minute=1))
     for i in range(MOST_KEYS + 50):
         rate.enter(str(i), [1], 0.0)
-        rate.leave(1)
+        rate.leave(1, 0.0)
     assert len(rate._buckets) == MOST_KEYS
 
 

@@ -14,6 +14,7 @@ import pytest
 from tests.front.conftest import CONTEXT, MODEL, serving
 from tests.front.scripted import ScriptedPort
 from tests.front.test_responses import events_of
+from weft.front.admission import Bounds
 from weft.front.text import ModelText
 
 ASK: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "messages": [{"role": "user", "content": "Hello"}], "seed": 1}
@@ -124,6 +125,8 @@ def test_tools_of_an_earlier_turn_reach_the_template() -> None:
         ({"mcp_servers": [{"type": "url", "url": "http://x", "name": "y"}]}, "mcp_servers"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"temperature": -1}, "temperature"),
+        ({"tool_choice": {"type": ["any"]}}, "tool_choice.type"),
+        ({"tool_choice": {"type": {}}}, "tool_choice.type"),
         ({"max_tokens": "x"}, "max_tokens"),
     ],
     ids=str,
@@ -159,6 +162,21 @@ def test_errors_of_the_official_client(
                 friend.messages.create(model=MODEL, **hello)
             assert dead.value.status_code == 529
         assert httpx.get(f"{keyed}/v1/messages", headers={"x-api-key": "sesame"}).json()["type"] == "error"
+
+
+def test_who_has_asked_too_much_is_told_when_to_ask_again(
+    text: ModelText, scripted: Callable[..., ScriptedPort]
+) -> None:
+    port = scripted(lambda spec, index: [65] * spec.sampling.max_tokens)
+    hello: Any = {"model": MODEL, "max_tokens": 3, "messages": [{"role": "user", "content": "Hello"}]}
+    with (
+        serving(port, text, bounds=Bounds(requests_per_minute=1)) as url,
+        anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as claude,
+    ):
+        claude.messages.create(**hello)
+        with pytest.raises(anthropic.RateLimitError) as refused:
+            claude.messages.create(**hello)
+        assert 50 <= int(refused.value.response.headers["retry-after"]) <= 60
 
 
 def test_a_failure_in_mid_stream_is_an_event(text: ModelText, scripted: Callable[..., ScriptedPort]) -> None:

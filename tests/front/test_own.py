@@ -40,9 +40,13 @@ def test_a_label_says_what_made_the_answer(url: str, route: str) -> None:
 
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
-def test_a_stream_carries_the_label_in_a_chunk_of_its_own(url: str, route: str) -> None:
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_streams_last_chunk_carries_the_label(url: str, route: str, usage: bool) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-        extra = {"weft": {"label": True, "with": ["draft=ngram"]}}
+        extra = {
+            "weft": {"label": True, "with": ["draft=ngram"]},
+            **({"stream_options": {"include_usage": True}} if usage else {}),
+        }
         if route == "completions":
             stream = client.completions.create(
                 model="weft-tiny", prompt=PROMPT, max_tokens=5, stream=True, extra_body=extra
@@ -57,6 +61,8 @@ def test_a_stream_carries_the_label_in_a_chunk_of_its_own(url: str, route: str) 
             )
         chunks = list(stream)
         (labelled,) = [c for c in chunks if getattr(c, "weft", None)]
+        assert labelled is chunks[-1]
+        assert (labelled.usage is not None) is usage
         assert labelled.choices == []
         assert labelled.weft["fidelity"] == "EXACT"  # type: ignore[attr-defined]
 

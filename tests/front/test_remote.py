@@ -193,13 +193,21 @@ def test_one_that_never_comes_up_again_is_given_up(tmp_path: Path) -> None:
         e.wait(lambda: bool(e.tokens))
         os.kill(e.pid(), signal.SIGKILL)
         end = time.monotonic() + 30
+        reasons = set()
         while e.port.error() is None:
-            assert e.port.state(99).status in ("ok", "loading")
+            state = e.port.state(99)
+            assert state.status in ("ok", "loading")
+            reasons.add(state.reason)
             assert time.monotonic() < end
             time.sleep(0.01)
         assert "cannot be started again: it fitted once" in e.port.error()  # type: ignore[operator]
         state = e.port.state(99)
         assert (state.status, state.pid) == ("stalled", None)
+        reasons.add(state.reason)
+        assert "the engine died (the server's log says why) and is being started again" in reasons
+        assert not [r for r in reasons if r and str(tmp_path) in r], (
+            "told without a key, as an engine's words may not be"
+        )
 
 
 def test_strangers_on_the_socket_change_nothing() -> None:

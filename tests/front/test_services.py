@@ -16,7 +16,7 @@ from tests.front.test_batches import ended, jsonl, line, rows, start
 from weft.errors import CapacityError, ConfigError
 from weft.front.admission import Bounds
 from weft.front.app import Served, create_app
-from weft.front.port import EngineInfo, EngineState
+from weft.front.port import STOPPED, EngineInfo, EngineState
 from weft.front.several import Several
 from weft.front.store import open_store
 from weft.front.text import ModelText
@@ -92,7 +92,7 @@ def test_an_engine_that_has_ended_for_good_takes_only_its_model_along(
         assert httpx.post(f"{url}/v1/completions", json=body("a")).json()["choices"][0]["text"] == "YYY"
         health = httpx.get(f"{url}/health")
         assert health.status_code == 503
-        assert health.json()["reason"] == "b: the engine has stopped: it cannot be started again"
+        assert health.json()["reason"] == f"b: {STOPPED}"
         assert [(one["model"], one["status"]) for one in health.json()["engines"]] == [("a", "ok"), ("b", "stalled")]
         assert httpx.get(f"{url}/health?model=a").status_code == 200
         assert httpx.get(f"{url}/ready?model=b").status_code == 503

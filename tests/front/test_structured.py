@@ -231,6 +231,22 @@ def test_refused_by_name(http: httpx.Client, fields: dict[str, Any], param: str,
     assert says in error["message"]
 
 
+def test_a_grammar_that_cannot_go_on_in_a_step_is_refused_too(http: httpx.Client) -> None:
+    """The library finds only behind the first token that this one is too large.  The request is at fault, and not the server,
+    whose 500 clients would ask again for."""
+    huge = {"structured_outputs": {"regex": "a{99999999}"}, "max_tokens": 4, "messages": ASK}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        answer = http.post(path, json={**huge, "prompt": "a"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_grammar", "structured_outputs")
+        assert "too complex" in error["message"]
+    streamed = http.post("/v1/chat/completions", json={**huge, "stream": True})
+    assert '"type":"invalid_request_error"' in streamed.text, (
+        "as an answer or as an event, by whether a token was told before"
+    )
+    assert metric(http, "weft:requests_running") == 0
+
+
 def test_the_same_names_in_python() -> None:
     for wrong in (
         {"regexp": "a"},

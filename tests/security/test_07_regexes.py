@@ -42,9 +42,7 @@ def test_what_is_huge_ends_in_time(server: Attacked) -> None:
         for form in HUGE:
             began = time.monotonic()
             answer = ask(server, form)
-            if answer.status_code == 500:  # what only shows in a step ends the one request that asked for it
-                assert "too complex" in answer.json()["error"]["message"]
-            elif answer.status_code != 200:
+            if answer.status_code != 200:  # also where it only shows in a step
                 is_refused(answer)
             assert time.monotonic() - began < 20, "five seconds of the worker, and starting it anew"
     assert ask(server, {"regex": "[ab]{2}"}).status_code == 200

@@ -114,7 +114,7 @@ RESULT = StepResult(
             rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), parents=(-1, -1), signals={"entropy": (0.5, 1.0 / 3.0)},
             logprobs=(LOGPROB,), prompt_logprobs=(LOGPROB, LOGPROB), ended=True, vector=b"\0\0\x80?",
         ),
-        WorkResult(rows=0, failed="not enough nerve: \u03b2 \U0001f600"),
+        WorkResult(rows=0, failed="not enough nerve: \u03b2 \U0001f600", code="invalid_grammar"),
     ),
 )  # fmt: skip
 STATS = EngineStats(
@@ -128,7 +128,16 @@ STATS = EngineStats(
 EVENTS: tuple[Event, ...] = (
     Tokens(1, 2, (3, 4), (LOGPROB,), (LOGPROB, LOGPROB), cached_tokens=16),
     Finished(
-        1, 2, "stop", stop_id=7, cached_tokens=16, error="why", discarded=8, vector=b"\0\0\x80?", stored=((7, 0), ())
+        1,
+        2,
+        "stop",
+        stop_id=7,
+        cached_tokens=16,
+        error="why",
+        code="invalid_grammar",
+        discarded=8,
+        vector=b"\0\0\x80?",
+        stored=((7, 0), ()),
     ),
     Adapted(4, "a", "adapt=lora(name='a')", "beef", error="why", kind="capacity", param="lora_name", code="overloaded"),
     Preempted(1, 2),

@@ -238,7 +238,7 @@ class Engine(Sequences):
         if r.spec.hand_over and work.samples and (fact.failed is not None or not fact.tokens):
             handover.undo(self.kv, r)
         if fact.failed is not None:
-            self._end(r.leader or r, "error", events, error=fact.failed)
+            self._end(r.leader or r, "error", events, error=fact.failed, code=fact.code)
             return
         m = 0 if work.model == self.models[0] else self.models.index(work.model)
         planned = len(work.tokens) - work.guesses
@@ -324,13 +324,16 @@ class Engine(Sequences):
         *,
         stop_id: int | None = None,
         error: str | None = None,
+        code: str | None = None,
         vector: bytes = b"",
     ) -> None:
         for m in range(len(self.models)):
             self.kv.publish(r, m)
         told = handover.tickets(self.kv, r) if r.spec.hand_over and error is None else ()
         for index in (r.index,) if r.fanned else range(r.spec.n):
-            events.append(Finished(r.id, index, reason, stop_id, r.cached_tokens, error, vector=vector, stored=told))
+            events.append(
+                Finished(r.id, index, reason, stop_id, r.cached_tokens, error, code, vector=vector, stored=told)
+            )
         for c in r.companions:
             self.kv.publish(c, 0)
         self._leave(r)

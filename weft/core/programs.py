@@ -170,7 +170,9 @@ class Programs:
         if tell.reason is not None:
             run.open.discard(tell.output)
             spare = 0 if run.open else max(0, run.drawn - run.told)
-            told.append(Finished(id, tell.output, tell.reason, tell.stop_id, run.cached_tokens, tell.error, spare))
+            told.append(
+                Finished(id, tell.output, tell.reason, tell.stop_id, run.cached_tokens, tell.error, discarded=spare)
+            )
 
     def _end(self, id: int) -> None:
         """Nobody waits for anything of this request any more."""

@@ -310,7 +310,7 @@ def _open(path: Path, root: str | None) -> int:
     if not real.is_relative_to(base):
         # Whether anything is there is nobody's business.
         raise RequestError(
-            f"the path leads out of the folder that --lora-root names; give one below it, such as {path.parent.name!r}",
+            "the path leads out of the folder that --lora-root names; give one below it",
             param="lora_path",
             code="forbidden",
         )

@@ -21,7 +21,7 @@ from weft.errors import EngineError, RequestError
 from weft.exec.gather import Wanted
 from weft.exec.mirror import Mirror, Mirrored
 from weft.slots import Constrain, GrammarPath
-from weft.types import Work
+from weft.types import Work, WorkResult
 
 OWNER = "constrain"
 """Whose the place is in a sequence's state."""
@@ -70,9 +70,9 @@ class Masks:
 
     def apply(
         self, works: Sequence[Work], wanted: Sequence[Wanted], leads: Sequence[int], sampled_NV: Tensor
-    ) -> dict[int, str]:
-        """Mask, in place, the rows that a token is drawn from.  Returns the works, by index, that can't go on, and why."""
-        failed: dict[int, str] = {}
+    ) -> dict[int, WorkResult]:
+        """Mask, in place, the rows that a token is drawn from.  Returns what became of the works, by index, that can't go on."""
+        failed: dict[int, WorkResult] = {}
         at = 0
         for w in wanted:
             first, at = at, at + w.sampled
@@ -83,7 +83,7 @@ class Masks:
             try:
                 self._mask(s, works[w.work], sampled_NV[first:at])
             except EngineError as error:
-                failed[w.work] = str(error)
+                failed[w.work] = WorkResult(rows=0, failed=str(error), code=getattr(error, "code", None))
             self.seconds += time.perf_counter() - began
         return failed
 

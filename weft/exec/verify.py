@@ -97,7 +97,7 @@ class Sampling:
             mine = slice(at, at + w.sampled)
             at += w.sampled
             if w.work in failed:
-                results[w.work] = WorkResult(rows=results[w.work].rows, failed=failed[w.work])
+                results[w.work] = msgspec.structs.replace(failed[w.work], rows=results[w.work].rows)
                 continue
             if not all(finite[i] and finite[leads[i]] for i in range(at - w.sampled, at)):
                 results[w.work] = WorkResult(rows=results[w.work].rows, failed=NOT_FINITE)

@@ -6,7 +6,7 @@ evenly.  What an answer costs is known at its end and taken then, so a bucket ma
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +22,10 @@ HURRY: ContextVar[bool] = ContextVar("weft-hurry", default=True)
 MOST_KEYS = 10_000
 """Keys whose buckets are kept; that of a key which has asked nothing for longest is full again anyway."""
 MINUTE_S = 60.0
+PACE_OF = 64
+"""Requests that waited last, by which the pace of the queue is known."""
+SOONEST_S, LATEST_S = 1.0, 60.0
+"""Bounds of when somebody is told to ask again; clients do not wait for longer."""
 
 
 def work_for(tenant: str) -> None:
@@ -69,6 +73,8 @@ class Admission:
         self.bounds = bounds
         self.requests = 0
         self.tokens = 0
+        self._left: deque[tuple[float, int]] = deque(maxlen=PACE_OF + 1)
+        """When requests had waited long enough, and the tokens of their prompts; at first, when the queue began."""
         self._buckets: OrderedDict[str, tuple[Bucket | None, Bucket | None]]
         self._buckets = OrderedDict() if beside is None else beside._buckets
 
@@ -82,6 +88,9 @@ class Admission:
             raise Refused(
                 f"{self.requests} requests with {self.tokens} prompt tokens wait for their first token already; ask again later",
                 code="overloaded",
+                retry_s=self._room_s(
+                    self.requests + len(lengths) - b.max_queue, self.tokens + tokens - b.max_queued_tokens, now
+                ),
             )
         asked, used = self._of(key, now)
         for bucket, what in ((asked, "requests"), (used, "tokens")):
@@ -94,13 +103,17 @@ class Admission:
             asked.left -= 1
         if used is not None:
             used.left -= tokens
+        if not self.requests:
+            self._left.clear()
+            self._left.append((now, 0))
         self.requests += len(lengths)
         self.tokens += tokens
 
-    def leave(self, tokens: int) -> None:
+    def leave(self, tokens: int, now: float) -> None:
         """A request with a prompt of so many tokens waits no more."""
         self.requests -= 1
         self.tokens -= tokens
+        self._left.append((now, tokens))
 
     def use(self, key: str, tokens: int, now: float) -> None:
         """An answer of so many tokens has been given."""
@@ -108,6 +121,16 @@ class Admission:
         if used is not None:
             used.wait_s(now)
             used.left -= tokens
+
+    def _room_s(self, requests: int, tokens: int, now: float) -> float:
+        """Seconds until so many of those that wait, with so many tokens, have left, at the pace of the last ones."""
+        began, left = self._left[0][0], len(self._left) - 1
+        if not left:
+            return SOONEST_S
+        each_s = (now - began) / left
+        token_s = (now - began) / max(1, sum(size for _, size in self._left) - self._left[0][1])
+        wait_s = max(min(requests, self.requests) * each_s, min(tokens, self.tokens) * token_s)
+        return min(max(wait_s, SOONEST_S), LATEST_S)
 
     def _of(self, key: str, now: float) -> tuple[Bucket | None, Bucket | None]:
         b = self.bounds

@@ -28,7 +28,7 @@ from weft.front.generation import (
     Prompt,
     Refused,
 )
-from weft.front.grammars import held, holder, shared_grammars
+from weft.front.grammars import PARAM, held, holder, shared_grammars
 from weft.front.live import Live
 from weft.front.metrics import Metrics
 from weft.front.port import EnginePort
@@ -315,11 +315,13 @@ class Client:
             sequence.done = True
             self.metrics.end(event.reason)
             died = self.port.error()
-            request.generation.fail(
-                GenerationFailed(event.error or "the engine gave this request up; ask again")
-                if died is None
-                else EngineStopped(f"the engine has stopped: {died}")
-            )
+            text = event.error or "the engine gave this request up; ask again"
+            if died is not None:
+                request.generation.fail(EngineStopped(f"the engine has stopped: {died}"))
+            elif event.code is not None:
+                request.generation.fail(RequestError(text, param=PARAM, code=event.code))
+            else:
+                request.generation.fail(GenerationFailed(text))
             return
         sequence.vector = event.vector
         delta = sequence.pending()
@@ -371,7 +373,7 @@ class Client:
         """It waits no more."""
         if request.waiting:
             request.waiting = False
-            self.admission.leave(len(request.prompt.ids))
+            self.admission.leave(len(request.prompt.ids), self._clock())
 
     def _gone(self, request: LiveRequest) -> None:
         """Nobody waits for anything of it."""

@@ -27,12 +27,15 @@ class GenerationFailed(EngineError):
 
 class Refused(CapacityError):
     """A CapacityError as the engine worded it; code "never_fits" when trying again is of no use, "too_late" when the first token
-    could not come in time any more."""
+    could not come in time any more.  retry_s: when to ask again."""
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_s: float = 1.0
+    ) -> None:
         super().__init__(message)
         self.param = param
         self.code = code
+        self.retry_s = retry_s
 
 
 class Limited(RequestError):

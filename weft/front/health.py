@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from weft.front.port import EnginePort, EngineState
+from weft.front.port import STOPPED, EnginePort, EngineState
 
 
 def state_of(port: EnginePort, stall_s: float) -> EngineState:
@@ -20,7 +20,7 @@ def state_of(port: EnginePort, stall_s: float) -> EngineState:
         return state
     reason, stalled_s = port.error(), port.stalled_s()
     if reason is not None:
-        return EngineState(status="stalled", reason=f"the engine has stopped: {reason}")
+        return EngineState(status="stalled", reason=STOPPED)
     if stalled_s > stall_s:
         return EngineState(status="stalled", reason=f"no token for {stalled_s:.0f} s while requests wait")
     return EngineState()

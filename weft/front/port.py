@@ -37,9 +37,13 @@ class EngineInfo:
     """Whether adapters may be loaded and dropped while it runs."""
 
 
+STOPPED = "the engine has stopped for good; the server's log says why"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState:
-    """How an engine is.  reason: why it is not ok.  pid: of its process.  last_step_s: since the last step, None before one.
+    """How an engine is.  reason: why it is not ok, in the front's own words: it is told without a key, and an engine's may name
+    folders.  pid: of its process.  last_step_s: since the last step, None before one.
 
     engines: how each one is, where there are several; model: which one it has, where they are of several models.
     """

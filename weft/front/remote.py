@@ -23,7 +23,7 @@ from weft.front.entry import Entry
 from weft.front.journal import Journal
 from weft.front.link import Bell, Door, Link, end, kill
 from weft.front.metrics import total
-from weft.front.port import EngineInfo, EngineState, FrameSink
+from weft.front.port import STOPPED, EngineInfo, EngineState, FrameSink
 from weft.front.wire import (
     Exited,
     Failed,
@@ -84,7 +84,7 @@ class RemoteEngine:
         self._patience = 1.0
         self._pid: int | None = None
         self._gone: int | None = None
-        self._why = ""
+        self._why, self._in_words = "", False
         self._engine: Link | None = None
         self._moved = 0.0
         """When the engine last gave a sign, or got work after having had none."""
@@ -320,7 +320,7 @@ class RemoteEngine:
         elif isinstance(message, Ready):
             self._begin(message.info)
         elif isinstance(message, Failed):
-            self._why = message.message
+            self._why, self._in_words = message.message, True
             if not self.started.done():
                 self._give_up(message.error)
 
@@ -361,12 +361,12 @@ class RemoteEngine:
         if self._error is not None:
             return
         reason = self._why or (f"signal {-status} ended it" if status < 0 else f"it ended with status {status}")
-        was_up, self._up, self._why = self._up, False, ""
+        told = "the server's log says why" if self._in_words else reason
+        was_up, self._up, self._why, self._in_words = self._up, False, "", False
         if not self.started.done():
             self._give_up(EngineError(f"the engine could not be started: {reason}"))
             return
-        self._restarts += 1
-        self._before = self._stats
+        self._restarts, self._before = self._restarts + 1, self._stats
         self._stats = total(self._before, EngineStats(), self._restarts)  # nothing runs, and no block is held
         log.warning("%s died (%s) and is started again", self._name, reason)
         if was_up:
@@ -377,7 +377,7 @@ class RemoteEngine:
             self._give_up(EngineError(f"the engine cannot be started again: {reason}"))
             return
         wait_s = min(LONGEST_WAIT_S, 0.25 * 2 ** (self._failures - 3)) if self._failures > 2 else 0.0
-        self._status = EngineState(status="loading", reason=f"the engine died ({reason}) and is being started again")
+        self._status = EngineState(status="loading", reason=f"the engine died ({told}) and is being started again")
         self._again_at = time.monotonic() + wait_s
 
     def _lost(self, why: str) -> None:
@@ -396,7 +396,7 @@ class RemoteEngine:
 
     def _give_up(self, error: EngineError) -> None:
         self._error = str(error)
-        self._status = EngineState(status="stalled", reason=f"the engine has stopped: {self._error}")
+        self._status = EngineState(status="stalled", reason=STOPPED)
         if self.started.done():
             log.error("%s has stopped for good: %s", self._name, error)
         else:

@@ -76,6 +76,8 @@ class Finished(Struct, frozen=True, tag="finished", omit_defaults=True):
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix index."""
     error: str | None = None
+    code: str | None = None
+    """Of an error that is the request's own fault, as in `Rejected`."""
     discarded: int = 0
     """Tokens that a search drew for the request and did not return; told with the last of its sequences that ends."""
     vector: bytes = b""

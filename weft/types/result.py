@@ -21,8 +21,8 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     that stand, in order: accepted guesses and the one sampled after them.  kept: entries kept per group where that is not simply
     the accepted context rows.  draft: guesses for the next plan.  parents: where those are a tree, the guess that each
     follows, -1 for the newest token.  signals: named scalars per row.  ended: the last token is the
-    end of the output's grammar.  failed: why this request alone cannot go on.  vector: pooled hidden states, little-endian
-    float32 [width], where the sequence asks for them.
+    end of the output's grammar.  failed: why this request alone cannot go on; code: a word for it where the
+    request is at fault.  vector: pooled hidden states, little-endian float32 [width], where the sequence asks for them.
     """
 
     rows: int
@@ -35,6 +35,7 @@ class WorkResult(Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     ended: bool = False
     failed: str | None = None
+    code: str | None = None
     vector: bytes = b""
 
 

@@ -11,7 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from weft.front.openai.calls import fresh_id
-from weft.front.openai.errors import error_payload, status_of
+from weft.front.openai.errors import error_payload, headers_of, status_of
 
 KINDS = {
     400: "invalid_request_error",
@@ -41,11 +41,7 @@ class AnthropicForm:
 
     def response(self, error: BaseException, headers: dict[str, str] | None = None) -> Response:
         status, payload = anthropic_payload(error)
-        extra = {**(headers or {}), "request-id": payload["request_id"]}
-        if status == OVERLOADED:
-            extra["retry-after"] = "1"
-        if status in (408, 413):
-            extra["connection"] = "close"  # the rest of the body was not read, so the connection can't be used again
+        extra = {**headers_of(error), **(headers or {}), "request-id": payload["request_id"]}
         return Response(msgspec.json.encode(payload), status, media_type="application/json", headers=extra)
 
     def event(self, error: BaseException) -> bytes:

@@ -116,7 +116,7 @@ def _choice(given: dict[str, Any] | None) -> tuple[str | dict[str, Any] | None, 
     if kind == "tool":
         return {"type": "function", "function": {"name": given.get("name")}}, parallel
     words = {"auto": "auto", "any": "required", "none": "none"}
-    if kind not in words:
+    if not isinstance(kind, str) or kind not in words:
         raise RequestError("tool_choice.type is auto, any, tool or none", param="tool_choice")
     return words[kind], parallel
 

@@ -190,13 +190,12 @@ class ChatWriter:
         start = b"data: " + encode(self._common)[:-1]
         self._head = start + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if self._with_usage else b"}]}\n\n"
-        self._usage_head = start + b',"choices":[],"usage":'
         self._content_heads = [self._head + b'%d,"delta":{"content":' % i for i in range(n)]
         self._choices: dict[int, _Choice] = {}
         self._label = label(
             request, service.port.info.stack, service.techniques(model), generation.requests[0].prompt.params.grammar
         )
-        self._said_head = start + b',"choices":[],'
+        self._last_head = start + b',"choices":[],'
 
     # ------------------------------------------------------------------------------------------ stream
 
@@ -244,12 +243,9 @@ class ChatWriter:
         return {**usage, "completion_tokens_details": {"reasoning_tokens": tokens}}
 
     def close(self, usage: dict[str, Any]) -> bytes:
-        usage = self._counted(usage)
-        return self._said() + (self._usage_head + encode(usage) + b"}\n\n" if self._with_usage else b"")
-
-    def _said(self) -> bytes:
-        own = said(self._label, self._generation)
-        return self._said_head + encode(own)[1:] + b"\n\n" if own else b""
+        counted = {"usage": self._counted(usage)} if self._with_usage else {}
+        last = {**counted, **said(self._label, self._generation)}
+        return self._last_head + encode(last)[1:] + b"\n\n" if last else b""
 
     # ------------------------------------------------------------------------------------------ one body
 

@@ -127,9 +127,8 @@ class CompletionWriter:
         start = b"data: " + encode(self._common)[:-1]
         self._head = start + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if self._with_usage else b"}]}\n\n"
-        self._usage_head = start + b',"choices":[],"usage":'
         self._label = label(request, service.port.info.stack, service.techniques(model))
-        self._said_head = start + b',"choices":[],'
+        self._last_head = start + b',"choices":[],'
         self._begun: dict[int, str] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._hidden = 0
@@ -153,12 +152,9 @@ class CompletionWriter:
         return b"".join(out)
 
     def close(self, usage: dict[str, Any]) -> bytes:
-        told = self._usage_head + encode(self._count(usage)) + b"}\n\n" if self._with_usage else b""
-        return self._said() + told
-
-    def _said(self) -> bytes:
-        own = said(self._label, self._generation)
-        return self._said_head + encode(own)[1:] + b"\n\n" if own else b""
+        counted = {"usage": self._count(usage)} if self._with_usage else {}
+        last = {**counted, **said(self._label, self._generation)}
+        return self._last_head + encode(last)[1:] + b"\n\n" if last else b""
 
     # ------------------------------------------------------------------------------------------ one body
 

@@ -88,14 +88,21 @@ def error_payload(error: BaseException) -> dict[str, Any]:
 
 def error_response(error: BaseException, headers: dict[str, str] | None = None) -> Response:
     """The whole HTTP answer for an error."""
-    status = status_of(error)
-    extra = dict(headers or {})
-    if status == 401:
-        extra["www-authenticate"] = "Bearer"
-    elif status in (429, 503):
-        extra["retry-after"] = str(math.ceil(getattr(error, "retry_s", 1.0)))
-    if status in (408, 413):
-        extra["connection"] = "close"  # the rest of the body was not read, so the connection can't be used again
     return Response(
-        msgspec.json.encode(error_payload(error)), status_code=status, media_type="application/json", headers=extra
+        msgspec.json.encode(error_payload(error)),
+        status_code=status_of(error),
+        media_type="application/json",
+        headers={**headers_of(error), **(headers or {})},
     )
+
+
+def headers_of(error: BaseException) -> dict[str, str]:
+    """What the head of an error's answer says, in whatever form that is."""
+    status = status_of(error)
+    if status == 401:
+        return {"www-authenticate": "Bearer"}
+    if status in (429, 503):
+        return {"retry-after": str(math.ceil(getattr(error, "retry_s", 1.0)))}
+    if status in (408, 413):
+        return {"connection": "close"}  # the rest of the body was not read, so the connection can't be used again
+    return {}

@@ -24,6 +24,7 @@ SMALL_BYTES = 1 << 20
 """A body up to this size is decoded without a second thought."""
 MAX_QUOTES = 500_000
 MAX_COMMAS = 2_000_000
+HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 MAX_TECHNIQUES = 16
 """Parts that one request may lay over the server's stack."""
 
@@ -304,11 +305,20 @@ def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTR
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None
     except msgspec.DecodeError as error:
-        raise RequestError(f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise RequestError(_not_json(body, str(error)), code="invalid_json") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not valid UTF-8: {error.reason}", code="invalid_json") from None
     except RecursionError:
         raise RequestError("the body is nested too deeply; flatten it", code="invalid_json") from None
+
+
+def _not_json(body: bytes, said: str) -> str:
+    """The decoder says of several things that the body was cut short."""
+    if not body.strip():
+        return "the body is empty; send a JSON object"
+    if HALF_PAIR.search(body):
+        return "the body is not valid JSON: an escape such as \\ud83d stands without the other half of its character"
+    return f"the body is not valid JSON: {said}"
 
 
 def _check_values(body: bytes) -> None:
