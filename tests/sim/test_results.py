@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -94,6 +95,22 @@ def test_a_decode_takes_what_the_roofline_says() -> None:
     weights_s = 2 * (8.03e9 - 128256 * 4096) / (3350e9 * 0.8)
     kv_s = 563 * 131072 / (3350e9 * 0.8)  # entries from 513 to 612, and one written
     assert result["tpot_s"]["mean"] == pytest.approx(weights_s + kv_s + 2e-3, rel=0.01)
+
+
+def test_tokens_for_a_dollar_count_all_devices() -> None:
+    """What an hour gives, by the rent of every device; not said where one of them has no price."""
+    load = "poisson(rate=6, requests=40, prompt=200, output=20)"
+
+    def told(**changes: Any) -> tuple[float | None, float]:
+        result, _ = run(Wanted(trace=load, **changes))
+        return result["tok_per_usd"], 3600 * result["output_tok_s"]
+
+    value, hourly = told(hardware="h100", replicas=2, devices=2)
+    assert value == pytest.approx(hourly / (4 * 3.20))
+    value, hourly = told(hardware="h100", cost="lamina")
+    assert value == pytest.approx(hourly / (3.20 + 4 * 1.60))  # an h100, and four a100 for attention
+    assert told(hardware="h100", cost="lamina(price_h=0.0)")[0] is None
+    assert told(hardware="l40s")[0] is None
 
 
 class Reader(HTMLParser):

@@ -94,6 +94,13 @@ def test_synthetic_loads_have_their_rate_and_bursts(text: str, cv: float) -> Non
     assert statistics.mean(a.prompt for a in found) == pytest.approx(512, rel=0.05)
 
 
+def test_a_share_is_urgent_and_nothing_else_changes() -> None:
+    plain, pressed = (list(trace(f"poisson(rate=8, requests=2000{more})")) for more in ("", ", urgent=0.1"))
+    assert [(a.time_s, a.segments, a.output) for a in plain] == [(a.time_s, a.segments, a.output) for a in pressed]
+    assert sum(a.priority < 0 for a in pressed) / 2000 == pytest.approx(0.1, abs=0.02)
+    assert {a.priority for a in plain} == {0}
+
+
 def test_pace_and_rate() -> None:
     base = list(trace("poisson(rate=10, requests=2000)"))
     fast = list(paced(base, Pace(time=2.0)))
@@ -177,7 +184,7 @@ def test_broken_clients_are_named(tmp_path: Path, row: str, laws: str, says: str
 
 
 @pytest.mark.parametrize("text", ["poisson()", "poisson(rate=0)", "poisson(rate=1, cv=2)", "poisson(rate='x')",
-                                  "gamma(rate=1, cv=0)",
+                                  "gamma(rate=1, cv=0)", "poisson(rate=1, urgent=1.5)",
                                   "poisson(rate=1, requests=1.5)", "poisson(rate=1, requests=0)", "nowhere.csv"])  # fmt: skip
 def test_broken_loads_are_named(text: str) -> None:
     with pytest.raises(ConfigError):

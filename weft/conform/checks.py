@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from weft.compose import traits_of
-from weft.conform import law
+from weft.conform import law, outside
 from weft.conform.lab import Failed, Lab, Outcome, kl
 from weft.conform.workload import PROSE, asked_again
 from weft.conform.written import arguments, head, source
@@ -70,10 +70,12 @@ def conform(lab: Lab, slot: str, name: str) -> Iterator[Result]:
 
 def _applicable(part: Part) -> list[tuple[str, Check]]:
     traits = traits_of(part)
+    written: list[tuple[str, Check]] = [("head", head), ("source", source), ("arguments", arguments)]
+    if not SLOTS[part.slot].inside:
+        counts: list[tuple[str, Check]] = [] if part.slot == "cost" else [("acts", outside.acts)]
+        return [*written, ("simulated", outside.simulated), *counts, ("live", outside.live)]
     found: list[tuple[str, Check]] = [
-        ("head", head),
-        ("source", source),
-        ("arguments", arguments),
+        *written,
         ("simulated", simulated),
         ("live", live),
         ("alone as in company", alone),

@@ -161,13 +161,15 @@ class OverRanks(ABC):
 class Apart(ABC):
     """A cost of attention on devices of its own, which says what a row sends to them and back (`sent_bytes`).
 
-    flops, bytes_s, kv_bytes: of those devices together.  link_bytes_s, link_s: between both kinds.  batches: parts of a batch
-    that take turns.  Raises ValueError for a rate or a share that cannot be.
+    flops, bytes_s, kv_bytes: of those devices together.  price_h: of them together, in US dollars an hour, 0 where not known.
+    link_bytes_s, link_s: between both kinds.  batches: parts of a batch that take turns.  Raises ValueError for a rate or a share
+    that cannot be.
     """
 
     flops: float = 4 * 312e12
     bytes_s: float = 4 * 2039e9
     kv_bytes: float = 4 * 80e9
+    price_h: float = 4 * 1.60
     link_bytes_s: float = 50e9
     link_s: float = 5e-6
     batches: int = 2
@@ -181,7 +183,12 @@ class Apart(ABC):
             (self.compute, self.memory, self.attention),
             (self.flops, self.bytes_s, self.kv_bytes, self.link_bytes_s, self.batches),
         )
-        if min(sizes) <= 0 or self.batches < 1 or self.link_s < 0 or not all(0 < x <= 1 for x in shares):
+        if (
+            min(sizes) <= 0
+            or self.batches < 1
+            or min(self.link_s, self.price_h) < 0
+            or not all(0 < x <= 1 for x in shares)
+        ):
             raise ValueError("rates and batches are above 0, and the shares are above 0 and at most 1")
 
     @abstractmethod

@@ -4,8 +4,8 @@ Paper    StepFun, Step-3 is Large yet Affordable, arXiv:2507.19427              
 Rule     a step takes the longest of products, of attention, and of the link, where `batches` parts of it take turns, and their
          sum where it has fewer sequences; a row's hidden state goes there and comes back in each layer, in `sent_bits`
 Units    flops, bytes_s, kv_bytes: of all devices of attention together, whose memory has the KV pool; link_bytes_s, link_s: of
-         the link to them; batches: parts; sent_bits: of a value
-Cost     as roofline, and the devices for attention, which no result counts
+         the link to them; price_h: of those devices, US dollars an hour; batches: parts; sent_bits: of a value
+Cost     as roofline, and the devices for attention, which `tok_per_usd` alone counts
 Pays     where a stage of the link is shorter than a third of the step's; what attention takes is then hidden
 Differs  nothing is hidden inside of a layer beside what parts that take turns hide
 Raises   ValueError for a share outside (0, 1], batches < 1, or a rate that is not above 0
@@ -31,6 +31,7 @@ class AFD(Apart):
     flops: float = 3 * 989.4e12
     bytes_s: float = 3 * 3350e9
     kv_bytes: float = 3 * 80e9
+    price_h: float = 3 * 3.20
     batches: int = 3
     sent_bits: float = 8.0
     acts: ClassVar[dict[str, int]] = {}

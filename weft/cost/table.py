@@ -17,7 +17,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from weft.errors import ConfigError
 from weft.registry import register
@@ -39,6 +39,14 @@ class Table:
     def __post_init__(self) -> None:
         if not self.file:
             raise ValueError("file is the path of a CSV file")
+
+    @classmethod
+    def trial(cls, folder: Path) -> dict[str, Any]:
+        """A grid of three by three."""
+        lines = [f"{r},{e},{5e-3 + 1e-5 * r},{1e-8 * e},1e-3" for r in (1, 256, 2048) for e in (0, 4096, 65536)]
+        file = folder / "grid.csv"
+        file.write_text("\n".join(["rows,entries,weights_s,kv_s,host_s", *lines]) + "\n", encoding="utf8")
+        return {"file": str(file)}
 
     def on(self, hardware: Hardware, model: Figures) -> Callable[[Load], Parts]:
         rows, entries, grid = read(Path(self.file))

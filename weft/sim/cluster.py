@@ -149,7 +149,15 @@ class Cluster:
 
     def result(self) -> dict[str, Any]:
         found = self.meter.result(self.setting.wanted, self.engines)
+        found["tok_per_usd"] = self._per_usd(found["output_tok_s"])
         return {**found, **self._trained(found["duration_s"])} if self.peak_tok_s else found
+
+    def _per_usd(self, output_tok_s: float) -> float | None:
+        """Tokens of answers for each US dollar of rent; None where what a device costs is not known."""
+        s, apart = self.setting, getattr(self.setting.cost, "price_h", None)
+        price_h = s.replicas * (s.hardware.price_h * s.hardware.devices + (apart or 0.0))
+        known = s.hardware.price_h > 0 and apart != 0
+        return 3600 * output_tok_s / price_h if known else None
 
     def _trained(self, duration_s: float) -> dict[str, float]:
         """What became of a fine-tuning job: beside the steps, and at full speed while there are none."""

@@ -61,7 +61,7 @@ def hardware(name: str, devices: int = 1) -> Hardware:
         memory_bytes_s=_rate(name, "memory_bytes_s", what.get("memory_bytes_s")),
         link=link(str(what.get("link")), found), host_link=link(str(what.get("host_link", what.get("link"))), found),
         launch_s=_rate(name, "launch_s", what.get("launch_s", 0.0), zero=True), source=str(what.get("source", "")),
-        devices=devices,
+        price_h=_rate(name, "price_h", what.get("price_h", 0.0), zero=True), devices=devices,
     )  # fmt: skip
 
 

@@ -22,9 +22,8 @@ class Split:
     result: dict[str, Any]
 
 
-def splits(wanted: Wanted, place: str, load: Sequence[Arrival]) -> list[Split]:
-    """Every number of prefill replicas (and of encoders) from one on, for a placement by name; the best goodput first, of equals
-    fewer of them.
+def proportions(wanted: Wanted, place: str) -> list[str]:
+    """Policies of every number of prefill replicas (and of encoders) from one on, for a placement by name.
 
     Raises ConfigError where there are too few replicas for both phases.
     """
@@ -35,11 +34,20 @@ def splits(wanted: Wanted, place: str, load: Sequence[Arrival]) -> list[Split]:
     for encode, prefill in itertools.product(coders, range(1, wanted.replicas)):
         policy = f"{wanted.policy}+{place}(prefill={prefill}" + (f", encode={encode})" if encode else ")")
         try:
-            cluster = cluster_of(setting(replace(wanted, policy=policy)))
+            cluster_of(setting(replace(wanted, policy=policy)))
         except ConfigError:
             continue  # no replica would be left for answers
-        cluster.run(load)
-        found.append(Split(policy, cluster.result()))
+        found.append(policy)
     if not found:
         raise ConfigError(f"{place} needs more than {wanted.replicas} replicas")
+    return found
+
+
+def splits(wanted: Wanted, place: str, load: Sequence[Arrival]) -> list[Split]:
+    """What comes of each of these; the best goodput first, of equals fewer of them.  Raises ConfigError as `proportions`."""
+    found = []
+    for policy in proportions(wanted, place):
+        cluster = cluster_of(setting(replace(wanted, policy=policy)))
+        cluster.run(load)
+        found.append(Split(policy, cluster.result()))
     return sorted(found, key=lambda s: -s.result["goodput"])

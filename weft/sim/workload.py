@@ -119,6 +119,7 @@ class Synthetic:
 
     spread: coefficient of variation of both lengths (lognormal; 0: always the mean).  tenants: among whom they are drawn.
     shared: tokens at the head that all prompts of a tenant have in common.  images: tiles of each request, as `Arrival`.
+    urgent: the share of requests that come with a priority before the others'.
     """
 
     rate: float
@@ -130,6 +131,7 @@ class Synthetic:
     tenants: int = 1
     shared: int = 0
     images: int = 0
+    urgent: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("rate", "cv"):
@@ -140,11 +142,14 @@ class Synthetic:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.images <= 10_000:
             raise ConfigError(f"images is the number of tiles of a request, from 0 to 10000, got {self.images}")
+        if not 0 <= self.urgent <= 1:
+            raise ConfigError(f"urgent is a share of the requests, from 0 to 1, got {self.urgent}")
         if not 0 <= self.spread < 10 or not 0 <= self.shared <= MAX_TOKENS:
             raise ConfigError(f"spread is from 0 to 10 and shared not below 0, got {self.spread} and {self.shared}")
 
     def arrivals(self, seed: int = 0) -> Iterator[Arrival]:
         chance, now = random.Random(f"synthetic {seed}"), 0.0
+        pressed = random.Random(f"urgent {seed}")
         shape = 1.0 / self.cv**2
         for i in range(self.requests):
             now += chance.gammavariate(shape, 1.0 / (self.rate * shape))
@@ -156,6 +161,7 @@ class Synthetic:
                 head + own,
                 self._length(chance, self.output),
                 f"tenant{who}" if self.tenants > 1 else "",
+                priority=-(pressed.random() < self.urgent),
                 images=self.images,
             )
 
@@ -181,7 +187,7 @@ def synthetic(text: str) -> Synthetic | None:
     if set(given) - known or "rate" not in given:
         raise ConfigError(f"{name} takes rate= and any of {', '.join(sorted(known - {'rate'}))}; got {text[:200]!r}")
     for key, value in given.items():
-        real = key in ("rate", "cv", "spread")
+        real = key in ("rate", "cv", "spread", "urgent")
         if isinstance(value, bool) or not isinstance(value, int | float if real else int):
             raise ConfigError(f"{name}: {key} must be a {'number' if real else 'whole number'}, got {value!r}")
     return Synthetic(**given)

@@ -135,7 +135,8 @@ class Hardware:
     """One device, as its maker describes it.
 
     flops: dense products, by number format.  memory_bytes_s: of the memory that holds weights and KV.  link: to its peers.
-    host_link: to the memory below it.  launch_s: of a step, by which a device waits for its host.
+    host_link: to the memory below it.  launch_s: of a step, by which a device waits for its host.  price_h: US dollars for an
+    hour, 0 where not known.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Hardware:
     link: Link
     host_link: Link
     launch_s: float = 0.0
+    price_h: float = 0.0
     source: str = ""
     devices: int = 1
     """Tensor parallelism: so many of these compute one model together."""
@@ -164,6 +166,8 @@ class Cost(Protocol):
     """Slot `cost`.
 
     on     the price of steps of this model there
+
+    One of devices of more than one kind has `kv_bytes`, where the others have the KV pool, and `price_h` of the others.
     """
 
     def on(self, hardware: Hardware, model: Figures) -> Price: ...

@@ -1,0 +1,35 @@
+"""Beside the files of policies: arguments that authors would set for a load, and why a claim fails on it."""
+
+from __future__ import annotations
+
+TRIED: dict[str, tuple[str, ...]] = {
+    "layered": ("groups=2", "groups=4"),
+    "prepacking": ("bin=1024", "bin=2048"),
+    "sarathi": ("chunk=256", "chunk=512", "chunk=1024"),
+    "splitfuse": ("budget=512", "budget=1024", "budget=2048"),
+    "lamina": tuple(
+        f"flops={n * 312e12}, bytes_s={n * 2039e9}, kv_bytes={n * 80e9}, price_h={n * 1.6}" for n in (3, 4)
+    ),
+}
+"""The best of these counts.  Lamina's are numbers of a100 that hold the KV."""
+
+WHY: dict[str, str] = {
+    "layered": "Decodes read all weights in every step here, so that layers in turn save nothing, and a prompt takes as many "
+    "steps as there are groups. On a mixture of experts (qwen3-30b-a3b on two h100, prompts of 8,000 tokens, 3 a second) "
+    "groups=8 has 0.26 times the time of chunks of 512 rows, as the paper has them, and 1.5 times that of chunks of 2,048",
+    "prepacking": "What it saves is padding, of which steps here have none; what is left of it is that a prompt waits for a "
+    "bin into which it fits as a whole",
+    "priority": "First come, first served takes urgent prompts before others here, too; what is left is that they go before "
+    "answers that have begun",
+    "sarathi": "The load ends it: 4,105 tokens a second are the most that any order reaches on it, 1.19 times that of orca",
+    "shortest": "An order that knows every length (clairvoyant) comes to 0.78 times, so that no order reaches the claim; "
+    "the rest of the paper's is its other parts",
+    "epd": "It is compared with DistServe at the proportion that is best for images (three of four devices for prompts); "
+    "where two are and a request has eight tiles, it is 0.21 times",
+    "lamina": "For a dollar these prices give 1.2 times the bandwidth and twice the memory as an a100 that they give as an h100, "
+    "and the h100 for the products is paid for beside it",
+    "nanoflow": "One device tells nobody anything, so that only reading and arithmetic overlap. llama-2-70b on eight a100 gains "
+    "1.13 times; the claim is over engines that lose time elsewhere, too, and roofline loses none",
+    "flexllm": "At this pace requests alone keep the device busy almost all the time; at their own pace 0.75 is trained",
+}
+"""By policy: what other runs of the same simulator say of the reason."""
