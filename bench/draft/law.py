@@ -17,16 +17,22 @@ stood.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.tiny.heads import lesson, outputs
+from weft.accept.rejection import STANDS
+from weft.core import noise
+from weft.exec.ahead import DRAFT
+from weft.exec.sampler import gumbel
 from weft.slots import Translation
 from weft.types import Plan, StepResult
 
@@ -35,13 +41,18 @@ if TYPE_CHECKING:
 
 ROWS = 64
 """Positions whose pairs of laws are in memory at once."""
+TIE = 1e-3
+"""Scores that differ by less may come out either way: two programs add in different orders."""
 
 
 @dataclass(slots=True)
 class Trials:
-    """Verified guesses, by sequence of the executor: (index in the output, the guess, whether it stood)."""
+    """Verified guesses, by sequence of the executor: (index in the output, the guess, whether it stood).  steps, tokens: works
+    that verified some, and what they brought."""
 
     by_sequence: dict[int, list[tuple[int, int, bool]]] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int = 0
     draft_s: float = 0.0
     step_s: float = 0.0
 
@@ -53,6 +64,7 @@ class Trials:
             if not work.guesses or work.parents or not fact.tokens:
                 continue
             guesses, stood = work.tokens[-work.guesses :], len(fact.tokens) - 1
+            self.steps, self.tokens = self.steps + 1, self.tokens + len(fact.tokens)
             mine = self.by_sequence.setdefault(work.request, [])
             for i, guess in enumerate(guesses[: stood + 1]):
                 mine.append((work.output + i, guess, i < stood))
@@ -89,37 +101,95 @@ def overlap(p_NV: Tensor, q_NV: Tensor) -> Tensor:
     return torch.minimum(p_NV.double(), q_NV.double()).sum(-1)
 
 
+Text = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]
+"""(prompt, output, trials) of one sequence."""
+
+
 def predicted(
     target: LlamaForCausalLM,
-    draft: LlamaForCausalLM | Heads | Translated | None,
-    texts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]],
+    draft: Any,
+    texts: Sequence[Text],
     temperature: float,
     *,
     weighs: bool,
 ) -> float:
-    """The mean chance of the trials.  texts: (prompt, output, trials).  weighs: whether the accept weighs laws."""
-    total, count = 0.0, 0
-    for prompt, output, trials in texts:
-        at = torch.tensor([len(prompt) - 1 + index for index, _, _ in trials])
-        guesses = torch.tensor([guess for _, guess, _ in trials])
-        p_NV = laws(target, [*prompt, *output], temperature, at)
-        if isinstance(draft, Heads):
-            q_NV: Tensor | None = draft.laws(target, prompt, output, trials, temperature)
+    """The mean chance of the trials, NaN of none.  weighs: whether the accept weighs laws."""
+    found = [c for text in texts for c in chances(target, draft, text, temperature, weighs=weighs)]
+    return sum(found) / len(found) if found else float("nan")
+
+
+def chances(target: LlamaForCausalLM, draft: Any, text: Text, temperature: float, *, weighs: bool) -> list[float]:
+    """The chance of each trial of a sequence.  draft: a model as `transformers` reads it, one of the classes below, or None
+    where guesses have no law."""
+    found: list[float] = []
+    trials = text[2]
+    for low, p_NV, q_NV in pairs(target, draft, text, temperature):
+        if q_NV is None:
+            guesses = torch.tensor([guess for _, guess, _ in trials[low : low + len(p_NV)]])
+            found += p_NV.gather(1, guesses[:, None])[:, 0].tolist()
         else:
-            q_NV = None if draft is None else laws(draft, [*prompt, *output], temperature, at)
-        for low in range(0, len(at), ROWS):
-            p, here = p_NV[low : low + ROWS], guesses[low : low + ROWS]
-            if q_NV is None:
-                found = p.gather(1, here[:, None])[:, 0]
+            found += (overlap if weighs or temperature == 0 else race)(p_NV, q_NV).tolist()
+    return found
+
+
+def chance(found: Sequence[float]) -> float:
+    """What chance moves the share of trials that stand by (one standard deviation), under the law.
+
+    Each trial stands or falls by noise that no text before it was drawn by, so that what the trials have beyond their chances
+    is uncorrelated, though the texts hang on each other.
+    """
+    return math.sqrt(sum(c * (1 - c) for c in found)) / len(found)
+
+
+def pairs(
+    target: LlamaForCausalLM, draft: Any, text: Text, temperature: float
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(the first trial, the target's laws, the draft's) of at most `ROWS` trials at a time, [N, V]."""
+    prompt, output, trials = text
+    at = torch.tensor([len(prompt) - 1 + index for index, _, _ in trials])
+    p_NV = laws(target, [*prompt, *output], temperature, at)
+    if isinstance(draft, Heads):
+        q_NV: Tensor | None = draft.laws(target, prompt, output, trials, temperature)
+    else:
+        q_NV = None if draft is None else laws(draft, [*prompt, *output], temperature, at)
+    for low in range(0, len(at), ROWS):
+        here = slice(low, low + ROWS)
+        yield low, p_NV[here], None if q_NV is None else q_NV[here]
+
+
+def slips(target: LlamaForCausalLM, draft: Any, text: Text, seed: int, temperature: float, *, weighs: bool) -> int:
+    """Trials that are not what their noise makes of the two laws: another guess than the draft's law draws, or one that stood and
+    should have fallen, or fell and should have stood.  Ties within `TIE` count for either.
+
+    Sharper than any count of those that stood: a trial whose guess was computed behind another text shows by itself.
+    """
+    found = 0
+    _, output, trials = text
+    for low, p_NV, q_NV in pairs(target, draft, text, temperature):
+        assert q_NV is not None, "guesses without a law are drawn by no noise"
+        for (index, guess, stood), p, q in zip(
+            trials[low:], p_NV.double().numpy(), q_NV.double().numpy(), strict=False
+        ):
+            own = noise.side_seed(seed, DRAFT) if weighs else seed
+            wrong = not _wins(q, own, index, guess)
+            if weighs:
+                bar = noise.uniform(noise.side_seed(seed, STANDS), index, guess) * q[guess]
+                wrong |= stood != (bar < p[guess]) and abs(bar - p[guess]) > TIE * p[guess]
             else:
-                q = q_NV[low : low + ROWS]
-                found = overlap(p, q) if weighs or temperature == 0 else race(p, q)
-            total, count = total + float(found.sum()), count + len(here)
-    return total / count if count else float("nan")
+                wrong |= stood != (guess == output[index]) or not _wins(p, seed, index, output[index])
+            found += int(wrong)
+    return found
+
+
+def _wins(law_V: Any, seed: int, index: int, token: int) -> bool:
+    """Whether a token wins the race of a law, to within `TIE`."""
+    with np.errstate(divide="ignore"):
+        scores = np.log(law_V) + gumbel(seed, index, np.arange(len(law_V)))
+    return bool(scores[token] >= scores.max() - TIE)
 
 
 @torch.no_grad()
-def laws(model: LlamaForCausalLM | Translated, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
+def laws(model: Any, ids: Sequence[int], temperature: float, at: Tensor) -> Tensor:
     """The law after each position `at`, float32 [N, V]; certain at temperature 0."""
     hidden = model.model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0, at]
     return _law(model.lm_head(hidden), temperature)
@@ -187,6 +257,19 @@ class Translated:
         return wide
 
 
+class Trimmed:
+    """A draft whose head has the rows of some tokens only, as `transformers` reads it: all others have no chance."""
+
+    def __init__(self, draft: Any, kept: Sequence[int]) -> None:
+        self.model, self._head, self._kept = draft.model, draft.lm_head, torch.tensor(kept)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        whole = self._head(hidden)
+        few = torch.full_like(whole, float("-inf"))
+        few[..., self._kept] = whole[..., self._kept]
+        return few
+
+
 def reader(folder: Path, threads: int = 1) -> Any:
     """A checkpoint as `transformers` reads it."""
     from transformers import LlamaForCausalLM
@@ -203,6 +286,6 @@ def repeated(output: Sequence[int], n: int = 8) -> float:
 
 def texts_of(
     trials: Trials, owners: Mapping[int, int], prompts: Sequence[Sequence[int]], outputs: Mapping[int, Sequence[int]]
-) -> list[tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]]:
+) -> list[Text]:
     """For `predicted`.  owners: the prompt of each sequence of the executor."""
     return [(prompts[owners[rid]], outputs[owners[rid]], mine) for rid, mine in trials.by_sequence.items()]

@@ -15,19 +15,19 @@ from safetensors.torch import load_file, save_file
 
 from bench.contender import Model
 from bench.draft.heads import fitted
-from bench.draft.law import Heads, Trials, predicted, reader
+from bench.draft.law import Heads, reader
+from bench.draft.stands import judged, written
 from tests.draft.test_speculative_sampling import LAWS, Watching, told
 from tests.exec.conftest import STORY, Bench, spec
 from tools.grow import Shape, grow
 from weft.draft.clover import BUNDLED, HEADS, KIND, MARKS, MOST, Clover, augmented, head, keys, read_header, shapes
 from weft.errors import ConfigError
 from weft.exec.build import EngineConfig, Runtime, build, prepare
-from weft.exec.thread import step
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.registry import parse
 from weft.slots import Ask
-from weft.types import Plan, RequestSpec, SamplingSpec, StepResult, TokenItem, Tokens
+from weft.types import RequestSpec, SamplingSpec
 
 # ---------------------------------------------------------------------------------------------- by hand
 
@@ -369,24 +369,10 @@ def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: fl
     runtime = build(
         prepare(config("draft=clover(guesses=3)", f"accept={accept}", max_model_len=512, draft_control="off"))
     )
-    trials, owners, outputs = Trials(), dict[int, int](), dict[int, list[int]]()
-    inner = runtime.executor.execute
-
-    def execute(plan: Plan) -> StepResult:
-        owners.update((r.rid, r.id) for r in runtime.engine.requests())
-        trials.take(plan, found := inner(plan))
-        return found
-
-    runtime.executor.execute = execute  # type: ignore[method-assign]
-    for id in range(12 if temperature else 4):
-        sampling = SamplingSpec(max_tokens=400 if temperature else 150, temperature=temperature)
-        items = (TokenItem(tuple(prompts[id % 4])),)
-        assert runtime.engine.add(RequestSpec(id=id, items=items, sampling=sampling, seed=id), 0.0) == []
-    while runtime.engine.has_work:
-        for event in step(runtime.engine, runtime.executor)[0]:
-            if isinstance(event, Tokens):
-                outputs.setdefault(event.id, []).extend(event.tokens)
-    texts = [(prompts[owners[rid] % 4], outputs[owners[rid]], mine) for rid, mine in trials.by_sequence.items()]
-    law = predicted(reader(resolve(None)), Heads(BUNDLED), texts, temperature, weighs=accept == "rejection")
-    assert trials.tried > (2000 if temperature else 300)
-    assert trials.stood / trials.tried == pytest.approx(law, abs=0.02 if temperature else 0.01)
+    count, sampling = (12, {"max_tokens": 400}) if temperature else (4, {"max_tokens": 150})
+    law = SamplingSpec(temperature=temperature, **sampling)
+    texts = written(runtime, [prompts[id % 4] for id in range(count)], range(count), law)
+    found = judged(texts, reader(resolve(None)), Heads(BUNDLED), temperature, weighs=accept == "rejection")
+    assert found.trials > (2000 if temperature else 300)
+    assert found.slips == 0
+    assert found.rate == pytest.approx(found.predicted, abs=0.02 if temperature else 0.01)

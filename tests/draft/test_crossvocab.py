@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.draft.crossvocab import foreign
-from bench.draft.law import Translated, Trials, predicted, reader
+from bench.draft.law import Translated, reader
+from bench.draft.stands import judged, written
 from tests.accept.test_rejection import exact_law
 from tests.draft.test_speculative_sampling import LAWS, Watching
 from tests.exec.conftest import STORY, Bench, spec
@@ -24,7 +25,6 @@ from weft.draft.crossvocab import CrossVocab, translation
 from weft.errors import ConfigError
 from weft.exec.ahead import Reader
 from weft.exec.build import EngineConfig, Runtime, build, prepare
-from weft.exec.thread import step
 from weft.exec.vocabulary import VocabularyShelf
 from weft.front.text import ModelText, vocabulary_of
 from weft.front.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ from weft.hub import resolve
 from weft.models.layout import workspace_bytes
 from weft.registry import parse
 from weft.slots import Translation, Vocabulary
-from weft.types import Plan, StepResult, Tokens
+from weft.types import SamplingSpec
 
 
 def words(*tokens: str, ends: tuple[int, ...] = (), marks: tuple[int, ...] = ()) -> Vocabulary:
@@ -52,6 +52,9 @@ def test_the_map_by_hand() -> None:
     shelf.of = lambda model: SECOND  # type: ignore[method-assign]
     part.attach(shelf)
     assert part.translation == found
+    two = words("</s>", "a", "<end>", ends=(0, 2))
+    assert translation(two, words("a", "<end>", "</s>", ends=(2, 1)), "x").reads == (2, 0, 1), "each end as itself"
+    assert translation(two, words("a", "<e>", ends=(1,)), "x").reads == (1, 0, 1), "and as the draft's where it has one"
     with pytest.raises(ConfigError, match="share no token's text"):
         translation(TARGET, words("x", "y", ends=(1,)), "x")
 
@@ -220,25 +223,13 @@ def test_guesses_stand_as_often_as_the_laws_predict(part: Path, ids: list[int], 
     reads = [
         next((theirs[text[i][at:]] for at in range(len(text[i])) if text[i][at:] in theirs), 0) for i in range(4096)
     ]
-    shared = Translation(reads, list(theirs.values()), [mine[t] for t in theirs])
-    trials, owners, outputs = Trials(), dict[int, int](), dict[int, list[int]]()
-    inner = runtime.executor.execute
-
-    def execute(plan: Plan) -> StepResult:
-        owners.update((r.rid, r.id) for r in runtime.engine.requests())
-        trials.take(plan, found := inner(plan))
-        return found
-
-    runtime.executor.execute = execute  # type: ignore[method-assign]
+    special = {token["content"] for token in json.loads((part / "tokenizer.json").read_text())["added_tokens"]}
+    known = [t for t in theirs if t not in special or t == "<|end|>"]
+    shared = Translation(reads, [theirs[t] for t in known], [mine[t] for t in known])
     prompts = [ids[10 * i : 10 * i + 12] for i in range(10)]
-    for id in range(10):
-        runtime.engine.add(spec(id, prompts[id], seed=id, max_tokens=300, temperature=0.8), 0.0)
-    while runtime.engine.has_work:
-        for event in step(runtime.engine, runtime.executor)[0]:
-            if isinstance(event, Tokens):
-                outputs.setdefault(event.id, []).extend(event.tokens)
-    texts = [(prompts[owners[rid]], outputs[owners[rid]], told) for rid, told in trials.by_sequence.items()]
+    texts = written(runtime, prompts, range(10), SamplingSpec(max_tokens=300, temperature=0.8))
     draft = Translated(reader(part), shared, 4096)
-    wanted = predicted(reader(resolve(None)), draft, texts, 0.8, weighs=accept == "rejection")
-    assert trials.tried > 2000
-    assert trials.stood / trials.tried == pytest.approx(wanted, abs=0.02)
+    found = judged(texts, reader(resolve(None)), draft, 0.8, weighs=accept == "rejection")
+    assert found.trials > 2000
+    assert found.slips == 0
+    assert found.rate == pytest.approx(found.predicted, abs=0.02)

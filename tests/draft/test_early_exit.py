@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.draft.law import Trials, predicted, reader
+from bench.draft.law import reader
+from bench.draft.stands import judged, written
 from tests.accept.test_rejection import exact_law
 from tests.draft.test_speculative_sampling import LAWS, Watching
 from tests.exec.conftest import STORY, Bench, spec
@@ -28,7 +29,7 @@ from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.registry import parse
 from weft.slots import Ask
-from weft.types import Plan, SamplingSpec, StepResult, Tokens, WorkResult
+from weft.types import Plan, SamplingSpec, StepResult, WorkResult
 
 
 def test_tokens_for_a_layer_by_hand() -> None:
@@ -226,23 +227,9 @@ def test_the_plan_has_the_laws_and_a_work_the_room(ids: list[int]) -> None:
 def test_guesses_stand_as_often_as_the_laws_predict(tmp_path: Path, ids: list[int]) -> None:
     """After six of eight layers, some 2,500 trials; transformers reads the model, and the same cut after six layers."""
     runtime = made("draft=early_exit(exit=6, guesses=3)")
-    trials, owners, outputs = Trials(), dict[int, int](), dict[int, list[int]]()
-    inner = runtime.executor.execute
-
-    def execute(plan: Plan) -> StepResult:
-        owners.update((r.rid, r.id) for r in runtime.engine.requests())
-        trials.take(plan, found := inner(plan))
-        return found
-
-    runtime.executor.execute = execute  # type: ignore[method-assign]
     prompts = [ids[10 * i : 10 * i + 12] for i in range(10)]
-    for id in range(10):
-        runtime.engine.add(spec(id, prompts[id], seed=id, max_tokens=300, temperature=0.8), 0.0)
-    while runtime.engine.has_work:
-        for event in step(runtime.engine, runtime.executor)[0]:
-            if isinstance(event, Tokens):
-                outputs.setdefault(event.id, []).extend(event.tokens)
-    texts = [(prompts[owners[rid]], outputs[owners[rid]], told) for rid, told in trials.by_sequence.items()]
-    wanted = predicted(reader(resolve(None)), reader(shallow(tmp_path, 6)), texts, 0.8, weighs=False)
-    assert trials.tried > 2000
-    assert trials.stood / trials.tried == pytest.approx(wanted, abs=0.02)
+    texts = written(runtime, prompts, range(10), SamplingSpec(max_tokens=300, temperature=0.8))
+    found = judged(texts, reader(resolve(None)), reader(shallow(tmp_path, 6)), 0.8, weighs=False)
+    assert found.trials > 2000
+    assert found.slips == 0
+    assert found.rate == pytest.approx(found.predicted, abs=0.02)

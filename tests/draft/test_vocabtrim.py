@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.draft.law import Trimmed, reader
+from bench.draft.stands import Guessing, judged, made, written
 from tests.draft.test_speculative_sampling import LAWS, Watching, told
 from tests.exec.conftest import STORY, Bench, spec
 from tests.exec.drafts import shallow
@@ -17,11 +19,12 @@ from weft.errors import ConfigError
 from weft.exec.build import EngineConfig, Runtime, build, prepare
 from weft.exec.vocabulary import VocabularyShelf
 from weft.front.text import ModelText
-from weft.hub import resolve
+from weft.hub import resolve, resolve_draft
 from weft.models.layout import workspace_bytes
 from weft.models.weights import dense
 from weft.registry import Part, parse
 from weft.slots import Vocabulary
+from weft.types import SamplingSpec
 
 KEEP = 90
 
@@ -142,3 +145,15 @@ def test_guesses_are_the_draft_s_likeliest_of_what_is_kept(
         with torch.no_grad():
             logits = model(torch.tensor([[*context, *said]])).logits[0, len(context) - 1 : -1].numpy()
         assert tuple(int(kept[row[kept].argmax()]) for row in logits) == said
+
+
+def test_guesses_stand_as_often_as_the_laws_predict(text: Path, ids: list[int]) -> None:
+    """Some 1,000 trials, each of which is what its noise makes of the laws that `transformers` reads, the draft's cut by hand."""
+    runtime = made(Guessing("", f"draft=vocabtrim(text={str(text)!r}, keep={KEEP}, guesses=3)", lambda _: None))
+    prompts = [ids[10 * i : 10 * i + 12] for i in range(8)]
+    texts = written(runtime, prompts, range(8), SamplingSpec(max_tokens=150, temperature=0.8))
+    draft = Trimmed(reader(resolve_draft("bundled")), runtime.engine.stack["draft"].head)
+    found = judged(texts, reader(resolve(None)), draft, 0.8, weighs=False)
+    assert found.trials > 800
+    assert found.slips == 0
+    assert abs(found.rate - found.predicted) < 3 * found.chance

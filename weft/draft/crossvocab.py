@@ -94,7 +94,7 @@ def translation(target: Vocabulary, second: Vocabulary, name: str) -> Translatio
     reads = []
     for i, text in enumerate(target.tokens):
         if i in target.special:
-            reads.append(end if i in target.ends else marks.get(text, end))
+            reads.append(marks.get(text, end))  # an end, too, is read as what it is where the draft has more than one
         else:  # the whole of it, or what a model of this kind best goes on from: its end
             reads.append(next((theirs[text[at:]] for at in range(len(text)) if text[at:] in theirs), end))
     return Translation(tuple(reads), tuple(own for own, _ in pairs), tuple(means for _, means in pairs))
