@@ -19,6 +19,7 @@ from weft.models.spec import DecoderSpec
 from weft.ops.choice import choose
 from weft.models import kernels as cpu
 from weft.models.kernels import Call
+from weft.models.native_step import STORES
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96,
@@ -88,7 +89,9 @@ def test_a_step_without_hooks_is_one_call_beside_the_vectors() -> None:
     (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True, alone=True)
     calls = [run for run in segment.runs if isinstance(run, Call)]
     assert [isinstance(run, Call) for run in segment.runs] == [True, False, True]
-    assert sum(call.stop - call.first for call in calls) == len(decoder.native.program)
+    # Behind those stand, for each layer, the product and the gates that steps with adapters have one after the other.
+    assert (calls[0].first, calls[0].stop) == (0, calls[1].first)
+    assert calls[1].stop == len(decoder.native.program) - 2 * len(decoder.spec.layers)
 
 
 def test_attention_of_others_runs_between_the_calls() -> None:
@@ -196,7 +199,7 @@ def test_rows_of_eight_bits_are_stored_as_the_technique_stores_them() -> None:
         program, step = native.module().Program(1, isa), native.module().Step()
         arena, slots = torch.zeros(4, 2 * 16 * 2 * 20, dtype=torch.uint8), torch.arange(64)
         step.rows(64, 0, 0, 0, 0, 0, 0, 0)
-        step.place(0, arena.data_ptr(), arena.shape[1], 0, 0, 16, 0, 0, 0, 0, slots.data_ptr(), 0, cpu.STORES["int8"])
+        step.place(0, arena.data_ptr(), arena.shape[1], 0, 0, 16, 0, 0, 0, 0, slots.data_ptr(), 0, STORES["int8"])
         at = program.store(0, keys.data_ptr(), values.data_ptr(), 32, 2, 16, 0)
         program.run(at, at + 1, step)
         stored = arena.view(4, 2, 16, 2, 20)

@@ -7,38 +7,27 @@ encoded by a `kv.store`, those two operations are the reference ones, over the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from weft.models.operations import Material, Operation, Run, Seam, Step, Weighing, attend, store
+from weft.models.native_step import STORES, NativeStep, encoding
+from weft.models.operations import Material, Operation, Run, Seam, Step, attend, store
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops.choice import ACTIVATIONS
-from weft.ops.cpu.panels import FORMATS, Panels
-from weft.ops.ref.attention_mass import QUANTA
-from weft.ops.ref.attention_plan import ancestors
+from weft.ops.cpu.panels import Panels
 
 if TYPE_CHECKING:
-    from weft.exec.batch import Batch, GroupBatch
+    from weft.exec.batch import Batch
     from weft.exec.kvpool import KVPool
-    from weft.ops.attention_call import AttentionCall, ByKernels
-    from weft.slots import Store
 
-STORES = {"int8": 2}
-"""Encodings of a `kv.store` that the kernels read and write (`Store.kernels`), and what they call them."""
 INPUTS = {"float32": 0, "bfloat16": 1, "int8": 2}
 """What inputs of products may be rounded to, and what the kernels call it: bfloat16 where instructions multiply it,
 8 bits where the weights are whole numbers."""
 MAX_GUESSES = 64
 """Guesses of a tree that the kernels know apart."""
-
-
-def encoding(store: Store) -> str:
-    """What the store's own class says of the kernels: one that inherits from it may encode otherwise."""
-    return str(vars(type(store)).get("kernels", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,111 +52,6 @@ def fused(runs: Sequence[Run]) -> tuple[Run, ...]:
         else:
             found.append(run)
     return tuple(found)
-
-
-class NativeStep:
-    """What the program needs of one step.  Keeps what it points to."""
-
-    def __init__(self, native: Native, batch: Batch, ropes: Mapping[RopeSpec, tuple[Tensor, Tensor]]) -> None:
-        self._native, self._step = native, native.module.Step()
-        self._kept: list[Any] = [batch, ropes]
-        self._sequences = len(batch.bounds) - 1
-        bounds = np.asarray(batch.bounds, dtype=np.int64)
-        bits, trees = self._trees(batch)
-        self._kept += [bounds, bits, trees]
-        self._step.rows(
-            batch.tokens_T.shape[0], batch.tokens_T.data_ptr(), batch.logit_rows_N.shape[0], batch.logit_rows_N.data_ptr(),
-            batch.positions_T.data_ptr(), bounds.ctypes.data, bits.ctypes.data if batch.trees else 0,
-            trees.ctypes.data if batch.trees else 0,
-        )  # fmt: skip
-        for index, rope in enumerate(native.ropes):
-            if rope in ropes:
-                self._step.angles(index, *(table.data_ptr() for table in ropes[rope]))
-
-    def _trees(self, batch: Batch) -> tuple[Any, Any]:
-        """(uint64 [T], the guesses that a row sees as bits; int32 [S], guesses of each sequence)."""
-        bits = np.full(batch.bounds[-1] if batch.trees else 0, ~np.uint64(0))
-        counts = np.zeros(self._sequences, dtype=np.int32)
-        for s, parents in batch.trees.items():
-            if parents:
-                start, stop = batch.bounds[s], batch.bounds[s + 1]
-                rows = min(len(parents), stop - start)
-                seen = ancestors(parents, stop - start - len(parents)).numpy()[len(parents) - rows :]
-                weights = np.uint64(1) << np.arange(len(parents), dtype=np.uint64)
-                bits[stop - rows : stop] = (seen * weights).sum(1, dtype=np.uint64)
-                counts[s] = len(parents)
-        return bits, counts
-
-    def place(
-        self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None, plans: Sequence[ByKernels]
-    ) -> None:
-        """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: the rows that are stored.
-
-        plans: the sequences whose attention the kernels compute, and which of them read the same key tiles.
-        """
-        shape, spec = pool.groups[at], self._native.spec
-        stored = FORMATS[pool.dtype] if pool.store is None else STORES[encoding(pool.store)]
-        positions, slots = pool.positions(at), where.slots_T
-        if keep is not None:
-            slots = torch.full_like(slots, -1).index_copy_(0, keep, slots[keep])
-        self._kept += [where, slots]
-        self._step.place(
-            group, pool.arena.data_ptr(), pool.block_bytes, positions.data_ptr(), positions.stride(0), shape.block_tokens,
-            where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
-            slots.data_ptr(), shape.window or 0, stored,
-        )  # fmt: skip
-        for plan in plans:
-            if plan.units is not None:
-                plan.sparse = self._sparse(group, plan)
-        plans = [plan for plan in plans if plan.units is None]
-        sequences = np.concatenate([plan.sequences for plan in plans])
-        chunks = max((0 if plan.shared is None else plan.shared.shape[1]) for plan in plans)
-        shared, row = np.full((len(sequences), chunks), -1, dtype=np.int64), 0
-        for plan in plans:
-            if plan.shared is not None:
-                shared[row : row + len(plan.sequences), : plan.shared.shape[1]] = plan.shared
-            row += len(plan.sequences)
-        self._step.plan(
-            group, sequences.tolist(), shared.ctypes.data if chunks else 0, chunks, spec.heads, spec.kv_heads, spec.head_dim,
-            self._native.program.threads,
-        )  # fmt: skip
-
-    def _sparse(self, group: int, plan: ByKernels) -> Callable[[AttentionCall, Tensor, int], None]:
-        """Attention of rows in units, a layer at a time."""
-        spec, program = self._native.spec, self._native.program
-        assert plan.units is not None
-        number = self._step.plan_units(
-            group, plan.sequences.tolist(), plan.units.ctypes.data, spec.heads, spec.kv_heads
-        )
-
-        def compute(call: AttentionCall, visible: Tensor, block: int) -> None:
-            seen = visible.contiguous()
-            program.attend_sparse(
-                self._step, number, group, seen.data_ptr(), seen.shape[2], block, call.q_THD.data_ptr(), call.q_THD.stride(0),
-                call.out_THD.data_ptr(), call.out_THD.stride(0), spec.heads, spec.kv_heads, spec.head_dim, call.scale,
-                call.softcap or 0.0, call.pool.groups[call.group].layers.index(call.layer),
-            )  # fmt: skip
-
-        return compute
-
-    def weighing(self, group: int, batch: Batch, pool: KVPool, at: int) -> Weighing:
-        """What sums attention by entry in a group of the model, of the step's rows that count."""
-        spec, asked, shape = self._native.spec, batch.mass, pool.groups[at]
-        assert asked is not None
-        entries = batch.groups[group].tables_SB.shape[1] * shape.block_tokens
-
-        def weigh(q: Tensor, layer: int, scale: float, softcap: float | None) -> Tensor:
-            found = torch.zeros(asked.count, spec.kv_heads, entries, dtype=torch.int64)
-            self._native.program.weigh(
-                self._step, group, asked.sums_T.data_ptr(), found.data_ptr(), entries, q.data_ptr(), q.stride(0), spec.heads,
-                spec.kv_heads, spec.head_dim, scale, softcap or 0.0, shape.layers.index(layer),
-            )  # fmt: skip
-            return found.double().div_(QUANTA)
-
-        return weigh
-
-    def run(self, first: int, stop: int) -> None:
-        self._native.program.run(first, stop, self._step)
 
 
 class Native:
@@ -218,6 +102,15 @@ class Native:
             picked, self.inputs,
         ))  # fmt: skip
 
+    def gated_linear(
+        self, m: Material, x: Tensor, weight: Panels, bias: Tensor | None, both: Tensor, out: Tensor, activation: str
+    ) -> Call:
+        """both: memory for the product itself, where the kernels need any."""
+        return self.call(self.program.gated_linear(
+            weight.weight, x.data_ptr(), x.stride(0), 0 if bias is None else self.floats(bias), both.data_ptr(), both.stride(0),
+            out.data_ptr(), out.stride(0), ACTIVATIONS[activation], self.inputs,
+        ))  # fmt: skip
+
     def norm(self, m: Material, x: Tensor, weight: Tensor, out: Tensor, heads: int = 1, picked: bool = False) -> Call:
         address = self.floats(weight, m.spec.norm_offset)
         return self.call(self.program.norm(
@@ -255,6 +148,11 @@ def operations(m: Material, native: Native) -> list[Operation]:
     pick = native.program.pick(hidden.data_ptr(), hidden.stride(0), m.buffers["picked"].data_ptr(), m.spec.width)
     runs: tuple[Run, ...] = (native.call(pick), *head(m, native))
     found.append(Operation(last, runs, Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
+    # Last, since the program's order is that of steps without adapters: what has nothing between it is run as one.
+    for at, op in enumerate(found):
+        layer = m.spec.layers[op.layer]
+        if op.seam is Seam.GATE and layer.experts is None:
+            found[at] = replace(op, adapted=_gates_apart(m, native, op.layer, layer))
     return found
 
 
@@ -342,19 +240,37 @@ def _attention(m: Material, native: Native, index: int, layer: LayerSpec) -> lis
     return [*found, Operation(index, _add(m, native, layer, "norm_attention_out"))]
 
 
-def _mlp(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
+def _inner(m: Material, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+    """Gates and what they open, [T, 2 I], and what comes of both, [T, I]: of one memory, whatever the layer's inner width."""
     inner, rows = layer.intermediate, m.buffers["gated"].shape[0]
-    gated = m.buffers["gated"].flatten()[: rows * inner].view(rows, inner)
-    gate_up = m.buffers["gate_up"].flatten()[: rows * 2 * inner].view(rows, 2 * inner)
+    both, gated = m.buffers["gate_up"].flatten(), m.buffers["gated"].flatten()
+    return both[: rows * 2 * inner].view(rows, 2 * inner), gated[: rows * inner].view(rows, inner)
+
+
+def _mlp(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
+    both, gated = _inner(m, layer)
     x, norm = _normed(m, native, index, m.weight(layer, "norm_mlp"))
-    up = _product(m, native, index, x, layer, "gate_up", gate_up)
-    activate = native.program.gated(
-        gate_up.data_ptr(), gate_up.stride(0), gated.data_ptr(), gated.stride(0), inner, ACTIVATIONS[layer.activation]
-    )
+    weight: Any = m.weight(layer, "gate_up")
+    up = native.gated_linear(m, x, weight, m.weight(layer, "gate_up_bias"), both, gated, layer.activation)
     down = _product(m, native, index, gated, layer, "down", m.buffers["projected"])
-    return [
-        *norm, up, Operation(index, (native.call(activate),), Seam.GATE, lambda step: (gated[: step.rows],)), down,
-    ]  # fmt: skip
+    return [*norm, Operation(index, (up,), Seam.GATE, lambda step: (gated[: step.rows],)), down]
+
+
+def _gates_apart(m: Material, native: Native, index: int, layer: LayerSpec) -> tuple[Run, ...]:
+    """The same product where adapters add to it, before its gates open anything."""
+    both, gated = _inner(m, layer)
+    x = m.buffers["hidden" if m.weight(layer, "norm_mlp") is None else "normed"]
+    added = _product(m, native, index, x, layer, "gate_up", both).adapted
+    assert added is not None
+    activate = native.program.gated(
+        both.data_ptr(),
+        both.stride(0),
+        gated.data_ptr(),
+        gated.stride(0),
+        layer.intermediate,
+        ACTIVATIONS[layer.activation],
+    )
+    return (*added, native.call(activate))
 
 
 def _experts(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:

@@ -31,7 +31,7 @@ from weft.slots import Attention
 from weft.types import GroupSpec
 
 if TYPE_CHECKING:
-    from weft.models.kernels import NativeStep
+    from weft.models.native_step import NativeStep
 
 
 class Seam(enum.StrEnum):

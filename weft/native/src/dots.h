@@ -135,12 +135,12 @@ void round_tile(const Linear& a, int64_t first, int64_t high, const Rows<D>& to,
 
 // totals += found * scale (+ offset * sum) of one group.
 template <class D, class W, bool OFFSETS, int R, int P>
-WEFT_INLINE void settle_dots(const Weight& w, const char* panel, int64_t group, const typename D::Total (&found)[R][P][PARTS],
+WEFT_INLINE void settle_dots(const Weight& w, const Part& part, int64_t group, const typename D::Total (&found)[R][P][PARTS],
                              const typename D::Sum* sums, int64_t stride, vf (&totals)[R][P][PARTS]) {
     for (int p = 0; p < P; p++)
         for (int v = 0; v < PARTS; v++) {
-            const char* mine = panel + p * w.panel_bytes();
-            __builtin_prefetch(mine + P * w.panel_bytes() + w.line_bytes() + group * w.scale_stride());
+            const char* mine = panel_of<P>(w, part.panel, part.far, p);
+            __builtin_prefetch(mine + part.next + w.line_bytes() + group * w.scale_stride());
             const vf scale = scales<W>(w, mine, group, v), fine = scale * D::template unit<W>();
             const vf offset = OFFSETS ? offsets<W>(w, mine, group, v) + scale * D::template half<W>() : vf{};
             for (int r = 0; r < R; r++) {
@@ -171,6 +171,7 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
         for (int p = 0; p < P; p++)
             for (int v = 0; v < PARTS; v++) total[r][p][v] = result[r][p][v];
     const auto* x = reinterpret_cast<const int32_t*>(part.x) + first * R;
+    const char* later = part.later;
     if constexpr (OPENED) {
         const float* from = part.opened + first * P * PANEL;
         for (int64_t i = 0; i < words; i++, from += P * PANEL, x += R) {
@@ -180,13 +181,15 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
             add_word<D, R, P>(weight, x, total);
         }
     } else {
-        const int64_t stride = w.panel_bytes(), lines = w.k / W::VALUES, ahead = part.ask ? AHEAD : 0;
-        const int64_t begin = part.line + first / EACH, end = begin + words / EACH;
+        const int64_t lines = w.k / W::VALUES, begin = part.line + first / EACH, end = begin + words / EACH;
+        const char* panels[P];
+        for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
         for (int64_t line = begin; line < end; line++) {
-            ask_for<P>(part.panel, stride, line, lines, ahead);
+            if (later) __builtin_prefetch(later, 0, 2), later += part.each;
+            else ask_for<P>(panels, line, lines, part.next);
             vu raw[P][PARTS];
             for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) raw[p][v] = load_bits(part.panel + p * stride + line * LINE_BYTES + v * LANES * 4);
+                for (int v = 0; v < PARTS; v++) raw[p][v] = load_bits(panels[p] + line * LINE_BYTES + v * LANES * 4);
 #pragma GCC unroll 4
             for (int j = 0; j < EACH; j++, x += R) {
                 vu weight[P][PARTS];
@@ -220,7 +223,7 @@ void dot_tile(const Linear& a, const Part& part) {
                 for (int p = 0; p < P; p++)
                     for (int v = 0; v < PARTS; v++) total[r][p][v] = D::start(OFFSETS ? 0 : sums[r * groups + group]);
             add_words<D, W, R, P, OPENED>(w, part, first, step, total);
-            if constexpr (W::SCALED) settle_dots<D, W, OFFSETS, R, P>(w, part.panel, group, total, sums, groups, totals);
+            if constexpr (W::SCALED) settle_dots<D, W, OFFSETS, R, P>(w, part, group, total, sums, groups, totals);
         }
     } else {
         typename D::Total total[R][P][PARTS];
@@ -228,14 +231,14 @@ void dot_tile(const Linear& a, const Part& part) {
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++)
-                    total[r][p][v] = part.begin ? D::start(W::SCALED && !OFFSETS ? sums[r] : 0)
-                                                : reinterpret_cast<typename D::Total>(totals[r][p][v]);
+                    total[r][p][v] = part.from.at ? reinterpret_cast<typename D::Total>(totals[r][p][v])
+                                                  : D::start(W::SCALED && !OFFSETS ? sums[r] : 0);
         add_words<D, W, R, P, OPENED>(w, part, 0, words, total);
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++) totals[r][p][v] = W::SCALED && part.end ? vf{} : reinterpret_cast<vf>(total[r][p][v]);
         if constexpr (W::SCALED)
-            if (part.end) settle_dots<D, W, OFFSETS, R, P>(w, part.panel, 0, total, sums, 1, totals);
+            if (part.end) settle_dots<D, W, OFFSETS, R, P>(w, part, 0, total, sums, 1, totals);
     }
     if (D::SCALED && part.end)
         for (int r = 0; r < R; r++)
@@ -255,12 +258,14 @@ constexpr Tile dot_tile_of(int rows) {
 
 // Lines of P panels, word by word, for the tiles that read them.
 template <class D, class W, int P>
-void open_words(const Weight& w, const char* panel, int64_t line, int64_t lines, float* out) {
-    for (int64_t at = 0; at < lines; at++) {
-        ask_for<P>(panel, w.panel_bytes(), line + at, w.k / W::VALUES);
+void open_words(const Weight& w, const Part& part, float* out) {
+    const char* panels[P];
+    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
+    for (int64_t at = 0; at < part.lines; at++) {
+        ask_for<P>(panels, part.line + at, w.k / W::VALUES, part.next);
         for (int p = 0; p < P; p++)
             for (int v = 0; v < PARTS; v++) {
-                const vu raw = load_bits(panel + p * w.panel_bytes() + (line + at) * LINE_BYTES + v * LANES * 4);
+                const vu raw = load_bits(panels[p] + (part.line + at) * LINE_BYTES + v * LANES * 4);
 #pragma GCC unroll 4
                 for (int j = 0; j < W::VALUES / D::INPUTS; j++)
                     store(out + ((at * (W::VALUES / D::INPUTS) + j) * P + p) * PANEL + v * LANES,
@@ -275,12 +280,14 @@ inline constexpr int64_t SMALL_GROUP = 64;
 inline constexpr int64_t NEAR_WORDS = 224;  // of two panels, in the first cache beside those of a tile's rows
 inline constexpr int64_t FAR_WORDS = 448;  // where they are read as they lie: longer sums, which are put down less often, are worth more
 inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in the second cache
+inline constexpr int64_t FEWEST_ROWS = 72;          // for which weights are worth to be read
 static_assert(NEAR_WORDS * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 
-// Panels [from, to) times rows that are rounded: stretches of inputs whose weights stay in the first cache, in blocks whose rows stay in
-// the second.
+// Panels [from, to), or gates and what they open, times rows that are rounded: stretches of inputs whose weights stay in the first
+// cache, in blocks whose rows stay in the second.  between: of R * P * PANEL floats for each tile, what is added up so far.
 template <class D, class W, bool OFFSETS>
-void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count, int64_t most, int64_t from, int64_t to, float* opened) {
+void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count, int64_t most, int64_t from, int64_t to, bool paired,
+              float* opened, float* between) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     const Weight& w = a.weight;
     const int64_t each = w.k / D::INPUTS, tiles = (count + most - 1) / most, group = w.grouped() ? w.group / D::INPUTS : EACH;
@@ -289,21 +296,32 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = BLOCK_WORDS / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
     const bool open = EACH > 1 && tiles > OPENED_TILES && stretch <= NEAR_WORDS;
-    const int64_t wide = count <= 2 ? FEW_PANELS : TILE_PANELS;
-    for (int64_t input = 0; input < each; input += block)
-        for (int64_t p = from, panels = 1; p < to; p += panels) {
-            panels = p + wide <= to ? wide : 1;
-            for (int64_t begin = input; begin < each && begin < input + block; begin += stretch) {
-                const int64_t end = begin + stretch < each ? begin + stretch : each;
+    const int64_t wide = count <= 2 ? FEW_PANELS : TILE_PANELS, unit = paired ? 2 : 1;
+    for (int64_t input = 0; input < each; input += block) {
+        const int64_t stop = input + block < each ? input + block : each;
+        for (int64_t p = from, panels = 1; p < to; p += panels / unit) {
+            panels = p + wide / unit <= to ? wide : unit;
+            for (int64_t begin = input; begin < stop; begin += stretch) {
+                const int64_t end = begin + stretch < stop ? begin + stretch : stop;
                 for (int64_t t = 0; t < tiles; t++) {
                     const int64_t top = count * t / tiles, tall = count * (t + 1) / tiles - top;
-                    Part part{reinterpret_cast<const float*>(rows.words + top * each + begin * tall), rows.sums + top * w.groups(),
-                              a.out + (first + top) * a.out_stride, w.panel(p), begin / EACH, (end - begin) / EACH, p * PANEL,
-                              begin == 0, end == each};
-                    part.scales = rows.scales + top, part.ask = t == 0;
+                    Part part{.x = reinterpret_cast<const float*>(rows.words + top * each + begin * tall), .sums = rows.sums + top * w.groups()};
+                    part.scales = rows.scales + top, part.paired = paired, part.row = first + top, part.end = end == each;
+                    part.place(w, p, panels, begin / EACH, (end - begin) / EACH);
+                    // Between blocks sums wait where results go, between stretches nearby.
+                    const Sums out{a.out + part.row * a.out_stride + part.n, a.out_stride, paired ? w.n / 2 : panels / 2 * PANEL};
+                    const Sums here{between + top * panels * PANEL, panels * PANEL, panels / 2 * PANEL};
+                    if (begin > 0) part.from = begin > input ? here : out;
+                    part.to = end < stop ? here : out;
+                    if (t > 0) {  // what comes after these lines, a share of it with each tile but the first
+                        const int64_t shares = (tiles - 1 + panels - 1) / panels, share = t - 1;
+                        const char* after = end < stop ? part.panel + end / EACH * LINE_BYTES : part.panel + part.next + input / EACH * LINE_BYTES;
+                        part.each = (LINE_BYTES + shares - 1) / shares;
+                        part.later = after + (share / shares ? part.far : 0) + share % shares * part.lines * part.each;
+                    }
                     const int high = static_cast<int>(tall);
                     if (EACH > 1 && open && panels == TILE_PANELS) {
-                        if (t == 0) open_words<D, W, TILE_PANELS>(w, part.panel, part.line, part.lines, opened);
+                        if (t == 0) open_words<D, W, TILE_PANELS>(w, part, opened);
                         part.opened = opened;
                         dot_tile_of<D, W, OFFSETS, TILE_PANELS, TILE_ROWS, (EACH > 1)>(high)(a, part);
                         continue;
@@ -315,17 +333,22 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
                 }
             }
         }
+    }
 }
 
 template <class D, class W, bool OFFSETS>
 void dots_in(const Linear& a, int64_t rows, Share share) {
     const Weight& w = a.weight;
-    int64_t from, to;
-    share.range((w.n + PANEL - 1) / PANEL, FEW_PANELS, from, to);
+    const bool paired = a.gate.out != nullptr;
+    const int64_t panels = (w.n + PANEL - 1) / PANEL / (paired ? 2 : 1), unit = (rows <= 2 ? FEW_PANELS : TILE_PANELS) / (paired ? 2 : 1);
     const int64_t each = w.k / D::INPUTS, most = w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
     const auto size = [&](int64_t count) { return Rows<D>::size(w, count, each); };
-    int64_t high = ROW_BLOCK;
+    // All inputs of as many rows as the second cache holds, where these are enough; nearly equal blocks of them.
+    int64_t high = BLOCK_WORDS / each / most * most;
+    if (high < FEWEST_ROWS || high > ROW_BLOCK) high = ROW_BLOCK;
     while (high > 1 && size(high) > SHARED) high /= 2;
+    const int64_t blocks = (rows + high - 1) / high, equal = ((rows + blocks - 1) / blocks + most - 1) / most * most;
+    if (equal < high) high = equal;
     const int factor = OFFSETS ? 1 : -W::HALF;  // what weights have too much
     for (int64_t first = 0; first < rows; first += high) {
         const int64_t count = rows - first < high ? rows - first : high, tiles = (count + most - 1) / most;
@@ -338,23 +361,41 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
             round_tile<D, W>(a, first + top, count * (t + 1) / tiles - top, inputs, top, each, spare, factor);
         }
         if (!own) share.meet();
-        multiply<D, W, OFFSETS>(a, inputs, first, count, most, from, to, share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH);
+        float* opened = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
+        each_share(a, share, panels, unit, !own || rows == count, [&](int64_t from, int64_t to) {
+            multiply<D, W, OFFSETS>(a, inputs, first, count, most, from, to, paired, opened, opened + OPENED_SCRATCH);
+        });
         if (!own) share.meet();  // before somebody writes the next rows there
     }
 }
 
 // ------------------------------------------------------------------------------------------ which product is whose
 
+// Whether rows are rounded first.
+template <class W>
+WEFT_INLINE bool dots(const Linear& a) {
+#if defined(__AVX512BF16__)
+    if (W::VALUES > 1 && a.inputs != Inputs::FLOAT32) return true;
+#endif
+    return W::SCALED && a.inputs == Inputs::INT8;
+}
+
 template <class W>
 void linear_of(const Linear& a, int64_t rows, Share share) {
+    if (a.gate.out && !(dots<W>(a) && TILE_PANELS > 1 && a.weight.n % (2 * PANEL) == 0)) {
+        Linear both = a;  // no tile holds a gate and what it opens
+        both.gate = {};
+        linear_of<W>(both, rows, share);
+        share.meet();
+        return gated(a.gate, rows, share);
+    }
     if constexpr (W::SCALED) {
         if (a.inputs == Inputs::INT8)
             return a.weight.offsets ? dots_in<Bytes, W, true>(a, rows, share) : dots_in<Bytes, W, false>(a, rows, share);
     }
 #if defined(__AVX512BF16__)
     if constexpr (W::VALUES > 1) {
-        if (a.inputs != Inputs::FLOAT32)
-            return a.weight.offsets ? dots_in<Halves, W, true>(a, rows, share) : dots_in<Halves, W, false>(a, rows, share);
+        if (dots<W>(a)) return a.weight.offsets ? dots_in<Halves, W, true>(a, rows, share) : dots_in<Halves, W, false>(a, rows, share);
     }
 #endif
     linear_in<W>(a, rows, share);

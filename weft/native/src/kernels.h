@@ -27,7 +27,8 @@ inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048 + 16, SUMS_SCRATCH = 192 * 
 inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of weights
 inline constexpr int64_t SHARED = 1 << 20;  // words that all threads have together: rows that are rounded
 inline constexpr int64_t MOST_INPUTS = 1 << 16;  // of a weight
-inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + OPENED_SCRATCH;
+inline constexpr int64_t BETWEEN_SCRATCH = 192 * 32;  // floats: sums of a block of rows and of the panels of a tile
+inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + OPENED_SCRATCH + BETWEEN_SCRATCH;
 
 enum class Format : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 // What inputs of a product may be rounded to: nothing, bfloat16 (where the instruction set multiplies them), 8 bits (where the weights
@@ -62,6 +63,7 @@ struct Share {
     int32_t* shared = nullptr;
     void* pool = nullptr;
     void (*meeting)(void* pool) = nullptr;
+    bool (*taking)(void* pool, int64_t units, int64_t& first, int64_t& stop) = nullptr;
 
     // Nobody goes on before everybody has come.
     WEFT_SHARED void meet() const {
@@ -76,9 +78,28 @@ struct Share {
         if (first > total) first = total;
         if (stop > total) stop = total;
     }
+
+    // `run` (first, stop) over parts of `total` things, in multiples of `unit`, which threads take as they come: who is held up by
+    // neighbours of this machine takes fewer.  Parts get smaller towards the end, where threads wait for each other.  Once between
+    // two meetings.
+    template <class Run>
+    WEFT_SHARED void take(int64_t total, int64_t unit, const Run& run) const {
+        const int64_t units = (total + unit - 1) / unit;
+        if (count == 1) return run(int64_t{0}, total);
+        for (int64_t first = 0, stop = 0; taking(pool, units, first, stop);) run(first * unit, stop * unit < total ? stop * unit : total);
+    }
+};
+
+// out[T, I] = activation(gate) * up of x [T, 2 I].
+struct Gated {
+    const float* x;
+    float* out;
+    int64_t inner, x_stride, out_stride;
+    Activation activation;
 };
 
 // out[T, N] = x[T, K] w^T + bias.  Strides in values.  inputs: what each row of x may be rounded to first.
+// gate: what becomes of `out`, where its own `out` is not null; then `out` may hold anything.
 struct Linear {
     const float* x;
     Weight weight;
@@ -86,6 +107,8 @@ struct Linear {
     float* out;
     int64_t x_stride, out_stride;
     Inputs inputs = Inputs::FLOAT32;
+    Gated gate{};
+    bool taken = false;  // whether threads take outputs as they come (`Share::take`)
 };
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last `width` values of rows that hold `heads` such vectors.
@@ -103,14 +126,6 @@ struct Rope {
     float* x;
     int64_t stride;
     int heads, dim, pairs;
-};
-
-// out[T, I] = activation(gate) * up of x [T, 2 I].
-struct Gated {
-    const float* x;
-    float* out;
-    int64_t inner, x_stride, out_stride;
-    Activation activation;
 };
 
 // Where the batch's rows and sequences lie in one KV group; of a step, for all of its layers.

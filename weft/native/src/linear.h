@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "rows.h"
 #include "simd.h"
 #include "weights.h"
 
@@ -21,69 +22,114 @@ inline constexpr int64_t OPENED_TILES = 2;  // more tiles than that share weight
 inline constexpr int64_t STRETCH = 256;  // inputs whose part of a tile's panels stays in the first cache while tile follows tile
 static_assert(STRETCH * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 
-// What a tile computes: outputs from n on, over lines [line, line + lines) of panels that begin at `panel`.
+// Sums of a tile in memory, [R, P * PANEL].  The second half of the panels is `far` from the first.
+struct Sums {
+    float* at = nullptr;
+    int64_t stride = 0, far = 0;
+
+    template <int P>
+    WEFT_INLINE float* of(int r, int p) const {
+        if constexpr (P == 1) return at + r * stride;
+        else return at + r * stride + p % (P / 2) * PANEL + p / (P / 2) * far;
+    }
+};
+
+// What a tile computes: rows from `row` and outputs from n on, over lines [line, line + lines) of panels that begin at `panel`.
 struct Part {
-    const float* x;     // inputs of the tile's rows, [K, R]
-    const float* sums;  // of each row's groups, [R, groups], where the weight has offsets
-    float* out;
-    const char* panel;
-    int64_t line, lines, n;
-    bool begin, end;  // whether nothing was added up before, and whether it is the last
+    const float* x = nullptr;     // inputs of the tile's rows, [K, R]
+    const float* sums = nullptr;  // of each row's groups, [R, groups], where the weight has offsets
+    Sums from{}, to{};            // what was added up before, if anything, and where it goes
+    const char* panel = nullptr;
+    int64_t line = 0, lines = 0, n = 0, row = 0;
+    int64_t far = 0;              // bytes between the two halves of the panels
+    int64_t next = 0;             // bytes from a panel to the one in its place in the next tile
+    bool end = false;             // whether nothing is missing then
+    bool paired = false;          // whether those halves are gates and what they open
     const float* opened = nullptr;  // those lines as floats (or words, see dots.h), [inputs, panels * PANEL], where several tiles read them
     const float* scales = nullptr;  // of the tile's rows, where they are of 8 bits
-    bool ask = true;                // whether the lines come from memory
+    const char* later = nullptr;    // what a later tile reads, `each` bytes for a line of this one's, which no longer come from memory
+    int64_t each = 0;
+
+    // Lines of panels [p, p + panels), or of half as many gates and of what those open.
+    WEFT_INLINE void place(const Weight& w, int64_t p, int64_t panels, int64_t from_line, int64_t count) {
+        panel = w.panel(p), n = p * PANEL, line = from_line, lines = count;
+        far = paired ? w.n / (2 * PANEL) * w.panel_bytes() : panels / 2 * w.panel_bytes();
+        next = (paired ? panels / 2 : panels) * w.panel_bytes();
+    }
 };
+
+template <int P>
+WEFT_INLINE const char* panel_of(const Weight& w, const char* panel, int64_t far, int p) {
+    if constexpr (P == 1) return panel;
+    else return panel + p % (P / 2) * w.panel_bytes() + p / (P / 2) * far;
+}
 
 // Asks memory for what P panels hold AHEAD lines after `line`, or for the beginning of the next P: the processor's own prefetching
 // ends at every page, and rows keep it from looking far.  Worth a third of the speed where weights come from memory.
 inline constexpr int64_t AHEAD = 32;
 template <int P>
-WEFT_INLINE void ask_for(const char* panel, int64_t stride, int64_t line, int64_t lines, int64_t ahead = AHEAD) {
-    const int64_t at = line + ahead, more = at < lines ? at * LINE_BYTES : P * stride + (at - lines) * LINE_BYTES;
-    for (int p = 0; p < P; p++) __builtin_prefetch(panel + p * stride + more);
+WEFT_INLINE void ask_for(const char* const (&panels)[P], int64_t line, int64_t lines, int64_t next) {
+    const int64_t at = line + AHEAD, more = at < lines ? at * LINE_BYTES : next + (at - lines) * LINE_BYTES;
+    for (int p = 0; p < P; p++) __builtin_prefetch(panels[p] + more);
 }
 
-// Between a tile's part of the outputs and memory that ends at N.
+// Between a tile and memory that ends at N.
 template <int R, int P>
 WEFT_INLINE void fetch(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
     const int64_t left = a.weight.n - part.n;
-    for (int r = 0; r < R; r++) {
-        const float* from = part.out + r * a.out_stride + part.n;
-        for (int p = 0; p < P; p++)
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) {
+            const float* from = part.from.of<P>(r, p);
             for (int v = 0; v < PARTS; v++) {
                 const int at = p * PANEL + v * LANES;
-                totals[r][p][v] = part.begin ? vf{} : at + LANES <= left ? load(from + at) : some(from + at, left - at);
+                totals[r][p][v] = !part.from.at                        ? vf{}
+                                  : part.paired || at + LANES <= left ? load(from + v * LANES)
+                                                                      : some(from + v * LANES, left - at);
             }
-    }
+        }
 }
 template <int R, int P>
 WEFT_INLINE void put(const Linear& a, const Part& part, const vf (&totals)[R][P][PARTS]) {
     const int64_t left = a.weight.n - part.n;
-    for (int r = 0; r < R; r++) {
-        float* to = part.out + r * a.out_stride + part.n;
-        for (int p = 0; p < P; p++)
+    const float* bias = part.end && a.bias ? a.bias + part.n : nullptr;
+    if constexpr (P > 1) {
+        if (part.paired && part.end) {
+            constexpr int H = P / 2;
+            for (int r = 0; r < R; r++)
+                for (int p = 0; p < H; p++)
+                    for (int v = 0; v < PARTS; v++) {
+                        const int at = p * PANEL + v * LANES;
+                        vf gate = totals[r][p][v], up = totals[r][p + H][v];
+                        if (bias) gate += load(bias + at), up += load(bias + a.gate.inner + at);
+                        store(a.gate.out + (part.row + r) * a.gate.out_stride + part.n + at, activated(gate, a.gate.activation) * up);
+                    }
+            return;
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) {
+            float* to = part.to.of<P>(r, p);
             for (int v = 0; v < PARTS; v++) {
-                const int at = p * PANEL + v * LANES;
-                const float* bias = part.end && a.bias ? a.bias + part.n + at : nullptr;
+                const int at = p * PANEL + v * LANES, mine = v * LANES;
                 vf found = totals[r][p][v];
-                if (at + LANES <= left) {
-                    if (bias) found += load(bias);
-                    store(to + at, found);
+                if (part.paired || at + LANES <= left) {
+                    if (bias) found += load(bias + at);
+                    store(to + mine, found);
                 } else {
-                    for (int64_t i = 0; i < left - at; i++) to[at + i] = bias ? found[i] + bias[i] : found[i];
+                    for (int64_t i = 0; i < left - at; i++) to[mine + i] = bias ? found[i] + bias[at + i] : found[i];
                 }
             }
-    }
+        }
 }
 
 // totals = totals + found * scale (+ sum * offset) of one group, `sums` a row's sums of inputs, `stride` apart.
 template <class W, int R, int P>
-WEFT_INLINE void settle(const Weight& w, const char* panel, int64_t group, const vf (&found)[R][P][PARTS], const float* sums,
+WEFT_INLINE void settle(const Weight& w, const Part& part, int64_t group, const vf (&found)[R][P][PARTS], const float* sums,
                         int64_t stride, vf (&totals)[R][P][PARTS]) {
     for (int p = 0; p < P; p++)
         for (int v = 0; v < PARTS; v++) {
-            const char* mine = panel + p * w.panel_bytes();
-            __builtin_prefetch(mine + P * w.panel_bytes() + w.line_bytes() + group * w.scale_stride());
+            const char* mine = panel_of<P>(w, part.panel, part.far, p);
+            __builtin_prefetch(mine + part.next + w.line_bytes() + group * w.scale_stride());
             const vf scale = scales<W>(w, mine, group, v), fine = scale * (1.0f / W::UNIT);
             const vf offset = w.offsets ? offsets<W>(w, mine, group, v) + scale * static_cast<float>(W::HALF) : vf{};
             for (int r = 0; r < R; r++) {
@@ -95,12 +141,14 @@ WEFT_INLINE void settle(const Weight& w, const char* panel, int64_t group, const
 
 // Lines of P panels as floats, which costs as much as a third of what a tile computes with them.
 template <class W, int P>
-void open_lines(const Weight& w, const char* panel, int64_t line, int64_t lines, float* out) {
-    for (int64_t at = 0; at < lines; at++) {
-        ask_for<P>(panel, w.panel_bytes(), line + at, w.k / W::VALUES);
+void open_lines(const Weight& w, const Part& part, float* out) {
+    const char* panels[P];
+    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
+    for (int64_t at = 0; at < part.lines; at++) {
+        ask_for<P>(panels, part.line + at, w.k / W::VALUES, part.next);
         for (int p = 0; p < P; p++)
             for (int v = 0; v < PARTS; v++) {
-                const vu word = load_bits(panel + p * w.panel_bytes() + (line + at) * LINE_BYTES + v * LANES * 4);
+                const vu word = load_bits(panels[p] + (part.line + at) * LINE_BYTES + v * LANES * 4);
 #pragma GCC unroll 8
                 for (int i = 0; i < W::VALUES; i++)
                     store(out + ((at * W::VALUES + i) * P + p) * PANEL + v * LANES, W::value(word, i));
@@ -112,7 +160,8 @@ void open_lines(const Weight& w, const char* panel, int64_t line, int64_t lines,
 template <class W, int R, int P, bool OPENED>
 void tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
-    const int64_t stride = w.panel_bytes();
+    const char* panels[P];
+    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
     vf totals[R][P][PARTS];
     fetch<R, P>(a, part, totals);
     const bool grouped = W::SCALED && w.grouped();
@@ -124,11 +173,11 @@ void tile(const Linear& a, const Part& part) {
                 for (int v = 0; v < PARTS; v++) total[r][p][v] = grouped ? vf{} : totals[r][p][v];
         for (int64_t line = first; line < first + step; line++) {
             const float* x = part.x + line * W::VALUES * R;
-            if (!OPENED) ask_for<P>(part.panel, stride, part.line + line, w.k / W::VALUES);
+            if (!OPENED) ask_for<P>(panels, part.line + line, w.k / W::VALUES, part.next);
             vu words[P][PARTS];
             for (int p = 0; p < P && !OPENED; p++)
                 for (int v = 0; v < PARTS; v++)
-                    words[p][v] = load_bits(part.panel + p * stride + (part.line + line) * LINE_BYTES + v * LANES * 4);
+                    words[p][v] = load_bits(panels[p] + (part.line + line) * LINE_BYTES + v * LANES * 4);
 #pragma GCC unroll 8
             for (int i = 0; i < W::VALUES; i++) {  // shifts are constants then
                 const float* opened = OPENED ? part.opened + (line * W::VALUES + i) * P * PANEL : nullptr;
@@ -145,7 +194,7 @@ void tile(const Linear& a, const Part& part) {
         }
         if constexpr (W::SCALED) {
             if (grouped) {
-                settle<W, R, P>(w, part.panel, (part.line + first) / step, total, part.sums, w.groups(), totals);
+                settle<W, R, P>(w, part, (part.line + first) / step, total, part.sums, w.groups(), totals);
                 continue;
             }
         }
@@ -162,7 +211,7 @@ void tile(const Linear& a, const Part& part) {
                         total[r][p][v] = totals[r][p][v];
                         totals[r][p][v] = vf{};
                     }
-            settle<W, R, P>(w, part.panel, 0, total, part.sums, 1, totals);
+            settle<W, R, P>(w, part, 0, total, part.sums, 1, totals);
         }
     }
     put<R, P>(a, part, totals);
@@ -232,12 +281,18 @@ WEFT_INLINE void each_tile(int64_t rows, int64_t most, int64_t from, int64_t to,
     }
 }
 
-template <class W>
-void linear_in(const Linear& a, int64_t rows, Share share) {
-    const Weight& w = a.weight;
+// `run` (first, stop) over a thread's panels.  alone: whether the next meeting comes before the next such call.
+template <class Run>
+WEFT_INLINE void each_share(const Linear& a, Share share, int64_t panels, int64_t unit, bool alone, const Run& run) {
+    if (a.taken && alone) return share.take(panels, unit, run);
     int64_t from, to;
-    share.range((w.n + PANEL - 1) / PANEL, FEW_PANELS, from, to);
-    if (from == to) return;
+    share.range(panels, unit, from, to);
+    if (from < to) run(from, to);
+}
+
+template <class W>
+void linear_panels(const Linear& a, int64_t rows, Share share, int64_t from, int64_t to) {
+    const Weight& w = a.weight;
     const int64_t most = rows == 1 ? w.k : INPUT_BLOCK<W>;
     int64_t high = ROW_BLOCK;
     if (w.offsets)
@@ -252,11 +307,13 @@ void linear_in(const Linear& a, int64_t rows, Share share) {
             if (count == 1) inputs = a.x + first * a.x_stride + input;
             else turned(a, first, count, (count + TILE_ROWS - 1) / TILE_ROWS, input, wide, share.scratch);
             each_tile(count, TILE_ROWS, from, to, wide, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
-                Part part{inputs + top * wide + begin * tall, sums + top * w.groups(), a.out + (first + top) * a.out_stride,
-                          w.panel(p), (input + begin) / W::VALUES, (end - begin) / W::VALUES, p * PANEL, input + begin == 0,
-                          input + end == w.k};
+                Part part{.x = inputs + top * wide + begin * tall, .sums = sums + top * w.groups()};
+                part.to = {a.out + (first + top) * a.out_stride + p * PANEL, a.out_stride, panels / 2 * PANEL};
+                if (input + begin > 0) part.from = part.to;
+                part.place(w, p, panels, (input + begin) / W::VALUES, (end - begin) / W::VALUES);
+                part.end = input + end == w.k;
                 if (W::VALUES > 1 && count > OPENED_TILES * TILE_ROWS && panels == TILE_PANELS) {
-                    if (top == 0) open_lines<W, TILE_PANELS>(w, part.panel, part.line, part.lines, opened);
+                    if (top == 0) open_lines<W, TILE_PANELS>(w, part, opened);
                     part.opened = opened;
                     return tile_of<W, TILE_PANELS, TILE_ROWS, true>(tall)(a, part);
                 }
@@ -267,6 +324,14 @@ void linear_in(const Linear& a, int64_t rows, Share share) {
             });
         }
     }
+}
+
+template <class W>
+void linear_in(const Linear& a, int64_t rows, Share share) {
+    // Several rows are turned by each thread, once for all of its panels.
+    each_share(a, share, (a.weight.n + PANEL - 1) / PANEL, FEW_PANELS, rows == 1, [&](int64_t from, int64_t to) {
+        linear_panels<W>(a, rows, share, from, to);
+    });
 }
 
 }  // namespace weft::WEFT_ISA

@@ -23,7 +23,7 @@ Inputs inputs_of(int inputs) {
 
 int64_t linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t out, int64_t out_stride,
                bool picked, int inputs) {
-    const Linear a{at<float>(x), weight, at<float>(bias), at<float>(out), x_stride, out_stride, inputs_of(inputs)};
+    const Linear a{at<float>(x), weight, at<float>(bias), at<float>(out), x_stride, out_stride, inputs_of(inputs), {}, true};
     return p.add([&kernels = p.kernels(), a, picked](Step& s, Share share) {
         kernels.linear(a, picked ? s.wanted : s.rows, share);
     });
@@ -57,6 +57,15 @@ int64_t rope(Program& p, uintptr_t x, int64_t stride, int heads, int dim, int pa
 int64_t gated(Program& p, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t inner, int activation) {
     const Gated a{at<float>(x), at<float>(out), inner, x_stride, out_stride, static_cast<Activation>(activation)};
     return p.add([&kernels = p.kernels(), a](Step& s, Share share) { kernels.gated(a, s.rows, share); });
+}
+
+// A product whose outputs are gates and then what they open; between: memory for them, where tiles cannot keep them.
+int64_t gated_linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t between,
+                     int64_t between_stride, uintptr_t out, int64_t out_stride, int activation, int inputs) {
+    if (weight.n % 2) throw std::invalid_argument("as many gates as what they open");
+    const Gated gate{at<float>(between), at<float>(out), weight.n / 2, between_stride, out_stride, static_cast<Activation>(activation)};
+    const Linear a{at<float>(x), weight, at<float>(bias), at<float>(between), x_stride, between_stride, inputs_of(inputs), gate, true};
+    return p.add([&kernels = p.kernels(), a](Step& s, Share share) { kernels.linear(a, s.rows, share); });
 }
 
 int64_t add(Program& p, uintptr_t into, uintptr_t x, int64_t stride, int64_t width) {
@@ -162,6 +171,7 @@ NB_MODULE(_native, m) {
         .def("norm", &norm)
         .def("rope", &rope)
         .def("gated", &gated)
+        .def("gated_linear", &gated_linear)
         .def("add", &add)
         .def("softcap", &softcap)
         .def("embed", &embed)

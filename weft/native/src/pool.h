@@ -1,6 +1,7 @@
 // Threads that run one function together, with barriers inside: the caller is one of them.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -71,6 +72,7 @@ class Pool {
         const uint32_t turn = turn_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count_)) {
             arrived_.store(0, std::memory_order_relaxed);
+            taken_.store(0, std::memory_order_relaxed);
             turn_.store(turn + 1, std::memory_order_release);
             turn_.notify_all();
         } else {
@@ -81,7 +83,19 @@ class Pool {
   private:
     Share share(int index) {
         return Share{index, count_, scratch_.data() + SCRATCH * index, shared_.get(), this,
-                     [](void* pool) { static_cast<Pool*>(pool)->meet(); }};
+                     [](void* pool) { static_cast<Pool*>(pool)->meet(); },
+                     [](void* pool, int64_t units, int64_t& first, int64_t& stop) {
+                         return static_cast<Pool*>(pool)->take(units, first, stop);
+                     }};
+    }
+    // The next of `units` that nobody has taken since the last meeting, if any: a share of what is left.
+    bool take(int64_t units, int64_t& first, int64_t& stop) {
+        first = taken_.load(std::memory_order_relaxed);
+        do {
+            if (first >= units) return false;
+            stop = first + std::max<int64_t>((units - first) / (2 * count_), 1);
+        } while (!taken_.compare_exchange_weak(first, stop, std::memory_order_relaxed));
+        return true;
     }
     void begin() {
         begun_.fetch_add(1, std::memory_order_release);
@@ -103,6 +117,7 @@ class Pool {
     void (*call_)(const void*, Share) = nullptr;
     std::atomic<uint32_t> begun_{0}, arrived_{0}, turn_{0};
     std::atomic<bool> ending_{false};
+    std::atomic<int64_t> taken_{0};  // units of what is computed since the last meeting
     std::vector<std::thread> helpers_;
 };
 

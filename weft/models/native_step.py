@@ -1,0 +1,136 @@
+"""What a program of the kernels needs of one step: where the batch's rows and sequences lie, and which attention is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.models.operations import Weighing
+from weft.models.spec import RopeSpec
+from weft.ops.cpu.panels import FORMATS
+from weft.ops.ref.attention_mass import QUANTA
+from weft.ops.ref.attention_plan import ancestors
+
+if TYPE_CHECKING:
+    from weft.exec.batch import Batch, GroupBatch
+    from weft.exec.kvpool import KVPool
+    from weft.models.kernels import Native
+    from weft.ops.attention_call import AttentionCall, ByKernels
+    from weft.slots import Store
+
+STORES = {"int8": 2}
+"""Encodings of a `kv.store` that the kernels read and write (`Store.kernels`), and what they call them."""
+
+
+def encoding(store: Store) -> str:
+    """What the store's own class says of the kernels: one that inherits from it may encode otherwise."""
+    return str(vars(type(store)).get("kernels", ""))
+
+
+class NativeStep:
+    """What the program needs of one step.  Keeps what it points to."""
+
+    def __init__(self, native: Native, batch: Batch, ropes: Mapping[RopeSpec, tuple[Tensor, Tensor]]) -> None:
+        self._native, self._step = native, native.module.Step()
+        self._kept: list[Any] = [batch, ropes]
+        self._sequences = len(batch.bounds) - 1
+        bounds = np.asarray(batch.bounds, dtype=np.int64)
+        bits, trees = self._trees(batch)
+        self._kept += [bounds, bits, trees]
+        self._step.rows(
+            batch.tokens_T.shape[0], batch.tokens_T.data_ptr(), batch.logit_rows_N.shape[0], batch.logit_rows_N.data_ptr(),
+            batch.positions_T.data_ptr(), bounds.ctypes.data, bits.ctypes.data if batch.trees else 0,
+            trees.ctypes.data if batch.trees else 0,
+        )  # fmt: skip
+        for index, rope in enumerate(native.ropes):
+            if rope in ropes:
+                self._step.angles(index, *(table.data_ptr() for table in ropes[rope]))
+
+    def _trees(self, batch: Batch) -> tuple[Any, Any]:
+        """(uint64 [T], the guesses that a row sees as bits; int32 [S], guesses of each sequence)."""
+        bits = np.full(batch.bounds[-1] if batch.trees else 0, ~np.uint64(0))
+        counts = np.zeros(self._sequences, dtype=np.int32)
+        for s, parents in batch.trees.items():
+            if parents:
+                start, stop = batch.bounds[s], batch.bounds[s + 1]
+                rows = min(len(parents), stop - start)
+                seen = ancestors(parents, stop - start - len(parents)).numpy()[len(parents) - rows :]
+                weights = np.uint64(1) << np.arange(len(parents), dtype=np.uint64)
+                bits[stop - rows : stop] = (seen * weights).sum(1, dtype=np.uint64)
+                counts[s] = len(parents)
+        return bits, counts
+
+    def place(
+        self, group: int, where: GroupBatch, pool: KVPool, at: int, keep: Tensor | None, plans: Sequence[ByKernels]
+    ) -> None:
+        """Where the batch lies in a KV group of the model; `at` is its index in the pool.  keep: the rows that are stored.
+
+        plans: the sequences whose attention the kernels compute, and which of them read the same key tiles.
+        """
+        shape, spec = pool.groups[at], self._native.spec
+        stored = FORMATS[pool.dtype] if pool.store is None else STORES[encoding(pool.store)]
+        positions, slots = pool.positions(at), where.slots_T
+        if keep is not None:
+            slots = torch.full_like(slots, -1).index_copy_(0, keep, slots[keep])
+        self._kept += [where, slots]
+        self._step.place(
+            group, pool.arena.data_ptr(), pool.block_bytes, positions.data_ptr(), positions.stride(0), shape.block_tokens,
+            where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
+            slots.data_ptr(), shape.window or 0, stored,
+        )  # fmt: skip
+        for plan in plans:
+            if plan.units is not None:
+                plan.sparse = self._sparse(group, plan)
+        plans = [plan for plan in plans if plan.units is None]
+        sequences = np.concatenate([plan.sequences for plan in plans])
+        chunks = max((0 if plan.shared is None else plan.shared.shape[1]) for plan in plans)
+        shared, row = np.full((len(sequences), chunks), -1, dtype=np.int64), 0
+        for plan in plans:
+            if plan.shared is not None:
+                shared[row : row + len(plan.sequences), : plan.shared.shape[1]] = plan.shared
+            row += len(plan.sequences)
+        self._step.plan(
+            group, sequences.tolist(), shared.ctypes.data if chunks else 0, chunks, spec.heads, spec.kv_heads, spec.head_dim,
+            self._native.program.threads,
+        )  # fmt: skip
+
+    def _sparse(self, group: int, plan: ByKernels) -> Callable[[AttentionCall, Tensor, int], None]:
+        """Attention of rows in units, a layer at a time."""
+        spec, program = self._native.spec, self._native.program
+        assert plan.units is not None
+        number = self._step.plan_units(
+            group, plan.sequences.tolist(), plan.units.ctypes.data, spec.heads, spec.kv_heads
+        )
+
+        def compute(call: AttentionCall, visible: Tensor, block: int) -> None:
+            seen = visible.contiguous()
+            program.attend_sparse(
+                self._step, number, group, seen.data_ptr(), seen.shape[2], block, call.q_THD.data_ptr(), call.q_THD.stride(0),
+                call.out_THD.data_ptr(), call.out_THD.stride(0), spec.heads, spec.kv_heads, spec.head_dim, call.scale,
+                call.softcap or 0.0, call.pool.groups[call.group].layers.index(call.layer),
+            )  # fmt: skip
+
+        return compute
+
+    def weighing(self, group: int, batch: Batch, pool: KVPool, at: int) -> Weighing:
+        """What sums attention by entry in a group of the model, of the step's rows that count."""
+        spec, asked, shape = self._native.spec, batch.mass, pool.groups[at]
+        assert asked is not None
+        entries = batch.groups[group].tables_SB.shape[1] * shape.block_tokens
+
+        def weigh(q: Tensor, layer: int, scale: float, softcap: float | None) -> Tensor:
+            found = torch.zeros(asked.count, spec.kv_heads, entries, dtype=torch.int64)
+            self._native.program.weigh(
+                self._step, group, asked.sums_T.data_ptr(), found.data_ptr(), entries, q.data_ptr(), q.stride(0), spec.heads,
+                spec.kv_heads, spec.head_dim, scale, softcap or 0.0, shape.layers.index(layer),
+            )  # fmt: skip
+            return found.double().div_(QUANTA)
+
+        return weigh
+
+    def run(self, first: int, stop: int) -> None:
+        self._native.program.run(first, stop, self._step)
