@@ -195,8 +195,8 @@ def test_ctrl_c_ends_a_running_server_with_status_0(tmp_path: Path) -> None:
 def test_a_signal_while_the_model_is_being_loaded_ends_it_with_status_0(tmp_path: Path) -> None:
     with Serving(tmp_path, "--port", "0", *SMALL) as server:
         server.wait_for("loading", server.err)
-        assert server.end(signal.SIGTERM) == 0
-        assert server.out.read_text() == ""
+        assert server.end(signal.SIGTERM) == 0  # on a busy machine it may have been ready before the signal came
+        assert READY.fullmatch(server.out.read_text() or "weft ready http://none:0\n")
         assert "Traceback" not in server.err.read_text()
 
 

@@ -166,6 +166,11 @@ def test_a_wrong_input_fails_the_batch(http: httpx.Client, data: bytes, code: st
     assert "output_file_id" not in batch
 
 
+def test_a_file_that_is_not_there_is_named_by_its_field(http: httpx.Client) -> None:
+    answer = http.post("/v1/batches", json={"input_file_id": "file-none", "endpoint": "/v1/embeddings"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "input_file_id")
+
+
 def test_lines_wait_behind_clients(text: ModelText, tmp_path: Path, scripted: Callable[..., ScriptedPort]) -> None:
     port = scripted(lambda spec, index: [65] * spec.sampling.max_tokens)
     with serving(port, text, store=open_store(tmp_path)) as url:

@@ -245,6 +245,19 @@ def test_bad_bodies(http: httpx.Client, body: bytes, code: str) -> None:
         check(http.post(path, content=body, headers={"content-type": "application/json"}), 400, code=code)
 
 
+PARTS = [(None, "'null'"), ({"type": None}, "'null'"), ({"type": "x" * 9000}, "'" + "x" * 40 + "'"), ([], "'array'")]
+
+
+@pytest.mark.parametrize(("part", "said"), PARTS, ids=lambda v: str(v)[:20])
+def test_parts_of_messages_are_named_in_words_of_json(http: httpx.Client, part: Any, said: str) -> None:
+    for path, where in (("chat/completions", "messages"), ("messages", "messages"), ("responses", "input")):
+        body = {where: [{"role": "user", "content": [part]}], **({"max_tokens": 2} if where == "messages" else {})}
+        answer = http.post(f"/v1/{path}", json=body)
+        assert answer.status_code == 400
+        told = answer.json()["error"]["message"]
+        assert f"not {said}" in told or (path == "messages" and not isinstance(part, dict) and "content[0]: expected" in told)
+
+
 def test_what_is_no_json_says_why(http: httpx.Client) -> None:
     for body, said in (
         (b" ", "is empty"),

@@ -214,8 +214,16 @@ def _part_text(where: str, part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         text: str = part["text"]
         return text
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    raise RequestError(f"{where}: only text parts are supported, not {kind!r}", param="messages")
+    raise RequestError(f"{where}: only text parts are supported, not {kind_of(part)!r}", param="messages")
+
+
+JSON_TYPES = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "array"}
+
+
+def kind_of(part: Any) -> str:
+    """Which type a part of a message names, or is of, in a few characters."""
+    named = part.get("type") if isinstance(part, Mapping) else JSON_TYPES.get(type(part), "object")
+    return "null" if named is None else str(named)[:40]
 
 
 def _plain_call(call: Any) -> Any:

@@ -11,6 +11,7 @@ import msgspec
 
 from weft.errors import RequestError
 from weft.front.openai.structs import ChatRequest, JSONSchema, Own, ResponseFormat
+from weft.front.template import kind_of
 
 Blocks = str | list[dict[str, Any]]
 
@@ -183,9 +184,8 @@ def _texts(where: str, content: Any) -> str:
 
 def _text_block(where: str, block: Any) -> str:
     """The text of a block.  Nothing is ever fetched: a block that names an image, a document or an address is refused."""
-    kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-    if kind != "text":
-        raise RequestError(f"{where}: only text blocks are supported, not {str(kind)[:40]!r}", param="messages")
+    if not isinstance(block, dict) or block.get("type") != "text":
+        raise RequestError(f"{where}: only text blocks are supported, not {kind_of(block)!r}", param="messages")
     return _text(where, block, "text")
 
 

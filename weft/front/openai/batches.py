@@ -39,7 +39,10 @@ async def create_batch(call: Call) -> Batch:
     if not request.input_file_id:
         raise RequestError("input_file_id is missing; give the id of a file with purpose batch", param="input_file_id")
     metadata = check_metadata(request.metadata)
-    file = await store.files.get(call.tenant, request.input_file_id)
+    try:
+        file = await store.files.get(call.tenant, request.input_file_id)
+    except RequestError as error:
+        raise RequestError(str(error), param="input_file_id", code=error.code) from None
     if file.purpose != "batch":
         raise RequestError(f"the file's purpose is {file.purpose}, not batch; upload it again", param="input_file_id")
     now = int(time.time())

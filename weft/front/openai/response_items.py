@@ -6,6 +6,7 @@ from typing import Any
 
 from weft.errors import RequestError
 from weft.front.openai.calls import fresh_id
+from weft.front.template import kind_of
 
 ROLES = ("user", "assistant", "system", "developer")
 MAX_ITEMS = 4096
@@ -106,7 +107,7 @@ def _part(where: str, part: Any) -> str:
     """The text of a part.  Nothing is ever fetched: a part that names an image, a file or an address is refused."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if not isinstance(part, dict) or kind not in ("input_text", "output_text", "text"):
-        raise RequestError(f"{where}: only text parts are supported, not {str(kind)[:40]!r}", param="input")
+        raise RequestError(f"{where}: only text parts are supported, not {kind_of(part)!r}", param="input")
     return _text(f"{where}.text", part.get("text"))
 
 
