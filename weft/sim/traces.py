@@ -186,7 +186,7 @@ def _mooncake(file: Path, number: int, found: Mapping[str, Any]) -> Arrival:
     at, prompt, output = (_value(file, number, found, k) for k in ("timestamp", "input_length", "output_length"))
     _check(file, number, at, int(prompt), int(output))
     ids, size = found["hash_ids"], int(prompt)
-    whole = isinstance(ids, list) and all(isinstance(h, int) and 0 <= h < UNIQUE - 1 for h in ids)
+    whole = isinstance(ids, list) and all(type(h) is int and 0 <= h < UNIQUE - 1 for h in ids)
     if not whole or len(ids) != -(-size // BLOCK):
         raise ConfigError(
             f"{file}:{number}: hash_ids must be {-(-size // BLOCK)} whole numbers, one for each {BLOCK} of {size} tokens"
