@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from weft.cli.app import app
 from weft.config import build_stack
 from weft.errors import ConfigError
 from weft.sim.metrics import SLO, Curve, Meter, jain, quantile, seconds, slo
-from weft.sim.run import Wanted, policies, run, split
+from weft.sim.run import Wanted, compare, policies, run, split
 from weft.sim.workload import Arrival
 from weft.slots.cost import PARTS, Parts
 
@@ -159,6 +160,17 @@ def test_a_comparison_is_a_page_by_itself(tmp_path: Path) -> None:
         assert title in text
     assert text.count("<svg") >= 16
     assert "nan" not in text.lower().replace("tenant", "")
+
+
+def test_a_policy_of_a_comparison_may_bring_its_cost() -> None:
+    wanted = Wanted(trace="poisson(rate=6, requests=30, prompt=600, output=20)", model="qwen2.5-0.5b")
+    plain, priced = compare(wanted, ("fcfs", "fcfs+cost=nanoflow"), (1.0,))
+    assert plain.result == run(wanted)[0]
+    assert priced.result == run(replace(wanted, cost="nanoflow"))[0] != plain.result
+    assert compare(wanted, ("cost=nanoflow",), (1.0,))[0].result == priced.result
+    for text in ("fcfs+cost=nanoflow+cost=roofline", "fcfs+cost=nothing", "cost="):
+        with pytest.raises(ConfigError):
+            compare(wanted, (text,), (1.0,))
 
 
 def test_policies_are_found_by_name() -> None:

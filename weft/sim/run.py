@@ -159,6 +159,17 @@ def run(wanted: Wanted) -> tuple[dict[str, Any], Meter]:
     return cluster.result(), meter
 
 
+def priced(wanted: Wanted, policy: str) -> Wanted:
+    """With this policy, and with the cost that stands among its words, if one does.  Raises ConfigError."""
+    words = split(policy, "+")
+    costs = [word for word in words if word.startswith("cost=")]
+    if len(costs) > 1:
+        raise ConfigError(f"{policy[:100]!r}: a run has one cost; leave one out")
+    rest = "+".join(word for word in words if word not in costs) or wanted.policy
+    policies(rest)
+    return replace(wanted, policy=rest, cost=costs[0].removeprefix("cost=") if costs else wanted.cost)
+
+
 @dataclass(frozen=True, slots=True)
 class Point:
     """One run of a comparison.  rate: how many times the trace's own pace.  offered: requests a second."""
@@ -173,20 +184,22 @@ class Point:
 def compare(
     wanted: Wanted, chosen: Sequence[str], rates: Sequence[float], tell: Callable[[str], None] | None = None
 ) -> list[Point]:
-    """Every policy at every rate (times the trace's own pace).  Raises ConfigError."""
+    """Every policy at every rate (times the trace's own pace).  One may bring its cost, as in fcfs+cost=nanoflow.
+
+    Raises ConfigError.
+    """
     if not 1 <= len(chosen) * len(rates) <= MOST_RUNS:
         raise ConfigError(
             f"{len(chosen)} policies at {len(rates)} rates: from 1 to {MOST_RUNS} runs are made at a time"
         )
-    for policy in chosen:
-        policies(policy)
+    each = {policy: priced(wanted, policy) for policy in chosen}
     points = []
     for rate in rates:
         pace = replace(wanted.pace, time=wanted.pace.time * rate)
-        for policy in chosen:
+        for policy, own in each.items():
             if tell is not None:
                 tell(f"{policy} at {rate:g}")
-            result, meter = run(replace(wanted, policy=policy, pace=pace))
+            result, meter = run(replace(own, pace=pace))
             offered = len(meter.arrived) / meter.arrived[-1] if meter.arrived[-1] else 0.0
             points.append(Point(policy, rate, offered, result, dict(meter.curves(wanted.replicas))))
     return points
