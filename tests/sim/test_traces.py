@@ -65,6 +65,15 @@ def test_text_is_encoded_and_agents_may_be_out_of_order(tmp_path: Path) -> None:
         list(trace(str(file)))
 
 
+def test_files_of_a_folder_in_which_nobody_asked_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(AZURE)
+    (tmp_path / "b.jsonl").write_text("")
+    assert [a.prompt for a in trace(str(tmp_path))] == [374, 396]
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(ConfigError, match="holds no trace"):
+        trace(str(tmp_path))
+
+
 def test_a_client_of_servegen_asks_as_its_law_says(tmp_path: Path) -> None:
     (tmp_path / "chunk-3-trace.csv").write_text("0,10.0,2.0,Gamma,0.25,0.4\n600,0.0,,\n1200,5.0,1.0,Weibull,1.0,0.2\n")
     lengths = {"input_tokens": "{100: 0.5, 300: 0.5}", "output_tokens": "{7: 1.0}"}
@@ -213,6 +222,7 @@ def test_broken_loads_are_named(text: str) -> None:
         ("mooncake/synthetic_trace.jsonl", 3993, 61194628, 595432),
         ("llmservingsim-measured-vllm/RTX4090/Llama-3.1-8B/requests.jsonl", 300, 257239, 195753),
         ("lmcache-agent-trace/miniswe", 402, None, None),
+        ("lmcache-agent-trace/taubench", 471, None, None),
     ],
 )
 def test_real_traces_are_read_whole(name: str, requests: int, prompt: int | None, output: int | None) -> None:

@@ -55,7 +55,7 @@ def trace(text: str, *, seed: int = 0, encode: Encode | None = None) -> Iterator
 def _files(folder: Path) -> list[Path]:
     inside = sorted(f for f in folder.iterdir() if f.is_file())
     clients = [f for f in inside if is_client(f)]
-    files = clients or [f for f in inside if f.suffix in (".csv", ".jsonl")]
+    files = clients or [f for f in inside if f.suffix in (".csv", ".jsonl") and f.stat().st_size]  # empty: nobody asked
     if not files:
         raise ConfigError(f"{folder} holds no trace: no .csv, .jsonl or chunk-N-trace.csv")
     if len(files) > MAX_FILES:
