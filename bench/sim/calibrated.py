@@ -1,6 +1,6 @@
 """The simulator against this machine: a cost calibrated on one load, tested on another at shares of the capacity.
 
-    python -m bench.sim.calibrated --out bench/results/sim-calibrated.json
+    python -m bench.sim.calibrated --out bench/results/sim-calibrated.json      (5 minutes on a quiet machine, 14 on another)
 
 The load that is tested is served in real time by the engine's own loop (no HTTP), and simulated with the same arrivals and
 limits.  What a shared machine gives changes from minute to minute: the calibration's load runs before and after each test, all
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weft.bench.calibrate import Driver, Sample, fit, measure
+from weft.bench.calibrate import Driver, Sample, fit, level, measure
 from weft.cost.calibrated import Calibrated
 from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.hub import resolve
@@ -140,9 +140,9 @@ def simulated(runtime: Runtime, calibration: Path, load: list[Arrival], scale: f
 
 
 def speed(setup: Setup, calibration: Path, samples: list[Sample]) -> float:
-    """How long these steps took, in times of what the calibration says of them: the median."""
+    """How long these steps took together, in times of what the calibration says of them."""
     price = Calibrated(file=str(calibration)).on(hardware("cpu2"), Model("measured", setup.spec, setup.dtype).figures)
-    return statistics.median(s.total_s / sum(price(s.load)) for s in samples)
+    return level([s.total_s for s in samples], [sum(price(s.load)) for s in samples])
 
 
 def compared(real: dict[str, Any], told: dict[str, Any]) -> dict[str, float]:

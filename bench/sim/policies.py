@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -263,20 +263,30 @@ def judged(claim: Claim, own: dict[str, Any], other: dict[str, Any], title: str,
     return {"verdict": verdict, "reason": reason, "ratio": min(ratio, 1e9), "case": claim.case, **told}
 
 
-def charts(folder: Path, out: Path) -> None:
-    """A page for each schedule beside FCFS and the clairvoyant bound, for each placement likewise, and one for the routers."""
+def charts(folder: Path, out: Path, only: Sequence[str]) -> None:
+    """A page for each schedule, router, placement and claimed cost, beside FCFS and the clairvoyant bound."""
     out.mkdir(parents=True, exist_ok=True)
     source = str(folder / "azure2023" / "AzureLLMInferenceTrace_conv.csv")
-    wanted = replace(BASE, trace=source, pace=Pace(requests=800))
-    for name in names("schedule"):
-        if name not in ("fcfs", "clairvoyant"):
-            points = compare(wanted, ("fcfs", stacked(name), "clairvoyant"), (1.0, 2.5, 4.0))
-            (out / f"schedule-{name}.html").write_text(page(points, wanted), encoding="utf8")
-    many = replace(wanted, replicas=4)
-    (out / "route.html").write_text(page(compare(many, names("route"), (4.0, 10.0, 16.0)), many), encoding="utf8")
-    for name in names("place"):
-        points = compare(many, ("fcfs+least_loaded", name, "clairvoyant+least_loaded"), (4.0, 10.0, 16.0))
-        (out / f"place-{name}.html").write_text(page(points, many), encoding="utf8")
+    one = replace(BASE, trace=source, pace=Pace(requests=800))
+    four = replace(one, replicas=4)
+    for slot in ("schedule", "route", "place", "cost"):
+        for name in names(slot):
+            if name in ("fcfs", "clairvoyant") or (only and name not in only) or (slot == "cost" and not claimed(name)):
+                continue
+            wanted, rates = (four, (8.0, 16.0, 24.0)) if slot in ("route", "place") else (one, (2.0, 4.0, 6.0))
+            if slot == "schedule":
+                chosen = ("fcfs", stacked(name), "clairvoyant")
+            elif slot == "cost":
+                given = "(stages=2)" if name == "energonai" else ""
+                chosen = ("fcfs", f"fcfs+cost={name}{given}", "clairvoyant")
+            else:
+                chosen = ("fcfs+least_loaded", name, "clairvoyant+least_loaded")
+            (out / f"{slot}-{name}.html").write_text(page(compare(wanted, chosen, rates), wanted), encoding="utf8")
+            print(f"{slot}-{name}.html", flush=True)
+
+
+def claimed(cost: str) -> bool:
+    return getattr(lookup("cost", cost), "claim", None) is not None
 
 
 def main() -> None:
@@ -288,7 +298,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     if given.pages is not None:
-        charts(given.folder, given.pages)
+        charts(given.folder, given.pages, given.only.split(",") if given.only else ())
         return
     known, done = cases(given.folder), dict[tuple[str, str, str], dict[str, Any]]()
     found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {}

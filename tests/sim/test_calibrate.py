@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from weft.bench.calibrate import Sample, fit, measure, nonnegative, write
-from weft.cost.calibrated import Calibrated
+from weft.cost.calibrated import Calibrated, line
 from weft.errors import EngineError
 from weft.exec.build import EngineConfig, build, prepare
 from weft.hub import resolve
@@ -48,6 +48,21 @@ def test_the_fit_finds_the_machine_although_a_tenth_of_the_steps_was_held_up(tmp
         entries, pairs = one.load.decode_entries[0], one.load.prompt_pairs[0]
         model = 1e-3 + 1e-5 * one.load.rows + 2e-6 * entries + 1e-7 * pairs
         assert sum(price(one.load)) == pytest.approx(model + one.sample_s + one.rest_s, rel=0.05)
+
+
+def test_a_tail_to_one_side_is_in_the_mean_and_what_was_held_up_is_not() -> None:
+    """Steps of a machine whose times are skewed: a second of many of them takes their mean, not their middle."""
+    chance, samples = random.Random(4), list[Sample]()
+    for _ in range(800):
+        one = sample(chance)
+        base = 1e-3 + 1e-5 * one.load.rows  # not held up, and without what the fit has other tests for
+        skew = chance.lognormvariate(0.0, 0.4)  # mean 1.083, middle 1
+        samples.append(Sample(one.load, base * skew, 1e-9, 1e-9))
+    late = [Sample(s.load, 20 * s.model_s, s.sample_s, s.rest_s) for s in samples[:40]]
+    found = fit([*samples, *late])
+    told = sum(line([x for x, _ in found["rows"]], [y for _, y in found["rows"]], s.load.rows) for s in samples)
+    told += sum(found["entry_s"] * s.load.decode_entries[0] + found["pair_s"] * s.load.prompt_pairs[0] for s in samples)
+    assert told == pytest.approx(sum(s.total_s for s in samples), rel=0.03)
 
 
 def test_coefficients_are_never_negative() -> None:

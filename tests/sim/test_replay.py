@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,6 +179,25 @@ def test_a_record_that_breaks_off_is_read_as_far_as_it_goes(record: Path, tmp_pa
     cut = tmp_path / "r"
     cut.write_bytes(record.read_bytes()[:-7])
     assert replay(cut).difference is None
+
+
+def test_a_damaged_record_is_refused_or_told_and_nothing_else_happens(record: Path, tmp_path: Path) -> None:
+    """Cut off, with bits turned over, or with a piece missing: no other error than the one that says so."""
+    whole, chance, seen = record.read_bytes(), random.Random(5), Counter[str]()
+    for trial in range(150):
+        data, at = bytearray(whole), chance.randrange(len(whole))
+        if trial % 3 == 0:
+            del data[at:]
+        elif trial % 3 == 1:
+            data[at] ^= 1 << chance.randrange(8)
+        else:
+            del data[at : at + chance.randrange(1, 200)]
+        (tmp_path / "r").write_bytes(data)
+        try:
+            seen["same" if replay(tmp_path / "r").difference is None else "told"] += 1
+        except ConfigError:
+            seen["refused"] += 1
+    assert set(seen) == {"same", "told", "refused"}, seen
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 64, b"\xff" * 64, b"\x05\x00\x00\x00hello", b"{}"])

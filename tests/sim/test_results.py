@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from weft.cli.app import app
 from weft.config import build_stack
 from weft.errors import ConfigError
 from weft.sim.metrics import SLO, Curve, Meter, jain, quantile, seconds, slo
-from weft.sim.run import Wanted, policies, run, split
+from weft.sim.run import Wanted, compare, policies, run, split
 from weft.sim.workload import Arrival
 from weft.slots.cost import PARTS, Parts
 
@@ -161,6 +162,17 @@ def test_a_comparison_is_a_page_by_itself(tmp_path: Path) -> None:
     assert "nan" not in text.lower().replace("tenant", "")
 
 
+def test_a_policy_of_a_comparison_may_bring_its_cost() -> None:
+    wanted = Wanted(trace="poisson(rate=6, requests=30, prompt=600, output=20)", model="qwen2.5-0.5b")
+    plain, priced = compare(wanted, ("fcfs", "fcfs+cost=nanoflow"), (1.0,))
+    assert plain.result == run(wanted)[0]
+    assert priced.result == run(replace(wanted, cost="nanoflow"))[0] != plain.result
+    assert compare(wanted, ("cost=nanoflow",), (1.0,))[0].result == priced.result
+    for text in ("fcfs+cost=nanoflow+cost=roofline", "fcfs+cost=nothing", "cost="):
+        with pytest.raises(ConfigError):
+            compare(wanted, (text,), (1.0,))
+
+
 def test_policies_are_found_by_name() -> None:
     inside, outside = policies("layered(groups=2)+power_of_two(seed=3)")
     assert [str(p) for p in inside] == ["schedule=layered(groups=2)"]
@@ -184,7 +196,9 @@ def test_what_is_no_part_of_an_engine_is_not_taken_for_one(part: str) -> None:
      (*SMALL, "--model", "x"), (*SMALL, "--replicas", "0"), (*SMALL, "--compare", "fcfs", "--rates", "0"),
      (*SMALL, "--duration", "1e-9"),
      (*SMALL, "--cost", "fcfs"), (*SMALL, "--kv-blocks", "0"), (*SMALL, "--max-model-len", "99999999"),
-     (*SMALL, "--requests", "0")],
+     (*SMALL, "--requests", "0"), (*SMALL, "--time-scale", "1e-300"), (*SMALL, "--rate-scale", "1e9"),
+     (*SMALL, "--devices", "1000000"), (*SMALL, "--kv-blocks", "99999999999"),
+     (*SMALL, "--compare", "fcfs", "--report", "/no/folder/x.html")],
     ids=lambda a: a[-1][-14:],
 )  # fmt: skip
 def test_what_cannot_be_simulated_is_said_in_a_sentence(args: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from weft.errors import ConfigError
+from weft.sim.run import Wanted, load
 from weft.sim.traces import trace
 from weft.sim.workload import UNIQUE, Arrival, Pace, paced
 
@@ -62,6 +63,15 @@ def test_text_is_encoded_and_agents_may_be_out_of_order(tmp_path: Path) -> None:
     assert found[1].tokens()[:2] == found[0].tokens()
     with pytest.raises(ConfigError, match="tokenizer"):
         list(trace(str(file)))
+
+
+def test_files_of_a_folder_in_which_nobody_asked_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(AZURE)
+    (tmp_path / "b.jsonl").write_text("")
+    assert [a.prompt for a in trace(str(tmp_path))] == [374, 396]
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(ConfigError, match="holds no trace"):
+        trace(str(tmp_path))
 
 
 def test_a_client_of_servegen_asks_as_its_law_says(tmp_path: Path) -> None:
@@ -145,6 +155,7 @@ MOON = '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": '
         ("a.csv", "arrived_at,num_prefill_tokens,num_decode_tokens\nnan,1,1\n", "not finite"),
         ("m.jsonl", MOON + "[1]}\n", "2 whole numbers"),
         ("m.jsonl", MOON + '[1, "x"]}\n', "whole numbers"),
+        ("m.jsonl", MOON + "[1, true]}\n", "whole numbers"),
         ("m.jsonl", MOON + "[1, 2]}\n[1]\n", r"m\.jsonl:2: no JSON object"),
         ("m.jsonl", MOON + "[1, 2]}\n{\n", r"m\.jsonl:2: no JSON object"),
         ("m.jsonl", MOON + "[1, 2]}\n" + "{" * 5000 + "\n", r"m\.jsonl:2: no JSON object"),
@@ -157,6 +168,17 @@ def test_broken_files_are_named(tmp_path: Path, name: str, text: str, says: str)
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=says):
         list(trace(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("last", ["1e300", "1e15"])
+def test_times_that_a_clock_cannot_tell_are_refused(tmp_path: Path, last: str) -> None:
+    """At such times a step of milliseconds would be lost in rounding."""
+    file = tmp_path / "a.csv"
+    file.write_text(f"arrived_at,num_prefill_tokens,num_decode_tokens\n-5,10,10\n{last},10,10\n")
+    with pytest.raises(ConfigError, match="wrong time"):
+        list(load(Wanted(trace=str(file))))
+    file.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n-5,10,10\n-2,10,10\n")
+    assert [a.time_s for a in load(Wanted(trace=str(file)))] == [0.0, 3.0]  # times before zero are as good as others
 
 
 @pytest.mark.parametrize(
@@ -200,6 +222,7 @@ def test_broken_loads_are_named(text: str) -> None:
         ("mooncake/synthetic_trace.jsonl", 3993, 61194628, 595432),
         ("llmservingsim-measured-vllm/RTX4090/Llama-3.1-8B/requests.jsonl", 300, 257239, 195753),
         ("lmcache-agent-trace/miniswe", 402, None, None),
+        ("lmcache-agent-trace/taubench", 471, None, None),
     ],
 )
 def test_real_traces_are_read_whole(name: str, requests: int, prompt: int | None, output: int | None) -> None:

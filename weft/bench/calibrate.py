@@ -7,6 +7,8 @@ negative, by the least sum of relative errors (squares, weighed anew):
     model     W(rows) + pair_s pairs + entry_s entries of decodes + prompt_entry_s entries of prompts
     sampling  sample_s samples
     the rest  step_s + sequence_s works
+
+All of them are then raised until the steps take together what they took (`level`).
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ PAUSE_S = 0.02
 """Mean time between two requests that trickle in."""
 TURNS, SWEEPS = 6, 600
 """Times that the steps are weighed anew, and rounds of a fit."""
+HELD_UP = 3.0
+"""A step that takes so many times what it should was held up by something else on the machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +208,28 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
         float(np.dot(row, model)) + sampling[0] * s.load.samples + rest[0] + rest[1] * s.load.works
         for row, s in zip(basis, samples, strict=True)
     ]
+    found, told = raised(found, told, level([s.total_s for s in samples], told))
     errors = [abs(t - s.total_s) / s.total_s for t, s in zip(told, samples, strict=True)]
     found["steps"] = len(samples)
     found["median_error"] = statistics.median(errors)
     found["total_error"] = sum(told) / sum(s.total_s for s in samples) - 1.0
     return found
+
+
+def level(measured: Sequence[float], told: Sequence[float]) -> float:
+    """How many times as long as they were told steps took in all, those left out that something held up.
+
+    The fit goes through the middle of the steps, and their times have a tail to one side: what a second of many steps takes is
+    their mean.
+    """
+    kept = [(m, t) for m, t in zip(measured, told, strict=True) if m < HELD_UP * t]
+    return sum(m for m, _ in kept) / sum(t for _, t in kept) if kept else 1.0
+
+
+def raised(found: dict[str, Any], told: list[float], scale: float) -> tuple[dict[str, Any], list[float]]:
+    """A calibration and what it told, both so many times as long."""
+    rows = [[k, scale * w] for k, w in found["rows"]]
+    return {"rows": rows, **{k: scale * v for k, v in found.items() if k != "rows"}}, [scale * t for t in told]
 
 
 def _hats(knots: Sequence[int], rows: int) -> list[float]:

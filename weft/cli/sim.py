@@ -173,10 +173,15 @@ def sim(
         else:
             stdout().print(table({wanted.policy: result}))
         return
+    if report is not None and not report.parent.is_dir():
+        raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
     with _telling() as tell:
         points = simulate(wanted, split(compare or wanted.policy, ","), numbers(rates), tell)
     if report is not None:
-        report.write_text(page(points, wanted), encoding="utf8")
+        try:
+            report.write_text(page(points, wanted), encoding="utf8")
+        except OSError as error:
+            raise ConfigError(f"--report {report} cannot be written: {error}") from None
     if json_:
         found = [{"policy": p.policy, "rate": p.rate, "offered": p.offered, **p.result} for p in points]
         print(json.dumps(found, indent=2))

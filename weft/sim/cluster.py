@@ -16,6 +16,9 @@ from weft.sim.workload import Arrival
 from weft.slots.cost import Cost, Hardware, Price
 from weft.slots.route import Route
 
+MOST_BLOCKS = 1 << 24
+"""Of one pool; what has room for more is taken to have so many, which no load fills."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
@@ -52,7 +55,8 @@ class Setting:
         if self.blocks is not None:
             return self.blocks
         apart = getattr(self.cost, "kv_bytes", 0.0)  # of devices that have the KV pool and no weights
-        return max(1, int(0.9 * apart // self.model.block_bytes)) if apart else self.model.blocks(self.hardware)
+        fit = max(1, int(0.9 * apart // self.model.block_bytes)) if apart else self.model.blocks(self.hardware)
+        return min(fit, MOST_BLOCKS)
 
 
 class Look:

@@ -60,7 +60,7 @@ def entries(path: Path) -> Iterator[tuple[int, Entry]]:
                     return  # the engine was killed while it wrote
                 try:
                     yield number, decode(data)
-                except (msgspec.DecodeError, RecursionError) as error:
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                     raise ConfigError(f"{path}: entry {number} is none of a record: {error}") from None
     except OSError as error:
         raise ConfigError(f"the record {path} cannot be read: {error}") from None

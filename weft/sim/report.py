@@ -73,9 +73,10 @@ def _what(points: Sequence[Point], w: Wanted) -> str:
     )
     devices = f"{w.replicas} x " if w.replicas > 1 else ""
     each = f"{w.devices} {w.hardware}" if w.devices > 1 else w.hardware
+    own = ", but where a policy brings its cost" if any("cost=" in p.policy for p in points) else ""
     return (
         f"{w.model} on {devices}{each}, the load of {w.trace.rpartition('/')[2]} ({points[0].result['requests']:,} requests), "
-        f"{w.max_num_seqs} sequences and {w.max_rows:,} rows a step, steps priced by {w.cost}, seed {w.seed}.{good}"
+        f"{w.max_num_seqs} sequences and {w.max_rows:,} rows a step, steps priced by {w.cost}{own}, seed {w.seed}.{good}"
     )
 
 

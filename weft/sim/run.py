@@ -9,7 +9,7 @@ from typing import Any
 from weft.config import Limits
 from weft.errors import ConfigError
 from weft.registry import Part, names, parse, parse_call
-from weft.sim.cluster import Setting
+from weft.sim.cluster import MOST_BLOCKS, Setting
 from weft.sim.kinds import cluster_of
 from weft.sim.machines import encoder, hardware, model
 from weft.sim.metrics import SLO, Meter
@@ -20,6 +20,10 @@ from weft.slots import SLOTS
 ORDER = ("schedule", "route", "place")
 """Slots in which a policy without one is looked for."""
 MOST_RUNS = 1000
+LONGEST_S = 1e8
+"""Three years.  Steps take milliseconds: at times a thousand times as large they would be lost in rounding."""
+MOST_DEVICES = 1 << 16
+"""Of one engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,14 +120,16 @@ def setting(wanted: Wanted) -> Setting:
         max_model_len=longest, max_num_seqs=wanted.max_num_seqs, max_rows=wanted.max_rows, max_samples=wanted.max_num_seqs,
         max_waiting=10_000_000,
     )  # fmt: skip
+    if wanted.devices > MOST_DEVICES:
+        raise ConfigError(f"one model is computed by {MOST_DEVICES} devices at most, got {wanted.devices}")
     device = hardware(wanted.hardware, wanted.devices)
     price = _part("cost=" + wanted.cost if "=" not in wanted.cost.partition("(")[0] else wanted.cost)
     if price.slot != "cost":
         raise ConfigError(
             f"--cost takes a technique of the slot cost, got {price}; there are: {', '.join(names('cost'))}"
         )
-    if wanted.blocks is not None and wanted.blocks < 1:
-        raise ConfigError(f"--kv-blocks must be at least 1, got {wanted.blocks}")
+    if wanted.blocks is not None and not 1 <= wanted.blocks <= MOST_BLOCKS:
+        raise ConfigError(f"--kv-blocks is from 1 to {MOST_BLOCKS}, got {wanted.blocks}")
     tiles = encoder(wanted.encoder)
     return Setting(
         image_s=tiles.tile_s(device), image_bytes=tiles.tokens * shape.spec.width * shape.figures.value_bytes,
@@ -134,7 +140,14 @@ def setting(wanted: Wanted) -> Setting:
 
 
 def load(wanted: Wanted) -> Iterator[Arrival]:
-    return paced(trace(wanted.trace, seed=wanted.seed, encode=wanted.encode), wanted.pace, wanted.seed)
+    """The arrivals.  Raises ConfigError, while they are read, where a trace is wrong or lasts longer than a clock can tell."""
+    for a in paced(trace(wanted.trace, seed=wanted.seed, encode=wanted.encode), wanted.pace, wanted.seed):
+        if not a.time_s <= LONGEST_S:
+            raise ConfigError(
+                f"{wanted.trace}: a request comes {a.time_s:.3g} s after the first, and a load lasts {LONGEST_S:.0e} s at most; "
+                "look for a wrong time, or make it go faster with --time-scale"
+            )
+        yield a
 
 
 def run(wanted: Wanted) -> tuple[dict[str, Any], Meter]:
@@ -144,6 +157,17 @@ def run(wanted: Wanted) -> tuple[dict[str, Any], Meter]:
     if not meter.arrived:
         raise ConfigError(f"the trace {wanted.trace} has no requests within what was asked for")
     return cluster.result(), meter
+
+
+def priced(wanted: Wanted, policy: str) -> Wanted:
+    """With this policy, and with the cost that stands among its words, if one does.  Raises ConfigError."""
+    words = split(policy, "+")
+    costs = [word for word in words if word.startswith("cost=")]
+    if len(costs) > 1:
+        raise ConfigError(f"{policy[:100]!r}: a run has one cost; leave one out")
+    rest = "+".join(word for word in words if word not in costs) or wanted.policy
+    policies(rest)
+    return replace(wanted, policy=rest, cost=costs[0].removeprefix("cost=") if costs else wanted.cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,20 +184,22 @@ class Point:
 def compare(
     wanted: Wanted, chosen: Sequence[str], rates: Sequence[float], tell: Callable[[str], None] | None = None
 ) -> list[Point]:
-    """Every policy at every rate (times the trace's own pace).  Raises ConfigError."""
+    """Every policy at every rate (times the trace's own pace).  One may bring its cost, as in fcfs+cost=nanoflow.
+
+    Raises ConfigError.
+    """
     if not 1 <= len(chosen) * len(rates) <= MOST_RUNS:
         raise ConfigError(
             f"{len(chosen)} policies at {len(rates)} rates: from 1 to {MOST_RUNS} runs are made at a time"
         )
-    for policy in chosen:
-        policies(policy)
+    each = {policy: priced(wanted, policy) for policy in chosen}
     points = []
     for rate in rates:
         pace = replace(wanted.pace, time=wanted.pace.time * rate)
-        for policy in chosen:
+        for policy, own in each.items():
             if tell is not None:
                 tell(f"{policy} at {rate:g}")
-            result, meter = run(replace(wanted, policy=policy, pace=pace))
+            result, meter = run(replace(own, pace=pace))
             offered = len(meter.arrived) / meter.arrived[-1] if meter.arrived[-1] else 0.0
             points.append(Point(policy, rate, offered, result, dict(meter.curves(wanted.replicas))))
     return points

@@ -55,7 +55,7 @@ def trace(text: str, *, seed: int = 0, encode: Encode | None = None) -> Iterator
 def _files(folder: Path) -> list[Path]:
     inside = sorted(f for f in folder.iterdir() if f.is_file())
     clients = [f for f in inside if is_client(f)]
-    files = clients or [f for f in inside if f.suffix in (".csv", ".jsonl")]
+    files = clients or [f for f in inside if f.suffix in (".csv", ".jsonl") and f.stat().st_size]  # empty: nobody asked
     if not files:
         raise ConfigError(f"{folder} holds no trace: no .csv, .jsonl or chunk-N-trace.csv")
     if len(files) > MAX_FILES:
@@ -186,7 +186,7 @@ def _mooncake(file: Path, number: int, found: Mapping[str, Any]) -> Arrival:
     at, prompt, output = (_value(file, number, found, k) for k in ("timestamp", "input_length", "output_length"))
     _check(file, number, at, int(prompt), int(output))
     ids, size = found["hash_ids"], int(prompt)
-    whole = isinstance(ids, list) and all(isinstance(h, int) and 0 <= h < UNIQUE - 1 for h in ids)
+    whole = isinstance(ids, list) and all(type(h) is int and 0 <= h < UNIQUE - 1 for h in ids)
     if not whole or len(ids) != -(-size // BLOCK):
         raise ConfigError(
             f"{file}:{number}: hash_ids must be {-(-size // BLOCK)} whole numbers, one for each {BLOCK} of {size} tokens"

@@ -19,6 +19,8 @@ from weft.types import RequestSpec, SamplingSpec, TokenItem
 
 UNIQUE = 1 << 40
 """Contents from here on are nobody else's."""
+MOST_COPIES = 10_000
+"""Of each request, where a trace's rate is scaled."""
 MAX_TOKENS = 1 << 24
 """Tokens of one prompt or answer; longer ones are a mistake in the file."""
 
@@ -73,6 +75,8 @@ class Pace:
         for name in ("time", "rate"):
             if not (0 < getattr(self, name) < math.inf):
                 raise ConfigError(f"a trace is scaled by numbers above 0, got {getattr(self, name)}")
+        if self.rate > MOST_COPIES:
+            raise ConfigError(f"a trace has at most {MOST_COPIES} times its requests, got {self.rate:g} times")
         if self.requests is not None and self.requests < 1:
             raise ConfigError(f"at least 1 request is needed, got {self.requests}")
         if self.seconds is not None and not self.seconds > 0:
