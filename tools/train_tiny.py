@@ -5,6 +5,7 @@
     python -m tools.train_tiny evaluate  DATA OUT
     python -m tools.train_tiny draft     DATA OUT --teacher MODEL --minutes 33     a draft of MODEL, see `tools/tiny/distil.py`
     python -m tools.train_tiny heads     DATA OUT --teacher MODEL --minutes 8      heads of MODEL, see `tools/tiny/heads.py`
+    python -m tools.train_tiny prompts   DATA OUT --teacher MODEL                  tokens of MODEL, see `tools/tiny/prompts.py`
     python -m tools.train_tiny accept    DATA OUT --teacher MODEL                  what it is worth, see `tools/tiny/accept.py`
 
 DATA is laid out as `tools/tiny/corpus.py` says.  The model in the package came from two runs on two cores, one of about 18
@@ -79,13 +80,13 @@ class Score:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["draft"], ["heads"], ["accept"]):  # they have options of their own
-        from tools.tiny import accept, distil, heads
+    if words[:1] in (["draft"], ["heads"], ["prompts"], ["accept"]):  # they have options of their own
+        from tools.tiny import accept, distil, heads, prompts
 
-        return {"draft": distil, "heads": heads, "accept": accept}[words[0]].main(words[1:])
+        return {"draft": distil, "heads": heads, "prompts": prompts, "accept": accept}[words[0]].main(words[1:])
     defaults = Recipe()
     parser = argparse.ArgumentParser(
-        description="Train the bundled model.", epilog="draft, heads and accept: see --help behind them."
+        description="Train the bundled model.", epilog="draft, heads, prompts and accept: see --help behind them."
     )
     parser.add_argument("what", choices=("tokenizer", "model", "evaluate"))
     parser.add_argument("data", type=Path, help="folder of texts")

@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tools.tiny import prompts
 from tools.tiny.heads import lesson, outputs
 from weft.accept.rejection import STANDS
 from weft.core import noise
@@ -148,7 +150,7 @@ def pairs(
     prompt, output, trials = text
     at = torch.tensor([len(prompt) - 1 + index for index, _, _ in trials])
     p_NV = laws(target, [*prompt, *output], temperature, at)
-    if isinstance(draft, Heads):
+    if isinstance(draft, Heads | Soft):
         q_NV: Tensor | None = draft.laws(target, prompt, output, trials, temperature)
     else:
         q_NV = None if draft is None else laws(draft, [*prompt, *output], temperature, at)
@@ -222,22 +224,60 @@ class Heads:
         temperature: float,
     ) -> Tensor:
         """The law that each trial's guess was drawn from, float32 [N, V]: it depends on where its step began."""
-        depths: list[int] = []
-        for n, (index, _, _) in enumerate(trials):
-            goes_on = n > 0 and trials[n - 1][2] and trials[n - 1][0] == index - 1
-            depths.append(depths[-1] + 1 if goes_on else 0)
-        most = max(depths) + 1
+        at, depths = begins(len(prompt), trials)
+        most = int(depths.max()) + 1
         text = torch.tensor([[*prompt, *output, *[0] * most]])
         hidden = target.model(text, use_cache=False).last_hidden_state
-        at = torch.tensor(
-            [len(prompt) + index - depth - 2 for (index, _, _), depth in zip(trials, depths, strict=True)]
-        )
         found = []
-        for here, deep in zip(at.split(ROWS), torch.tensor(depths).split(ROWS), strict=True):
+        for here, deep in zip(at.split(ROWS), depths.split(ROWS), strict=True):
             given = lesson(text, hidden, torch.zeros_like(here), here, self.window, most)
             states = outputs(self.weights, target, given).view(len(here), most, -1)[torch.arange(len(here)), deep]
             found.append(_law(target.lm_head(states), temperature))
         return torch.cat(found)
+
+
+class Soft:
+    """Prompt tokens in a file, put behind the rows of a text that `transformers` reads."""
+
+    def __init__(self, file: Path) -> None:
+        self.soft = load_file(file)["soft"].float()
+
+    @property
+    def parameters(self) -> int:
+        return self.soft.numel()
+
+    @torch.no_grad()
+    def laws(
+        self,
+        target: LlamaForCausalLM,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        trials: Sequence[tuple[int, int, bool]],
+        temperature: float,
+    ) -> Tensor:
+        """The law that each trial's guess was drawn from, float32 [N, V]."""
+        at, depths = begins(len(prompt), trials)
+        text, found = torch.tensor([[*prompt, *output]]), []
+        for here, deep in zip(at.split(ROWS), depths.split(ROWS), strict=True):
+            states = prompts.outputs(self.soft, target, text, here[None])[0, torch.arange(len(here)), deep]
+            found.append(_law(target.lm_head(states), temperature))
+        return torch.cat(found)
+
+
+def learned(file: Path) -> Heads | Soft:
+    """What is in a file of weights that were taught for a model."""
+    with safe_open(file, framework="pt") as tensors:
+        return Soft(file) if "soft" in tensors.keys() else Heads(file)  # noqa: SIM118 - it is no mapping
+
+
+def begins(prompt: int, trials: Sequence[tuple[int, int, bool]]) -> tuple[Tensor, Tensor]:
+    """Of each trial the position of the row from which its step's newest token was drawn, and how many guesses came before it."""
+    depths: list[int] = []
+    for n, (index, _, _) in enumerate(trials):
+        goes_on = n > 0 and trials[n - 1][2] and trials[n - 1][0] == index - 1
+        depths.append(depths[-1] + 1 if goes_on else 0)
+    at = [prompt + index - depth - 2 for (index, _, _), depth in zip(trials, depths, strict=True)]
+    return torch.tensor(at), torch.tensor(depths)
 
 
 class Translated:

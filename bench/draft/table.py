@@ -30,7 +30,7 @@ from typing import Any
 
 from bench.contender import Case, Contender, Model
 from bench.draft.heads import fitted, heads_file
-from bench.draft.law import Heads, Translated, Trials, predicted, reader, repeated, texts_of
+from bench.draft.law import Translated, Trials, learned, predicted, reader, repeated, texts_of
 from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
 from bench.oracle import ANSWERS, FILE
 from tools.tiny.corpus import Corpus
@@ -66,12 +66,14 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A draft with an accept; part: None for plain decoding.  folder: of its model, or the file of its heads."""
+    """A draft with an accept; part: None for plain decoding.  folder: of its model, or the file of what it was taught.  source:
+    that of the bundled model."""
 
     part: Part | None
     accept: str
     controller: bool
     folder: Path | None
+    source: Path | None = None
 
     def case(self, null: Case) -> Case:
         parts = (*(() if self.part is None else (str(self.part),)), f"accept={self.accept}")
@@ -149,14 +151,15 @@ def stacks(flags: argparse.Namespace, model: Model) -> Iterator[Stack]:
     wanted = flags.drafts.split(";") if flags.drafts else [n for n in names("draft") if n != "none"]
     for text, accept, control in product(wanted, flags.accepts.split(","), flags.controller.split(",")):
         part = parse(f"draft={text}")
-        folder = None
+        folder = source = None
         if Trait.SECOND_MODEL in traits_of(part).needs:
             folder = resolve_draft(flags.draft_model)
             part = Part(part.slot, part.name, (*part.arguments, ("model", str(flags.draft_model))))
         elif Trait.TARGET_FEATURES in traits_of(part).needs:
-            folder = fitted(heads_file(flags.heads), model)
+            source = part.build().path if flags.heads == "bundled" else heads_file(flags.heads)
+            folder = fitted(source, model)
             part = Part(part.slot, part.name, (*part.arguments, ("weights", str(folder))))
-        yield Stack(part, accept, control == "on", folder)
+        yield Stack(part, accept, control == "on", folder, source)
 
 
 def prompts(model: Model, flags: argparse.Namespace, load: Load) -> list[tuple[int, ...]]:
@@ -235,7 +238,7 @@ def compare(
         folder = None if stack is None else stack.folder
         law = None
         if stack is not None and seen.trials.tried:
-            draft = None if folder is None else Heads(heads_file(flags.heads)) if folder.is_file() else reader(folder)
+            draft = learned(stack.source) if stack.source else None if folder is None else reader(folder)
             between = getattr(one.runtime.engine.stack["draft"], "translation", None)
             draft = draft if between is None else Translated(draft, between, one.runtime.setup.spec.vocab)
             told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
@@ -290,7 +293,7 @@ def _share(folder: Path | None, model: Model) -> float:
     """Of the target's parameters, those that the draft has."""
     if folder is None:
         return 0.0
-    mine = Heads(folder).parameters if folder.is_file() else parameters(load_spec(folder))
+    mine = learned(folder).parameters if folder.is_file() else parameters(load_spec(folder))
     return mine / parameters(load_spec(model.folder))
 
 

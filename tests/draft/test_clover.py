@@ -20,7 +20,8 @@ from bench.draft.stands import judged, written
 from tests.draft.test_speculative_sampling import LAWS, Watching, told
 from tests.exec.conftest import STORY, Bench, spec
 from tools.grow import Shape, grow
-from weft.draft.clover import BUNDLED, HEADS, KIND, MARKS, MOST, Clover, augmented, head, keys, read_header, shapes
+from weft.draft._weights import MARKS
+from weft.draft.clover import BUNDLED, HEADS, KIND, MOST, Clover, augmented, head, keys, read_header, shapes
 from weft.errors import ConfigError
 from weft.exec.build import EngineConfig, Runtime, build, prepare
 from weft.front.tokenizer import Tokenizer
@@ -121,7 +122,7 @@ class Script:
 
 
 def put(path: Path, weights: dict[str, torch.Tensor], mark: torch.Tensor, **more: str) -> str:
-    save_file({**weights, "mark": mark}, path, {"kind": KIND, "vocab": "16", **more})
+    save_file({**weights, "mark": mark}, path, {"kind": KIND.name, "vocab": "16", **more})
     return str(path)
 
 

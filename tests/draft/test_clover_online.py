@@ -227,7 +227,7 @@ def worse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = torch.randn(tensors["out"].shape, generator=torch.Generator().manual_seed(1))
     tensors["out"] = tensors["out"] + (noise * tensors["out"].float().std() * 0.6).bfloat16()
     path = tmp_path_factory.mktemp("worse") / "heads.safetensors"
-    save_file(tensors, path, {"kind": KIND, "vocab": "4096"})
+    save_file(tensors, path, {"kind": KIND.name, "vocab": "4096"})
     return path
 
 

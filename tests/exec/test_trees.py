@@ -16,6 +16,7 @@ from weft.exec.ahead import Ahead
 from weft.exec.build import EngineConfig, Runtime, build, prepare
 from weft.exec.gather import Gather
 from weft.exec.mirror import Mirror
+from weft.exec.reading import Read
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.slots import Ask, Forward, Guesses, candidates, line
@@ -179,7 +180,8 @@ def passes(runtime: Runtime, prefix: list[int], tree: Sequence[Sequence[int]]) -
     grants = tuple(Grant(1, g, 0, (1, 2, 3, 4, 5, 6)) for g in range(len(runtime.pool.groups)))
     enter = Enter(request=1, tokens=tuple(prefix), prompt=len(prefix), sampling=law, seed=3)
     mirror.follow(Plan(step=1, works=(work,), enter=(enter,), grants=grants))
-    gather = Gather(mirror, runtime.pool, {"target": list(range(len(runtime.pool.groups)))})
+    members = {"target": list(range(len(runtime.pool.groups)))}
+    gather = Gather(mirror, runtime.pool, members, Read(runtime.decoder))
     say = Work(request=1, rows=((len(prefix) - 1, len(prefix)),), tokens=(), model="other", samples=True)
     with torch.inference_mode():
         ahead = Ahead(

@@ -15,7 +15,7 @@ from tools.tiny.corpus import Corpus
 from tools.tiny.heads import Course, fresh, judge, lesson, loss_of, outputs, product, save
 from tools.tiny.mixture import Mixture
 from tools.tiny.sampled import Sampled
-from weft.draft.clover import Clover
+from weft.draft.clover import KIND, Clover
 from weft.exec.build import EngineConfig, build, prepare
 
 __all__ = ["corpus", "tokenizer"]  # fixtures
@@ -124,7 +124,7 @@ def test_the_command_writes_a_file_that_the_technique_takes(
 
 def test_a_file_holds_what_was_taught(teacher: LlamaForCausalLM, tmp_path: Path) -> None:
     weights = fresh(256, COURSE)
-    save(weights, teacher, tmp_path / "deep" / "heads.safetensors")
+    save(weights, teacher, tmp_path / "deep" / "heads.safetensors", KIND)
     part = Clover(weights=str(tmp_path / "deep" / "heads.safetensors"))
     target = build(prepare(EngineConfig(model=Path(teacher.name_or_path), device="cpu", dtype="float32")))
     from weft.exec.reading import Read

@@ -94,7 +94,7 @@ SPEC = RequestSpec(
 LOGPROB = TokenLogprob(token=5, logprob=-1.0 / 3.0, rank=2, top=((4, -0.25), (5, -1.0 / 3.0)))
 LINKED = Work(
     request=1, rows=((3, 5), (9, 12)), tokens=(7, -1, 8, 9, 10), model="draft", layers=(2, 4), mask=Mask.TREE,
-    keep=Keep.ACCEPT, link=6, guesses=2, parents=(-1, 0), samples=True, output=11, prompt_rows=3, ahead=2, want=4,
+    keep=Keep.ACCEPT, link=6, guesses=2, parents=(-1, 0), samples=True, output=11, prompt_rows=3, ahead=2, want=4, soft=1,
 )  # fmt: skip
 ENTER = Enter(
     request=1, tokens=(7, -1, -1, 8), prompt=3, sampling=SAMPLING, seed=2**64 - 1, entries=(2, 0),

@@ -30,7 +30,8 @@ from tools.tiny.corpus import SPECIAL_TOKENS, Corpus
 from tools.tiny.mixture import Mixture
 from tools.tiny.muon import Muon
 from tools.tiny.sampled import Sampled, write
-from weft.draft.clover import HEADS, KIND, augmented, head, keys, marked, shapes
+from weft.draft._weights import Kind, marked
+from weft.draft.clover import HEADS, KIND, augmented, head, keys, shapes
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -161,7 +162,7 @@ def train(
             optimizer.zero_grad()
         if step % LOG_STEPS == 0:
             overlap = torch.minimum(p, logits.detach().softmax(-1)).sum(-1).view(-1, course.heads).mean(0)
-            say(f"step {step} minute {elapsed / 60:.1f} loss {loss.item():.3f} overlap {_three(overlap)}")
+            say(f"step {step} minute {elapsed / 60:.1f} loss {loss.item():.3f} overlap {three(overlap)}")
         step += 1
     say(f"taught {step * course.places} places in {step} steps")
 
@@ -193,15 +194,15 @@ def judge(
     return found
 
 
-def save(weights: Mapping[str, Tensor], teacher: LlamaForCausalLM, path: Path) -> None:
+def save(weights: Mapping[str, Tensor], teacher: LlamaForCausalLM, path: Path, kind: Kind) -> None:
     vocab = int(teacher.config.vocab_size)
-    tensors = {name: w.detach().bfloat16().contiguous() for name, w in weights.items()}
+    tensors = {name: w.detach().contiguous() for name, w in weights.items()}
     tensors["mark"] = teacher.model.embed_tokens.weight.detach()[marked(vocab)].bfloat16().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"kind": KIND, "vocab": str(vocab)})
+    save_file(tensors, path, {"kind": kind.name, "vocab": str(vocab)})
 
 
-def _three(x: Tensor | Sequence[float]) -> str:
+def three(x: Tensor | Sequence[float]) -> str:
     return " ".join(f"{float(v):.3f}" for v in x)
 
 
@@ -235,9 +236,9 @@ def main(argv: Sequence[str]) -> int:
         chat = ((tokens > 0) & (tokens < len(SPECIAL_TOKENS))).any(1)
         tokens, hidden = tokens[~chat], hidden[~chat]
     train(weights, teacher, (tokens, hidden), course, lambda text: print(text, flush=True))
-    save(weights, teacher, given["out"])
+    save({name: w.bfloat16() for name, w in weights.items()}, teacher, given["out"], KIND)
     prompts = Prompts(corpus, tokenizer)
     for kind in KINDS:
         found = judge(weights, teacher, prompts.rows(kind, PROMPTS), course.window, course.heads)
-        print(f"{kind}: greedy {_three(found['greedy'])}; sampled {_three(found['sampled'])}")
+        print(f"{kind}: greedy {three(found['greedy'])}; sampled {three(found['sampled'])}")
     return 0

@@ -5,8 +5,9 @@ What is maximized is the tokens of a step over its time,
     sum over sequences of (1 + a + a^2 + ... + a^k)  /  (C(rows) + D(longest k)),        rows = sum over sequences of (1 + k)
 
 a the chance that a guess of that sequence stands, C what the target takes for so many rows, D what the draft takes for so many
-guesses.  The next guess of a sequence is worth less than the one before, so for each longest k the best lengths of all are found
-by taking guesses in the order of their worth.  Times are facts of steps (`StepResult`), so an engine that is told the same
+guesses.  Where a draft has soft tokens, a sequence's rows are (1 + k) (1 + k): guesses as they stood, and as many learned tokens
+behind each.  The next guess of a sequence is worth less than the one before, so for each longest k the best lengths of all are
+found by taking guesses in the order of their worth.  Times are facts of steps (`StepResult`), so an engine that is told the same
 decides the same.
 
     C   a level times a shape by rows, for each class of batch size; rows never seen are reckoned from the nearest that were
@@ -249,7 +250,8 @@ class Control:
         was = any(pace.want for _, pace, _, _ in mine)
         guess_s = max(pool.guess(size) for _, _, pool, _ in mine)
         least = size / plain * (1.0 if was else AGAIN)
-        wants = lengths(hopes, [most for _, _, _, most in mine], size, costs, guess_s, least)
+        soft = [hasattr(r.stack["draft"], "soft") for r, _, _, _ in mine]
+        wants = lengths(hopes, [most for _, _, _, most in mine], size, costs, guess_s, least, soft)
         for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
             pool.on = 0
         for want, (_, pace, pool, _) in zip(wants, mine, strict=True):
@@ -270,7 +272,8 @@ class Control:
         guesses = min(PROBE, most)
         more = costs(size + guesses)
         assert more is not None
-        cost = more - plain + guesses * pool.guess(size) + self._behind(r) * pool.row(size)
+        times = 2 if hasattr(r.stack["draft"], "soft") else 1  # soft tokens in one step, and what they said in the next
+        cost = times * (more - plain) + guesses * pool.guess(size) + self._behind(r) * pool.row(size)
         self.credit = min(self.credit, 2 * cost)
         if self.credit >= cost > 0:
             self.credit -= cost
@@ -301,7 +304,7 @@ class Control:
             if work.model != self._models[0]:
                 following += len(work.tokens)
                 continue
-            rows, size = rows + len(work.tokens), size + 1
+            rows, size = rows + work.passing, size + 1
             decodes = decodes and work.samples and len(work.tokens) == work.guesses + 1
             if r.pace is None or not fact.tokens:
                 continue
@@ -339,21 +342,30 @@ class Control:
 
 
 def lengths(
-    hopes: Sequence[float], most: Sequence[int], size: int, costs: Costs, guess_s: float, least: float
+    hopes: Sequence[float],
+    most: Sequence[int],
+    size: int,
+    costs: Costs,
+    guess_s: float,
+    least: float,
+    soft: Sequence[bool] = (),
 ) -> list[int]:
     """Guesses for each of some sequences, of `size` that decode, at the most tokens a second; none where `least` is not passed.
 
-    hopes: how often guesses stand, 0 for a sequence that is to have none.  most: for each the longest that it may have.
+    hopes: how often guesses stand, 0 for a sequence that is to have none.  most: for each the longest that it may have.  soft:
+    whose rows have soft tokens behind them.
     """
     worth = sorted((-(a**k), k, i) for i, a in enumerate(hopes) for k in range(1, most[i] + 1) if a**k > LEAST)
-    rows_s = [costs(size + taken) or math.inf for taken in range(len(worth) + 1)]
-    best, chosen = least, list[tuple[float, int, int]]()
+    best, chosen, rows_s = least, list[tuple[float, int, int]](), dict[int, float]()
     for longest in range(1, max(most) + 1):
         some = [x for x in worth if x[1] <= longest]
-        tokens = float(size)
-        for taken, (gain, _, _) in enumerate(some, 1):
+        tokens, rows = float(size), size
+        for taken, (gain, k, i) in enumerate(some, 1):
             tokens -= gain
-            if (rate := tokens / (rows_s[taken] + guess_s * longest)) > best:
+            rows += 2 * k + 1 if soft and soft[i] else 1
+            if rows not in rows_s:
+                rows_s[rows] = costs(rows) or math.inf
+            if (rate := tokens / (rows_s[rows] + guess_s * longest)) > best:
                 best, chosen = rate, some[:taken]
     wants = [0] * len(hopes)
     for _, k, i in chosen:

@@ -67,11 +67,21 @@ class Planning:
         prompt_rows = r.prompt_rows(start, low)
         return low, prompt_rows, prompt_rows
 
+    def beyond(self, r: Request, start: int, samples: int, guesses: int) -> tuple[int, int]:
+        """As `Request.beyond`, of rows from `start` to the context's end; nobody who runs goes without a row for soft tokens."""
+        ahead, soft = r.beyond(start, guesses, self.limits)
+        others = max(0, self.view.running - len(self.planned) - 1)
+        rows = len(r.context) - start + guesses + ahead
+        return (ahead, soft) if not soft or self.fits(rows + others, samples + guesses + others) else (0, 0)
+
     def write(
         self, r: Request, start: int, stop: int, *, guesses: int = 0, layers: tuple[int, int] | None = None,
-        prompt_rows: int = 0, samples: int = 0, final: bool = True, ahead: int = 0,
+        prompt_rows: int = 0, samples: int = 0, final: bool = True, ahead: int = 0, soft: int = 0,
     ) -> None:  # fmt: skip
-        """Add target rows [start, stop) of `r` and its first `guesses` guesses.  final: they pass the last layer."""
+        """Add target rows [start, stop) of `r` and its first `guesses` guesses.  final: they pass the last layer.
+
+        samples: rows of logits but for those of guesses.
+        """
         context = r.context
         tokens = tuple(context[start:stop]) if not guesses else (*context[start:stop], *r.draft[:guesses])
         parents = r.parents[:guesses]
@@ -90,13 +100,14 @@ class Planning:
             prompt_rows=prompt_rows,
             ahead=ahead,
             want=-1 if r.pace is None else r.pace.want,
+            soft=soft,
         )
-        self.add(r, work, samples)
+        self.add(r, work, samples + guesses)
         self.advanced.add(r.rid)
         if work.samples:
             self.sampled[r.rid] = guesses
         if start >= r.prompt and len(context) - start <= 1:  # as Request.decoding
-            self.view.decode_rows += len(tokens)
+            self.view.decode_rows += work.passing
         else:
             self.view.prompt_rows += len(tokens)
 
@@ -107,7 +118,7 @@ class Planning:
         self.planned.add(r.rid)
 
     def add(self, r: Request, work: Work, samples: int) -> None:
-        rows, limits = len(work.tokens), self.limits
+        rows, limits = work.passing, self.limits
         self.beside(r, work)
         self.view.rows_left -= rows
         self.samples_left -= samples

@@ -217,12 +217,20 @@ class Request:
             return (self.prompt - 1) // self.tile * self.tile
         return len(self.context) if self.stack.shares_output else self.prompt
 
-    def beyond(self, end: int, limits: Limits) -> int:
-        """Entries of the target beyond `end`, for a draft whose guesses its first layers make."""
-        if not self.guessed or self.link is not None or not hasattr(draft := self.stack["draft"], "exits"):
-            return 0
-        guesses = int(draft.guesses) if self.pace is None else self.pace.want
-        return max(0, min(guesses, limits.max_guesses, limits.max_model_len - end))
+    def beyond(self, start: int, guesses: int, limits: Limits) -> tuple[int, int]:
+        """(entries of the target behind the context and `guesses` of a draft that is computed there, its soft tokens for a row).
+
+        start: of the step's rows.  Soft tokens follow rows behind the prompt alone, and where what they say can still be a guess.
+        """
+        draft, end = self.stack["draft"], len(self.context)
+        if not self.guessed or self.link is not None:
+            return 0, 0
+        most = min(int(draft.guesses) if self.pace is None else self.pace.want, limits.max_guesses)
+        left = limits.max_model_len - end - guesses
+        if hasattr(draft, "exits"):
+            return max(0, min(most, left)), 0
+        soft = min(most, int(getattr(draft, "soft", 0)), left // (1 + guesses), self.limit - end - 2)
+        return ((1 + guesses) * soft, soft) if soft > 0 and start >= self.prompt else (0, 0)
 
     def prompt_rows(self, start: int, stop: int) -> int:
         """Rows of [start, stop), from the first, that give a wanted prompt logprob; 0 if all are known.

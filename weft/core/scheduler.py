@@ -223,21 +223,21 @@ class Scheduler(Membership):
         split = quota.layers is not None and quota.layers < self.layers
         if self.kv.sliding[0]:
             self.kv.slide(r, 0, start)
-        guesses = self._guesses(r, start, cut, samples, d) if r.draft and stop == end and not split else 0
-        rewrite, ahead = cut == stop + guesses, r.beyond(end + guesses, self.limits) if stop == end and not split else 0
-        if ahead and not self._room(r, stop - start + guesses + ahead, d, rewrite=rewrite, guesses=True):
-            ahead = 0
-        if not ahead and not self._room(
-            r, stop - start + guesses, d, split=split, rewrite=rewrite, guesses=bool(guesses)
-        ):
-            if not guesses or not self._room(r, stop - start, d, rewrite=cut == stop):
+        ends, rows = stop == end and not split, stop - start
+        guesses = self._guesses(r, start, cut, samples, d) if r.draft and ends else 0
+        ahead, soft = d.beyond(r, start, samples, guesses) if ends else (0, 0)
+        rewrite = cut == stop + guesses
+        if ahead and not self._room(r, rows + guesses + ahead, d, rewrite=rewrite, guesses=True):
+            ahead = soft = 0
+        if not ahead and not self._room(r, rows + guesses, d, split=split, rewrite=rewrite, guesses=guesses > 0):
+            if not guesses or not self._room(r, rows, d, rewrite=cut == stop):
                 return
             guesses = 0
         if split:
             r.partial = (start, stop, 0)
             self._layers_on(r, d, quota.layers)
             return
-        d.write(r, start, stop, guesses=guesses, prompt_rows=prompt_rows, samples=samples + guesses, ahead=ahead)
+        d.write(r, start, stop, guesses=guesses, prompt_rows=prompt_rows, samples=samples, ahead=ahead, soft=soft)
         r.planned[0] = stop
 
     def _layers_on(self, r: Request, d: Planning, layers: int | None = None) -> None:

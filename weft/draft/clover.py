@@ -31,7 +31,6 @@ Raises   ValueError unless 1 <= guesses <= 8 and online >= 0; ConfigError for we
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,9 +39,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from weft.draft._common import KEPT, LESSONS, TOKENS, Lesson, Pupil, logits_of, proposals
-from weft.errors import ConfigError
+from weft.draft._weights import Kind, Shapes, read_shapes, read_tensors
 from weft.registry import register
-from weft.slots import Ask, Features, Guesses, Target
+from weft.slots import Ask, Features, Guesses
 from weft.traits import Effect, Trait, Traits
 
 if TYPE_CHECKING:
@@ -52,17 +51,13 @@ MOST = 8
 HEADS = 4
 """Of attention."""
 BUNDLED = Path(__file__).resolve().parents[1] / "bundled" / "clover" / "heads.safetensors"
-KIND = "weft clover heads 1"
-"""What a file of weights says that it is."""
+KIND = Kind(
+    "weft clover heads 1", "heads", "train some with python -m tools.train_tiny heads, as docs/speculation.md says"
+)
 TENANTS = 8
 """Whose own heads are kept at once; who comes back after so many others begins anew."""
 LEARNING = ("token", "out", "head.q", "head.kv", "head.o", "head.near", "head.gate_up", "head.down")
 """Weights that change: those behind the state that the heads start from."""
-MARKS = 8
-OTHER = 0.5
-"""Of the embeddings that a file remembers: how far off a model's may be, which can be rounded to few bits."""
-HEADER_BYTES = 1 << 16
-MAKE = "train some with python -m tools.train_tiny heads, as docs/speculation.md says"
 Weights = Mapping[str, Any]
 
 
@@ -213,7 +208,8 @@ class Clover:
     def attach(self, words: Any) -> None:
         """Read the weights.  Raises ConfigError where they cannot be read, or were trained for another model."""
         if not self._weights:
-            self._weights.update(read_weights(self.path, self.header, words.target))
+            h = self.header
+            self._weights.update(read_tensors(self.path, KIND, h.width, h.vocab, words.target))
 
     # ------------------------------------------------------------------ guesses
 
@@ -339,54 +335,16 @@ class Clover:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def marked(vocab: int) -> list[int]:
-    """Tokens whose embeddings a file holds, to know its model by."""
-    return [i * vocab // MARKS for i in range(MARKS)]
+def width_of(found: Shapes) -> int:
+    """Of a file's tensors, if they are those of heads; raises ValueError or KeyError."""
+    (inner, width), (_, window) = found["in"], found["augment.near"]
+    if found != shapes(width, inner, window) or inner % HEADS or min(inner, width, window) < 1:
+        raise ValueError
+    return width
 
 
 def read_header(path: Path) -> Header:
     """Raises ConfigError for a file that is missing, or is none of heads."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if not 2 <= size <= HEADER_BYTES:
-                raise ValueError("it does not begin as a safetensors file does")
-            said = json.loads(file.read(size))
-    except OSError as error:
-        raise ConfigError(f"the heads {path} cannot be read: {error.strerror}; {MAKE}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is no file of heads: {error}; {MAKE}") from None
-    try:
-        told = said.pop("__metadata__")
-        vocab, (inner, width), (_, window) = int(told["vocab"]), said["in"]["shape"], said["augment.near"]["shape"]
-        wanted = {**shapes(width, inner, window), "mark": (MARKS, width)}
-        found = {name: tuple(entry["shape"]) for name, entry in said.items()}
-        sound = told["kind"] == KIND and found == wanted and inner % HEADS == 0 and min(vocab, inner, width, window) > 0
-    except (AttributeError, KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ConfigError(f"{path} is no file of heads, or one of another version of weft; {MAKE}")
+    found, vocab = read_shapes(path, KIND, width_of)
+    (inner, width), (_, window) = found["in"], found["augment.near"]
     return Header(width, inner, window, vocab)
-
-
-def read_weights(path: Path, header: Header, target: Target) -> dict[str, Any]:
-    """Float32, where the target is.  Raises ConfigError where they are damaged, or were trained for another model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if (header.width, header.vocab) != (target.width, target.vocab):
-        raise ConfigError(
-            f"the heads in {path} were trained for a model of width {header.width} with {header.vocab} tokens, and this one has "
-            f"width {target.width} and {target.vocab} tokens; {MAKE}"
-        )
-    try:
-        found = {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"the heads {path} cannot be read: {error}; {MAKE}") from None
-    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
-        raise ConfigError(f"the heads in {path} have values that are no finite numbers; {MAKE}")
-    mine = target.embed(marked(header.vocab))
-    mark = found.pop("mark").to(mine.device)
-    if float((mine - mark).norm()) > OTHER * float(mark.norm()):
-        raise ConfigError(f"the heads in {path} were trained for another model than this one; {MAKE}")
-    return {name: tensor.to(mine.device) for name, tensor in found.items()}

@@ -1,10 +1,15 @@
-"""From a plan's works to a batch: rows flattened in their order, tables, slots, vectors, and whose logits are wanted."""
+"""From a plan's works to a batch: rows flattened in their order, tables, slots, vectors, and whose logits are wanted.
+
+Soft tokens are rows of a tree behind a work's own: they see the context, the guesses that they follow, and those before them.
+Their entries are written behind the work's, where the next step writes over them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +18,7 @@ from weft.exec.batch import Batch, GroupBatch
 from weft.exec.deltas import Deltas
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror
+from weft.slots import Target
 from weft.types import GroupKind, Work
 
 
@@ -27,9 +33,10 @@ class Wanted:
 
 
 class Gather:
-    """Builds batches from what the mirror knows.  members: the pool's groups of each model."""
+    """Builds batches from what the mirror knows.  members: the pool's groups of each model.  target: as drafts see it."""
 
-    def __init__(self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]]) -> None:
+    def __init__(self, mirror: Mirror, pool: KVPool, members: dict[str, list[int]], target: Target) -> None:
+        self._target = target
         self.mirror, self.groups, self.device = mirror, pool.groups, pool.device
         self._members = members
 
@@ -41,32 +48,35 @@ class Gather:
         trees: dict[int, tuple[int, ...]] = {}
         vectors: list[tuple[int, Tensor]] = []
         at = taken = 0
-        for s, i in enumerate(mine):
-            work = works[i]
-            count = len(work.tokens)
+        full = [softened(works[i]) for i in mine]
+        for s, (i, work) in enumerate(zip(mine, full, strict=True)):
+            count, own = len(work.tokens), len(works[i].tokens)
             context = count - work.guesses
             positions.append(self._positions(work, context))
             if work.parents:
                 first = count - len(work.parents)
                 trees[s] = tuple(first - 1 if p < 0 else first + p for p in work.parents)
-            if -1 in work.tokens:
-                vectors.extend(self._vectors(work, at))
-            sampled = min(count, 1 + work.guesses) if work.samples else 0
+            if -1 in works[i].tokens:
+                vectors.extend(self._vectors(works[i], at))
+            if work.soft:
+                learned = self.mirror.sequences[work.request].stack["draft"].vectors(self._target)[: work.soft]
+                vectors.append((at + own, learned.repeat(1 + works[i].guesses, 1)))
+            sampled = min(own, 1 + works[i].guesses) if work.samples else 0
             if sampled or work.prompt_rows:
                 wanted.append(Wanted(i, taken, work.prompt_rows, sampled))
-                rows = range(at, at + work.prompt_rows), range(at + count - sampled, at + count)
+                rows = range(at, at + work.prompt_rows), range(at + own - sampled, at + own)
                 logit_rows.extend(np.arange(r.start, r.stop) for r in rows)
                 taken += work.prompt_rows + sampled
             at += count
             bounds.append(at)
-        tokens = np.fromiter((t for i in mine for t in works[i].tokens), np.int64, at)
+        tokens = np.fromiter((t for work in full for t in work.tokens), np.int64, at)
         members = self._members[name]
-        sequences = [self.mirror.sequences[works[i].request] for i in mine]
+        sequences = [self.mirror.sequences[work.request] for work in full]
         batch = Batch(
             tokens_T=self._tensor(tokens),
             positions_T=self._tensor(np.concatenate(positions)),
             bounds=bounds,
-            groups=[self._group(g, works, mine) for g in members if self.groups[g].kind is not GroupKind.PARKED],
+            groups=[self._group(g, full) for g in members if self.groups[g].kind is not GroupKind.PARKED],
             logit_rows_N=self._tensor(np.concatenate(logit_rows) if logit_rows else np.empty(0, np.int64)),
             trees=trees,
             vectors=self._vector_rows(vectors),
@@ -85,15 +95,15 @@ class Gather:
         guessed = first + np.array(depth[len(depth) - work.guesses :], np.int64)
         return np.concatenate([np.arange(work.start, work.start + context), guessed])
 
-    def _group(self, g: int, works: Sequence[Work], mine: Sequence[int]) -> GroupBatch:
-        sequences = [self.mirror.sequences[works[i].request] for i in mine]
-        tables = np.zeros((len(mine), max(s.used[g] for s in sequences)), np.int64)
-        lengths = np.empty(len(mine), np.int64)
+    def _group(self, g: int, works: Sequence[Work]) -> GroupBatch:
+        sequences = [self.mirror.sequences[work.request] for work in works]
+        tables = np.zeros((len(works), max(s.used[g] for s in sequences)), np.int64)
+        lengths = np.empty(len(works), np.int64)
         slots = []
-        for row, (i, s) in enumerate(zip(mine, sequences, strict=True)):
+        for row, (work, s) in enumerate(zip(works, sequences, strict=True)):
             tables[row, : s.used[g]] = s.table(g)
-            lengths[row] = self.mirror.entry(works[i], g) + len(works[i].tokens)
-            slots.append(self.mirror.slots(works[i], g))
+            lengths[row] = self.mirror.entry(work, g) + len(work.tokens)
+            slots.append(self.mirror.slots(work, g))
         slots_T = self._tensor(np.concatenate(slots))
         first = np.array([s.first[g] for s in sequences], np.int64)
         return GroupBatch(self._tensor(tables), self._tensor(first), self._tensor(lengths), slots_T)
@@ -118,3 +128,15 @@ class Gather:
     def _tensor(self, array: Ints) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+
+def softened(work: Work) -> Work:
+    """The work with its soft tokens as guesses of a tree, behind all others; itself where it has none."""
+    if not work.soft:
+        return work
+    parents = list(work.parents or range(-1, work.guesses - 1))
+    for node in range(-1, work.guesses):
+        parents.append(node)
+        parents.extend(range(len(parents) - 1, len(parents) + work.soft - 2))
+    tokens = (*work.tokens, *[-1] * work.ahead)
+    return msgspec.structs.replace(work, tokens=tokens, guesses=len(parents), parents=tuple(parents))

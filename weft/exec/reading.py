@@ -69,9 +69,12 @@ class Reading:
         """By sequence: of the last of its context's rows, and behind them its guesses'."""
 
         self._logits: dict[int, Tensor] = {}
+        self._soft: dict[int, Tensor] = {}
+        """By sequence: of its soft tokens, as the last layer gives them."""
 
     def reset(self) -> None:
         self._rows.clear()
+        self._soft.clear()
         self._logits.clear()
 
     def take(self, batch: Batch, works: Sequence[Work], mine: Sequence[int]) -> None:
@@ -83,6 +86,9 @@ class Reading:
                 context = len(work.tokens) - work.guesses
                 first = batch.bounds[k] + max(0, context - asked)
                 self._rows[work.request] = self._decoder.states(first, batch.bounds[k + 1])
+            if work.soft:
+                first = batch.bounds[k] + len(work.tokens)
+                self._soft[work.request] = self._decoder.states(first, batch.bounds[k + 1], normed=False)
 
     def settle(self, work: Work, path: Sequence[int], logits_NV: Tensor) -> None:
         """Of the guesses' rows, those of `path` stand.  logits_NV: that the work was sampled from."""
@@ -92,10 +98,17 @@ class Reading:
         if found is not None and work.guesses:
             context = len(found) - work.guesses
             self._rows[work.request] = found[[*range(context), *(context + j for j in path)]]
+        if work.soft:
+            first = work.soft * (1 + path[-1]) if path else 0
+            self._soft[work.request] = self._soft[work.request][first : first + work.soft]
 
     def of(self, request: int) -> Tensor | None:
         """States [n, width] of a sequence's rows that stand, oldest first."""
         return self._rows.get(request)
+
+    def soft(self, request: int) -> Tensor | None:
+        """States [soft, width], not normed, of the soft tokens behind the last row that stands."""
+        return self._soft.get(request)
 
     def logits(self, request: int) -> Tensor | None:
         """[m, vocab], a copy, of the rows from which the step's tokens were drawn."""

@@ -62,8 +62,8 @@ class TorchExecutor:
         }
         offload = exchange or self.stacks.base.get("kv.offload")
         self.tiers = None if offload is None else TierStore(offload, pool)
-        self._gather = Gather(self.mirror, pool, self._members)
         self._reading = Reading(self.mirror, self.decoders[TARGET])
+        self._gather = Gather(self.mirror, pool, self._members, self._reading.target)
         self._sampling = Sampling(
             self.mirror, pool, self._members, max_guesses, self._reading, self.decoders[TARGET].program
         )
@@ -234,7 +234,7 @@ class TorchExecutor:
                     out.append((result, wanted))
                 continue
             # The result is a view of the decoder's workspace, which the next stretch overwrites.
-            parts = result.clone().split([len(works[i].tokens) for i in active])
+            parts = result.clone().split([works[i].passing for i in active])
             hidden.update(zip(active, parts, strict=True))
         for i in mine:
             if spans[i][1] < depth:

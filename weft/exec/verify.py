@@ -162,7 +162,7 @@ class Sampling:
                 run = ahead.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
             elif self.shallow is not None and hasattr(draft, "exits"):
                 run = self.shallow.calls([(works[i], results[i], ask) for i, ask in zip(at, mine, strict=True)])
-            elif getattr(draft, "states", 0):
+            elif getattr(draft, "states", 0) or getattr(draft, "soft", 0):
                 run = self._reading.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
             for i, guesses in zip(at, draft.propose(mine, run), strict=True):
                 self.mirror.sequences[works[i].request].laws = guesses.laws
@@ -189,7 +189,7 @@ class Sampling:
         assert isinstance(state, dict)
         return Ask(
             known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale,
-            self._reading.of(work.request), self._reading.logits(work.request),
+            self._reading.of(work.request), self._reading.logits(work.request), self._reading.soft(work.request),
         )  # fmt: skip
 
     # ------------------------------------------------------------------ rows

@@ -178,9 +178,11 @@ class Decoder:
         self._run(step, len(self.spec.layers), len(self.spec.layers), True)
         return self._buffers["logits"][: batch.logit_rows_N.shape[0]]
 
-    def states(self, first: int, stop: int) -> Tensor:
+    def states(self, first: int, stop: int, *, normed: bool = True) -> Tensor:
         """Hidden states, float32 [rows, width], of rows of a pass that has ended with the last layer; normed as for the head."""
         out = torch.empty_like(rows := self._buffers["hidden"][first:stop], dtype=torch.float32)
+        if not normed:
+            return out.copy_(rows)
         self.ops.rms_norm(rows, self.tensors["norm"], self.spec.norm_eps, self.spec.norm_offset, out)
         return out
 

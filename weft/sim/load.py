@@ -27,7 +27,7 @@ def load_of(plan: Plan, model: Figures, layers: int, *, aside: bool = False) -> 
         share = 1.0
         if work.layers is not None:
             parted, share = True, (work.layers[1] - work.layers[0]) / layers
-        if n == 1:
+        if n == 1 and not work.soft:
             decode_rows += 1
             for i, kind in enumerate(kinds):
                 single[i] += share * (stop if kind.window is None else min(stop, kind.window))
@@ -47,7 +47,7 @@ def load_of(plan: Plan, model: Figures, layers: int, *, aside: bool = False) -> 
 
 def _spans(plan: Plan, layers: int) -> list[tuple[float, int]]:
     """(share of the layers, rows that pass them): layers between two bounds are passed by the same rows."""
-    passed = [(w.layers or (0, layers), len(w.tokens)) for w in plan.works if w.model == "target"]
+    passed = [(w.layers or (0, layers), w.passing) for w in plan.works if w.model == "target"]
     bounds = sorted({0, layers, *(at for span, _ in passed for at in span)})
     return [
         ((stop - start) / layers, sum(n for (first, last), n in passed if first <= start and stop <= last))
@@ -56,14 +56,15 @@ def _spans(plan: Plan, layers: int) -> list[tuple[float, int]]:
 
 
 def _seen(work: Work, window: int | None) -> float:
-    """Pairs of a work's rows; of a tree, each guess with what stands before the tree, and its own line."""
+    """Pairs of a work's rows; of a tree, and of soft tokens, each with what stands before the tree, and its own line."""
     start, stop = work.start, work.stop
-    if not work.parents:
+    if not work.parents and not work.soft:
         return _pairs(start, stop, window)
     first = stop - work.guesses
     depth: list[int] = []
-    for parent in work.parents:
+    for parent in work.parents or range(-1, work.guesses - 1):
         depth.append(0 if parent < 0 else depth[parent] + 1)
+    depth += [d + j for d in (-1, *depth) for j in range(1, work.soft + 1)]
     return _pairs(start, first, window) + sum(_pairs(first + d, first + d + 1, window) for d in depth)
 
 

@@ -25,7 +25,9 @@ class Ask:
     that did not stand, for the positions from the next one on.  hidden: for a draft with `states`, float32 [n, width], the
     target's final states (normed, as its head reads them) of this step's rows that stand, oldest first: the last is the row from
     which the newest token was drawn, and stands one position before it.  logits: for a draft with `logits`, float32 [m, vocab],
-    those from which the step's tokens were drawn, the newest one's last.
+    those from which the step's tokens were drawn, the newest one's last.  soft: for a draft with soft tokens, float32 [n, width],
+    what the last layer gave at those behind the row from which the newest token was drawn, as `Target.predict` takes it: the
+    first stands where the newest token does.
     """
 
     context: Any
@@ -40,6 +42,7 @@ class Ask:
     stale: Sequence[int] = ()
     hidden: Any = None
     logits: Any = None
+    soft: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +170,10 @@ class Draft(Protocol):
     `exits(layers)`, after how many of the target's `layers` it guesses, ascending (run is `FirstLayers` then);
     `learns`, whether it is asked for nothing, too (most 0: an answer ends, or guesses do not pay), so that it sees what was said;
     `states`, of how many of a step's newest rows of the context it is given the hidden states (of guesses that stand, of all);
-    `logits`, whether it is given those of rows that stand, too; `memory(sequences, vocab)`, bytes that it holds beside the models
-    for so many sequences.  What `attach` is given has `target`, the model that is guessed for (`Target`).
+    `logits`, whether it is given those of rows that stand, too; `soft`, learned tokens that the target may compute behind
+    each row that samples (run is `Features` then), which `vectors(target)` gives, float32 [soft, width];
+    `memory(sequences, vocab)`, bytes that it holds beside the models for so many sequences.  What `attach` is given has `target`,
+    the model that is guessed for (`Target`).
     """
 
     @property

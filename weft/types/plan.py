@@ -38,6 +38,8 @@ class Work(Struct, frozen=True, kw_only=True):
     ahead: rows beyond these that the executor may compute in this step, once it knows what was accepted: a draft model's own
     proposals, or what the target's first layers guess.  Their entries have room; how many rows stand is in the result.
     want: guesses for the next plan that the executor may ask the slot `draft` for, -1 for as many as that likes.
+    soft: if not 0, the rows ahead are learned tokens of the slot `draft`, so many behind the last context row and behind each
+    guess.  They are computed in the same pass; each sees what that row sees, and those before it; none stands.
     """
 
     request: int
@@ -55,6 +57,7 @@ class Work(Struct, frozen=True, kw_only=True):
     prompt_rows: int = 0
     ahead: int = 0
     want: int = -1
+    soft: int = 0
 
     @property
     def start(self) -> int:
@@ -67,6 +70,11 @@ class Work(Struct, frozen=True, kw_only=True):
     @property
     def count(self) -> int:
         return sum(b - a for a, b in self.rows)
+
+    @property
+    def passing(self) -> int:
+        """Rows that the target's pass has for it: its own, and its soft tokens."""
+        return len(self.tokens) + (self.ahead if self.soft else 0)
 
 
 class Enter(Struct, frozen=True, kw_only=True):
