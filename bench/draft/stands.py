@@ -122,9 +122,10 @@ def cut(layers: int, runtime: Runtime) -> Any:
 
 def made(one: Guessing, **given: Any) -> Runtime:
     """The bundled model in float32 with a draft that guesses as far as it can."""
+    options = {"max_model_len": 512, **given}
     config = EngineConfig(
-        model=resolve(None), dtype="float32", device="cpu", threads=1, max_model_len=512, max_num_seqs=16,
-        techniques=(one.part, f"accept={one.accept}"), draft_control="off", **given,
+        model=resolve(None), dtype="float32", device="cpu", threads=1, max_num_seqs=16,
+        techniques=(one.part, f"accept={one.accept}"), draft_control="off", **options,
     )  # fmt: skip
     return build(prepare(config), vocabulary=ModelText.load(resolve(None)).vocabulary, vocabulary_of=vocabulary_of)
 
