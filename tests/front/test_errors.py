@@ -255,7 +255,9 @@ def test_parts_of_messages_are_named_in_words_of_json(http: httpx.Client, part: 
         answer = http.post(f"/v1/{path}", json=body)
         assert answer.status_code == 400
         told = answer.json()["error"]["message"]
-        assert f"not {said}" in told or (path == "messages" and not isinstance(part, dict) and "content[0]: expected" in told)
+        assert f"not {said}" in told or (
+            path == "messages" and not isinstance(part, dict) and "content[0]: expected" in told
+        )
 
 
 def test_what_is_no_json_says_why(http: httpx.Client) -> None:
