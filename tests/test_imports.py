@@ -146,7 +146,7 @@ def front_has_no_tensors(module: Module) -> list[str]:
 
 
 def one_way(module: Module) -> list[str]:
-    """Imports inside weft run one way; techniques see the vocabulary and their folder's `_common` only."""
+    """Imports inside weft run one way; techniques see the vocabulary, and of their folder what is no technique, only."""
     part = module.part
     if part in ("", "cli", "__main__"):
         return []
@@ -159,7 +159,7 @@ def one_way(module: Module) -> list[str]:
         if part in VOCABULARY:
             allowed = top in VOCABULARY
         elif part in TECHNIQUES:
-            allowed = top in VOCABULARY or (top == part and "_common" in target.split("."))
+            allowed = top in VOCABULARY or (top == part and any(name.startswith("_") for name in target.split(".")))
         elif part in MAY_IMPORT:
             named = {".".join(target.split(".")[:depth]) for depth in (1, 2)}
             allowed = top == part or bool(named & MAY_IMPORT[part])
@@ -304,6 +304,7 @@ def test_rule_bites(rule, name: str, source: str) -> None:
         ),
         ("weft.kv.compress.h2o", "from weft.traits import Traits\ndef keep(self):\n    import torch"),
         ("weft.kv.compress.h2o", "from weft.kv.compress._common import top_k"),
+        ("weft.draft.clover", "from weft.draft._weights import read_shapes"),
         (
             "weft.exec.runner",
             "import torch\nfrom weft.core import kv\nfrom weft.models.decoder import Decoder\nfrom .batch import Batch",

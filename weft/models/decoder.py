@@ -321,14 +321,9 @@ class Decoder:
         return remove
 
     def _pieces(
-        self,
-        first: int,
-        stop: int,
-        at_end: bool = True,
-        adapted: bool = False,
-        dense: bool = False,
+        self, first: int, stop: int, at_end: bool = True, adapted: bool = False, dense: bool = False,
         alone: bool = False,
-    ) -> list[Segment]:
+    ) -> list[Segment]:  # fmt: skip
         """The operations of a range of layers as segments, cut at hooked seams and nowhere else.  at_end: and the logits."""
         key = (first, stop, at_end, adapted, dense, alone)
         if key in self._segments:
