@@ -4,6 +4,7 @@
     python -m tools.train_tiny model     DATA OUT --minutes 90
     python -m tools.train_tiny evaluate  DATA OUT
     python -m tools.train_tiny draft     DATA OUT --teacher MODEL --minutes 33     a draft of MODEL, see `tools/tiny/distil.py`
+    python -m tools.train_tiny fastdraft DATA OUT --teacher MODEL                  a draft in steps, see `tools/tiny/fastdraft.py`
     python -m tools.train_tiny heads     DATA OUT --teacher MODEL --minutes 8      heads of MODEL, see `tools/tiny/heads.py`
     python -m tools.train_tiny prompts   DATA OUT --teacher MODEL                  tokens of MODEL, see `tools/tiny/prompts.py`
     python -m tools.train_tiny accept    DATA OUT --teacher MODEL                  what it is worth, see `tools/tiny/accept.py`
@@ -80,13 +81,16 @@ class Score:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["draft"], ["heads"], ["prompts"], ["accept"]):  # they have options of their own
-        from tools.tiny import accept, distil, heads, prompts
+    if words[:1] in (["draft"], ["fastdraft"], ["heads"], ["prompts"], ["accept"]):  # they have options of their own
+        from tools.tiny import accept, distil, fastdraft, heads, prompts
 
-        return {"draft": distil, "heads": heads, "prompts": prompts, "accept": accept}[words[0]].main(words[1:])
+        own: dict[str, Any] = {
+            "draft": distil, "fastdraft": fastdraft, "heads": heads, "prompts": prompts, "accept": accept
+        }  # fmt: skip
+        return int(own[words[0]].main(words[1:]))
     defaults = Recipe()
     parser = argparse.ArgumentParser(
-        description="Train the bundled model.", epilog="draft, heads, prompts and accept: see --help behind them."
+        description="Train the bundled model.", epilog="draft, fastdraft, heads, prompts and accept: see --help behind them."
     )
     parser.add_argument("what", choices=("tokenizer", "model", "evaluate"))
     parser.add_argument("data", type=Path, help="folder of texts")

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.models.harness import Rows, bench_for
-from tools.tiny.accept import Prompts, judge
+from tools.tiny.accept import Prompts, judge, spoken
 from tools.tiny.corpus import Corpus
 from weft.models import load_spec
 
@@ -87,6 +87,6 @@ def test_it_guesses_what_the_model_says(
     model, draft = (LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (bundled, folder))
     prompts = Prompts(corpus, tokenizer)
     for kind, (greedy, overlap) in BOUNDS.items():
-        found = judge(draft, model, prompts.rows(kind, JUDGED))
+        found = judge(draft, model, spoken(model, prompts.rows(kind, JUDGED)))
         assert found["greedy"]["accepted"] > greedy, kind
         assert found["sampled"]["overlap"] > overlap, kind

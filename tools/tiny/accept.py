@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,19 +82,33 @@ class Prompts:
         return torch.tensor([self.one(kind) for _ in range(count)])
 
 
-@torch.no_grad()
-def judge(draft: LlamaForCausalLM, teacher: LlamaForCausalLM, prompt_BP: Tensor) -> dict[str, Any]:
-    """Both measures over the teacher's continuations of the prompts."""
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """What a teacher says to prompts of `start` tokens: greedily, and at temperature 1 with its states there, [B, N, D]."""
+
+    start: int
+    greedy_BN: Tensor
+    sampled_BN: Tensor
+    hidden_BND: Tensor
+
+
+def spoken(teacher: LlamaForCausalLM, prompt_BP: Tensor) -> Spoken:
     rows, start = prompt_BP.shape
-    n = start + NEW_TOKENS
-    noise = torch.Generator().manual_seed(SEED)
-    tokens, _ = write(teacher, prompt_BP, n, torch.zeros(rows), noise)
-    said = tokens[:, start:]
-    hits = up_to_end((draft(tokens).logits[:, start - 1 : -1].argmax(-1) == said).float(), said, ends_of(teacher))
-    tokens, hidden = write(teacher, prompt_BP, n, torch.ones(rows), noise)
-    said = tokens[:, start:]
-    p = teacher.lm_head(hidden[:, start - 1 : -1]).softmax(-1)
-    q = draft(tokens).logits[:, start - 1 : -1].softmax(-1)
+    n, noise = start + NEW_TOKENS, torch.Generator().manual_seed(SEED)
+    greedy, _ = write(teacher, prompt_BP, n, torch.zeros(rows), noise)
+    return Spoken(start, greedy, *write(teacher, prompt_BP, n, torch.ones(rows), noise))
+
+
+@torch.no_grad()
+def judge(draft: LlamaForCausalLM, teacher: LlamaForCausalLM, texts: Spoken) -> dict[str, Any]:
+    """Both measures over the teacher's continuations of prompts."""
+    start = texts.start
+    said = texts.greedy_BN[:, start:]
+    guessed = draft(texts.greedy_BN).logits[:, start - 1 : -1].argmax(-1)
+    hits = up_to_end((guessed == said).float(), said, ends_of(teacher))
+    said = texts.sampled_BN[:, start:]
+    p = teacher.lm_head(texts.hidden_BND[:, start - 1 : -1]).softmax(-1)
+    q = draft(texts.sampled_BN).logits[:, start - 1 : -1].softmax(-1)
     overlap = up_to_end(torch.minimum(p, q).sum(-1), said, ends_of(teacher))
     kept_BN = (q.gather(-1, said[..., None]) / p.gather(-1, said[..., None])).clamp(max=1)[..., 0]
     kept = in_a_row(up_to_end(kept_BN, said, ends_of(teacher)))
@@ -158,7 +173,7 @@ def report(
     draft: LlamaForCausalLM, teacher: LlamaForCausalLM, prompts: Prompts, count: int = PROMPTS
 ) -> dict[str, Any]:
     draft.eval()
-    return {kind: judge(draft, teacher, prompts.rows(kind, count)) for kind in LENGTHS}
+    return {kind: judge(draft, teacher, spoken(teacher, prompts.rows(kind, count))) for kind in LENGTHS}
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
