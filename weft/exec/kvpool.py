@@ -212,9 +212,8 @@ class KVPool:
 
     def write_positions(self, group: int, slots: Tensor, positions: Tensor) -> None:
         """Store the logical positions of T slots."""
-        if (
-            self._positions_own is not None
-        ):  # a third of what torch's own takes behind a pass that has filled the caches
+        if self._positions_own is not None:
+            # Two thirds of what torch's own takes behind a pass, which has filled the caches.
             tokens = self.groups[group].block_tokens
             blocks, offsets = np.divmod(slots.numpy(), tokens)
             self._positions_own[blocks, offsets] = positions.numpy()
