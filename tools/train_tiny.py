@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(own[words[0]].main(words[1:]))
     defaults = Recipe()
     parser = argparse.ArgumentParser(
-        description="Train the bundled model.", epilog="draft, fastdraft, heads, prompts and accept: see --help behind them."
+        description="Train the bundled model.",
+        epilog="draft, fastdraft, heads, prompts and accept: see --help behind them.",
     )
     parser.add_argument("what", choices=("tokenizer", "model", "evaluate"))
     parser.add_argument("data", type=Path, help="folder of texts")

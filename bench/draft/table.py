@@ -1,13 +1,16 @@
 """Every draft beside plain decoding and a perfect draft: batch sizes, texts, temperatures, with the controller and without.
 
+    python -m bench.draft.table ../shared/data --whole --resume   # everything that bench/results/draft.json does not hold yet
     python -m bench.draft.table ../shared/data --texts prose --temperatures 0.8 --batches 1 --draft-model FOLDER
-    python -m bench.draft.table ../shared/data --resume           # what bench/results/draft.json does not hold yet
     python -m bench.draft.table ../shared/data --quick            # the bundled model, few tokens; writes no file
+
+`--whole` takes the loads of `bench.draft.whole` and begins none when --minutes are over.  Rows are written load by load, and the
+same command goes on where the last one ended.
 
 The model is the bundled one in the body of Qwen2.5-0.5B.  Its prompts: windows of the held-out novels (`prose`), the questions
 of Spec-Bench in the chat format, cut to 768 tokens (`spec-bench`), and tokens by lot (`random`).  Greedy answers of a small model
 run into loops, which accept everything: of greedy loads only prompts are kept whose answer repeats less than a fifth of its
-8-grams; each row says what its answers repeat.
+8-grams; each row says what its answers repeat, and how many answers were looked at for those that were left.
 
 A row is a draft under a load.  `ratio` is decoding against plain decoding in the same round, the median of the rounds;
 `acceptance` of guesses all before which stood, `predicted_acceptance` what the law says of the same ones (`bench.draft.law`).
@@ -29,10 +32,12 @@ from statistics import median
 from typing import Any
 
 from bench.contender import Case, Contender, Model
+from bench.draft import whole
 from bench.draft.heads import fitted, heads_file
 from bench.draft.law import Translated, Trials, learned, predicted, reader, repeated, texts_of
 from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
 from bench.oracle import ANSWERS, FILE
+from bench.said import said
 from tools.tiny.corpus import Corpus
 from weft.compose import traits_of
 from weft.errors import ConfigError, EngineError
@@ -51,6 +56,9 @@ LONGEST = {"prose": 96, "spec-bench": 768, "random": 64}
 MOST_REPEATED = 0.2
 BOUND = 8
 """Guesses of the perfect draft."""
+READERS = ("vocabtrim", "hierarchy")
+LAWS = 4
+"""Sequences at once up to which it is told what the law says."""
 KEY = ("draft", "accept", "batch", "prompts", "temperature", "controller", "threads", "draft_share")
 OUT = RESULTS / "draft.json"
 
@@ -101,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model-dir", type=Path, default=GROWN)
+    parser.add_argument("--whole", action="store_true", help="the loads of bench.draft.whole, whatever else is named")
+    parser.add_argument("--minutes", type=float, default=20.0, help="with --whole: begin no load after so many (20)")
     parser.add_argument("--resume", action="store_true", help="leave out loads whose rows are there")
     parser.add_argument("--quick", action="store_true", help="bundled model, few tokens, one round; writes no file")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -116,41 +126,68 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what is asked for, and keep it load by load.  Returns the rows of this run."""
+    began, rows, left = time.monotonic(), list[dict[str, Any]](), 0
     if flags.quick:
         flags.new, flags.rounds, flags.batches, model = 12, 1, "1", bundled()
     else:
         model = grown(SHAPE, flags.model_dir)
     kept: list[dict[str, Any]] = json.loads(flags.out.read_text())["rows"] if flags.out.is_file() else []
-    chosen = list(stacks(flags, model))
-    loads = product(
-        flags.texts.split(","), map(float, flags.temperatures.split(",")), map(int, flags.batches.split(","))
-    )
-    rows = []
-    for load in (Load(*x) for x in loads):
+    todo: list[tuple[whole.Sweep, Load, list[Stack]]] = []
+    for sweep in whole.sweeps() if flags.whole else [_asked(flags)]:
+        chosen = list(stacks(sweep, flags, model))
+        for load in (Load(*x) for x in whole.loads(sweep)):
+            some = [s for s in chosen if not (flags.resume and _there(kept, s, load, model, flags))]
+            if some:
+                todo.append((sweep, load, some))
+    root: Contender | None = None  # whose weights all others read
+    for n, (sweep, load, some) in enumerate(todo):
+        spent = time.monotonic() - began
+        if flags.whole and spent > 60 * flags.minutes:
+            left = len(todo) - n
+            break
+        tick(f"{spent / 60:.1f} min, load {n + 1} of {len(todo)}: {load}, {len(some)} drafts")
+        found, tried = prompts(model, flags, load, sweep.new)
         null = Case(
-            name="plain", prompts=prompts(model, flags, load), max_new=flags.new, batch=load.batch,
-            sampling={"temperature": load.temperature},
+            name="plain", prompts=found, max_new=sweep.new, batch=load.batch, sampling={"temperature": load.temperature},
         )  # fmt: skip
-        todo = [s for s in chosen if not (flags.resume and _there(kept, s, load, model, flags))]
-        if not todo:
-            continue
-        new = list(compare(model, null, todo, load, flags))
+        plain = Contender(model, null, flags.threads, root)
+        root = root or plain
+        new = list(compare(model, null, some, load, flags, sweep, plain, tried))
         rows += new
         if not flags.quick:
             mine = {_key(row) for row in new}
             kept = [row for row in kept if _key(row) not in mine] + new
-            kept.sort(key=lambda row: [str(row[k]) for k in ("prompts", "temperature", "batch", "draft", "controller")])
-            command = "python -m bench.draft.table ../shared/data --resume"
-            write(flags.out, {"command": command, "machine": machine(), "rows": kept})
-            flags.out.with_suffix(".md").write_text("# Drafts\n\n" + table(kept) + "\n", encoding="utf8")
+            _write(flags.out, kept)
+    if left:
+        tick(f"{left} loads are left; the same command with --resume goes on with them")
     return rows
 
 
-def stacks(flags: argparse.Namespace, model: Model) -> Iterator[Stack]:
-    """Every draft that is asked for, with each accept, controlled and not; what needs a model gets the one that was named."""
-    wanted = flags.drafts.split(";") if flags.drafts else [n for n in names("draft") if n != "none"]
-    for text, accept, control in product(wanted, flags.accepts.split(","), flags.controller.split(",")):
-        part = parse(f"draft={text}")
+def tick(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _asked(flags: argparse.Namespace) -> whole.Sweep:
+    """What the flags name."""
+    drafts = flags.drafts.split(";") if flags.drafts else [n for n in names("draft") if n != "none"]
+    return whole.Sweep(
+        tuple(flags.texts.split(",")), tuple(map(float, flags.temperatures.split(","))),
+        tuple(map(int, flags.batches.split(","))), tuple(drafts), tuple(flags.controller.split(",")), flags.new, flags.rounds,
+    )  # fmt: skip
+
+
+def _write(out: Path, rows: list[dict[str, Any]]) -> None:
+    rows.sort(key=lambda row: [str(row[k]) for k in ("prompts", "temperature", "batch", "draft", "controller")])
+    command = "python -m bench.draft.table ../shared/data --whole --resume"
+    write(out, {"command": command, "machine": machine(), "rows": rows})
+    out.with_suffix(".md").write_text("# Drafts\n\n" + table(rows) + "\n", encoding="utf8")
+
+
+def stacks(sweep: whole.Sweep, flags: argparse.Namespace, model: Model) -> Iterator[Stack]:
+    """Every draft that is asked for, with each accept, controlled and not; what needs a model gets the one that was named, and
+    what reads a text beforehand one that the bundled model wrote."""
+    for text, accept, control in product(sweep.drafts, flags.accepts.split(","), sweep.controller):
+        part = parse(f"draft={f'{text}(text={said()!r})' if text in READERS else text}")
         folder = source = None
         if Trait.SECOND_MODEL in traits_of(part).needs:
             folder = resolve_draft(flags.draft_model)
@@ -162,27 +199,30 @@ def stacks(flags: argparse.Namespace, model: Model) -> Iterator[Stack]:
         yield Stack(part, accept, control == "on", folder, source)
 
 
-def prompts(model: Model, flags: argparse.Namespace, load: Load) -> list[tuple[int, ...]]:
-    """A batch's prompts, two at least.  Greedy ones are tried, and those that loop are left out."""
+def prompts(model: Model, flags: argparse.Namespace, load: Load, new: int) -> tuple[list[tuple[int, ...]], int]:
+    """A batch's prompts, two at least, and of how many they are those that were left: greedy ones are tried, and those that loop
+    are not taken."""
     found: list[tuple[int, ...]] = []
+    tried = 0
     count = max(2, load.batch)
-    source = candidates(model, flags.data, load.text)
+    source = candidates(model, flags.data, load.text, whole.longest(load.batch))
     while len(found) < count:
-        some = [next(source) for _ in range(2 * count if load.temperature == 0 else count)]
+        some = [next(source) for _ in range(count)]
+        tried += len(some)
         if load.temperature == 0:
             # The bundled model computes what the grown one does, at a tenth of its cost.
-            case = Case(name="tried", prompts=some, max_new=flags.new, batch=min(8, len(some)))
+            case = Case(name="tried", prompts=some, max_new=new, batch=min(8, len(some)))
             tokens = Contender(bundled(), case, 1).run(0).tokens
             some = [p for i, p in enumerate(some) if repeated(tokens[i]) < MOST_REPEATED]
         found += some
-    return found[:count]
+    return found[:count], tried
 
 
-def candidates(model: Model, data: Path, text: str) -> Iterator[tuple[int, ...]]:
-    """Prompts of a kind without end, the same each time."""
+def candidates(model: Model, data: Path, text: str, longest: int) -> Iterator[tuple[int, ...]]:
+    """Prompts of a kind without end, the same each time; of at most so many tokens."""
     from weft.front.tokenizer import Tokenizer
 
-    tokenizer, rnd, most = Tokenizer.load(model.folder), random.Random(11), LONGEST[text]
+    tokenizer, rnd, most = Tokenizer.load(model.folder), random.Random(11), min(LONGEST[text], longest)
     if text == "random":
         vocab = load_spec(model.folder).vocab
         while True:
@@ -205,9 +245,9 @@ def candidates(model: Model, data: Path, text: str) -> Iterator[tuple[int, ...]]
             yield (*ids, *tail)
 
 
-def perfect(model: Model, null: Case, name: str, threads: int, like: Contender) -> Case:
-    """The bound of `bench.oracle`, for answers that are taken now with the weights of an engine that is there already."""
-    tokens = Contender(model, null, threads, like).run(0).tokens
+def perfect(null: Case, name: str, plain: Contender) -> Case:
+    """The bound of `bench.oracle`, for answers that are taken now."""
+    tokens = plain.run(0).tokens
     ANSWERS.mkdir(parents=True, exist_ok=True)
     known = [[*prompt, *tokens[i]] for i, prompt in enumerate(null.prompts)]
     (ANSWERS / f"{name}.json").write_text(json.dumps(known), encoding="utf8")
@@ -216,18 +256,18 @@ def perfect(model: Model, null: Case, name: str, threads: int, like: Contender) 
 
 
 def compare(
-    model: Model, null: Case, chosen: Sequence[Stack], load: Load, flags: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """The rows of one load: plain decoding, the bound, and the stacks, in turns."""
-    plain = Contender(model, null, flags.threads)
+    model: Model, null: Case, chosen: Sequence[Stack], load: Load, flags: argparse.Namespace, sweep: whole.Sweep,
+    plain: Contender, tried: int,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of one load: plain decoding, the bound, and the stacks, in turns.  tried: answers that were looked at."""
     name = f"table-{model.folder.name}-{load.text}-{load.temperature}-{load.batch}"
-    bound = perfect(model, null, name, flags.threads, plain)
+    bound = perfect(null, name, plain)
     cases = [bound, *(s.case(null) for s in chosen)]
     everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in cases)]
-    for one in everyone:
+    for one in everyone[1:]:
         one.run(0)
     watched = [Watched(one) for one in everyone]
-    for turn in range(1, flags.rounds + 1):
+    for turn in range(1, sweep.rounds + 1):
         one_round(everyone, turn)
     target = reader(resolve(None))
     for one, seen, stack in zip(everyone, watched, (None, None, *chosen), strict=True):
@@ -237,7 +277,7 @@ def compare(
         outputs = one.runs[-1].tokens
         folder = None if stack is None else stack.folder
         law = None
-        if stack is not None and seen.trials.tried:
+        if stack is not None and seen.trials.tried and load.batch <= LAWS:
             draft = learned(stack.source) if stack.source else None if folder is None else reader(folder)
             between = getattr(one.runtime.engine.stack["draft"], "translation", None)
             draft = draft if between is None else Translated(draft, between, one.runtime.setup.spec.vocab)
@@ -258,13 +298,15 @@ def compare(
             "predicted_acceptance": law,
             "trials": seen.trials.tried,
             "draft_time": seen.trials.draft_s / seen.trials.step_s if seen.trials.step_s else None,
+            "answers": len(outputs),
+            "tried": tried,
             "repeated_8grams": sum(repeated(x) for x in outputs.values()) / len(outputs),
             "same_tokens": outputs == plain.runs[-1].tokens,
             "draft_share": _share(folder, model),
             "model": model.name,
             "threads": flags.threads,
-            "rounds": flags.rounds,
-            "new": flags.new,
+            "rounds": sweep.rounds,
+            "new": sweep.new,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
 
@@ -300,7 +342,7 @@ def _share(folder: Path | None, model: Model) -> float:
 def _short(part: Part | None) -> str:
     """A part without the folder of its model, which is this machine's."""
     assert part is not None
-    rest = Part(part.slot, part.name, tuple((k, v) for k, v in part.arguments if k not in ("model", "weights")))
+    rest = Part(part.slot, part.name, tuple((k, v) for k, v in part.arguments if k not in ("model", "weights", "text")))
     return str(rest).partition("=")[2]
 
 
@@ -320,7 +362,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line for each row."""
     heads = (
         "prompts", "temperature", "batch", "draft", "accept", "controller", "ratio", "spread", "tokens a step", "acceptance",
-        "predicted", "draft's time", "repeated 8-grams", "draft's share", "threads",
+        "predicted", "draft's time", "answers", "of", "repeated 8-grams", "draft's share", "threads",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
@@ -330,7 +372,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "{:.2f} to {:.2f}".format(*row["ratio_spread"]), f"{row['tok_per_step']:.2f}",
             *("" if row[k] is None else f"{row[k]:.3f}" for k in ("acceptance", "predicted_acceptance")),
             "" if row["draft_time"] is None else f"{row['draft_time']:.1%}",
-            f"{row['repeated_8grams']:.1%}", f"{row['draft_share']:.2%}",
+            row.get("answers", ""), row.get("tried", ""), f"{row['repeated_8grams']:.1%}", f"{row['draft_share']:.2%}",
             row["threads"],
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -207,7 +207,9 @@ class Draws:
 
     def _row(self, ask: Ask, guesses: Sequence[int], salt: int = 0) -> sampler.Row:
         seed = noise.side_seed(ask.seed, DRAFT + salt) if ask.independent else ask.seed
-        history = np.concatenate([ask.context, np.array(guesses, np.int64)]) if guesses else ask.context
+        history = ask.context
+        if guesses and sampler.counts(ask.sampling):  # nobody else looks at it, and it is as long as the context
+            history = np.concatenate([history, np.array(guesses, np.int64)])
         return sampler.Row(ask.sampling, seed, ask.output + len(guesses), history, ask.prompt)
 
 

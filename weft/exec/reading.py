@@ -79,13 +79,19 @@ class Reading:
 
     def take(self, batch: Batch, works: Sequence[Work], mine: Sequence[int]) -> None:
         """Keep what is asked for of a batch that has just passed the last layer."""
+        sampled = 0
         for k, i in enumerate(mine):
             work = works[i]
+            sampled += work.prompt_rows + (min(len(work.tokens), 1 + work.guesses) if work.samples else 0)
             asked = int(getattr(self._mirror.sequences[work.request].stack["draft"], "states", 0))
             if asked and work.samples and work.link is None:
                 context = len(work.tokens) - work.guesses
                 first = batch.bounds[k] + max(0, context - asked)
-                self._rows[work.request] = self._decoder.states(first, batch.bounds[k + 1])
+                rows = batch.bounds[k + 1] - first
+                if rows == 1 + work.guesses:  # as in every step behind the prompt: the head has normed them
+                    self._rows[work.request] = self._decoder.picked(sampled - rows, sampled)
+                else:
+                    self._rows[work.request] = self._decoder.states(first, batch.bounds[k + 1])
             if work.soft:
                 first = batch.bounds[k] + len(work.tokens)
                 self._soft[work.request] = self._decoder.states(first, batch.bounds[k + 1], normed=False)

@@ -92,14 +92,13 @@ def plain(s: SamplingSpec, output: int) -> bool:
     return s.temperature == 0.0 and not _adjusts(s, output)
 
 
+def counts(s: SamplingSpec) -> bool:
+    """Whether the law looks at which tokens came before."""
+    return bool(s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty)
+
+
 def _adjusts(s: SamplingSpec, output: int) -> bool:
-    return bool(
-        s.logit_bias
-        or s.repetition_penalty != 1.0
-        or s.presence_penalty
-        or s.frequency_penalty
-        or (s.stop_ids and output < s.min_tokens)
-    )
+    return bool(s.logit_bias or counts(s) or (s.stop_ids and output < s.min_tokens))
 
 
 def _draw_one(logits_V: Tensor, row: Row) -> int:

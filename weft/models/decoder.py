@@ -21,13 +21,13 @@ from weft.models import kernels as cpu
 from weft.models.formats import WeightFormat
 from weft.models.layout import arena, buffer_bytes, buffer_shapes, workspace_bytes
 from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, Weighing, filling, head, operations
+from weft.models.ropes import Ropes
 from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes, group_of_layers
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.native import module as kernels
 from weft.ops import Ops, choose
 from weft.ops.attention_call import DENSE, AttentionCall, ByKernels, by_technique
 from weft.ops.ref.attention_mass import WeighingPlan
-from weft.ops.ref.rope import frequencies
 from weft.ops.ref.tiles import (
     CANDIDATES,
     FAST,
@@ -82,7 +82,7 @@ class Decoder:
         self.weights = memory
         self._buffers, self._workspace = self._allocate()
         self._group_of = group_of_layers(spec, groups)
-        self._inverse = {layer.rope: frequencies(layer.rope).to(self.device) for layer in spec.layers if layer.rope}
+        self._ropes = Ropes(spec, ops, self.device)
         self._tiling = self._attention_tiling()
         self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
         self._material = Material(spec, ops, tensors, self._buffers, self.groups, self._group_of, self.dtype, self.cut)
@@ -155,8 +155,8 @@ class Decoder:
 
     @property
     def program(self) -> Any:
-        """Of weft's kernels, where they compute this model, else None."""
-        return None if self.native is None else self.native.program
+        """What draws tokens by weft's kernels, where they compute this model, else None."""
+        return None if self.native is None else self.native.drawing
 
     # ------------------------------------------------------------------------------------------ in stretches
 
@@ -186,14 +186,20 @@ class Decoder:
         self.ops.rms_norm(rows, self.tensors["norm"], self.spec.norm_eps, self.spec.norm_offset, out)
         return out
 
+    def picked(self, first: int, stop: int) -> Tensor:
+        """As `states`, of rows [first, stop) of those whose logits the pass gave; a copy."""
+        return self._buffers["picked"][first:stop].to(torch.float32, copy=True)
+
     def predict(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocab], float32, that the model's head gives for any hidden states [n, width]."""
+        """Logits [n, vocab], float32, that the head gives for any hidden states [n, width]; good until the next call or pass."""
         out = []
-        for part in hidden.split(self.max_samples):
+        for low in range(0, len(hidden), self.max_samples):
+            part = hidden[low : low + self.max_samples]
             self._buffers["picked"][: len(part)].copy_(part)
             self._finish(len(part))
-            out.append(self._buffers["logits"][: len(part)].clone())
-        return torch.cat(out)
+            logits = self._buffers["logits"][: len(part)]
+            out.append(logits if len(part) == len(hidden) else logits.clone())
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     def _finish(self, count: int) -> None:
         """Logits of the first rows of the buffer `picked`."""
@@ -216,7 +222,7 @@ class Decoder:
                 if self.native is None
                 else [cpu.filling(self._material, self.native, layer) for layer in layers]
             )
-        step = self._step(batch, pool, self._ropes(batch))
+        step = self._step(batch, pool, self._ropes(batch.positions_T))
         self._buffers["hidden"][: step.rows].copy_(hidden)
         for layer in range(first, len(self.spec.layers)):
             group = self._group_of[layer]
@@ -234,9 +240,7 @@ class Decoder:
         assert 0 <= first < stop <= len(self.spec.layers)
         if stop == len(self.spec.layers):
             assert wanted <= self.max_samples, f"{wanted} rows of logits in a decoder built for {self.max_samples}"
-        if self.device.type == "cpu":
-            assert int(batch.positions_T.max()) < self.spec.max_positions, "a position beyond the model's context"
-        step = self._step(batch, pool, self._ropes(batch))
+        step = self._step(batch, pool, self._ropes(batch.positions_T))
         step.keep = keep
         techniques = by_technique(batch)
         step.dense = self.native is not None and self.native.attends(batch, pool)
@@ -286,12 +290,6 @@ class Decoder:
     def _step(self, batch: Batch, pool: KVPool, ropes: dict[RopeSpec, tuple[Tensor, Tensor]]) -> Step:
         native = None if self.native is None else self.native.begin(batch, ropes)
         return Step(batch, pool, batch.tokens_T.shape[0], ropes, native=native)
-
-    def _ropes(self, batch: Batch) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
-        return {
-            rope: self.ops.rope_tables(batch.positions_T, inverse, rope.attention_factor)
-            for rope, inverse in self._inverse.items()
-        }
 
     def _run(self, step: Step, first: int, stop: int, at_end: bool) -> None:
         for segment in self._pieces(first, stop, at_end, step.batch.deltas is not None, step.dense, step.alone):

@@ -17,6 +17,7 @@ from weft.models.native_step import STORES, NativeStep, encoding
 from weft.models.operations import Material, Operation, Run, Seam, Step, attend, store
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops.choice import ACTIVATIONS
+from weft.ops.cpu.drawing import Drawing
 from weft.ops.cpu.panels import Panels
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Native:
     ) -> None:
         self.module, self.spec, self.inputs = module, spec, INPUTS[inputs]
         self.program = module.Program(threads, isa)
+        self.drawing = Drawing(self.program, module.Program(1, isa))
         self.chunk: int = module.CHUNK
         """Entries of a key tile that sequences may share."""
         self.ropes = tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope is not None))

@@ -1,0 +1,48 @@
+"""Rope tables of a pass: cosine and sine of its rows' positions, for each rotary embedding of a model.
+
+Legend.  T: rows.  F: rotated pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.models.spec import DecoderSpec, RopeSpec
+from weft.ops import Ops
+from weft.ops.ref.rope import frequencies
+
+KEPT_POSITIONS = 4096
+"""Whose tables are kept on a CPU, at most 4 MiB for each rope; those of later positions are computed in every pass."""
+
+
+class Ropes:
+    """The tables by rope, float32 [T, F] each.  What is kept was computed as the rest is: it is the same to the bit."""
+
+    def __init__(self, spec: DecoderSpec, ops: Ops, device: torch.device) -> None:
+        self._tables, self._device, self._positions = ops.rope_tables, device, spec.max_positions
+        self._inverse = {layer.rope: frequencies(layer.rope).to(device) for layer in spec.layers if layer.rope}
+        self._kept: dict[RopeSpec, tuple[Any, Any]] = {}
+        """Of the first positions, as arrays: behind a pass, which fills the caches, each operation of torch's is dear."""
+
+    def __call__(self, positions_T: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
+        if self._device.type == "cpu":
+            positions = positions_T.numpy()
+            most = int(positions.max())
+            assert most < self._positions, "a position beyond the model's context"
+            if most < KEPT_POSITIONS:
+                if not self._kept:
+                    first = torch.arange(min(KEPT_POSITIONS, self._positions))
+                    self._kept = {rope: (c.numpy(), s.numpy()) for rope, (c, s) in self._computed(first).items()}
+                return {
+                    rope: (torch.from_numpy(cos[positions]), torch.from_numpy(sin[positions]))
+                    for rope, (cos, sin) in self._kept.items()
+                }
+        return self._computed(positions_T)
+
+    def _computed(self, positions_T: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
+        return {
+            rope: self._tables(positions_T, inverse, rope.attention_factor) for rope, inverse in self._inverse.items()
+        }
