@@ -70,7 +70,7 @@ def rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     model, target = bundled(), reader(resolve(None))
     ends = ModelText.load(resolve(None)).eos_ids
     for text in TEXTS:
-        prompts = list(islice(table.candidates(model, flags.data, text), flags.prompts))
+        prompts = list(islice(table.candidates(model, flags.data, text, 768), flags.prompts))
         for temperature in TEMPERATURES:
             sampling = SamplingSpec(max_tokens=flags.new, temperature=temperature, stop_ids=ends)
             for name, folder in drafts(flags).items():
