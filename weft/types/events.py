@@ -76,14 +76,14 @@ class Finished(Struct, frozen=True, tag="finished", omit_defaults=True):
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix index."""
     error: str | None = None
-    code: str | None = None
-    """Of an error that is the request's own fault, as in `Rejected`."""
     discarded: int = 0
     """Tokens that a search drew for the request and did not return; told with the last of its sequences that ends."""
     vector: bytes = b""
     """Pooled hidden states of the prompt, little-endian float32 [width], where `SamplingSpec.pooling` asks for them."""
     stored: tuple[tuple[int, ...], ...] = ()
     """As `RequestSpec.stored`, of a request that was to be handed over."""
+    code: str | None = None
+    """Of an error that is the request's own fault, as in `Rejected`."""
 
 
 class Preempted(Struct, frozen=True, tag="preempted"):
