@@ -332,7 +332,7 @@ class Engine(Sequences):
         told = handover.tickets(self.kv, r) if r.spec.hand_over and error is None else ()
         for index in (r.index,) if r.fanned else range(r.spec.n):
             events.append(
-                Finished(r.id, index, reason, stop_id, r.cached_tokens, error, code, vector=vector, stored=told)
+                Finished(r.id, index, reason, stop_id, r.cached_tokens, error, code=code, vector=vector, stored=told)
             )
         for c in r.companions:
             self.kv.publish(c, 0)
