@@ -33,8 +33,9 @@ EVERY = 4
 """Steps between two decisions about a batch of one size."""
 LEAST = 0.02
 """A guess that is less likely to stand is not looked at: it never pays for its row."""
-AGAIN = 1.03
-"""What guessing must promise, of plain decoding's speed, to be turned on again; it stays on while it promises 1."""
+AGAIN, STAYS = 1.1, 1.05
+"""What guessing must promise, of plain decoding's speed, to be turned on again, and to stay on.  The lengths that promise most are
+those whose times came out too short, and sequences that guess end at different times, which leaves smaller batches behind."""
 SHARE = 0.01
 PROBE = 2
 """Guesses of a probe."""
@@ -249,7 +250,7 @@ class Control:
             hopes.append(0.0 if self._behind(r) * pool.row(size) > SAVES * saves_s else a)
         was = any(pace.want for _, pace, _, _ in mine)
         guess_s = max(pool.guess(size) for _, _, pool, _ in mine)
-        least = size / plain * (1.0 if was else AGAIN)
+        least = size / plain * (STAYS if was else AGAIN)
         soft = [hasattr(r.stack["draft"], "soft") for r, _, _, _ in mine]
         wants = lengths(hopes, [most for _, _, _, most in mine], size, costs, guess_s, least, soft)
         for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
