@@ -34,8 +34,8 @@ EVERY = 4
 LEAST = 0.02
 """A guess that is less likely to stand is not looked at: it never pays for its row."""
 AGAIN, STAYS = 1.1, 1.05
-"""What guessing must promise, of plain decoding's speed, to be turned on again, and to stay on.  The lengths that promise most are
-those whose times came out too short, and sequences that guess end at different times, which leaves smaller batches behind."""
+"""What guessing must promise, of plain decoding's speed, to be turned on again, and to stay on.  The lengths that promise most
+are those whose times came out too short, and sequences that guess end at different times, which leaves smaller batches."""
 SHARE = 0.01
 PROBE = 2
 """Guesses of a probe."""
