@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from bench.contender import Model
 from bench.draft.heads import fitted
 from bench.draft.law import Soft, Trials, predicted, reader
+from bench.draft.stands import written
 from tests.accept.test_rejection import exact_law
 from tests.draft.test_speculative_sampling import LAWS, Watching
 from tests.exec.conftest import STORY, Bench, spec
@@ -28,14 +29,13 @@ from weft.draft.prompt_tokens import BUNDLED, KIND, MOST, PromptTokens
 from weft.errors import ConfigError
 from weft.exec.build import EngineConfig, Runtime, build, prepare
 from weft.exec.gather import softened
-from weft.exec.thread import step
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.registry import parse
 from weft.sim.load import load_of
 from weft.slots import Ask
 from weft.slots.cost import Figures, Kind
-from weft.types import Plan, RequestSpec, SamplingSpec, StepResult, TokenItem, Tokens, Work
+from weft.types import Plan, SamplingSpec, StepResult, Work
 
 # ---------------------------------------------------------------------------------------------- by hand
 
@@ -322,24 +322,10 @@ def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: fl
     tokenizer = Tokenizer.load(resolve(None))
     prompts = [tokenizer.encode(text, add_special=False) for text in OPENINGS]
     runtime = build(prepare(config("draft=prompt_tokens(guesses=3)", f"accept={accept}")))
-    trials, owners, outputs = Trials(), dict[int, int](), dict[int, list[int]]()
-    inner = runtime.executor.execute
-
-    def execute(plan: Plan) -> StepResult:
-        owners.update((r.rid, r.id) for r in runtime.engine.requests())
-        trials.take(plan, found := inner(plan))
-        return found
-
-    runtime.executor.execute = execute  # type: ignore[method-assign]
-    for id in range(12 if temperature else 4):
-        sampling = SamplingSpec(max_tokens=400 if temperature else 150, temperature=temperature)
-        items = (TokenItem(tuple(prompts[id % 4])),)
-        assert runtime.engine.add(RequestSpec(id=id, items=items, sampling=sampling, seed=id), 0.0) == []
-    while runtime.engine.has_work:
-        for event in step(runtime.engine, runtime.executor)[0]:
-            if isinstance(event, Tokens):
-                outputs.setdefault(event.id, []).extend(event.tokens)
-    texts = [(prompts[owners[rid] % 4], outputs[owners[rid]], mine) for rid, mine in trials.by_sequence.items()]
+    trials, count = Trials(), 12 if temperature else 4
+    sampling = SamplingSpec(max_tokens=400 if temperature else 150, temperature=temperature)
+    found = written(runtime, [prompts[id % 4] for id in range(count)], range(count), sampling, trials)
+    texts = [text for text, _ in found]
     law = predicted(reader(resolve(None)), Soft(BUNDLED), texts, temperature, weighs=accept == "rejection")
     assert trials.tried > (2000 if temperature else 300)
     assert trials.stood / trials.tried == pytest.approx(law, abs=0.02 if temperature else 0.01)
