@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from bench.contender import Model
 from bench.draft.heads import fitted
-from bench.draft.law import Soft, Trials, predicted, reader
-from bench.draft.stands import written
+from bench.draft.law import Soft, reader
+from bench.draft.stands import judged, written
 from tests.accept.test_rejection import exact_law
 from tests.draft.test_speculative_sampling import LAWS, Watching
 from tests.exec.conftest import STORY, Bench, spec
@@ -322,13 +322,13 @@ def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: fl
     tokenizer = Tokenizer.load(resolve(None))
     prompts = [tokenizer.encode(text, add_special=False) for text in OPENINGS]
     runtime = build(prepare(config("draft=prompt_tokens(guesses=3)", f"accept={accept}")))
-    trials, count = Trials(), 12 if temperature else 4
-    sampling = SamplingSpec(max_tokens=400 if temperature else 150, temperature=temperature)
-    found = written(runtime, [prompts[id % 4] for id in range(count)], range(count), sampling, trials)
-    texts = [text for text, _ in found]
-    law = predicted(reader(resolve(None)), Soft(BUNDLED), texts, temperature, weighs=accept == "rejection")
-    assert trials.tried > (2000 if temperature else 300)
-    assert trials.stood / trials.tried == pytest.approx(law, abs=0.02 if temperature else 0.01)
+    count, most = (12, 400) if temperature else (4, 150)
+    sampling = SamplingSpec(max_tokens=most, temperature=temperature)
+    texts = written(runtime, [prompts[id % 4] for id in range(count)], range(count), sampling)
+    found = judged(texts, reader(resolve(None)), Soft(BUNDLED), temperature, weighs=accept == "rejection")
+    assert found.trials > (2000 if temperature else 300)
+    assert found.slips == 0
+    assert found.rate == pytest.approx(found.predicted, abs=0.02 if temperature else 0.01)
 
 
 def test_tokens_go_with_a_model_that_was_grown(tmp_path: Path, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
