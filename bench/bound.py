@@ -52,6 +52,9 @@ class Place:
     def law(self, row: int) -> tuple[Any, Floats]:
         return np.arange(len(self._p)), self._p
 
+    def warm(self, row: int) -> tuple[Any, Floats]:
+        return self.law(row)
+
     def uniform(self, row: int, token: int, salt: int) -> float:
         return noise.uniform(noise.side_seed(self._seed, salt), 0, token)
 

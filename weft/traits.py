@@ -79,7 +79,8 @@ class Traits:
     """What one technique declares.
 
     history: the w of READS_HISTORY(w), in tokens.  bound: of an APPROX technique, the mean KL divergence in nats per token from
-    the reference path's law that it stays below at its `trial` arguments, over the prose of `weft conform`.
+    the reference path's law that it stays below at its `trial` arguments, over the prose of `weft conform`; of a rule of
+    acceptance, whose logits are the reference's own, the divergence of the tokens that stand.
     """
 
     fidelity: Fidelity = Fidelity.EXACT

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from weft.accept.bild import BiLD
 from weft.accept.rejection import Rejection
+from weft.accept.typical import Typical
 from weft.adapt.lora import LoRA
 from weft.attention.flexprefill import FlexPrefill
 from weft.config import Stack
@@ -167,6 +169,41 @@ def copy_of(slot: str, broken: type) -> Lab:
         return broken(**{f.name: getattr(real, f.name) for f in fields(real) if f.init})
 
     return Lab(with_part(slot, change))
+
+
+class Lets(Typical):
+    """Lets a guess stand that is likelier than one in ten thousand."""
+
+    def _stands(self, view: Verify, row: int, guess: int) -> bool:
+        ids, p = view.law(row)
+        return float(p[ids == guess].sum()) > 1e-4
+
+
+class Sly(Typical):
+    """Behaves while it is asked what it does, and lets every guess stand when it serves."""
+
+    def accept(self, view: Verify) -> tuple[list[int], list[int]]:
+        if view.winner(0) < 0:
+            return Typical.accept(self, view)
+        self.acts["let"] += 1
+        return [view.guesses[0], view.winner(1)], [0]
+
+
+class Shy(BiLD):
+    """Lets nothing stand but what the race selects."""
+
+    def _stands(self, view: Verify, row: int, guess: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "match"),
+    [("typical", Lets, "exceeds"), ("typical", Sly, "not drawn by the law"), ("bild", Shy, "says nothing of the rule")],
+)
+def test_a_rule_that_lets_too_much_stand_is_seen(lab: Lab, name: str, broken: type, match: str) -> None:
+    """So is one that serves by another rule than it shows, and one that does nothing."""
+    with pytest.raises(AssertionError, match=match):
+        approx(copy_of("accept", broken), lab.part("accept", name))
 
 
 class Least(FlexPrefill):

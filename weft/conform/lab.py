@@ -26,6 +26,7 @@ from weft.exec.build import EngineConfig, Runtime, Setup, build, prepare
 from weft.exec.mirror import Mirrored
 from weft.exec.null import NullExecutor, reference
 from weft.exec.thread import step
+from weft.fidelity.rule import Judged
 from weft.front.text import ModelText, vocabulary_of
 from weft.hub import resolve
 from weft.registry import Part, lookup
@@ -238,6 +239,22 @@ class Lab:
             for spec in specs
         ]
         return found, self.send(runtime, [sent])
+
+    def judged(
+        self, parts: Sequence[Part], specs: Sequence[RequestSpec], forced: Mapping[int, Sequence[int]]
+    ) -> tuple[Laws, Judged]:
+        """As `laws`, with what the stack's rule of acceptance would make of them where something was guessed, as logarithms."""
+        found: list[Judged] = []
+
+        def replaced(stack: Stack) -> Stack:
+            stack = stack if self.alter is None else self.alter(stack)
+            found.append(Judged(stack["accept"]))
+            return replace(stack, instances={**stack.instances, "accept": found[-1]})
+
+        lab = Lab(replaced, self.device)
+        lab._trials = self._trials
+        laws, _ = lab.laws(parts, specs, forced)
+        return {**laws, **found[-1].found}, found[-1]
 
     def cuts(self, parts: Sequence[Part]) -> list[Cut]:
         """What the stack's compression kept at every cut of the workload."""

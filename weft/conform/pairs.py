@@ -17,7 +17,18 @@ from pathlib import Path
 
 from weft.compose import Verdict, compose, traits_of
 from weft.config import build_stack
-from weft.conform.checks import REDEFINED_SLACK, SLACK, alike, as_alone, beside, equal_tokens, fits, own_acts, within
+from weft.conform.checks import (
+    REDEFINED_SLACK,
+    SLACK,
+    alike,
+    as_alone,
+    beside,
+    equal_tokens,
+    fits,
+    hangs_on_guesses,
+    own_acts,
+    within,
+)
 from weft.conform.code import code
 from weft.conform.lab import Lab, stack
 from weft.errors import ComposeError
@@ -122,10 +133,10 @@ def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
         exact = [p for p, t in zip(rest, others, strict=True) if t.bound is None]
         slack = REDEFINED_SLACK if any(Effect.REDEFINES in t.effects for t in others) else SLACK
         return within(lab, parts, exact, slack * sum(bounds))
-    if Fidelity.SAME_LAW not in (traits.fidelity, *(t.fidelity for t in others)):
+    if not any(hangs_on_guesses(p) for p in parts):
         return equal_tokens(lab, parts, rest)
     if traits.fidelity is Fidelity.EXACT:
-        return ""  # the draws of the stack with both are held to the law of the stack with neither
+        return ""  # what both draw, or would draw, is held to the law of the stack with neither
     plain = [
         p
         for p, t in zip(rest, others, strict=True)

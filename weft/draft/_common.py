@@ -38,14 +38,27 @@ RATE, DECAYS, EPS = 3e-4, (0.9, 0.99), 1e-8
 """Adam's."""
 
 
-def chained(asks: Sequence[Ask], run: Forward, most: Sequence[int], acts: dict[str, int]) -> list[Guesses]:
-    """Guess after guess, a pass for all that still go on.  most: of each ask.  acts: in which `draft_rows` is counted."""
+def chained(
+    asks: Sequence[Ask],
+    run: Forward,
+    most: Sequence[int],
+    acts: dict[str, int],
+    sure: Callable[[Any], Sequence[bool]] | None = None,
+) -> list[Guesses]:
+    """Guess after guess, a pass for all that still go on.  most: of each ask.  acts: in which `draft_rows` is counted.
+
+    sure: of logits [rows, vocab], which rows are guessed from; the others end there.
+    """
     tokens: list[list[int]] = [[] for _ in asks]
     laws: list[list[Any]] = [[] for _ in asks]
     rows: list[tuple[int, list[int]]] = [(i, [int(ask.context[-1])]) for i, ask in enumerate(asks) if most[i] > 0]
     while rows:
-        drawn = run.draw([(i, tokens[i]) for i, _ in rows], run(rows))
+        logits = run(rows)
         acts["draft_rows"] += len(rows)
+        if sure is not None and not all(kept := sure(logits)):
+            at = [n for n, one in enumerate(kept) if one]
+            rows, logits = [rows[n] for n in at], logits[at]
+        drawn = run.draw([(i, tokens[i]) for i, _ in rows], logits)
         going = []
         for (i, _), (token, law) in zip(rows, drawn, strict=True):
             if token < 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -49,6 +49,13 @@ class Verified:
         if row not in self._laws:
             self._laws[row] = sampler.law(self.logits_NV[row].float().cpu(), self.rows[row])
         return self._laws[row]
+
+    def warm(self, row: int) -> tuple[Ints, sampler.Floats]:
+        own = self.rows[row]
+        if own.sampling.temperature > 0.0:
+            return self.law(row)
+        heated = msgspec.structs.replace(own.sampling, temperature=1.0)
+        return sampler.law(self.logits_NV[row].float().cpu(), replace(own, sampling=heated))
 
     def uniform(self, row: int, token: int, salt: int) -> float:
         own = self.rows[row]

@@ -190,6 +190,7 @@ class Verify(Protocol):
     guesses, parents: a tree of guesses; parents[j] is the guess that j follows, -1 the context.  laws: of each guess, float32
     [guesses, vocab], or None (then a guess was certain).  Row 0 follows the context, row 1 + j guess j.
     winner(row): the token that the race selects there.  law(row): (ids int64, probabilities float64) of the target's law.
+    warm(row): the same, but at temperature 1 where the request is greedy.
     uniform(row, token, salt): noise in (0, 1), a function of seed, output index, token and salt.
     """
 
@@ -199,6 +200,7 @@ class Verify(Protocol):
 
     def winner(self, row: int) -> int: ...
     def law(self, row: int) -> tuple[Any, Any]: ...
+    def warm(self, row: int) -> tuple[Any, Any]: ...
     def uniform(self, row: int, token: int, salt: int) -> float: ...
 
 
