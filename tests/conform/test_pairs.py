@@ -77,6 +77,24 @@ def test_a_pair_is_tested_anew_when_either_file_changes(monkeypatch: pytest.Monk
     assert pairs.digest(pair) != before
 
 
+def test_what_a_technique_imports_of_its_folder_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def noted(source: str) -> bytes:
+        read.append(source)
+        return b""
+
+    monkeypatch.setattr(pairs, "code", noted)
+    folder = ROOT / "weft" / "draft"
+    common, weights = ((folder / name).read_text(encoding="utf8") for name in ("_common.py", "_weights.py"))
+    for name, wanted in (
+        ("clover", {common, weights}), ("prompt_tokens", {common, weights}), ("vocabtrim", {common}), ("ngram", set()),
+    ):  # fmt: skip
+        read.clear()
+        pairs.digest(pairs.Pair(("draft", name), ("skip", "mue")))
+        assert set(read) & {common, weights} == wanted, name
+
+
 def entry(pair: pairs.Pair, device: str, draws: int) -> dict[str, Any]:
     """The ledger's record of a pair, tested in a process that keeps one laboratory."""
     global LAB

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor
 
 from tests.exec.test_sampler import GRID
 from tests.native.machine import ISAS, MODULE
+from weft.core import noise
 from weft.exec import sampler
 from weft.exec.sampler import Row
+from weft.ops.cpu.drawing import FEW_LOGITS, Drawing
 from weft.types import SamplingSpec
 
 EMPTY = np.empty(0, np.int64)
@@ -81,3 +85,41 @@ def test_tiny_and_huge_temperatures() -> None:
     assert tiny == {0, 3}
     huge = {sampler.draw(logits, [Row(SamplingSpec(temperature=1e30), s, 0, EMPTY, 0)], program)[0] for s in range(60)}
     assert huge == {0, 1, 2, 3}
+
+
+# ---------------------------------------------------------------------------------------------- by how many threads
+
+
+class Noted:
+    def __init__(self, token: int) -> None:
+        self.token, self.calls = token, 0
+
+    def draw(self, where: Sequence[int], vocab: int, *laws: Sequence[float]) -> list[int]:
+        self.calls += 1
+        assert all(len(law) == len(where) for law in laws)
+        return [self.token] * len(where)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "alone"),
+    [(1, 4096, True), (16, 4096, True), (17, 4096, False), (1, FEW_LOGITS, True), (1, FEW_LOGITS + 1, False)],
+)
+def test_few_logits_stay_on_the_thread_that_asks(rows: int, vocab: int, alone: bool) -> None:
+    several, one = Noted(7), Noted(8)
+    found = Drawing(several, one).draw(range(rows), vocab, *[[0.0] * rows] * 5)
+    assert found == [8 if alone else 7] * rows
+    assert (several.calls, one.calls) == (int(not alone), int(alone))
+
+
+@pytest.mark.parametrize("count", [5, 16, 17, 40])
+def test_on_either_side_the_winner_is_the_race_s(count: int) -> None:
+    """By the formula, token by token in double precision: argmax of logit / temperature - log(-log u)."""
+    vocab = 4096
+    logits = logits_of(count, vocab, 3.0, count)[:, :vocab].contiguous()
+    drawing = Drawing(MODULE.Program(3), MODULE.Program(1))
+    rows = rows_of(count, temperature=0.7)
+    found = sampler.draw(logits, rows, drawing)
+    for i, row in enumerate(rows):
+        gumbel = np.array([noise.gumbel(row.seed, row.output, t) for t in range(vocab)])
+        raced = logits[i].double().numpy() / 0.7 + gumbel
+        assert raced[found[i]] >= raced.max() - 1e-4, i

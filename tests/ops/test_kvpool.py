@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -266,3 +267,19 @@ def test_save_and_load() -> None:
         with pytest.raises(TransferError, match="blocks take"):
             other.carry_out(KVOp(KVOpKind.LOAD, 0, (), (0, 4)), wrong)
     assert torch.equal(other.arena, before)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_positions_are_written_where_their_slots_say(group: int) -> None:
+    """By the formula, slot by slot: block slot // tokens, offset slot % tokens; others stay, in both groups."""
+    pool = pool_of(block_tokens=4)
+    tokens = pool.groups[group].block_tokens
+    rng = np.random.default_rng(3)
+    slots = rng.permutation(BLOCKS * tokens)[: 3 * tokens + 1]
+    before = [pool.positions(g).clone() for g in range(len(pool.groups))]
+    wanted = before[group].clone()
+    for i, slot in enumerate(slots.tolist()):
+        wanted[slot // tokens, slot % tokens] = 1000 + 3 * i
+    pool.write_positions(group, torch.from_numpy(slots), 1000 + 3 * torch.arange(len(slots)))
+    assert torch.equal(pool.positions(group), wanted)
+    assert pool.positions(group).dtype == torch.int32

@@ -148,14 +148,15 @@ def _keeps(lab: Lab, parts: Sequence[Part], part: Part, draws: int) -> str:
 
 
 def digest(pair: Pair) -> str:
-    """Changes with the code of either technique, and of `_common` where it names that; not with comments and docstrings."""
+    """Changes with the code of either technique and of what it names of its folder's own (`_common`, `_weights`): of all from
+    which a technique may import but the vocabulary.  Not with comments and docstrings."""
     h = hashlib.blake2b(digest_size=12)
     for slot, name in (pair.one, pair.other):
         module = inspect.getmodule(lookup(slot, name))
         assert module is not None
         source = inspect.getsource(module)
         h.update(code(source))
-        common = Path(module.__file__ or "").with_name("_common.py")
-        if common.stem in source and common.is_file():
-            h.update(code(common.read_text(encoding="utf8")))
+        for own in sorted(Path(module.__file__ or "").parent.glob("_[!_]*.py")):
+            if own.stem in source:
+                h.update(code(own.read_text(encoding="utf8")))
     return h.hexdigest()
