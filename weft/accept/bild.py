@@ -16,8 +16,8 @@ Differs  a guess that the race selects stands at any distance, and guesses share
          first alone may stand.  The paper's other half, when the small model hands over, is draft=bild
 Bound    over the prose of `weft conform` with its defaults and draft=bild(guesses=3, fallback=0.2): at temperature 1 the law of
          what stands has a KL divergence of 0.016 nat from the target's on average (0.020 the other way round); greedily what
-         stands is 0.039 nat less likely than the target's own.  Beside a draft whose guesses are drawn from no law a token is
-         certain where it stands: 0.06 nat (draft=ngram) to 0.37 (jacobi)
+         stands is 0.039 nat less likely than the target's own.  Beside other drafts 0.0003 nat (prompt_tokens) to 0.37 (jacobi,
+         whose guesses are drawn from no law)
 Raises   ValueError where rollback is negative
 """
 
@@ -43,7 +43,7 @@ class BiLD:
     per_request: ClassVar[bool] = True
     laws: ClassVar[bool] = False
     beside: ClassVar[tuple[str, ...]] = ("draft=bild(guesses=3,fallback=0.2)",)
-    certain_bound: ClassVar[float] = 0.5
+    other_drafts: ClassVar[float] = 0.4
     traits: ClassVar[Traits] = Traits(fidelity=Fidelity.APPROX, effects=frozenset({Effect.GUESSES}), bound=0.06)
 
     def __post_init__(self) -> None:

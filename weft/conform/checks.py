@@ -249,16 +249,17 @@ def _let(
     bound: float,
 ) -> str:
     """At temperature 1 the divergence of the tokens that stand from the reference's law (a rule may leave tokens of that no
-    chance), and greedily by how much less likely they are than the reference's.  A rule may say another bound for guesses that
-    are certain (`certain_bound`)."""
+    chance), and greedily by how much less likely they are than the reference's.  Beside another draft than
+    the one that it names a rule may be farther off (`other_drafts`)."""
     said = []
-    own = [lookup(p.slot, p.name) for p in parts if p.slot == "accept"]
-    certain = bound + max((float(getattr(cls, "certain_bound", 0.0)) for cls in own), default=0.0)
+    cls = next(lookup(p.slot, p.name) for p in parts if p.slot == "accept")
+    named = {parse(text).name for text in getattr(cls, "beside", ())}
+    if any(p.slot == "draft" and p.name not in named for p in parts):
+        bound += float(getattr(cls, "other_drafts", 0.0))
     for temperature in (1.0, 0.0):
         sent = [msgspec.structs.replace(s, sampling=SamplingSpec(temperature=temperature)) for s in specs]
         theirs, _ = lab.laws(reference, sent, forced)
         mine, judged = lab.judged(parts, sent, forced)
-        most = bound if not judged.certain else certain
         if temperature:
             assert judged.let > 0, "no guess stood that the race does not select, so the bound says nothing of the rule"
             values = kl(mine, theirs)
@@ -266,8 +267,8 @@ def _let(
         else:
             values = judged.lost
             said.append(f"greedy tokens {fmean(values):.3g} nats less likely")
-        assert fmean(values) <= most, f"{said[-1]}, over {len(values)} tokens, exceeds {most:.4g}"
-    return f"{'; '.join(said)}; bound {most:.3g}"
+        assert fmean(values) <= bound, f"{said[-1]}, over {len(values)} tokens, exceeds {bound:.4g}"
+    return f"{'; '.join(said)}; bound {bound:.3g}"
 
 
 def drawn_so(lab: Lab, parts: Sequence[Part]) -> str:

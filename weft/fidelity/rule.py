@@ -173,7 +173,7 @@ class Judged:
 
     on: whether it does; else it is the rule itself.  laws: log e [vocab] by (seed of the sequence, index of the token).  let: how
     often in all a guess stood that the race does not select.  lost: of greedy places, by how many nats what stands is less
-    likely at temperature 1 than the likeliest token.  certain: some guesses were drawn from no law.
+    likely at temperature 1 than the likeliest token.
     """
 
     rule: Any
@@ -181,7 +181,6 @@ class Judged:
     found: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     lost: list[float] = field(default_factory=list)
     let: float = 0.0
-    certain: bool = False
     _asked: Any = None
 
     def __post_init__(self) -> None:
@@ -216,7 +215,6 @@ class Judged:
         vocab = view.logits_NV.shape[1]
         p_V = _dense(alone.law(0), vocab)
         if view.laws is None:
-            self.certain = True
             q_V = _dense((view.guesses[guess], 1.0), vocab)
         else:
             q_V = view.laws[guess].double().cpu().numpy()
