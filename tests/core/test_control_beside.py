@@ -105,10 +105,11 @@ class Parallel(World):
 
 @pytest.mark.parametrize(
     ("right", "guess_s", "on"),
-    [(0.8, 2 * MS, True), (0.9, 0.2 * MS, True), (0.2, 2 * MS, False), (0.8, 8 * MS, False)],
+    [(0.8, 2 * MS, True), (0.9, 0.2 * MS, True), (0.2, 2 * MS, False), (0.0, 2 * MS, False), (0.8, 8 * MS, False)],
 )
 def test_nearly_the_best_length_in_a_world_of_known_costs(right: float, guess_s: float, on: bool) -> None:
-    """What the control reaches beside the best fixed length by the formula, its learning included; off where none pays."""
+    """What the control reaches beside the best fixed length by the formula, its learning included; off where none pays, also
+    where what was written in the target's place is never right, so that no guess is ever verified."""
     engine = engine_of("draft=pearl(guesses=8)", models=2)
     world = Parallel(engine, row_s=0.5 * MS, guess_s=guess_s)
     world.right = lambda: right

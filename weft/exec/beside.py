@@ -56,14 +56,13 @@ class Early(Ahead):
         return found
 
     def met(self, works: Sequence[Work], results: list[WorkResult]) -> None:
-        """The target has spoken.  Of the rows computed those stand whose tokens do, but for the newest: guesses begin with its
-        row, which may have to be computed once more, since nobody keeps the logits behind it."""
+        """The target has spoken: all that it says but the newest were guesses that stood, whose rows are computed.  The newest's
+        may be, where it is what was written in its place, and is computed again: guesses begin with the logits behind it, which
+        nobody keeps."""
         said = {w.request: fact.tokens for w, fact in zip(works, results, strict=True) if w.model != self.name}
         for request, f in self.followers.items():
-            done, tokens = self._done[request], said.get(request, ())
-            ids = (*f.work.tokens, *tokens)
-            same = next((i for i, (a, b) in enumerate(zip(done, ids)) if a != b), min(len(done), len(ids)))
-            rows = min(same, len(ids) - 1) if tokens else same
+            stand = len(f.work.tokens) + max(0, len(said.get(request, ())) - 1)
+            rows = min(len(self._done[request]), stand)
             assert rows >= len(f.work.tokens), "the second model was to compute these beside the target"
             results[f.at] = msgspec.structs.replace(results[f.at], rows=rows)
 
