@@ -279,11 +279,14 @@ def test_a_draft_that_is_the_target_is_never_thrown_away(ids: list[int], accept:
     techniques = [pearl(resolve(None), guesses=4), f"accept={accept}"]
     runtime = build(prepare(config(*techniques, max_num_seqs=16)))
     bench = Bench(runtime, techniques=techniques)
-    laws = [law for law in LAWS if "stop_ids" not in law]
+    seen, laws = Watching(bench), [law for law in LAWS if "stop_ids" not in law]
     found = bench.run([spec(i, ids[i : i + 30], seed=i, max_tokens=21, **laws[i % 7]) for i in range(14)])
     assert {len(tokens) for tokens in found.values()} == {21}
     assert acts_of(bench)["accepted"] == acts_of(bench)["proposed"] == 14 * 4 * 4
     assert bench.steps == 1 + 20 // 5 + 1, "and an empty one, in which they leave"
+    assert seen.followed == 14 * (30 + 4), (
+        "after the prompt the draft model computes the newest token again, and no other"
+    )
 
 
 def test_a_request_declines_or_chooses(near: Path, drafting: Runtime, specs: list[RequestSpec], plain: Bench) -> None:
