@@ -108,7 +108,7 @@ PLAN = Plan(
     fetch=(7, 8), after=(KVOp(KVOpKind.SAVE, 0, (6,), (), (9,)),),
 )  # fmt: skip
 RESULT = StepResult(
-    step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12), masked=3, mask_s=1e-7, draft_s=2e-3,
+    step=9, forward_s=0.0125, sample_s=1e-6, lost=(11, 12), masked=3, mask_s=1e-7, draft_s=2e-3, beside_s=3e-3,
     works=(
         WorkResult(
             rows=5, tokens=(1, 2), kept={0: 4, 1: 2}, draft=(3, 4), parents=(-1, -1), signals={"entropy": (0.5, 1.0 / 3.0)},

@@ -10,7 +10,11 @@ behind each.  The next guess of a sequence is worth less than the one before, so
 found by taking guesses in the order of their worth.  Times are facts of steps (`StepResult`), so an engine that is told the same
 decides the same.
 
-    C   a level times a shape by rows, for each class of batch size; rows never seen are reckoned from the nearest that were
+A draft that guesses while the target computes (`Draft.early`) takes k + 1 passes for k guesses, and a step the longer of the two
+times; its tokens are those of `lengths.alternating`.
+
+    C   a level times a shape by rows, for each class of batch size, and a shape for steps with a draft beside them; rows never
+        seen are reckoned from the nearest that were
     D   seconds of a guess, for each draft and class of batch size, and of a token that a second model has to catch up with
     a   successes over trials of the sequence, forgotten slowly, with `PRIOR` trials of all sequences of that draft before them
 
@@ -26,13 +30,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from weft.core.lengths import lengths
 from weft.core.request import Pace, Request
-from weft.types import Plan, StepResult, Work
+from weft.types import Plan, StepResult, Work, WorkResult
 
 EVERY = 4
 """Steps between two decisions about a batch of one size."""
-LEAST = 0.02
-"""A guess that is less likely to stand is not looked at: it never pays for its row."""
 AGAIN, STAYS = 1.1, 1.05
 """What guessing must promise, of plain decoding's speed, to be turned on again, and to stay on.  The lengths that promise most
 are those whose times came out too short, and sequences that guess end at different times, which leaves smaller batches."""
@@ -87,21 +90,23 @@ class Mean:
 
 @dataclass(slots=True)
 class Costs:
-    """Seconds of the target's steps by rows, for one class of batch size: level * shape[rows].
+    """Seconds of the target's steps by rows, for one class of batch size: level * shape[rows], or shape[-rows] where a draft
+    computed beside it.
 
-    seen: by rows, how often, and in which step last.  known: rows whose time is believed, ascending.  A time that was seen few
-    times is believed for a while only: machines are slow now and then, and what looked dear would never be tried again.
+    seen: by rows, how often, and in which step last.  known, beside: rows whose time is believed, ascending.  A time that was
+    seen few times is believed for a while only: machines are slow now and then, and what looked dear would never be tried again.
     """
 
     level: float = 0.0
     shape: dict[int, float] = field(default_factory=dict)
     seen: dict[int, tuple[int, int]] = field(default_factory=dict)
     known: list[int] = field(default_factory=list)
+    beside: list[int] = field(default_factory=list)
     steps: int = 0
 
-    def add(self, rows: int, seconds: float) -> None:
+    def add(self, rows: int, seconds: float, beside: bool = False) -> None:
         self.steps += 1
-        key = size_class(rows)
+        key = -size_class(rows) if beside else size_class(rows)
         count, _ = self.seen.get(key, (0, 0))
         self.seen[key] = count + 1, self.steps
         if not self.shape:
@@ -118,37 +123,40 @@ class Costs:
                 rate = FALLS if off < 0 else RISES
                 self.level *= math.exp(rate * off)
                 self.shape[key] *= math.exp(rate * off / 4)
-        self.known = sorted(k for k in self.shape if self._believed(k))
+        self.known = sorted(k for k in self.shape if k > 0 and self._believed(k))
+        self.beside = sorted(-k for k in self.shape if k < 0 and self._believed(k))
 
     def _believed(self, key: int) -> bool:
         count, at = self.seen[key]
         return self.steps - at <= min(STALE, STALE >> 4 << count)
 
-    def __call__(self, rows: int) -> float | None:
-        """Expected seconds; None where so few rows, or none, are known."""
-        key, known = size_class(rows), self.known
+    def __call__(self, rows: int, beside: bool = False) -> float | None:
+        """Expected seconds; None where so few rows, or none, are known.  beside: with a draft, as far as that was ever seen."""
+        key, sign = size_class(rows), -1 if beside and self.beside else 1
+        known = self.beside if sign < 0 else self.known
         if not known or key < known[0]:
             return None
         i = bisect_left(known, key)
         if i < len(known) and known[i] == key:
-            return self.level * self._least(i)
-        below, low = known[i - 1], self._least(i - 1)
+            return self.level * self._least(i, sign)
+        below, low = known[i - 1], self._least(i - 1, sign)
         if i < len(known):
-            slope = (self._least(i) - low) / (known[i] - below)
+            slope = (self._least(i, sign) - low) / (known[i] - below)
         elif i >= 2:
-            slope = (low - self._least(0)) / (below - known[0])
+            slope = (low - self._least(0, sign)) / (below - known[0])
         else:
             slope = DEAR * low / below
         return self.level * (low + slope * (rows - below))
 
-    def _least(self, i: int) -> float:
-        """The shape at known[i], made monotone: more rows never cost less."""
-        return max(self.shape[k] for k in self.known[: i + 1])
+    def _least(self, i: int, sign: int) -> float:
+        """The shape at known[i], or beside[i], made monotone: more rows never cost less."""
+        return max(self.shape[sign * k] for k in (self.known if sign > 0 else self.beside)[: i + 1])
 
 
 @dataclass(slots=True)
 class Pool:
-    """What is known of one draft.  guess_s: by class of batch size.  row_s: of a token that its model catches up with."""
+    """What is known of one draft.  guess_s: by class of batch size.  row_s: of a token that its model catches up with.  beside:
+    whether it guessed while the target computed when it last did."""
 
     stood: float = HOPE * PRIOR
     tried: float = PRIOR
@@ -156,6 +164,7 @@ class Pool:
     row_s: Mean = field(default_factory=Mean)
     on: int = -1
     """Guesses that the newest decision gave to its sequences at most; -1 before the first."""
+    beside: bool = False
 
     def guess(self, size: int) -> float:
         """Seconds of a guess; of the nearest class where this one was never seen, 0 where none was."""
@@ -252,7 +261,9 @@ class Control:
         guess_s = max(pool.guess(size) for _, _, pool, _ in mine)
         least = size / plain * (STAYS if was else AGAIN)
         soft = [hasattr(r.stack["draft"], "soft") for r, _, _, _ in mine]
-        wants = lengths(hopes, [most for _, _, _, most in mine], size, costs, guess_s, least, soft)
+        early = [hasattr(r.stack["draft"], "early") for r, _, _, _ in mine]
+        beside = all(pool.beside for _, _, pool, _ in mine)
+        wants = lengths(hopes, [most for _, _, _, most in mine], size, costs, guess_s, least, soft, early, beside)
         for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
             pool.on = 0
         for want, (_, pace, pool, _) in zip(wants, mine, strict=True):
@@ -274,7 +285,12 @@ class Control:
         more = costs(size + guesses)
         assert more is not None
         times = 2 if hasattr(r.stack["draft"], "soft") else 1  # soft tokens in one step, and what they said in the next
-        cost = times * (more - plain) + guesses * pool.guess(size) + self._behind(r) * pool.row(size)
+        draft_s = guesses * pool.guess(size) + self._behind(r) * pool.row(size)
+        if hasattr(r.stack["draft"], "early"):
+            draft_s += pool.guess(size)
+            if pool.beside:  # a step beside which it guesses, and one that verifies
+                draft_s = max(SHARE * plain, max(draft_s, costs(size, True) or plain) - plain)
+        cost = times * (more - plain) + draft_s
         self.credit = min(self.credit, 2 * cost)
         if self.credit >= cost > 0:
             self.credit -= cost
@@ -300,7 +316,8 @@ class Control:
         """Learn from a step.  requests: of each work of the plan."""
         rows = size = following = proposed = 0
         pools: dict[int, Pool] = {}
-        decodes = True
+        decodes, beside = True, result.beside_s > 0
+        room = {w.request: w.ahead for w in plan.works if w.model != self._models[0]}
         for work, r, fact in zip(plan.works, requests, result.works, strict=True):
             if work.model != self._models[0]:
                 following += len(work.tokens)
@@ -311,28 +328,37 @@ class Control:
                 continue
             pool = self._pool(r.stack["draft"])
             pools[id(pool)] = pool
-            proposed = max(proposed, len(fact.draft))
-            if r.pace.probing and not fact.draft:
+            early = hasattr(r.stack["draft"], "early") and room.get(work.request, 0) > work.guesses
+            if early:
+                proposed, pool.beside = max(proposed, room[work.request] - work.guesses + 1), beside
+            else:
+                proposed = max(proposed, len(fact.draft))
+            if r.pace.probing and not (fact.draft or early):
                 self.credit += r.pace.lent  # it had nothing to say
-            if work.guesses:
-                self._trial(r.pace, pool, work, len(fact.tokens) - 1)
+            if work.guesses or early:
+                self._trial(r.pace, pool, work, fact, early)
         target_s = result.forward_s + result.sample_s - result.draft_s
         if target_s <= 0 or not size:
             return
         self._timed = True
         if decodes:
-            self._costs.setdefault(size_class(size), Costs()).add(rows, target_s)
-        if len(pools) == 1 and result.draft_s > 0:
+            self._costs.setdefault(size_class(size), Costs()).add(rows, target_s, beside)
+        draft_s = result.beside_s if beside else result.draft_s
+        if len(pools) == 1 and draft_s > 0:
             (pool,) = pools.values()
-            self._drafted(pool, size_class(size), proposed, following - 2 * size, result.draft_s)
+            self._drafted(pool, size_class(size), proposed, following - 2 * size, draft_s)
 
-    def _trial(self, pace: Pace, pool: Pool, work: Work, stood: int) -> None:
+    def _trial(self, pace: Pace, pool: Pool, work: Work, fact: WorkResult, early: bool) -> None:
+        """early: and the token that a draft wrote in the place of the target's own, which fell where no guesses follow it."""
+        stood = gained = len(fact.tokens) - 1
         tried = min(stood + 1, depth(work))
+        if early and stood == work.guesses:
+            stood, tried = stood + bool(fact.draft), tried + 1
         for x, kept in ((pace, OWN), (pool, ALL)):
             x.stood = x.stood * kept**tried + stood
             x.tried = x.tried * kept**tried + tried
         if not pace.want:
-            self.credit += stood * self._token_s
+            self.credit += gained * self._token_s
 
     def _drafted(self, pool: Pool, size: int, guesses: int, behind: int, seconds: float) -> None:
         """What a draft took: for each guess where its model had little to catch up with, else for each token of that."""
@@ -340,38 +366,6 @@ class Control:
             pool.guess_s.setdefault(size, Mean()).add(seconds / guesses)
         elif behind > 16:
             pool.row_s.add(max(0.0, seconds - guesses * pool.guess(size)) / behind)
-
-
-def lengths(
-    hopes: Sequence[float],
-    most: Sequence[int],
-    size: int,
-    costs: Costs,
-    guess_s: float,
-    least: float,
-    soft: Sequence[bool] = (),
-) -> list[int]:
-    """Guesses for each of some sequences, of `size` that decode, at the most tokens a second; none where `least` is not passed.
-
-    hopes: how often guesses stand, 0 for a sequence that is to have none.  most: for each the longest that it may have.  soft:
-    whose rows have soft tokens behind them.
-    """
-    worth = sorted((-(a**k), k, i) for i, a in enumerate(hopes) for k in range(1, most[i] + 1) if a**k > LEAST)
-    best, chosen, rows_s = least, list[tuple[float, int, int]](), dict[int, float]()
-    for longest in range(1, max(most) + 1):
-        some = [x for x in worth if x[1] <= longest]
-        tokens, rows = float(size), size
-        for taken, (gain, k, i) in enumerate(some, 1):
-            tokens -= gain
-            rows += 2 * k + 1 if soft and soft[i] else 1
-            if rows not in rows_s:
-                rows_s[rows] = costs(rows) or math.inf
-            if (rate := tokens / (rows_s[rows] + guess_s * longest)) > best:
-                best, chosen = rate, some[:taken]
-    wants = [0] * len(hopes)
-    for _, k, i in chosen:
-        wants[i] = max(wants[i], k)
-    return wants
 
 
 def depth(work: Work) -> int:

@@ -7,7 +7,7 @@ Sequences go different distances, and no row is padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,7 +82,7 @@ class Reader:
 
 class Ahead:
     """The passes of model `name` in one step.  forward: runs a batch on its decoder, and times it.  reader: of a model with
-    another vocabulary."""
+    another vocabulary.  requests: of these sequences alone."""
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class Ahead:
         works: Sequence[Work],
         results: Sequence[WorkResult],
         reader: Reader | None = None,
+        requests: Collection[int] | None = None,
     ) -> None:
         self._reader = reader
         self.name, self._decoder, self._gather, self._run = name, decoder, gather, forward
@@ -103,7 +104,7 @@ class Ahead:
         self._behind: dict[int, Follower] = {}
         """Those with rows that no pass has computed yet."""
         for i, work in enumerate(works):
-            if work.model == name:
+            if work.model == name and (requests is None or work.request in requests):
                 more = told.get(work.request, ())
                 ids = (*work.tokens, *more) if len(more) <= work.ahead else work.tokens
                 f = Follower(work, i, work.start, ids, work.start + len(work.tokens) + work.ahead)

@@ -17,7 +17,7 @@ from weft.core.ledger import MemoryPlan, plan_memory
 from weft.core.tiers import Exchange, memory_bytes, record_bytes, records
 from weft.errors import CapacityError, ConfigError
 from weft.exec import choices
-from weft.exec.drafts import MAX_GUESSES, model_bytes, own_bytes, stream
+from weft.exec.drafts import MAX_GUESSES, model_bytes, own_bytes, stream, thread_shares
 from weft.exec.host import cpu_count, parse_size
 from weft.exec.vocabulary import VocabularyShelf
 from weft.hub import resolve_draft
@@ -311,6 +311,7 @@ def build(
     native = all(choice.panels for choice in setup.ops.values())
     torch.set_num_threads(1 if native else setup.threads)
     config, limits = setup.config, setup.limits
+    mine, own = thread_shares(setup.stack, setup.threads)
     dtype = getattr(torch, setup.dtype)
     source: Path | Literal["random"] | Decoder = "random"
     if like is not None:
@@ -321,7 +322,7 @@ def build(
     decoder = build_decoder(
         setup.spec, source, dtype=dtype, device=setup.device, max_rows=limits.max_rows, max_samples=limits.max_samples,
         groups=setup.groups_of("target"), invariant=config.invariant, seed=config.seed, progress=progress,
-        threads=setup.threads, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa, formats=setup.formats,
+        threads=mine, ops=setup.ops["target"].ops, isa=setup.ops["target"].isa, formats=setup.formats,
         activations=config.activations,
     )  # fmt: skip
     adapters = like.adapters if like is not None and like.adapters is not None else _adapters(setup, decoder)
@@ -336,9 +337,9 @@ def build(
             device=setup.device, max_rows=limits.max_rows, max_samples=max(limits.max_num_seqs, MAX_GUESSES),
             groups=setup.groups_of("draft"), invariant=config.invariant, seed=config.seed + 1,
             progress=None if progress is None else lambda done, all_: progress(total + done, total + all_),
-            threads=setup.threads, ops=setup.ops["draft"].ops, isa=setup.ops["draft"].isa,
+            threads=own, ops=setup.ops["draft"].ops, isa=setup.ops["draft"].isa,
         )  # fmt: skip
-        second = trimmed(second, getattr(setup.stack["draft"], "head", ()), setup.threads, setup.ops["draft"].isa)
+        second = trimmed(second, getattr(setup.stack["draft"], "head", ()), own, setup.ops["draft"].isa)
     pool = make_pool(setup)
     shared, exchange = setup.shared, None if setup.shared is None else Exchange(setup.shared)
     engine = Engine(

@@ -27,7 +27,10 @@ def model_bytes(
 ) -> int:
     """Weights and workspace of a draft model, and laws of its guesses for an `accept` that weighs them."""
     foreign = target.vocab if getattr(stack["draft"], "translates", False) else 0
-    laws = sequences * min(MAX_GUESSES, stack["draft"].guesses) * (foreign or draft.vocab) * dtype_bytes("float32")
+    guesses = min(MAX_GUESSES, stack["draft"].guesses)
+    if hasattr(stack["draft"], "early"):
+        guesses = 2 * guesses + 1  # those that are verified, and what is written behind them meanwhile
+    laws = sequences * guesses * (foreign or draft.vocab) * dtype_bytes("float32")
     laws += max(sequences, MAX_GUESSES) * foreign * dtype_bytes("float32")  # its logits, in the target's ids
     keep = min(getattr(stack["draft"], "keep", 0), draft.vocab)
     cut = replace(draft, tied=False, kept=tuple(range(keep))) if 0 < keep < draft.vocab else draft
@@ -36,6 +39,12 @@ def model_bytes(
     # Its logits become rows of the whole vocabulary, as many as they were.  A layer of a tree has one for each guess.
     workspace = workspace_bytes(draft, stream(choice, dtype), rows, max(sequences, MAX_GUESSES), choice.panels)
     return weights_bytes(draft, dtype, choice.panels) + more + workspace + laws
+
+
+def thread_shares(stack: Stack, count: int) -> tuple[int, int]:
+    """Of the target's kernels and of the draft model's, out of --threads: a draft that guesses beside the target has one.  The
+    target keeps all, for the time in which nobody guesses: with one of two it took a third longer, beside a cheap draft too."""
+    return (count, 1) if hasattr(stack["draft"], "early") else (count, count)
 
 
 def stream(choice: Choice, dtype: str) -> str:

@@ -21,6 +21,7 @@ from weft.core.tiers import Exchange
 from weft.errors import InvariantError
 from weft.exec.ahead import Ahead, Reader
 from weft.exec.batch import Batch
+from weft.exec.beside import Beside
 from weft.exec.compress import Compression
 from weft.exec.gather import Gather, Wanted
 from weft.exec.kvpool import KVPool
@@ -77,9 +78,16 @@ class TorchExecutor:
         vocab = self.decoders[TARGET].spec.vocab
         self._reader = None if between is None else Reader(between, vocab, self.device)
         self._compression = Compression(self.mirror, pool, self._members)
+        self._beside: Beside | None = None
+        if DRAFT in self.decoders:
+            self._beside = self._sampling.beside = Beside(
+                self.mirror, DRAFT, self.decoders[DRAFT], self._gather, pool, max_guesses, self._reader
+            )
 
     def close(self) -> None:
-        """Give up what lies below the pool; twice does no harm."""
+        """Give up what lies below the pool, and the draft's thread; twice does no harm."""
+        if self._beside is not None:
+            self._beside.close()
         if self.tiers is not None:
             self.tiers.close()
 
@@ -102,7 +110,12 @@ class TorchExecutor:
             self._sampling.shallow.reset()
         works = [w for i, w in enumerate(plan.works) if i not in void]
         mine = [i for i, w in enumerate(works) if w.model == TARGET]
-        found = self._forward(TARGET, works, mine) if mine else []
+        early: set[int] = set()
+        try:
+            early = self._beside.begin(works) if self._beside is not None else early
+            found = self._forward(TARGET, works, mine) if mine else []
+        finally:  # whatever became of the pass, nobody goes on while the other thread writes
+            waited = self._waited()
         middle = time.perf_counter() - self._forward_s
         results = [WorkResult(rows=w.count - w.guesses) for w in works]
         for logits, wanted in found:
@@ -113,21 +126,34 @@ class TorchExecutor:
         if self.tiers is not None:
             lost += [ticket for ticket, _ in self.tiers.end()]
         began = time.perf_counter()
-        ahead = {name: self._ahead(name, works, results) for name in self.decoders if name != TARGET}
+        others = {w.request for w in works} - early if early else None
+        ahead = {name: self._ahead(name, works, results, others) for name in self.decoders if name != TARGET}
         self._sampling.propose(works, results, ahead.get(DRAFT))
         for other in ahead.values():
             other.settle(results)
+        if self._beside is not None:
+            self._beside.settle(works, results)
         ended = time.perf_counter()
         sample_s = ended - self._forward_s - middle
         facts = iter(results)
         return StepResult(
             step=plan.step, works=tuple(WorkResult(rows=0) if i in void else next(facts) for i in range(len(plan.works))),
             lost=tuple(lost), forward_s=self._forward_s, sample_s=sample_s, masked=masks.rows, mask_s=masks.seconds,
-            draft_s=ended - began,
+            draft_s=ended - began + waited, beside_s=0.0 if self._beside is None else self._beside.seconds,
         )  # fmt: skip
 
-    def _ahead(self, name: str, works: Sequence[Work], results: Sequence[WorkResult]) -> Ahead:
-        return Ahead(name, self.decoders[name], self._gather, self._timed, works, results, self._reader)
+    def _waited(self) -> float:
+        """Wait for a draft that guesses beside the target; the seconds are of the step's `forward_s`, and of its `draft_s`."""
+        if self._beside is None:
+            return 0.0
+        self._beside.end()
+        self._forward_s += self._beside.waited
+        return self._beside.waited
+
+    def _ahead(
+        self, name: str, works: Sequence[Work], results: Sequence[WorkResult], requests: set[int] | None
+    ) -> Ahead:
+        return Ahead(name, self.decoders[name], self._gather, self._timed, works, results, self._reader, requests)
 
     def _instructions(self, plan: Plan) -> tuple[list[int], set[int]]:
         """Carry out the plan's KV instructions: (tickets that were lost, works that would read what was not loaded)."""

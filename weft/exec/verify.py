@@ -14,6 +14,7 @@ from torch import Tensor
 from weft.core import noise
 from weft.exec import sampler
 from weft.exec.ahead import Ahead
+from weft.exec.beside import Beside
 from weft.exec.constrain import Masks
 from weft.exec.gather import Wanted
 from weft.exec.kvpool import KVPool
@@ -80,6 +81,8 @@ class Sampling:
         self.masks = Masks(mirror)
         self.shallow: Shallow | None = None
         """The target's first layers, where a draft guesses by them."""
+        self.beside: Beside | None = None
+        """Of drafts that guess while the target verifies, where there is a second model."""
         self.probe: Probe | None = None
         """Called with every row that a token was taken from: who measures a stack reads laws here."""
 
@@ -165,7 +168,9 @@ class Sampling:
                 mine.append(ask)
         for draft, at, mine in asks.values():
             run: Any = None
-            if draft.model is not None and ahead is not None:
+            if hasattr(draft, "early"):
+                pass  # it has guessed
+            elif draft.model is not None and ahead is not None:
                 run = ahead.calls([(works[i].request, ask) for i, ask in zip(at, mine, strict=True)])
             elif self.shallow is not None and hasattr(draft, "exits"):
                 run = self.shallow.calls([(works[i], results[i], ask) for i, ask in zip(at, mine, strict=True)])
@@ -183,7 +188,10 @@ class Sampling:
         most = min(
             s.sampling.max_tokens - output - 1, self._max_guesses, work.want if work.want >= 0 else self._max_guesses
         )
-        if draft.model is not None:
+        early = self.beside if hasattr(draft, "early") else None
+        if early is not None:
+            pass  # its room was looked at when it began
+        elif draft.model is not None:
             most = min(most, 0 if ahead is None else ahead.room(work.request))
         elif hasattr(draft, "exits"):
             most = min(most, Shallow.room(work, fact))
@@ -197,6 +205,7 @@ class Sampling:
         return Ask(
             known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale,
             self._reading.of(work.request), self._reading.logits(work.request), self._reading.soft(work.request),
+            None if early is None else early.kept(work, fact),
         )  # fmt: skip
 
     # ------------------------------------------------------------------ rows
@@ -245,11 +254,10 @@ class Sampling:
         if not winners:
             return WorkResult(rows=context, prompt_logprobs=tuple(told))
         tokens, path = [winners[0]], list[int]()
+        first = None if self.beside is None or not s.stack["accept"].laws else self.beside.first(work.request)
+        if work.guesses or first is not None:
+            tokens, path = self._accepted(s, work, rows, winners, sampled_NV, first)
         if work.guesses:
-            guesses = work.tokens[context:]
-            laws = None if s.laws is None else s.laws[: len(guesses)]
-            parents = work.parents or range(-1, len(guesses) - 1)
-            tokens, path = s.stack["accept"].accept(Verified(guesses, parents, laws, rows, sampled_NV, winners))
             s.stack["draft"].observe(work.guesses, len(path))
         tokens, ended = self.masks.cut(s, tokens)
         path = path[: len(tokens) - 1] if ended else path
@@ -270,6 +278,22 @@ class Sampling:
         return WorkResult(
             rows=context, tokens=tuple(tokens), logprobs=tuple(chosen), prompt_logprobs=tuple(told), ended=ended
         )
+
+    def _accepted(
+        self, s: Mirrored, work: Work, rows: Sequence[sampler.Row], winners: list[int], sampled_NV: Tensor,
+        first: tuple[int, Tensor] | None,
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
+        """(tokens that stand, accepted guesses in order).  first: a guess behind all of the work's, and its law, of which no row
+        was computed: it is weighed as the others are, and where it stands nobody knows what follows it."""
+        own, laws = list(work.tokens[len(work.tokens) - work.guesses :]), s.laws
+        laws = None if laws is None or not own else laws[: len(own)]
+        parents: Sequence[int] = work.parents or range(-1, len(own) - 1)
+        guesses = own
+        if first is not None and (laws is not None or not own):
+            guesses, winners, parents = [*own, first[0]], [*winners, -1], range(-1, len(own))
+            laws = first[1][None] if laws is None else torch.cat([laws, first[1][None]])
+        tokens, path = s.stack["accept"].accept(Verified(guesses, parents, laws, rows, sampled_NV, winners))
+        return (tokens, path) if len(path) <= len(own) else (tokens[:-1], path[:-1])
 
     def _compact(self, work: Work, context: int, path: list[int]) -> None:
         """Bring the entries of an accepted branch together, right after the context's."""

@@ -27,7 +27,8 @@ class Ask:
     which the newest token was drawn, and stands one position before it.  logits: for a draft with `logits`, float32 [m, vocab],
     those from which the step's tokens were drawn, the newest one's last.  soft: for a draft with soft tokens, float32 [n, width],
     what the last layer gave at those behind the row from which the newest token was drawn, as `Target.predict` takes it: the
-    first stands where the newest token does.
+    first stands where the newest token does.  kept: for a draft with `early`, the guesses that it made while the target verified,
+    if the target said all that these were made behind, else None.
     """
 
     context: Any
@@ -43,6 +44,7 @@ class Ask:
     hidden: Any = None
     logits: Any = None
     soft: Any = None
+    kept: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,9 @@ class Draft(Protocol):
     `states`, of how many of a step's newest rows of the context it is given the hidden states (of guesses that stand, of all);
     `logits`, whether it is given those of rows that stand, too; `soft`, learned tokens that the target may compute behind
     each row that samples (run is `Features` then), which `vectors(target)` gives, float32 [soft, width];
+    `early(asks, run)`, guesses that the second model makes beside the target's pass, in a thread of its own: each ask is as it
+    would be if all guesses in hand stood, the first guess is in the place of the target's own token behind them, and the others
+    are handed to `propose`, which has no `run` then, where the target says that token (`Ask.kept`);
     `memory(sequences, vocab)`, bytes that it holds beside the models for so many sequences.  What `attach` is given has `target`,
     the model that is guessed for (`Target`).
     """

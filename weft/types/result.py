@@ -44,7 +44,8 @@ class StepResult(Struct, frozen=True, kw_only=True):
 
     lost: tickets of the plan's SAVE and LOAD that could not be carried out.  A work that would have read a block that was not
     loaded was not computed: its result has no rows.  masked: rows whose logits a grammar masked, and mask_s what that took (of
-    sample_s).  draft_s: what guessing took, the second model's passes and all (of forward_s and sample_s).
+    sample_s).  draft_s: what guessing took, the second model's passes and all (of forward_s and sample_s).  beside_s: what
+    it took in a thread of its own while the target computed, of which only the target's wait for it is in draft_s.
     """
 
     step: int
@@ -55,3 +56,4 @@ class StepResult(Struct, frozen=True, kw_only=True):
     masked: int = 0
     mask_s: float = 0.0
     draft_s: float = 0.0
+    beside_s: float = 0.0
