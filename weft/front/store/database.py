@@ -21,7 +21,7 @@ LOG_BYTES = 64 << 20
 """What the write-ahead log is cut back to."""
 FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC)
 """What SQLite says of a disk, or of a file at its largest size, that takes no more."""
-CACHE_BYTES = 256 << 10
+CACHE_BYTES = 64 << 10
 """Of pages, for each database.  The system has the file in memory anyway; SQLite's own 2 MB would fill up over hours."""
 
 T = TypeVar("T")
