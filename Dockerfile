@@ -1,4 +1,4 @@
-# weft on a CPU: docker build -t weft . && docker run -p 127.0.0.1:8000:8000 -v weft:/var/lib/weft weft
+# weft on a CPU: docker build -t weft . && docker run -p 127.0.0.1:8000:8000 -v weft:/var/lib/weft -e WEFT_API_KEY weft
 # (docs/operating.md says more: keys, models, GPUs, where the base and PyTorch come from)
 
 # Any Debian with Python 3.11 or later, its venv and its headers, under the name `python`.

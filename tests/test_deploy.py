@@ -96,6 +96,18 @@ def test_the_image_starts_a_command_that_weft_understands() -> None:
     assert complaint(words[1:]) is None
 
 
+def test_who_runs_the_image_is_told_to_give_it_a_key() -> None:
+    """Without one it does not start, as it listens where others reach it."""
+    runs = [
+        line
+        for path in (ROOT / "Dockerfile", *(ROOT / "docs").rglob("*.md"), ROOT / "README.md")
+        for line in path.read_text().splitlines()
+        if "docker run" in line
+    ]
+    assert runs
+    assert [line for line in runs if "-e WEFT_API_KEY" not in line] == []
+
+
 def test_what_the_image_takes_is_there_and_pinned() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
     base = dict(rest.split("=", 1) for name, rest in instructions() if name == "ARG")["BASE"]

@@ -31,7 +31,7 @@ from weft.front.anthropic import structs as anthropic_structs
 from weft.front.app import Routes
 from weft.front.guard import OPEN_PATHS
 from weft.front.metrics import Metrics
-from weft.front.openai import response_structs, structs
+from weft.front.openai import response_structs, structs, unknown
 from weft.front.openai.batches import BatchRequest
 from weft.front.openai.embeddings import EmbeddingRequest
 from weft.front.openai.errors import CAPACITY, STATUS_OF_CODE
@@ -353,6 +353,11 @@ def test_refused_fields() -> None:
     _, listed = HTTP["Fields that are refused"].strip().split("\n\n", 1)
     assert set(spans(listed)) == structs.NEUTRAL.keys()
     assert len(spans(listed)) == len(structs.NEUTRAL)
+
+
+def test_fields_that_change_nothing() -> None:
+    lists = [spans(part) for part in HTTP["Fields that are not known"].split("\n\n") if part.strip().startswith("`")]
+    assert [set(names) for names in lists] == [unknown.OPENAI, unknown.ANTHROPIC]
 
 
 def test_error_codes() -> None:

@@ -36,7 +36,8 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def body(i: int, **more: Any) -> dict[str, Any]:
-    """A request with a seed; some are greedy, some bring stop strings, two sequences, logprobs, or share their beginning."""
+    """A request with a seed; some are greedy, some bring stop strings, two sequences, logprobs, a grammar or guesses, or share
+    their beginning."""
     words = ["The sea was", "A long time ago there was a", "The sea was calm and", "Two and two are"][i % 4]
     law: dict[str, Any] = {
         "prompt": f"{words} {i // 8}",
@@ -46,9 +47,12 @@ def body(i: int, **more: Any) -> dict[str, Any]:
         "stream": True,
     }
     law["stream_options"] = {"include_usage": True}
-    return (
-        law | [{}, {"n": 2, "max_tokens": 50}, {"temperature": 0.0}, {"logprobs": 1}, {"stop": ["and"]}][i % 5] | more
-    )
+    held = {"regex": "[a-z]{3,9}( [a-z]{3,9}){30,60}"}
+    forms: list[dict[str, Any]] = [
+        {}, {"n": 2, "max_tokens": 50}, {"temperature": 0.0}, {"logprobs": 1}, {"stop": ["and"]}, {"structured_outputs": held},
+        {"weft": {"with": ["draft=ngram"]}}, {"structured_outputs": held, "weft": {"with": ["draft=ngram"]}},
+    ]  # fmt: skip
+    return law | forms[i % len(forms)] | more
 
 
 class Reader:

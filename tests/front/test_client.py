@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.front.scripted import ScriptedPort, wait_until
 from weft.errors import RequestError
 from weft.front.client import Client, Delta, EngineStopped, GenerationFailed, Prompt, Refused
+from weft.front.generation import Generation, LiveRequest, LiveSequence
 from weft.front.text import ModelText
 from weft.sampling import SamplingParams
 from weft.types import Add, Cancel, Finished, Rejected, Tokens
@@ -260,6 +262,30 @@ def test_a_client_moves_to_another_event_loop(scripted: Make, text: ModelText) -
     (out,) = asyncio.run(collect(client, Prompt(ids=[1], params=SamplingParams(max_tokens=4))))
     assert out.token_ids == ids[:4]
     assert port.cancelled() == [1]
+
+
+@pytest.mark.parametrize("how", ["whole", "stopped", "left"])
+def test_what_is_over_is_freed_at_once(scripted: Make, text: ModelText, how: str) -> None:
+    """Python looks for circles when there are many new objects; until then a server would hold what it has answered."""
+    client = Client(scripted(lambda spec, index: [65] * 40), text)
+    law = SamplingParams(max_tokens=40, n=2, stop="AAA" if how == "stopped" else None)
+
+    async def run() -> None:
+        async with await client.start([Prompt(ids=[1], params=law), Prompt(ids=[2], params=law)]) as generation:
+            if how == "left":
+                await generation.take()
+                return
+            async for _ in generation:
+                pass
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(run())
+        left = [type(o).__name__ for o in gc.get_objects() if type(o) in (Generation, LiveRequest, LiveSequence)]
+        assert left == []
+    finally:
+        gc.enable()
 
 
 def test_late_events_of_a_cancelled_request_are_ignored(scripted: Make, text: ModelText) -> None:

@@ -207,7 +207,7 @@ HARMLESS: dict[str, Any] = {
     "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "safety_identifier": "x",
     "prompt_cache_key": "x", "parallel_tool_calls": True, "tools": [], "tool_choice": "none", "suffix": "",
     "response_format": {"type": "text"}, "logit_bias": None, "stop": None, "seed": None, "n": None, "temperature": None,
-    "modalities": ["text"], "best_of": 1, "length_penalty": 1.0, "some_field_of_tomorrow": [1, {"a": None}],
+    "modalities": ["text"], "best_of": 1, "length_penalty": 1.0,
 }  # fmt: skip
 
 

@@ -99,6 +99,15 @@ class ServerFlags:
         bool,
         _option("--trust-request-chat-template", help="Let requests bring a chat template of their own."),
     ] = False
+    unknown_fields: Annotated[
+        str,
+        typer.Option(
+            "--unknown-fields",
+            help="Refuse, or ignore, fields of requests that are not known.",
+            metavar="HOW",
+            rich_help_panel=SERVER,
+        ),
+    ] = "refuse"
     max_queue: Annotated[
         int,
         typer.Option(
@@ -201,11 +210,12 @@ class ServerFlags:
 
     @property
     def speech(self) -> dict[str, Any]:
-        """What of it concerns templates and what models say, as keywords of `create_app`."""
+        """What of it concerns how requests are read and what models say, as keywords of `create_app`."""
         return {
             "tool_parser": self.tool_parser or "auto",
             "reasoning_parser": self.reasoning_parser or "auto",
             "trust_templates": self.trust_request_chat_template,
+            "lenient": self.unknown_fields == "ignore",
         }
 
     @property
@@ -235,6 +245,8 @@ class ServerFlags:
             raise ConfigError("--served-model-name is empty; give a name, or leave the flag out")
         if self.pooling not in ("last", "mean"):
             raise ConfigError(f"--pooling is last or mean, got {self.pooling!r}")
+        if self.unknown_fields not in ("refuse", "ignore"):
+            raise ConfigError(f"--unknown-fields is refuse or ignore, got {self.unknown_fields!r}")
         from weft.front import reasoning, tools
 
         tools.chosen(self.tool_parser or "auto", ())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
 import shlex
 import signal
@@ -98,10 +97,6 @@ def _run(
     port: Any = Several({one.model_ids[0]: one.port for one in served}) if others else first.port  # type: ignore[misc]
 
     def ready(url: str) -> None:
-        # What is there now stays.  Beside it Python would look through what has lived for a while only once there is a quarter
-        # as much of that again, and a server's memory would grow by megabytes until then.
-        gc.collect()
-        gc.freeze()
         print(f"weft ready {url}", flush=True)
         key = guard.keys.asks_clients
         say(f"try:  {curl(url, first.model_ids[0], chat=first.text.has_chat_template, key=key)}")

@@ -122,6 +122,8 @@ class Access:
         finally:
             track.end(scope)
             self._tell(track)
+            # Timers that were called off, but whose time has not come, still hold it, by the context in which they were set.
+            track.generations, track.headers = [], []
 
     def _tell(self, track: Track) -> None:
         level = logging.DEBUG if track.path in PROBES else logging.INFO

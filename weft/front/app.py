@@ -89,6 +89,7 @@ def create_app(
     tool_parser: str = "auto",
     reasoning_parser: str = "auto",
     trust_templates: bool = False,
+    lenient: bool = False,
     bounds: Bounds | None = None,
     guard: Guard | None = None,
 ) -> Starlette:
@@ -102,7 +103,8 @@ def create_app(
     store: where responses, files and batches are kept; None keeps none.  The application closes it.
     pooling: last or mean, of embeddings whose requests do not say.
     tool_parser, reasoning_parser: how the model calls tools and thinks; trust_templates: take requests' own chat templates
-    (see `Service`).  Raises ConfigError for parsers that there are not, and for two models of one name.
+    (see `Service`).  lenient: ignore fields of requests that are not known, instead of refusing them.
+    Raises ConfigError for parsers that there are not, and for two models of one name.
     """
     guard = guard or Guard(keys=keyring(api_key))
     services = _services(
@@ -112,6 +114,7 @@ def create_app(
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
         trust_templates=trust_templates,
+        lenient=lenient,
         share_prefixes=guard.share_prefixes,
     )
     attach(services, store)

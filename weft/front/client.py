@@ -112,8 +112,7 @@ class Client:
         What that refuses comes out of `take`.
         """
         self._attach()
-        reason = self.port.error()
-        if reason is not None:
+        if (reason := self.port.error()) is not None:
             raise EngineStopped(f"the engine has stopped: {reason}")
         batch = [held(p, self.port.info.stack) for p in ([prompts] if isinstance(prompts, Prompt) else prompts)]
         asked_s = self._clock()
@@ -152,8 +151,7 @@ class Client:
                 generation.open += 1
             self._live[spec.id] = request
             self.metrics.prompt_length.observe(len(prompt.ids))
-        track = TRACK.get()
-        if track is not None:
+        if (track := TRACK.get()) is not None:
             track.add(generation, self.name)
         for spec in specs:
             self.port.send(Add(spec))
@@ -185,8 +183,7 @@ class Client:
 
     async def _ask(self, command: Load | Drop) -> None:
         self._attach()
-        reason = self.port.error()
-        if reason is not None:
+        if (reason := self.port.error()) is not None:
             raise EngineStopped(f"the engine has stopped: {reason}")
         asked = self._asked[command.id] = asyncio.get_running_loop().create_future()
         self.port.send(command)
@@ -259,6 +256,7 @@ class Client:
             request = self._live.get(event.id)
             if request is None:  # cancelled while the frame was on its way
                 continue
+            generation = request.generation
             try:
                 if type(event) is Tokens:
                     self._on_tokens(request, event, now)
@@ -272,9 +270,9 @@ class Client:
                     self.metrics.end("rejected")
                     self._gone(request)
                     kind = RequestError if event.kind == "request" else Refused
-                    request.generation.fail(kind(event.message, param=event.param, code=event.code))
+                    generation.fail(kind(event.message, param=event.param, code=event.code))
             except Exception as error:  # one request's text must not stop the frame for all the others
-                request.generation.fail(error)
+                generation.fail(error)
 
     def _on_tokens(self, request: LiveRequest, event: Tokens, now: float) -> None:
         sequence = request.sequences[event.index]
@@ -301,9 +299,9 @@ class Client:
                 request.timeline.add(now, "first_token", cached, event.index)
             self.metrics.ttft.observe(now - request.arrived_s)
         sequence.last_s = now
+        request.generation.wake()
         if stop is not None:
             self._end(sequence, delta, "stop", stop, now)
-        request.generation.wake()
 
     def _on_finished(self, request: LiveRequest, event: Finished, now: float) -> None:
         request.cached = max(request.cached, event.cached_tokens)
@@ -327,12 +325,12 @@ class Client:
         delta = sequence.pending()
         new, stop = sequence.text.push((), finished=True)
         delta.text += new
+        request.generation.wake()
         if stop is not None:
             self._end(sequence, delta, "stop", stop, now)
         else:
             own = event.stop_id in (request.prompt.params.stop_token_ids or ())
             self._end(sequence, delta, event.reason, event.stop_id if own else None, now)
-        request.generation.wake()
 
     def _end(
         self, sequence: LiveSequence, delta: Delta, reason: FinishReason, stop: str | int | None, now: float
@@ -381,6 +379,7 @@ class Client:
         self.live.end(request, self._clock())
         self._served(request)
         self.admission.use(request.key, sum(sequence.text.tokens for sequence in request.sequences), self._clock())
+        request.part()
 
     def _look(self) -> None:
         """Ask now and then whether the engine lives: a dead engine sends no frame to say so."""

@@ -146,6 +146,13 @@ class LiveRequest:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.timeline: Timeline | None = None
 
+    def part(self) -> None:
+        """The engine has done with it: let go of what it belongs to.  It is then freed as soon as nobody reads its answer
+        any more, and not when Python looks for circles next."""
+        for sequence in self.sequences:
+            del sequence.request
+        del self.generation
+
 
 class Generation:
     """The outputs of one call, for one or several prompts.  Iterate over it, or `take` what has come, until it ends.

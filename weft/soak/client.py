@@ -136,7 +136,7 @@ async def send(
             body = f"Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n" if method != "GET" else ""
             writer.write(f"{head}{body}\r\n".encode() + data)
             await writer.drain()
-            top, _, answer = (await asyncio.wait_for(reader.read(), 60)).partition(b"\r\n\r\n")
+            top, _, answer = (await asyncio.wait_for(reader.read(), TIMEOUT_S)).partition(b"\r\n\r\n")
             return int(top.split(b" ", 2)[1]), answer
         finally:
             writer.close()

@@ -19,15 +19,18 @@ from weft.front.openai.chat import chat_ids, chat_prompt
 from weft.front.openai.own import label
 from weft.front.openai.spoken import Spoken
 from weft.front.openai.structs import read
+from weft.front.openai.unknown import ANTHROPIC as ANTHROPIC_HARMLESS
 from weft.front.timeline import said
 
+ASKED = ANTHROPIC_HARMLESS.union(MessagesRequest.__struct_fields__)
+"""What else stands in a request whose tokens are to be counted: it changes nothing of them."""
 encode = msgspec.json.encode
 
 
 async def create_message(call: Call) -> JSONAnswer | StreamAnswer:
     """POST /v1/messages.  Raises RequestError."""
     service = call.service
-    request = read(call.body, MessagesRequest, NEUTRAL)
+    request = read(call.body, MessagesRequest, NEUTRAL, lenient=service.lenient, harmless=ANTHROPIC_HARMLESS)
     chat = request.chat_request()
     model, prompt = await chat_prompt(service, chat)
     generation = await service.start(chat, prompt)
@@ -38,7 +41,7 @@ async def create_message(call: Call) -> JSONAnswer | StreamAnswer:
 
 async def count_tokens(call: Call) -> dict[str, int]:
     """POST /v1/messages/count_tokens: what the conversation has by the model's own template.  Raises RequestError."""
-    request = read(call.body, CountRequest, NEUTRAL)
+    request = read(call.body, CountRequest, NEUTRAL, lenient=call.service.lenient, harmless=ASKED)
     call.service.resolve(request.model)
     return {"input_tokens": len(await chat_ids(call.service, request.as_chat()))}
 

@@ -12,7 +12,7 @@ from weft.front.openai.structs import LoadRequest, UnloadRequest, read
 async def load_adapter(service: Service, body: bytes) -> PlainTextResponse:
     """Take in a folder below --lora-root under a name, which requests then use as their model.  Raises RequestError."""
     _allowed(service)
-    request = read(body, LoadRequest)
+    request = read(body, LoadRequest, lenient=service.lenient)
     if not request.lora_path:
         raise RequestError("lora_path is missing; give the adapter's folder", param="lora_path")
     name = _name(request.lora_name)
@@ -25,7 +25,7 @@ async def load_adapter(service: Service, body: bytes) -> PlainTextResponse:
 async def unload_adapter(service: Service, body: bytes) -> PlainTextResponse:
     """Let go of an adapter that no live request uses.  Raises RequestError."""
     _allowed(service)
-    name = _name(read(body, UnloadRequest).lora_name)
+    name = _name(read(body, UnloadRequest, lenient=service.lenient).lora_name)
     await service.client.drop_adapter(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 

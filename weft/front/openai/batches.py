@@ -31,7 +31,7 @@ class BatchRequest(msgspec.Struct, kw_only=True):
 async def create_batch(call: Call) -> Batch:
     """POST /v1/batches.  What is wrong with the input, the batch tells later.  Raises RequestError."""
     store, runner = stored(call.service.store), call.service.batches
-    request = read(call.body, BatchRequest, {"output_expires_after": ()})
+    request = read(call.body, BatchRequest, {"output_expires_after": ()}, lenient=call.service.lenient)
     if request.endpoint not in runner.endpoints:
         raise RequestError(f"endpoint must be one of {', '.join(runner.endpoints)}", param="endpoint")
     if request.completion_window not in (None, WINDOW):

@@ -34,7 +34,7 @@ encode = msgspec.json.encode
 
 async def chat(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     """Start what a request asks for.  Raises RequestError."""
-    request = read(body, ChatRequest)
+    request = read(body, ChatRequest, lenient=service.lenient)
     model, prompt = await chat_prompt(service, request)
     generation = await service.start(request, prompt)
     writer = ChatWriter(service, model, generation, request, prompt.params.n)

@@ -26,7 +26,7 @@ encode = msgspec.json.encode
 
 async def complete(service: Service, body: bytes) -> JSONAnswer | StreamAnswer:
     """Start what a request asks for.  Raises RequestError."""
-    request = read(body, CompletionRequest)
+    request = read(body, CompletionRequest, lenient=service.lenient)
     model = service.resolve(request.model)
     prompts = prompt_list(request.prompt)
     hide = bool(request.echo) and request.max_tokens == 0  # to score a prompt: one token is made, and not shown

@@ -45,7 +45,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
 async def embed(call: Call) -> dict[str, Any]:
     """The vectors of texts, or of lists of ids.  Raises RequestError."""
     service = call.service
-    request = read(call.body, EmbeddingRequest, {})
+    request = read(call.body, EmbeddingRequest, {}, lenient=service.lenient)
     model = service.resolve(request.model)
     encoding = request.encoding_format or "float"
     if encoding not in ("float", "base64"):

@@ -13,7 +13,7 @@ LOGPROBS = "message.output_text.logprobs"
 """The one word of `include` that means something here."""
 
 
-class ResponseStreamOptions(msgspec.Struct):
+class ResponseStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
     """Padding against listeners, which weft does not send."""
 

@@ -29,7 +29,7 @@ PAGE, MAX_PAGE = 20, 100
 
 async def create_response(call: Call) -> ResponseAnswer | Followed | dict[str, Any]:
     """POST /v1/responses.  Raises RequestError."""
-    request = read(call.body, ResponseRequest, NEUTRAL)
+    request = read(call.body, ResponseRequest, NEUTRAL, lenient=call.service.lenient)
     if not request.background:
         run = await _prepare(call.service, request, call.tenant)
         return ResponseAnswer(run, await run.start(), stream=bool(request.stream))

@@ -58,12 +58,14 @@ class Service:
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
         trust_templates: bool = False,
+        lenient: bool = False,
     ) -> None:
         """beside: another model's, with which the rates of keys are counted.  share_prefixes: between keys.
-        trust_templates: take requests' own chat templates.  See `Dialect` for the parsers."""
+        trust_templates: take requests' own chat templates.  lenient: with fields that are not known.  See `Dialect` for the
+        parsers."""
         self._parsers = tool_parser, reasoning_parser
         self.dialect = Dialect(text, *self._parsers)
-        self.trust_templates = trust_templates
+        self.trust_templates, self.lenient = trust_templates, lenient
         self.port = port
         admission = Admission(bounds or Bounds(), None if beside is None else beside.client.admission)
         self.client: Client = Client(port, text, admission=admission, share_prefixes=share_prefixes)

@@ -1,17 +1,19 @@
 """Request bodies of the OpenAI API as msgspec structs, with vLLM's extra sampling fields, and their strict reading.
 
-A field that weft does not know is left alone (clients send many that change nothing).  A field that is known to change
-the answer and is not supported is refused, unless its value asks for what happens anyway: see `NEUTRAL`.
+A field that is known to change the answer and is not supported is refused, unless its value asks for what happens anyway: see
+`NEUTRAL`.  Of one that is not known see `unknown`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from weft.errors import RequestError
+from weft.front.openai import unknown
 from weft.sampling import grammar
 from weft.types import Grammar
 
@@ -29,8 +31,12 @@ MAX_TECHNIQUES = 16
 """Parts that one request may lay over the server's stack."""
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The last two change no token: padding against listeners, and counts before the last chunk, neither of which weft sends."""
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Own(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"techniques": "with"}):
@@ -216,6 +222,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -257,6 +264,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "dry_multiplier": (0,),
     "xtc_probability": (0,),
     "samplers": (),
+    "repeat_penalty": (1,),
+    # SGLang and others
+    "regex": (),
+    "ebnf": (),
+    "enable_thinking": (),
 }
 NEVER: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
@@ -268,6 +280,8 @@ NEVER: dict[str, tuple[Any, ...]] = {
 INSTEAD = {
     "suffix": "give the text before the completion only",
     "n_predict": "use max_tokens",
+    "repeat_penalty": "use repetition_penalty",
+    "enable_thinking": "give it in chat_template_kwargs",
     "reasoning_effort": "give it in chat_template_kwargs if the model's template reads it",
     "chat_template": "a completion goes through no template",
     "tools": "they belong to /v1/chat/completions",
@@ -283,6 +297,8 @@ STRUCTURED = (
     "grammar",
     "json_schema",
     "structural_tag",
+    "regex",
+    "ebnf",
 )
 INSTEAD |= dict.fromkeys(
     STRUCTURED, "use structured_outputs with json, json_object, regex, choice or grammar, or response_format"
@@ -291,17 +307,27 @@ INSTEAD |= dict.fromkeys(
 R = TypeVar("R", bound=msgspec.Struct)
 
 
-def read(body: bytes, kind: type[R], neutral: dict[str, tuple[Any, ...]] = NEUTRAL) -> R:
+def read(
+    body: bytes,
+    kind: type[R],
+    neutral: dict[str, tuple[Any, ...]] = NEUTRAL,
+    *,
+    lenient: bool,
+    harmless: Collection[str] = unknown.OPENAI,
+) -> R:
     """Decode a request body.  Raises RequestError naming the field and what is wrong with it.
 
-    neutral: unsupported fields, as in NEUTRAL.
+    neutral: unsupported fields, as in NEUTRAL.  lenient, harmless: see `unknown.check`.
     """
     if len(body) > SMALL_BYTES:
         _check_values(body)
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        _refuse({n: value for n, value in given.items() if n not in kind.__struct_fields__}, {**NEVER, **neutral})
-        return msgspec.json.decode(body, type=kind)
+        refused = {**NEVER, **neutral}
+        _refuse({n: value for n, value in given.items() if n not in kind.__struct_fields__}, refused)
+        request = msgspec.json.decode(body, type=kind)
+        unknown.check(given, {*kind.__struct_fields__, *refused}, harmless, lenient)
+        return request
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None
     except msgspec.DecodeError as error:

@@ -8,12 +8,16 @@ from weft.errors import RequestError
 from weft.front.openai.chat import chat_ids
 from weft.front.openai.completions import tokenize as tokenize_prompts
 from weft.front.openai.service import Service
-from weft.front.openai.structs import DetokenizeRequest, TokenizeRequest, read
+from weft.front.openai.structs import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, read
+from weft.front.openai.unknown import OPENAI
+
+ASKED = OPENAI.union(ChatRequest.__struct_fields__, CompletionRequest.__struct_fields__)
+"""What else stands in a request whose prompt is to be seen as ids: it changes none of them."""
 
 
 async def tokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Ids of a prompt, or of messages with the model's template around them.  Raises RequestError."""
-    request = read(body, TokenizeRequest)
+    request = read(body, TokenizeRequest, lenient=service.lenient, harmless=ASKED)
     service.resolve(request.model)
     tokenizer = service.text.tokenizer
     if (request.prompt is None) == (request.messages is None):
@@ -28,7 +32,7 @@ async def tokenize(service: Service, body: bytes) -> dict[str, Any]:
 
 async def detokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Text of ids, special tokens included.  Raises RequestError."""
-    request = read(body, DetokenizeRequest)
+    request = read(body, DetokenizeRequest, lenient=service.lenient)
     service.resolve(request.model)
     ids = request.tokens
     if not ids:

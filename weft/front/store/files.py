@@ -48,7 +48,8 @@ CREATE TABLE results (
     PRIMARY KEY (batch, line)
 )
 """
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 15
+"""A transaction holds one of them several times over; what a process once had of memory for that it seldom gives back."""
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True):
