@@ -39,6 +39,7 @@ from tools.pages import (
     traits,
     written,
 )
+from weft.cli.policies import known
 from weft.errors import ConfigError
 from weft.features import FIELDS, REQUIRED, Feature, feature, features
 from weft.registry import lookup
@@ -70,6 +71,22 @@ def test_an_edit_by_hand_a_page_too_many_and_a_missing_one_are_found(tmp_path: P
         "draft-ngram.md",
         "schedule-fcfs.md",
     ]
+
+
+def test_every_policy_has_a_chart_that_is_small_and_needs_nothing_else() -> None:
+    policies = {policy["name"].replace("=", "-") for policy in known()}
+    charts = sorted((PAGES / "charts").glob("*.svg"))
+    assert {path.stem for path in charts} == policies
+    for path in charts:
+        text = path.read_text(encoding="utf8")
+        assert len(text) < 30_000, path
+        assert not re.search(r"\bnan\b", text)
+        assert not re.search(r"<script|url\(|https?://(?!www\.w3\.org/2000/svg)", text)
+        root = ElementTree.fromstring(text)
+        lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
+        assert len(lines) >= 4 * (2 if path.stem in ("schedule-fcfs", "schedule-clairvoyant") else 3) - 2, path
+        page = (PAGES / f"{path.stem}.md").read_text(encoding="utf8")
+        assert f"](charts/{path.name})" in page
 
 
 def test_a_chart_shows_the_figures_that_are_kept() -> None:

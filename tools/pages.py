@@ -182,8 +182,8 @@ def simulated(policy: Mapping[str, Any], drawing: str | None) -> Iterable[str]:
         yield f"![Beside first come, first served and a clairvoyant bound]({drawing})"
         yield (
             "Three paces of the load, in the [simulator](../simulator.md); `python -m bench.sim.charts` computes them anew. "
-            "The clairvoyant order knows how long every answer will be: it is a bound of the mean time to the end, and of no "
-            "other figure."
+            "The clairvoyant order knows how long every answer will be: it is a bound of the mean time to the end for whoever "
+            "fills steps as it does, and of no other figure."
         )
 
 

@@ -4,7 +4,7 @@
     python -m tools.pages                                      (draws docs/techniques/charts from what this keeps)
 
 A policy has the arguments with which its claim was judged.  bench/results/sim-charts.json keeps a few figures for each policy and
-each pace.  The bound is of the mean time to the end; of the other figures it is none.
+each pace.  The bound is of the mean time to the end, for who fills steps as it does; of other figures it is none.
 """
 
 from __future__ import annotations

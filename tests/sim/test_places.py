@@ -143,10 +143,10 @@ def test_answers_are_spread_by_the_length_that_is_predicted_of_them() -> None:
 
     assert give(0, 100, 390) == 1  # nobody has anything: the first
     assert give(1, 2000, 390) == 2  # all of what 1 has is heavy
-    assert give(2, 10, 150) == 1  # light, and 1 holds 300 of 2,200
-    # 1 has one heavy answer of two, 2 has nothing else: a heavy one goes to 1 although 2 would have been its turn.
+    assert give(2, 2500, 150) == 1  # light, and 1 holds 300 of 2,200
+    # 1 has one heavy answer of two, 2 has nothing else: a heavy one goes to 1 although 2 holds less, 2,200 of 2,800.
     assert give(3, 3000, 900) == 1
-    # 1 holds 100 + 200 + 10 + 3,000 + 800, and 2 2,200: for 6,000 more only 2 has room, heavy as it is.
+    # 1 holds 100 + 200 + 2,500 + 3,000 + 800, and 2 2,200: for 6,000 more only 2 has room, heavy as it is.
     assert give(4, 5800, 390) == 2
     place.ended(4)
     place.ended(1)
