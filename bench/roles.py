@@ -1,6 +1,6 @@
 """What two engines gain on this machine: `--replicas 2` and `--roles prefill=1,decode=1` beside one engine, over HTTP.
 
-    python -m bench.roles [--rounds 3]             (4 minutes on a quiet machine, which it wants)
+    python -m bench.roles [--rounds 3]             (2 minutes on a quiet machine, which it wants)
 
 All servers have the same memory and stand at once; loads go to one after the other, in turns, turned around in every second
 round.  One engine has one thread, as a small model has by itself and as each of two engines has, or, as a control, two.

@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tools.charts import svg
 from tools.measured import (
     RESULTS,
     beside,
@@ -37,6 +39,7 @@ from tools.pages import (
     traits,
     written,
 )
+from weft.cli.policies import known
 from weft.errors import ConfigError
 from weft.features import FIELDS, REQUIRED, Feature, feature, features
 from weft.registry import lookup
@@ -55,12 +58,50 @@ def test_the_pages_are_those_that_would_be_written() -> None:
 
 def test_an_edit_by_hand_a_page_too_many_and_a_missing_one_are_found(tmp_path: Path) -> None:
     shutil.copytree(PAGES, tmp_path / "pages")
-    there = {path.name: path.read_text(encoding="utf8") for path in PAGES.glob("*.md")}
+    files = [*PAGES.glob("*.md"), *PAGES.glob("charts/*.svg")]
+    there = {path.relative_to(PAGES).as_posix(): path.read_text(encoding="utf8") for path in files}
     assert differing(there, tmp_path / "pages") == []
     (tmp_path / "pages" / "draft-ngram.md").write_text(there["draft-ngram.md"] + "It is the best.\n")
     (tmp_path / "pages" / "schedule-fcfs.md").unlink()
     (tmp_path / "pages" / "draft-made_up.md").write_text("# draft=made_up\n")
-    assert differing(there, tmp_path / "pages") == ["draft-made_up.md", "draft-ngram.md", "schedule-fcfs.md"]
+    (tmp_path / "pages" / "charts" / "schedule-fair.svg").write_text("<svg/>")
+    assert differing(there, tmp_path / "pages") == [
+        "charts/schedule-fair.svg",
+        "draft-made_up.md",
+        "draft-ngram.md",
+        "schedule-fcfs.md",
+    ]
+
+
+def test_every_policy_has_a_chart_that_is_small_and_needs_nothing_else() -> None:
+    policies = {policy["name"].replace("=", "-") for policy in known()}
+    charts = sorted((PAGES / "charts").glob("*.svg"))
+    assert {path.stem for path in charts} == policies
+    for path in charts:
+        text = path.read_text(encoding="utf8")
+        assert len(text) < 30_000, path
+        assert not re.search(r"\bnan\b", text)
+        assert not re.search(r"<script|url\(|https?://(?!www\.w3\.org/2000/svg)", text)
+        root = ElementTree.fromstring(text)
+        lines = root.findall(".//{http://www.w3.org/2000/svg}polyline")
+        assert len(lines) >= 4 * (2 if path.stem in ("schedule-fcfs", "schedule-clairvoyant") else 3) - 2, path
+        page = (PAGES / f"{path.stem}.md").read_text(encoding="utf8")
+        assert f"](charts/{path.name})" in page
+
+
+def test_a_chart_shows_the_figures_that_are_kept() -> None:
+    """Three points of two policies: a line through them for each, markers with the figures, and the limit."""
+    points = [{"at": 1.0, "goodput": 1.0, "ttft_s.p99": 0.25, "gap_s.p99": 0.02, "e2e_s.mean": 2.0},
+              {"at": 2.0, "goodput": 1.5, "ttft_s.p99": 1.25, "gap_s.p99": 0.03, "e2e_s.mean": 4.0}]  # fmt: skip
+    kept = {"load": "a <load>", "metric": "goodput", "across": "requests a second", "limits": {"ttft_s": 1.0},
+            "series": {"fcfs": points, "fair": points[:1]}}  # fmt: skip
+    root = ElementTree.fromstring(svg("schedule=fair", kept))
+    titles = [e.text for e in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles.count("fcfs: 1.25 at 2") == 1
+    assert titles.count("fair: 4 at 2") == 0
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"a <load>", "fcfs", "fair", "Time to first token, p99"} <= set(texts)
+    assert len([e for e in root.iter() if e.get("class") == "limit"]) == 1
 
 
 def test_every_technique_has_a_page_and_a_line_in_the_index() -> None:

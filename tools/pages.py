@@ -17,7 +17,9 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.charts import drawn
 from tools.measured import RESULTS, beside, cell, divergences, figures, gained, pays, plain, read_fidelity, read_results
+from weft.cli.policies import known
 from weft.errors import ConfigError
 from weft.features import Feature, features
 from weft.registry import lookup
@@ -26,6 +28,8 @@ from weft.traits import Effect, Fidelity, Trait
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "techniques"
+CHARTS = "charts"
+"""Folder in that one, with a chart for each policy."""
 FIDELITY = {
     Fidelity.EXACT: "the same tokens as without it, greedy and seeded",
     Fidelity.SAME_LAW: "tokens drawn from the same distribution",
@@ -84,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in PAGES.glob("*.md"):
         if path.name not in pages:
             path.unlink()
+    (PAGES / CHARTS).mkdir(exist_ok=True)
+    for path in (PAGES / CHARTS).glob("*.svg"):
+        if f"{CHARTS}/{path.name}" not in pages:
+            path.unlink()
     for name, text in pages.items():
         (PAGES / name).write_text(text, encoding="utf8")
     print(f"{len(pages)} pages, {len(stale)} changed")
@@ -92,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def differing(pages: Mapping[str, str], folder: Path) -> list[str]:
     """Names of pages that are missing, other than written, or not written at all."""
-    there = {path.name: path.read_text(encoding="utf8") for path in folder.glob("*.md")}
+    files = [*folder.glob("*.md"), *(folder / CHARTS).glob("*.svg")]
+    there = {path.relative_to(folder).as_posix(): path.read_text(encoding="utf8") for path in files}
     return sorted(name for name in there.keys() | pages.keys() if there.get(name) != pages.get(name))
 
 
@@ -104,11 +113,14 @@ def written(results: Path = RESULTS) -> dict[str, str]:
     if unknown:
         raise ConfigError(f"{results} has results of {', '.join(sorted(unknown))}, which do not exist; remove them")
     near = read_fidelity(results)
-    pages, shown = {}, {}
+    drawings, judged = drawn(results), {policy["name"]: policy for policy in known()}
+    pages, shown = {f"{CHARTS}/{name}": text for name, text in drawings.items()}, {}
     for f in own:
         name = f"{f.slot}={f.name}"
         result = beside(measured, name)
-        pages[f"{f.slot}-{f.name}.md"] = page(f, result, near.get(name, ()))
+        drawing = f"{CHARTS}/{f.slot}-{f.name}.svg" if f"{f.slot}-{f.name}.svg" in drawings else None
+        told = [*simulated(judged[name], drawing)] if name in judged else []
+        pages[f"{f.slot}-{f.name}.md"] = page(f, result, near.get(name, ()), told)
         if result is not None:
             shown[name] = result
     return {**pages, "index.md": index(own, shown)}
@@ -117,8 +129,16 @@ def written(results: Path = RESULTS) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- a page
 
 
-def page(f: Feature, result: Mapping[str, Any] | None, near: Sequence[Mapping[str, Any]] = ()) -> str:
-    """A technique's page.  result: of its benchmark, where there is one.  near: records of `weft fidelity`."""
+def page(
+    f: Feature,
+    result: Mapping[str, Any] | None,
+    near: Sequence[Mapping[str, Any]] = (),
+    told: Sequence[str] = (),
+) -> str:
+    """A technique's page.
+
+    result: of its benchmark, where there is one.  near: records of `weft fidelity`.  told: what the simulator says of it.
+    """
     module = lookup(f.slot, f.name).__module__.replace(".", "/") + ".py"
     files = [module, *([f"bench/results/{result.get('kept', f'{f.slot}-{f.name}')}.json"] if result else [])]
     files += ["bench/results/fidelity.json"] if near else []
@@ -143,10 +163,28 @@ def page(f: Feature, result: Mapping[str, Any] | None, near: Sequence[Mapping[st
         "## When it pays",
         *pays(f.fields.get("Pays"), SLOTS[f.slot].null == f.name, result),
         "## Measured",
-        *(figures(result) if result else ["Nothing was measured yet."]),
+        *(
+            figures(result)
+            if result
+            else ["Nothing was measured on a machine yet." if told else "Nothing was measured yet."]
+        ),
+        *(["## In the simulator", *told] if told else []),
         *(["## What it does to answers", *divergences(near)] if near else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def simulated(policy: Mapping[str, Any], drawing: str | None) -> Iterable[str]:
+    """What `weft policies` says of a claim, and a chart where one is kept."""
+    if policy["claim"] is not None:
+        yield f"Claimed: {plain(policy['claim'])}. That {policy['verdict']}: {plain(policy['reason'])}."
+    if drawing is not None:
+        yield f"![Beside first come, first served and a clairvoyant bound]({drawing})"
+        yield (
+            "Three paces of the load, in the [simulator](../simulator.md); `python -m bench.sim.charts` computes them anew. "
+            "The clairvoyant order knows how long every answer will be: it is a bound of the mean time to the end for whoever "
+            "fills steps as it does, and of no other figure."
+        )
 
 
 def facts(f: Feature, module: str) -> str:

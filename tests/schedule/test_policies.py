@@ -64,6 +64,12 @@ def test_orca_takes_prompts_whole_and_lets_them_join_at_once() -> None:
     assert steps("orca(size=1)", asks[:2])[1] == {0: 1}
 
 
+def test_prefill_first_lets_decodes_wait_for_prompts() -> None:
+    asks = [(0, 4, 3), (1, 5, 2)]
+    assert steps("prefill_first", asks) == [{0: 4}, {1: 5}, {0: 1, 1: 1}, {0: 1}]
+    assert steps("fcfs", asks) == [{0: 4}, {0: 1, 1: 5}, {0: 1, 1: 1}]
+
+
 def test_sarathi_has_one_chunk_and_whole_tiles() -> None:
     asks = [(0, 4, 4), (0, 12, 1), (0, 5, 1)]
     # Beside one decode a chunk of 8 has 7 rows, so that the step is two tiles of 4.

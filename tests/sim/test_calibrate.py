@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
 
-from weft.bench.calibrate import Sample, fit, measure, nonnegative, write
+from weft.bench.calibrate import Driver, Sample, Timings, fit, measure, nonnegative, write
 from weft.cost.calibrated import Calibrated, line
 from weft.errors import EngineError
 from weft.exec.build import EngineConfig, build, prepare
 from weft.hub import resolve
 from weft.sim.machines import Model, hardware
 from weft.slots.cost import Load
+from weft.types import Entry
 
 
 def sample(chance: random.Random) -> Sample:
@@ -74,6 +76,70 @@ def test_coefficients_are_never_negative() -> None:
 def test_too_few_steps_are_no_calibration() -> None:
     with pytest.raises(EngineError, match="too few"):
         fit([sample(random.Random(0))] * 3)
+
+
+def test_the_host_s_part_is_taken_apart(tmp_path: Path) -> None:
+    """0.1 ms a step, 20 us a sequence, 50 us where one begins, 1 us a row of a prompt, 0.3 ms after a rest; 60 us to sample."""
+    chance, samples = random.Random(6), list[Sample]()
+    for _ in range(800):
+        decodes, chunk = chance.randrange(1, 20), chance.choice([0, 0, 16, 100, 250])
+        load = Load(
+            rows=decodes + chunk, samples=decodes, works=decodes + (chunk > 0), prompt_pairs=[chunk * chunk / 2.0],
+            prompt_entries=[0.0], decode_entries=[100.0 * decodes], decode_rows=decodes,
+            entered=int(chunk > 0 and chance.random() < 0.7), idle=int(chance.random() < 0.1),
+        )  # fmt: skip
+        rest = 1e-4 + 2e-5 * load.works + 5e-5 * load.entered + 1e-6 * chunk + 3e-4 * load.idle
+        samples.append(Sample(load, 1e-3 + 1e-5 * load.rows, 6e-5 + 1e-5 * decodes, rest))
+    found = fit(samples)
+    wanted = {"step_s": 1e-4, "sequence_s": 2e-5, "enter_s": 5e-5, "prompt_row_s": 1e-6, "idle_s": 3e-4, "sampling_s": 6e-5,
+              "sample_s": 1e-5}  # fmt: skip
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, rel=0.03), name
+    file = tmp_path / "c.json"
+    write(file, found, {})
+    spec = prepare(EngineConfig(model=resolve(None))).spec
+    price = Calibrated(file=str(file)).on(hardware("cpu2"), Model("m", spec, "float32").figures)
+    assert all(sum(price(s.load)) == pytest.approx(s.total_s, rel=0.03) for s in samples)
+
+
+def test_steps_with_a_longer_tail_take_what_they_take_and_others_not_more() -> None:
+    """Small steps have a tail, large ones none: a factor over both would be wrong for each."""
+    chance, samples = random.Random(8), list[Sample]()
+    for i in range(1600):
+        rows = 1 if i % 2 else 16
+        skew = chance.lognormvariate(0.0, 0.5) if rows == 1 else 1.0  # mean 1.133, middle 1
+        load = Load(rows=rows, samples=rows, works=rows, prompt_pairs=[0.0], prompt_entries=[0.0], decode_entries=[0.0],
+                    decode_rows=rows)  # fmt: skip
+        samples.append(Sample(load, (1e-3 if rows == 1 else 3e-3) * skew, 1e-9, 1e-9))
+    found = fit(samples)
+    small = [s.model_s for s in samples if s.load.rows == 1 and s.model_s < 3e-3]
+    assert found["rows"][0][1] == pytest.approx(sum(small) / len(small), rel=0.03)
+    assert dict(found["rows"])[16] == pytest.approx(3e-3, rel=0.01)
+
+
+def test_a_rest_counts_from_when_the_request_was_sent() -> None:
+    """One request, a rest, another that was sent 0.05 s before its step was planned, and listening itself counts for nothing."""
+    setup = prepare(EngineConfig(model=resolve(None), max_model_len=256, max_num_seqs=8, threads=1))
+    runtime = build(setup)
+    driver = Driver(runtime)
+    timings = Timings(runtime.engine, Model("m", setup.spec, setup.dtype).figures, len(setup.spec.layers), driver.sent)
+    heard = timings._hear
+
+    def slow(entry: Entry) -> None:
+        heard(entry)
+        time.sleep(0.02)
+
+    timings._hear = slow  # type: ignore[method-assign]
+    driver.batch(0, 1, (20,), (4,))
+    runtime.engine.tap = timings
+    try:
+        for seed in (1, 2):
+            time.sleep(0.2)
+            driver.batch(seed, 1, (20,), (4,))
+    finally:
+        driver.close()
+    assert [(s.load.idle, s.load.entered) for s in timings.samples] == [(1, 1), (0, 0), (0, 0), (0, 0)] * 2
+    assert all(s.rest_s < 0.02 for s in timings.samples)  # neither the rest nor what listening takes
 
 
 def test_a_live_engine_is_listened_to() -> None:

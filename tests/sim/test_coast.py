@@ -59,6 +59,7 @@ def test_the_log_is_that_of_single_steps(schedule: str, blocks: int) -> None:
         for a, b in zip(whole.logs[0], single.logs[0], strict=True):
             assert a == b
         assert whole.result() == single.result()
+        assert whole.meter.gaps.longest == single.meter.gaps.longest
         engine = whole.replicas[0].engine
         engine.check()
         coasted += whole.replicas[0]._coast.steps

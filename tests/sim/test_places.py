@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -26,7 +28,7 @@ from weft.sim.pools import Pools
 from weft.sim.run import Wanted, load, setting
 from weft.sim.workload import UNIQUE, Arrival
 from weft.slots.cost import Load
-from weft.slots.place import Phase, Role, Share
+from weft.slots.place import Handed, Phase, Role, Share
 
 BASE = Wanted(trace="poisson(rate=9, requests=60, prompt=2000, output=40)", replicas=4, slo=slo("ttft=1s,tpot=50ms"))
 IMAGES = replace(BASE, trace="poisson(rate=3, requests=40, prompt=1200, output=40, images=4)")
@@ -129,6 +131,58 @@ def test_an_instance_changes_sides_where_work_waits() -> None:
     assert place.review([View(pending=9999), View()], ["prefill", "decode"], 9.0) == ["prefill", "decode"]
 
 
+def test_answers_are_spread_by_the_length_that_is_predicted_of_them() -> None:
+    """Buckets of 200 tokens, heavy above 128: 390 counts as 200 and is heavy, 150 counts as 0 and is light."""
+    place = TetriInfer(accuracy=1.0)
+    assert [place.predict(n, 0.5, True) for n in (0, 199, 200, 390)] == [0, 0, 200, 200]
+    roles: Sequence[Role] = ["prefill", "decode", "decode"]
+    views = [View(), View(), View()]
+
+    def give(id: int, prompt: int, answer: int, room: int = 10_000) -> int:
+        return place.handoff(Handed(id, prompt, answer, room), views, roles, 0.0)
+
+    assert give(0, 100, 390) == 1  # nobody has anything: the first
+    assert give(1, 2000, 390) == 2  # all of what 1 has is heavy
+    assert give(2, 2500, 150) == 1  # light, and 1 holds 300 of 2,200
+    # 1 has one heavy answer of two, 2 has nothing else: a heavy one goes to 1 although 2 holds less, 2,200 of 2,800.
+    assert give(3, 3000, 900) == 1
+    # 1 holds 100 + 200 + 2,500 + 3,000 + 800, and 2 2,200: for 6,000 more only 2 has room, heavy as it is.
+    assert give(4, 5800, 390) == 2
+    place.ended(4)
+    place.ended(1)
+    assert give(5, 10, 150) == 2  # which has nothing any more
+    assert give(6, 20_000, 0) == 2  # no room anywhere: where least is held
+
+
+def test_a_prediction_misses_by_one_bucket_as_often_as_it_is_said_to() -> None:
+    place, roles = TetriInfer(accuracy=0.75, bucket=100), ["prefill", "decode", "decode"]
+    for id in range(2000):
+        place.handoff(Handed(id, 1, 250, 10**9), [View()] * 3, roles, 0.0)  # type: ignore[arg-type]
+    assert place.acts["misread"] == pytest.approx(500, abs=60)
+    held = Counter(holds - 1 for _, holds, _ in place._there.values())
+    assert set(held) == {100, 200, 300}
+    assert held[100] == pytest.approx(held[300], rel=0.3)
+    with pytest.raises(ValueError, match="accuracy"):
+        TetriInfer(accuracy=1.5)
+
+
+def test_heavy_answers_are_balanced_better_where_lengths_are_known() -> None:
+    """Two kinds of answers, three instances: the largest difference in entries that instances hold."""
+
+    def spread(place: TetriInfer) -> float:
+        chance, apart = random.Random(5), []
+        roles: Sequence[Role] = ["prefill", *["decode"] * 4]
+        held: Counter[int] = Counter()
+        for id in range(800):
+            answer = 1000 if chance.random() < 0.2 else 50
+            held[place.handoff(Handed(id, 100, answer, 10**9), [View()] * 5, roles, 0.0)] += 100 + answer
+            apart.append(max(held[i] for i in range(1, 5)) - min(held[i] for i in range(1, 5)))
+        return sum(apart) / len(apart)
+
+    known, unknown = spread(TetriInfer(accuracy=1.0)), spread(TetriInfer(accuracy=1.0, bucket=10_000))
+    assert known < 0.7 * unknown  # the paper's bar: 30 % less imbalance
+
+
 def test_roles_that_follow_the_load_do_not_leave_prompts_to_one_instance() -> None:
     """Two and a half thousand rows a request come faster than one instance computes them; a second one helps out."""
     changing, fixed = run("tetriinfer(prefill=1, rows=3000, seqs=16, pause_s=0.5)", crowd()), run("distserve", crowd())
@@ -200,6 +254,30 @@ def test_a_step_of_both_devices_takes_half_the_entries_and_all_weights() -> None
     assert gap == pytest.approx(1025 * 131072 / (3350e9 * 0.8) + 2e-6, rel=0.1)
 
 
+def test_copies_of_who_came_last_are_dropped_first_where_memory_is_short() -> None:
+    """Two devices of 6 blocks.  Sequences of 4, 3 and 2 leave 3: the second one's copy fits, and so does nobody's beside it."""
+    place = AcceLLM()
+    assert place.alone([4, 3, 2], 6) == [0, 2]
+    assert place.alone([2, 2, 2], 6) == []  # all of it twice
+    assert place.alone([3, 3, 3, 3], 6) == [0, 1, 2, 3]  # no room for any
+    assert place.alone([1, 1, 4, 4], 6) == [2, 3]
+    assert place.acts["dropped"] == 8
+
+
+def test_who_has_one_copy_waits_while_its_device_computes_a_prompt() -> None:
+    """Ten answers of some 115 blocks when a prompt comes, 718 blocks on each device: 286 are left, which is two copies.
+
+    Of the other eight every second one waits for the prompt.  With more memory nobody does.
+    """
+    arrivals = [*(Arrival(0.0, ((UNIQUE + i, 1600),), 400) for i in range(10)), Arrival(2.0, ((2 * UNIQUE, 1600),), 2)]
+    short, ample = (run("accellm", arrivals, replicas=2, blocks=n) for n in (820, 2500))
+    assert short.replicas[1].engine.pool.total == 2 * 718
+    prompt_s = short.meter.first[10] - 2.0
+    assert [i for i in range(10) if short.meter.gaps.longest[i] > 1.1 * prompt_s] == [3, 5, 7, 9]
+    assert max(ample.meter.gaps.longest) < 0.5 * prompt_s
+    assert ample.rule.acts["dropped"] == 0 < short.rule.acts["dropped"]
+
+
 # ------------------------------------------------------------------ phases on one device
 
 
@@ -266,4 +344,4 @@ def test_a_pool_is_never_more_than_the_device_has() -> None:
         assert len(cluster.replicas) == 2 * (4 // each)
         for c in range(4 // each):
             total = sum(r.engine.pool.total for r in cluster.replicas[2 * c : 2 * c + 2])
-            assert total <= cluster.setting.kv_blocks() + 1
+            assert total <= each * cluster.setting.kv_blocks() + 1

@@ -15,8 +15,9 @@ from typer.testing import CliRunner, Result
 from weft.cli.app import app
 from weft.config import build_stack
 from weft.errors import ConfigError
+from weft.sim.cluster import Cluster
 from weft.sim.metrics import SLO, Curve, Meter, jain, quantile, seconds, slo
-from weft.sim.run import Wanted, compare, policies, run, split
+from weft.sim.run import Wanted, compare, policies, run, setting, split
 from weft.sim.workload import Arrival
 from weft.slots.cost import PARTS, Parts
 
@@ -47,6 +48,42 @@ def test_latencies_and_goodput_by_hand() -> None:
     assert tuple(result["bound_by"]) == PARTS
     assert meter.result(SLO(tpot_s=0.4), 1)["goodput"] == pytest.approx(2 / 4)
     assert meter.result(SLO(), 2)["utilization"] == 0.5
+
+
+def test_gaps_between_tokens_by_hand() -> None:
+    """Three answers: tokens at 1, 2, 5; at 2, 3 and two at 3.5; one at 4.  Means between tokens are 2, 0.5 and none."""
+    meter = Meter()
+    for output in (3, 4, 1):
+        meter.arrives(Arrival(0.0, ((1, 10),), output))
+    for id, said in enumerate((((1.0, 1), (2.0, 1), (5.0, 1)), ((2.0, 1), (3.0, 1), (3.5, 2)), ((4.0, 1),))):
+        for at, tokens in said:
+            meter.said(id, at, tokens)
+        meter.finished(id, said[-1][0], 0)
+    meter.step(0.0, 5.0, Parts(weights=5.0), 20, 3, 0.5)
+    told = meter.result(SLO(), 1)["gap_s"]  # gaps of 1, 3, 1, 0.5 and 0
+    assert told["mean"] == pytest.approx(5.5 / 5)
+    assert told["p50"] == pytest.approx(1.0, rel=0.01)
+    assert told["p99"] == pytest.approx(3.0, rel=0.01)
+    for limit, good in ((0.9, 1), (1.0, 2), (2.9, 2), (3.0, 3)):
+        assert meter.result(slo(f"gap={limit}s"), 1)["slo_met"] == pytest.approx(good / 3)
+    assert meter.result(slo("ttft=3s,tpot=1s,gap=2s"), 1)["slo_met"] == pytest.approx(1 / 3)
+
+
+def test_a_long_prompt_beside_an_answer_makes_one_long_gap() -> None:
+    """By the mean between tokens it is hardly seen; Sarathi-Serve's chunks keep the gap within what they are made for."""
+    arrivals = [Arrival(0.0, ((1, 100),), 400), Arrival(1.0, ((2, 16000),), 5)]
+
+    def told(policy: str) -> dict[str, Any]:
+        wanted = Wanted(trace="", policy=policy, max_rows=16384, slo=slo("tpot=20ms,gap=100ms"))
+        cluster = Cluster(setting(wanted))
+        return {**cluster.run(arrivals).result(wanted.slo, 1), "longest": cluster.meter.gaps.longest[0]}
+
+    whole, cut = told("prefill_first"), told("sarathi_serve(tbt_s=0.1, step_s=0.01, row_s=0.0001)")
+    assert whole["tpot_s"]["p50"] < 0.02
+    assert whole["longest"] > 0.3  # 16,000 rows of 16 GFLOP at 0.6 of 989 TFLOP/s and more
+    assert whole["slo_met"] == 0.5
+    assert cut["longest"] < 0.1
+    assert cut["slo_met"] == 1.0
 
 
 def test_quantiles_and_fairness() -> None:
@@ -84,7 +121,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_others() -> None:
     assert one.stdout == two.stdout != other.stdout
     result = json.loads(one.stdout)
     assert {"requests", "finished", "goodput", "ttft_s", "tpot_s", "e2e_s", "output_tok_s", "bound_by"} <= set(result)
-    assert all(set(result[key]) == {"mean", "p50", "p90", "p99"} for key in ("ttft_s", "tpot_s", "e2e_s"))
+    assert all(set(result[key]) == {"mean", "p50", "p90", "p99"} for key in ("ttft_s", "tpot_s", "gap_s", "e2e_s"))
     assert result["requests"] == result["finished"] == 40
     assert sum(result["bound_by"].values()) == pytest.approx(1.0)
 

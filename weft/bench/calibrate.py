@@ -2,23 +2,24 @@
 
 The engine's own loop runs a mixture of loads and its decisions are listened to, so that what a step costs beyond the model (the
 scheduler, frames, the interpreter) is in the figures.  Each of three parts is fitted by itself, with coefficients that are not
-negative, by the least sum of relative errors (squares, weighed anew):
+negative: first through the middle of the steps, to know which were held up, then through the means of the others (`means`):
 
     model     W(rows) + pair_s pairs + entry_s entries of decodes + prompt_entry_s entries of prompts
-    sampling  sample_s samples
-    the rest  step_s + sequence_s works
+    sampling  sampling_s + sample_s samples
+    the rest  step_s + sequence_s works + enter_s sequences that begin + prompt_row_s rows of prompts + idle_s after a rest
 
 All of them are then raised until the steps take together what they took (`level`).
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ HELD_UP = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One step.  seconds: of the model, of sampling, and of all else up to the next step."""
+    """One step.  seconds: of the model, of sampling, and of all else since the step before."""
 
     load: Load
     model_s: float
@@ -71,28 +72,41 @@ class Sample:
 
 
 class Timings:
-    """Listens to an engine: the time from one plan to the next, while there is something to do."""
+    """Listens to an engine: the time from one step's end to the next one's.
 
-    def __init__(self, engine: Engine, model: Figures, layers: int) -> None:
-        self.engine, self.model, self.layers = engine, model, layers
+    Where the engine had nothing to do it counts from when the request was sent (`sent`, by request), so that the thread's
+    waking up is in it.
+    """
+
+    def __init__(self, engine: Engine, model: Figures, layers: int, sent: Mapping[int, float]) -> None:
+        self.engine, self.model, self.layers, self.sent = engine, model, layers, sent
         self.samples: list[Sample] = []
         self._plan: Planned | None = None
-        self._result: Committed | None = None
+        self._since: float | None = None
+        self._idle = False
 
     def __call__(self, entry: Entry) -> None:
+        """What listening takes counts for no step."""
+        began = time.monotonic()
+        self._hear(entry)
+        if self._since is not None:
+            self._since += time.monotonic() - began
+
+    def _hear(self, entry: Entry) -> None:
         if isinstance(entry, Added):
-            if len(self.engine.requests()) == 1:
-                self._plan = self._result = None  # the engine had nothing to do before
-        elif isinstance(entry, Committed):
-            self._result = entry
+            asked = self.sent.get(entry.spec.id, entry.now)
+            if len(self.engine.requests()) == 1 and (self._since is None or asked > self._since):
+                self._since, self._idle = asked, True
         elif isinstance(entry, Planned):
-            if self._plan is not None and self._result is not None and self._plan.plan.works:
-                result = self._result.result
-                whole = entry.now - self._plan.now
-                rest = max(0.0, whole - result.forward_s - result.sample_s)
+            self._plan = entry
+        elif isinstance(entry, Committed):
+            if self._plan is not None and self._since is not None and self._plan.plan.works:
+                result = entry.result
+                rest = max(0.0, entry.now - self._since - result.forward_s - result.sample_s)
                 load = load_of(self._plan.plan, self.model, self.layers)
+                load.idle = int(self._idle)
                 self.samples.append(Sample(load, result.forward_s, result.sample_s, rest))
-            self._plan, self._result = entry, None
+            self._since, self._plan, self._idle = entry.now, None, False
 
 
 def specs(
@@ -121,6 +135,8 @@ class Driver:
         self._done = threading.Event()
         self._wrong: str | None = None
         self._ids = 0
+        self.sent: dict[int, float] = {}
+        """When each request was sent."""
 
     def _hear(self, frame: EngineFrame) -> None:
         if self.hear is not None:
@@ -139,6 +155,7 @@ class Driver:
         self._done.clear()
         for i, spec in enumerate(requests):
             before(i)
+            self.sent[spec.id] = time.monotonic()
             self.port.send(Add(spec))
         while not self._done.wait(1.0):
             if self.port.error() is not None:
@@ -167,12 +184,13 @@ def measure(
     """Step times of a mixture of loads.  The engine is used up: it is closed afterwards.  counts: sequences at once."""
     limits, spec = runtime.setup.limits, runtime.setup.spec
     figures = Model("measured", spec, runtime.setup.dtype).figures
-    timings = Timings(runtime.engine, figures, len(spec.layers))
     longest = min(limits.max_model_len - 40, runtime.setup.plan.kv_blocks * runtime.setup.plan.block_tokens // 2)
     prompts = sorted({max(1, min(longest, n)) for n in (4, 16, 40, 100, 250, 600, 1400)})
     driver = Driver(runtime)
+    timings = Timings(runtime.engine, figures, len(spec.layers), driver.sent)
     try:
         driver.batch(0, 4, prompts[:3], (8,))  # warm
+        settle()
         runtime.engine.tap = timings
         for turn in range(rounds):
             for count in counts:
@@ -186,6 +204,15 @@ def measure(
     return timings.samples
 
 
+def settle() -> None:
+    """As engines of a server do when they are ready: Python never again looks through what is there by now.
+
+    In a process with PyTorch that takes a fifth of a second, in the middle of some step.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def fit(samples: Sequence[Sample]) -> dict[str, Any]:
     """A calibration, as `cost=calibrated` reads it, and how far the samples are from it."""
     if len(samples) < 20:
@@ -196,24 +223,31 @@ def fit(samples: Sequence[Sample]) -> dict[str, Any]:
         [*_hats(knots, s.load.rows), sum(s.load.prompt_pairs), sum(s.load.decode_entries), sum(s.load.prompt_entries)]
         for s in samples
     ]
-    model = nonnegative(basis, [s.model_s for s in samples])
-    sampling = nonnegative([[float(s.load.samples)] for s in samples], [s.sample_s for s in samples])
-    rest = nonnegative([[1.0, float(s.load.works)] for s in samples], [s.rest_s for s in samples])
+    model = means(basis, [s.model_s for s in samples])
+    picks = [[float(s.load.samples > 0), float(s.load.samples)] for s in samples]
+    sampling = means(picks, [s.sample_s for s in samples])
+    others = [[1.0, *_hosts(s.load)] for s in samples]
+    rest = means(others, [s.rest_s for s in samples])
     found = {
         "rows": [[k, float(w)] for k, w in zip(knots, model[: len(knots)], strict=True)],
-        "pair_s": model[-3], "entry_s": model[-2], "prompt_entry_s": model[-1], "sample_s": sampling[0], "step_s": rest[0],
-        "sequence_s": rest[1], "block_s": 0.0,
+        "pair_s": model[-3], "entry_s": model[-2], "prompt_entry_s": model[-1],
+        "sampling_s": sampling[0], "sample_s": sampling[1],
+        **dict(zip(("step_s", "sequence_s", "enter_s", "prompt_row_s", "idle_s"), rest, strict=True)),
+        "block_s": 0.0,
     }  # fmt: skip
-    told = [
-        float(np.dot(row, model)) + sampling[0] * s.load.samples + rest[0] + rest[1] * s.load.works
-        for row, s in zip(basis, samples, strict=True)
-    ]
+    told = [float(v) for v in np.array(basis) @ model + np.array(picks) @ sampling + np.array(others) @ rest]
     found, told = raised(found, told, level([s.total_s for s in samples], told))
     errors = [abs(t - s.total_s) / s.total_s for t, s in zip(told, samples, strict=True)]
     found["steps"] = len(samples)
     found["median_error"] = statistics.median(errors)
     found["total_error"] = sum(told) / sum(s.total_s for s in samples) - 1.0
     return found
+
+
+def _hosts(load: Load) -> tuple[float, float, float, float]:
+    """What the time of the host goes by, beside each step's own."""
+    prompt_rows = max(0, load.rows - load.decode_rows)
+    return float(load.works), float(load.entered), float(prompt_rows), float(load.idle)
 
 
 def level(measured: Sequence[float], told: Sequence[float]) -> float:
@@ -244,6 +278,32 @@ def _hats(knots: Sequence[int], rows: int) -> list[float]:
     return out
 
 
+def means(basis: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
+    """Coefficients that are not negative, so that steps of every kind take together what they took.
+
+    Times have a tail to one side, longer for small steps than for large ones, so a fit through their middle with one factor on it
+    makes small steps too short and large ones too long.  Least squares over what a step is told to take balance the sum of
+    errors in each coefficient.  Steps that something held up are left out.
+    """
+    a, y = np.array(basis), np.maximum(np.array(wanted), 1e-7)
+    x = np.array(nonnegative(basis, wanted))
+    for _ in range(TURNS):
+        told = np.maximum(a @ x, 1e-9)
+        weight = np.where(y < HELD_UP * told, 1.0, 0.0) / told
+        x = _descend(a.T @ (a * weight[:, None]), a.T @ (weight * y), x)
+    return [float(v) for v in x]
+
+
+def _descend(gram: Any, target: Any, x: Any) -> Any:
+    """The least of a quadratic form where nothing is negative: one coordinate after the other."""
+    x = x.copy()
+    for _ in range(SWEEPS):
+        for j in range(len(x)):
+            if gram[j, j] > 0:
+                x[j] = max(0.0, x[j] + (target[j] - gram[j] @ x) / gram[j, j])
+    return x
+
+
 def nonnegative(basis: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
     """Coefficients that are not negative, by the least sum of relative errors: one coordinate after the other."""
     y = np.maximum(np.array(wanted), 1e-7)
@@ -252,11 +312,7 @@ def nonnegative(basis: Sequence[Sequence[float]], wanted: Sequence[float]) -> li
     a = a / scale
     x, weights = np.zeros(a.shape[1]), np.ones(len(y))
     for _ in range(TURNS):
-        gram, target = a.T @ (a * weights[:, None]), a.T @ weights
-        for _ in range(SWEEPS):
-            for j in range(len(x)):
-                if gram[j, j] > 0:
-                    x[j] = max(0.0, x[j] + (target[j] - gram[j] @ x) / gram[j, j])
+        x = _descend(a.T @ (a * weights[:, None]), a.T @ weights, x)
         # A step that something else on the machine held up has a large error; it is not to move the others.
         weights = 1.0 / np.maximum(np.abs(a @ x - 1.0), 0.02)
     return [float(v) for v in x / scale]

@@ -54,7 +54,8 @@ class SimFlags:
         int, _option("--devices", help="Devices that compute one replica's model together. (1)", metavar="N")
     ] = 1
     slo: Annotated[
-        str | None, _option("--slo", help="What a good request meets, as in ttft=1s,tpot=50ms.", metavar="SLO")
+        str | None,
+        _option("--slo", help="What a good request meets, as in ttft=1s,tpot=50ms,gap=200ms.", metavar="SLO"),
     ] = None
     draws: Annotated[int, _option("--seed", help="Of everything that is drawn. (0)", metavar="N")] = 0
     time_scale: Annotated[float, _option("--time-scale", help="Times the trace's own pace. (1)", metavar="X")] = 1.0

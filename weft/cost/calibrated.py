@@ -2,7 +2,8 @@
 
 Paper    none; a linear model of a step's load, as in Vidur (Agrawal et al., arXiv:2405.05465) and LLMServingSim
 Rule     weights: by rows, straight lines between measured points; the other parts: coefficients of what they are of
-Units    seconds; a coefficient is seconds for each pair, entry, sequence, sample or block
+Units    seconds; a coefficient is seconds for each step, sequence (enter_s: that begins), row of a prompt on the host, step of an
+         engine that had nothing to do before (idle_s: to wake up), step that samples, sample, pair, entry or block
 Cost     a bisection a step
 Pays     on the machine that it was measured on: bench/results/sim-calibrated.json has its errors
 Differs  the fit is of non-negative coefficients (a part never gives time back), by least squares of relative errors
@@ -25,7 +26,11 @@ from weft.registry import register
 from weft.slots.cost import Figures, Hardware, Load, Parts
 from weft.traits import Traits
 
-COEFFICIENTS = ("step_s", "sequence_s", "sample_s", "pair_s", "entry_s", "prompt_entry_s", "block_s")
+COEFFICIENTS = (
+    "step_s", "sequence_s", "enter_s", "prompt_row_s", "idle_s", "sampling_s", "sample_s", "pair_s", "entry_s", "prompt_entry_s",
+    "block_s",
+)  # fmt: skip
+"""Zero where a file has none."""
 MAX_BYTES = 1 << 20
 MAX_POINTS = 1024
 
@@ -56,18 +61,24 @@ class Calibrated:
     def on(self, hardware: Hardware, model: Figures) -> Callable[[Load], Parts]:
         points, c = read(Path(self.file))
         xs, ys = [float(x) for x, _ in points], [y * self.scale for _, y in points]
-        step, sequence, sample, pair, entry, prompt_entry, block = (c[name] * self.scale for name in COEFFICIENTS)
+        (step, sequence, enter, prompt_row, idle, sampling, sample, pair, entry, prompt_entry, block) = (
+            c[name] * self.scale for name in COEFFICIENTS
+        )
 
         def price(load: Load) -> Parts:
             weights = sum(share * line(xs, ys, n) for share, n in load.spans or ((1.0, load.rows),) if n)
             return Parts(
-                weights + load.samples * sample,
+                weights + load.samples * sample + (sampling if load.samples else 0.0),
                 sum(load.prompt_pairs) * pair,
                 sum(load.decode_entries) * entry
                 + sum(load.prompt_entries) * prompt_entry
                 + (load.moved + load.stored) * block,
                 0.0,
-                step + load.works * sequence,
+                step
+                + load.works * sequence
+                + load.entered * enter
+                + max(0, load.rows - load.decode_rows) * prompt_row
+                + load.idle * idle,
             )
 
         return price

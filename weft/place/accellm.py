@@ -5,9 +5,11 @@ Rule     a prompt goes to the pair with the least to do; while it has prompts, o
          one answers for all; while it has none, both answer for half of its sequences; each new entry is sent to the other
          device
 Units    layers: of the model, whose last one's transfer is not hidden; each: rows that a sequence stands for
-Cost     all KV lies on both devices of a pair: room for half as much
+Cost     KV lies on both devices of a pair while there is room; where memory is short, copies of those who came last are dropped
+         first, and while one device computes prompts, what lies there alone waits
 Pays     where prompts come in bursts: no device waits for its phase
-Differs  copies are always kept, and never dropped where memory is short; sequences are halved by number and entries alike
+Differs  sequences are halved by number and entries alike; of those without a copy every second one lies on the device that
+         computes prompts, and none moves
 Raises   ValueError if layers < 1 or each < 0
 """
 
@@ -30,7 +32,9 @@ class AcceLLM:
 
     layers: int = 32
     each: int = 128
-    acts: dict[str, int] = field(default_factory=lambda: {"entered": 0, "halved": 0}, init=False, compare=False)
+    acts: dict[str, int] = field(
+        default_factory=lambda: {"entered": 0, "halved": 0, "dropped": 0}, init=False, compare=False
+    )
     traits: ClassVar[Traits] = Traits()
     couple: ClassVar[int] = 2
     flips: ClassVar[bool] = False
@@ -54,6 +58,16 @@ class AcceLLM:
             return one.pending + self.each * (one.waiting + other.running + other.waiting)
 
         return min(range(len(couples)), key=lambda i: (before(i), i))
+
+    def alone(self, blocks: Sequence[int], room: int) -> Sequence[int]:
+        kept, left = set[int](), 2 * room - sum(blocks)
+        for i, held in enumerate(blocks):
+            if held <= left:
+                kept.add(i)
+                left -= held
+        found = [i for i in range(len(blocks)) if i not in kept]
+        self.acts["dropped"] += len(found)
+        return found
 
     def share(self, phase: Phase, couple: Couple, index: int, now: float) -> Share:
         if phase == "prefill" or couple.busy("prefill"):

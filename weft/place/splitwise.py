@@ -20,7 +20,7 @@ from weft.errors import ConfigError
 from weft.place._common import idlest
 from weft.registry import register
 from weft.slots import Claim
-from weft.slots.place import Role
+from weft.slots.place import Handed, Role
 from weft.slots.route import ReplicaView
 from weft.traits import Traits
 
@@ -68,7 +68,7 @@ class Splitwise:
             return idlest(replicas, roles, ("mixed",))
         return best
 
-    def handoff(self, prompt: int, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int:
+    def handoff(self, request: Handed, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int:
         self.acts["handed_over"] += 1
         return idlest(replicas, roles, ("decode",))
 

@@ -7,9 +7,9 @@ Units    quantum: tokens of an answer
 Cost     O(running) for each that yields; its full blocks are stored in one instruction, and only those that are not stored yet
 Pays     where answers differ in length and more want to run than can: short ones do not wait for long ones.  It wants a tier
          below the pool (kv.offload=host(threads=1) copies beside the steps); without one, contexts are computed anew
-Differs  the paper sets priorities by patterns of its own; a swap gathers its blocks into one copy, where the paper allots blocks
-         that lie side by side; whoever takes places enters one step later, while they are stored; entries of a block that is not
-         full are computed again; the oldest sequence that runs never yields
+Differs  the paper sets priorities by patterns of its own; a swap gathers a sequence's blocks into one copy, so that they need
+         not lie side by side for its copies to be few; whoever takes places enters one step later, while they are stored;
+         entries of a block that is not full are computed again; the oldest sequence that runs never yields
 Raises   ValueError if quantum < 1
 """
 

@@ -16,14 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any, cast
 
+from weft.core.engine import Engine
 from weft.errors import ConfigError, InvariantError
 from weft.sim.cluster import Look, Setting
 from weft.sim.pools import Pools
 from weft.sim.replica import Replica
 from weft.sim.workload import Arrival
+from weft.slots import Quota, RequestView, Schedule, StepView
 from weft.slots.cost import Load, Parts, Price
-from weft.slots.place import Beside, Phase, Role
+from weft.slots.place import Beside, Phase, Role, Twofold
 from weft.slots.route import ReplicaView
 
 SATURATION = 0.55
@@ -118,9 +121,14 @@ class Couples(Pools):
     def replica(self, i: int, price: Price, blocks: int) -> Replica:
         s, pair = self.setting, self.pairs[i // 2]
         prompts = max(1, blocks // PROMPTS)
+        room = max(1, blocks - prompts)
         log = self.logs[i] if self.logs else None
         if i % 2:
-            return self.worker(f"decode{i // 2}", self.priced(i, pair, "decode"), max(1, blocks - prompts), log)
+            worker = self.worker(f"decode{i // 2}", self.priced(i, pair, "decode"), room * self.rule.couple, log)
+            if self.rule.couple > 1:
+                halting = Halting(worker.engine, cast(Twofold, self.rule), pair, room)
+                worker.engine.scheduler.policy = cast(Schedule, halting)
+            return worker
         return Replica(
             f"prefill{i // 2}", s.model, self.priced(i, pair, "prefill"), s.stack(), s.limits, prompts, self.meter,
             coasting=False, log=log, ended=self._ended, image_s=s.image_s,
@@ -168,6 +176,34 @@ class Couples(Pools):
 
     def transfer_s(self, prompt: int) -> float:
         return super().transfer_s(prompt) if self.rule.couple > 1 else 0.0
+
+
+class Halting:
+    """The schedule of a pair's answers: while one device computes prompts, sequences whose KV lies there alone get no rows.
+
+    Of those with one copy every second one lies there.
+    """
+
+    def __init__(self, engine: Engine, rule: Twofold, pair: Pair, room: int) -> None:
+        self._engine, self._rule, self._pair, self._room = engine, rule, pair, room
+        self._policy, self._halted = engine.scheduler.policy, frozenset[int]()
+        self._seen: StepView | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def quota(self, request: RequestView, step: StepView) -> Quota:
+        if step is not self._seen:
+            self._seen, self._halted = step, self.halted()
+        return Quota(0) if id(request) in self._halted else self._policy.quota(request, step)
+
+    def halted(self) -> frozenset[int]:
+        """Who waits in this step; never everybody, for half of those with one copy lie on the other device."""
+        if not self._pair.busy("prefill"):
+            return frozenset()
+        there = sorted(self._engine.scheduler.running.values(), key=lambda r: r.rid)
+        alone = self._rule.alone([sum(len(t.blocks) for t in r.tables) for r in there], self._room)
+        return frozenset(id(there[i]) for i in alone[1::2])
 
 
 def portion(load: Load, ways: int) -> Load:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from weft.core.engine import Engine
 from weft.core.request import Request, State
 from weft.sim.executor import OUTPUT
+from weft.sim.gaps import Gaps
 from weft.slots.cost import Load, Parts, Price
 from weft.types import Event, Grant, GroupKind, KVOp
 
@@ -26,14 +27,14 @@ Step = Callable[[float, float, Parts, float, int], None]
 class Coast:
     """price: of the engine's steps.  kinds: of the model's layers.  told, ended: of steps, and of answers that end.
 
-    log: entries of the decision log, or None.
+    gaps: told how far tokens are apart.  log: entries of the decision log, or None.
     """
 
     def __init__(
         self, engine: Engine, price: Price, kinds: int, told: Step, ended: Callable[[list[Event], float], None],
-        log: list[tuple[object, ...]] | None = None,
+        gaps: Gaps, log: list[tuple[object, ...]] | None = None,
     ) -> None:  # fmt: skip
-        self.engine, self.price, self.told, self.ended, self.log = engine, price, told, ended, log
+        self.engine, self.price, self.told, self.ended, self.gaps, self.log = engine, price, told, ended, gaps, log
         self.scheduler, self.kv, self.pool = engine.scheduler, engine.kv, engine.pool
         groups = [g for g in engine.kv.groups if g.kind is not GroupKind.PARKED]
         self.possible = (
@@ -93,6 +94,7 @@ class Coast:
             if self._publishes(r):
                 self.fills.setdefault(self.size - 1 - count % self.size, []).append(i)
         self.alive, self.entries, self.at = len(self.requests), entries, 0
+        self.longest, self.ended_s = 0.0, now  # of the gaps since the first step, and when the last step ended
         return True
 
     def _enters(self, now: float) -> bool:
@@ -135,6 +137,8 @@ class Coast:
         for i, r in enumerate(self.requests):
             if r.state is not State.DONE:
                 self._sync(i, self.at)
+                if self.at:
+                    self.gaps.until(r.id, self.ended_s, self.longest)
         self.at, self.due = -1, None
 
     def _sync(self, i: int, at: int) -> None:
@@ -196,10 +200,21 @@ class Coast:
             engine._generated += alive
             engine._rows = alive
             told(now, end, parts, alive, alive)
+            self._spoke(now, end)
             if at in self.fills or at in self.ends:
                 self._settle(self._live(self.fills, at), self._live(self.ends, at), end)
             now = end
         return now
+
+    def _spoke(self, now: float, end: float) -> None:
+        """Everybody has said a token.  In the first step each comes as long after the one before as that happened to be ago."""
+        if self.at == 1:
+            for r in self.requests:
+                self.gaps.said(r.id, end)
+        else:
+            self.gaps.count(end - now, self.alive)
+            self.longest = max(self.longest, end - now)
+        self.ended_s = end
 
     def _live(self, calendar: dict[int, list[int]], at: int) -> list[int]:
         """Who is due at a step and still there, in the order of the schedule; the calendar keeps the list."""
@@ -243,6 +258,7 @@ class Coast:
             self._sync(i, at)
             if i in gone:
                 self.alive -= 1
+                self.gaps.until(r.id, now, self.longest)
                 self.entries -= r.tables[self.group].count + 1
                 engine._end(r, "length", events)
             else:

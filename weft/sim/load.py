@@ -41,7 +41,7 @@ def load_of(plan: Plan, model: Figures, layers: int, *, aside: bool = False) -> 
     return Load(
         rows=plan.rows, samples=plan.samples, works=works, prompt_pairs=pairs, prompt_entries=read, decode_entries=single,
         decode_rows=decode_rows, spans=_spans(plan, layers) if parted else [], moved=moved, stored=sum(n for _, n in below),
-        copies=len(below), aside=sum(n for i, n in below if i in free),
+        copies=len(below), aside=sum(n for i, n in below if i in free), entered=len(plan.enter),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import ConfigError
+from weft.sim.gaps import Gaps
 from weft.sim.workload import Arrival
 from weft.slots.cost import PARTS, Parts
 
@@ -19,24 +20,29 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SLO:
-    """Seconds to the first token, and between tokens on average; None asks nothing."""
+    """Seconds to the first token, between tokens on average, and between any two of them; None asks nothing."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    gap_s: float | None = None
 
-    def met(self, ttft_s: float, tpot_s: float) -> bool:
-        return (self.ttft_s is None or ttft_s <= self.ttft_s) and (self.tpot_s is None or tpot_s <= self.tpot_s)
+    def met(self, ttft_s: float, tpot_s: float, gap_s: float) -> bool:
+        return (
+            (self.ttft_s is None or ttft_s <= self.ttft_s)
+            and (self.tpot_s is None or tpot_s <= self.tpot_s)
+            and (self.gap_s is None or gap_s <= self.gap_s)
+        )
 
 
 def slo(text: str | None) -> SLO:
-    """'ttft=1s,tpot=50ms' as an SLO.  Raises ConfigError."""
+    """'ttft=1s,tpot=50ms,gap=200ms', or some of it, as an SLO.  Raises ConfigError."""
     given: dict[str, float] = {}
     for part in (text or "").split(",") if text else ():
         name, _, value = (x.strip() for x in part.partition("="))
-        if name not in ("ttft", "tpot") or name in given:
-            raise ConfigError(f"an SLO is written ttft=1s,tpot=50ms; got {part[:60]!r}")
+        if name not in ("ttft", "tpot", "gap") or name in given:
+            raise ConfigError(f"an SLO is written ttft=1s,tpot=50ms,gap=200ms, each once at most; got {part[:60]!r}")
         given[name] = seconds(value)
-    return SLO(ttft_s=given.get("ttft"), tpot_s=given.get("tpot"))
+    return SLO(ttft_s=given.get("ttft"), tpot_s=given.get("tpot"), gap_s=given.get("gap"))
 
 
 def seconds(text: str) -> float:
@@ -93,6 +99,7 @@ class Meter:
         self.arrived, self.first, self.ended = array("d"), array("d"), array("d")
         self.outputs, self.prompts, self.tenant = array("q"), array("q"), array("q")
         self.tenants: dict[str, int] = {}
+        self.gaps = Gaps()
         self.refusals = self.preemptions = self.cached = 0
         self.parts = [0.0] * len(PARTS)
         self.busy_s = self.rows = self.steps = self.trained = 0.0
@@ -109,11 +116,13 @@ class Meter:
         self.outputs.append(a.output)
         self.prompts.append(a.prompt)
         self.tenant.append(self.tenants.setdefault(a.tenant, len(self.tenants)))
+        self.gaps.arrives()
         return len(self.arrived) - 1
 
-    def said(self, id: int, now: float) -> None:
+    def said(self, id: int, now: float, tokens: int = 1) -> None:
         if self.first[id] != self.first[id]:
             self.first[id] = now
+        self.gaps.said(id, now, tokens)
 
     def finished(self, id: int, now: float, cached: int) -> None:
         self.ended[id] = now
@@ -156,7 +165,7 @@ class Meter:
         """The keys of `weft sim --json`."""
         ttft, tpot, whole, who = self.latencies()
         duration = max(self.last_s, self.arrived[-1] if self.arrived else 0.0)
-        good = sum(wanted.met(a, b) for a, b in zip(ttft, tpot, strict=True))
+        good = sum(wanted.met(a, b, self.gaps.longest[i]) for a, b, i in zip(ttft, tpot, who, strict=True))
         spoken = sum(self.outputs[i] for i in who)
         total = sum(self.parts)
         served, prompts = self._service(who)
@@ -169,6 +178,7 @@ class Meter:
             "slo_met": _share(good, len(self.arrived)),
             "ttft_s": summary(ttft),
             "tpot_s": summary([t for t, i in zip(tpot, who, strict=True) if self.outputs[i] > 1]),
+            "gap_s": self.gaps.summary(self.first, QUANTILES),
             "e2e_s": summary(whole),
             "output_tok_s": _share(spoken, duration),
             "prompt_tok_s": _share(prompts, duration),

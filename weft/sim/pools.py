@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from weft.sim.metrics import Meter
 from weft.sim.replica import FOREVER, Replica
 from weft.sim.workload import Arrival
 from weft.slots.cost import Link, Price
-from weft.slots.place import Place, Role
+from weft.slots.place import Handed, Place, Role
 from weft.types import Finished, GroupKind, Rejected
 
 KEPT = 1 << 40
@@ -87,6 +87,7 @@ class Pools(Cluster):
             raise ConfigError("KV that is handed over is found by its prefix; leave --no-prefix-cache out")
         self.setting = setting
         self.place: Place = setting.place.build()
+        self._tells: Callable[[int], None] | None = getattr(self.place, "ended", None)
         self.roles: list[Role] = self.first_roles()
         self._done: list[tuple[float, int]] = []
         """(when, request) of prompts that were computed, in no order."""
@@ -133,6 +134,8 @@ class Pools(Cluster):
             self._done.append((now, event.id))
         else:
             self.meter.finished(event.id, now, event.cached_tokens)
+            if self._tells is not None:
+                self._tells(event.id)
 
     # ------------------------------------------------------------------ the load
 
@@ -254,7 +257,9 @@ class Pools(Cluster):
     def answers(self, id: int, a: Arrival, at: float) -> int:
         """The replica that goes on with a request."""
         self._review()
-        i = self.place.handoff(a.prompt, self.views, self.roles, at)
+        engine = self.replicas[0].engine
+        handed = Handed(id, a.prompt, a.output, engine.pool.total * engine.kv.groups[0].block_tokens)
+        i = self.place.handoff(handed, self.views, self.roles, at)
         if self.roles[i] in ("prefill", "encode"):
             raise InvariantError(f"the placement handed request {id} to replica {i}, which computes no answers")
         return i

@@ -47,6 +47,7 @@ class Replica:
         self._told = ended or (lambda e, now: meter.finished(e.id, now, e.cached_tokens))
         self.coasting = coasting
         self.image_s, self._owed_s = image_s, 0.0
+        self._rested = False
         self.now = 0.0
         """When the last committed step ended."""
         self.ends = FOREVER
@@ -56,9 +57,7 @@ class Replica:
         """Moments at which something happened."""
         self._flight: tuple[Plan, Parts, float] | None = None
         self._inbox: deque[tuple[int, Arrival]] = deque()
-        self._coast = Coast(
-            self.engine, price, len(model.figures.kinds), self._stepped, self._ended, log if log is not None else None
-        )
+        self._coast = Coast(self.engine, price, len(model.figures.kinds), self._stepped, self._ended, meter.gaps, log)
         self.steps = 0
 
     # ------------------------------------------------------------------ what routers read
@@ -141,7 +140,8 @@ class Replica:
             if not self.engine.has_work:
                 if not self._inbox:
                     return FOREVER
-                self.now = max(self.now, self._inbox[0][1].time_s)
+                if self._inbox[0][1].time_s > self.now:
+                    self.now, self._rested = self._inbox[0][1].time_s, True
                 if self.now > until:
                     return self.now
                 continue
@@ -168,6 +168,7 @@ class Replica:
         """Plan a step; it ends when its parts have passed."""
         plan, events = self.engine.schedule(self.now)
         load = load_of(plan, self.model.figures, self.layers, aside=self.aside)
+        load.idle, self._rested = int(self._rested), False
         parts = self.price(load)
         if self._owed_s:
             parts, self._owed_s = parts._replace(weights=parts.weights + self._owed_s), 0.0
@@ -190,7 +191,7 @@ class Replica:
         self.now, self.ends = self.ends, FOREVER
         for event in events:
             if isinstance(event, Tokens):
-                self.meter.said(event.id, self.now)
+                self.meter.said(event.id, self.now, len(event.tokens))
         self._ended(events, self.now)
 
     def _ended(self, events: Sequence[Event], now: float) -> None:

@@ -66,6 +66,7 @@ def _listed(names: Sequence[str]) -> str:
 def _what(points: Sequence[Point], w: Wanted) -> str:
     slo = [f"first token within {1e3 * w.slo.ttft_s:,.0f} ms"] if w.slo.ttft_s is not None else []
     slo += [f"{1e3 * w.slo.tpot_s:,.0f} ms a token"] if w.slo.tpot_s is not None else []
+    slo += [f"no gap above {1e3 * w.slo.gap_s:,.0f} ms"] if w.slo.gap_s is not None else []
     good = (
         f" A good request: {' and '.join(slo)}."
         if slo
@@ -125,7 +126,8 @@ def _latencies(points: Sequence[Point], names: Sequence[str], wanted: Wanted) ->
 
     found = []
     for title, key, limit in (
-        ("Time to first token", "ttft_s", wanted.slo.ttft_s), ("Time per token", "tpot_s", wanted.slo.tpot_s)
+        ("Time to first token", "ttft_s", wanted.slo.ttft_s), ("Time per token", "tpot_s", wanted.slo.tpot_s),
+        ("Gap between tokens", "gap_s", wanted.slo.gap_s),
     ):  # fmt: skip
         for q in ("p50", "p90", "p99"):
             series = _series(points, names, latency(key, q))

@@ -50,6 +50,7 @@ class Load:
                Pairs and entries are counted in the share of the layers that their rows pass
     moved      blocks that are copied.  stored: blocks that go to or come from below the pool, in so many `copies`
     aside      of `stored`, blocks that are moved while the step computes
+    entered    sequences that begin with this step.  idle: 1 where the engine had nothing to do before it
     """
 
     rows: int = 0
@@ -64,6 +65,8 @@ class Load:
     stored: int = 0
     copies: int = 0
     aside: int = 0
+    entered: int = 0
+    idle: int = 0
 
     @property
     def whole_rows(self) -> float:

@@ -11,6 +11,18 @@ Role = Literal["encode", "prefill", "decode", "mixed"]
 Phase = Literal["prefill", "decode"]
 
 
+class Handed(NamedTuple):
+    """A request whose prompt is computed.  prompt, answer: tokens.  room: entries that the blocks of a replica hold.
+
+    Nobody knows how long an answer will be; it is there for who predicts it, and says how far the prediction is off.
+    """
+
+    id: int
+    prompt: int
+    answer: int
+    room: int
+
+
 class Place(Protocol):
     """Slot `place`, where replicas have roles.  Pure.
 
@@ -22,6 +34,8 @@ class Place(Protocol):
 
     exposed: share of the time that a hand-over of KV takes which is not hidden behind computing the prompt.
     flips: whether roles change.
+
+    One with a method `ended(id)` is told of answers that end.
     """
 
     @property
@@ -30,7 +44,7 @@ class Place(Protocol):
     def flips(self) -> bool: ...
     def roles(self, replicas: int) -> Sequence[Role]: ...
     def enter(self, prompt: int, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int: ...
-    def handoff(self, prompt: int, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int: ...
+    def handoff(self, request: Handed, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> int: ...
     def review(self, replicas: Sequence[ReplicaView], roles: Sequence[Role], now: float) -> Sequence[Role]: ...
 
 
@@ -74,3 +88,13 @@ class Beside(Protocol):
     def exposed(self) -> float: ...
     def enter(self, prompt: int, couples: Sequence[Couple], now: float) -> int: ...
     def share(self, phase: Phase, couple: Couple, index: int, now: float) -> Share: ...
+
+
+class Twofold(Beside, Protocol):
+    """One of whose couples each has two devices, which both have all KV while there is room.
+
+    alone  of sequences that hold so many `blocks`, who came first before the others, those whose KV is on one device only, by
+           index; `room`: blocks of one device
+    """
+
+    def alone(self, blocks: Sequence[int], room: int) -> Sequence[int]: ...
