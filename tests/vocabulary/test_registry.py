@@ -192,7 +192,7 @@ def test_what_is_written_is_read_back(arguments: dict[str, Any]) -> None:
         ("zzzzz=lru", "there are: schedule, kv.evict"),
         ("schedule=fcsf", "did you mean fcfs"),
         ("schedule=layerd(groups=2)", "did you mean layered"),
-        ("accept=qqq", "there are: race, rejection"),
+        ("accept=qqq", "there are: bild, race, rejection"),
         ("kv.evict=lur", "did you mean lru"),
         ("schedule=__init__", "there are: batchllm, cache_aware"),
         ("schedule=registry", "there are: batchllm, cache_aware"),
