@@ -137,22 +137,18 @@ def rounds(plan: Plan, group: Group, tick: Tick) -> None:
             tick(f"{here}: {contender.engine} ({contender.own}) warms up, batch {cell.batch}")
             _turn(group, contender, Cell(cell.batch, cell.prompt, min(cell.new, WARM_NEW)), seed=0)
     for turn in range(1, plan.rounds + 1):
-        bandwidths = [bandwidth(plan.threads)]
-        taken: list[list[Turn]] = []
+        before = bandwidth(plan.threads)
         for at, cell in enumerate(plan.cells):
-            taken.append([])
             # Who comes first changes from round to round.
             order = group.contenders[turn % len(group.contenders) :] if group.contenders else []
             for contender in [*order, *[c for c in group.contenders if c not in order]]:
                 tick(f"{here}: round {turn} of {plan.rounds}, batch {cell.batch}, {contender.engine} ({contender.own})")
                 found = _turn(group, contender, cell, seed=1000 * turn + at)
+                after = bandwidth(plan.threads)  # it drifts by half within a minute
                 if found is not None:
+                    found.read_gb_s = max(before, after)
                     contender.turns.setdefault(cell, []).append(found)
-                    taken[-1].append(found)
-            bandwidths.append(bandwidth(plan.threads))
-        for at, turns in enumerate(taken):
-            for one in turns:
-                one.read_gb_s = max(bandwidths[at : at + 2])
+                before = after
 
 
 def bandwidth(threads: int) -> float:
@@ -162,7 +158,6 @@ def bandwidth(threads: int) -> float:
 
 
 def _turn(group: Group, contender: Contender, cell: Cell, seed: int) -> Turn | None:
-    time.sleep(SETTLE_S)
     load = {"batch": cell.batch, "prompt": cell.prompt, "new": cell.new, "seed": seed, "vocab": group.spec.vocab}
     try:
         found = contender.driver.ask({"do": "measure", **load}, MEASURE_S)

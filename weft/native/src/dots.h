@@ -213,6 +213,7 @@ void dot_tile(const Linear& a, const Part& part) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     vf totals[R][P][PARTS];
     const int64_t words = part.lines * EACH;
+    if (part.cold) ask_to_write<R, P>(a, part);
     if (W::SCALED && w.grouped()) {
         const int64_t step = w.group / D::INPUTS;
         fetch<R, P>(a, part, totals);
@@ -228,12 +229,15 @@ void dot_tile(const Linear& a, const Part& part) {
     } else {
         typename D::Total total[R][P][PARTS];
         fetch<R, P>(a, part, totals);  // sums of whole numbers as they are, between stretches
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++)
                     total[r][p][v] = part.from.at ? reinterpret_cast<typename D::Total>(totals[r][p][v])
                                                   : D::start(W::SCALED && !OFFSETS ? sums[r] : 0);
         add_words<D, W, R, P, OPENED>(w, part, 0, words, total);
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++) totals[r][p][v] = W::SCALED && part.end ? vf{} : reinterpret_cast<vf>(total[r][p][v]);
@@ -241,6 +245,7 @@ void dot_tile(const Linear& a, const Part& part) {
             if (part.end) settle_dots<D, W, OFFSETS, R, P>(w, part, 0, total, sums, 1, totals);
     }
     if (D::SCALED && part.end)
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++) totals[r][p][v] *= part.scales[r];
@@ -280,7 +285,7 @@ inline constexpr int64_t SMALL_GROUP = 64;
 inline constexpr int64_t NEAR_WORDS = 224;  // of two panels, in the first cache beside those of a tile's rows
 inline constexpr int64_t FAR_WORDS = 448;  // where they are read as they lie: longer sums, which are put down less often, are worth more
 inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in the second cache
-inline constexpr int64_t FEWEST_ROWS = 72;          // for which weights are worth to be read
+inline constexpr int64_t FEWEST_ROWS = 60;          // for which weights are worth to be read
 static_assert(NEAR_WORDS * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 
 // Panels [from, to), or gates and what they open, times rows that are rounded: stretches of inputs whose weights stay in the first
@@ -313,6 +318,7 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
                     const Sums here{between + top * panels * PANEL, panels * PANEL, panels / 2 * PANEL};
                     if (begin > 0) part.from = begin > input ? here : out;
                     part.to = end < stop ? here : out;
+                    part.cold = tiles > 1 && end == stop;
                     if (t > 0) {  // what comes after these lines, a share of it with each tile but the first
                         const int64_t shares = (tiles - 1 + panels - 1) / panels, share = t - 1;
                         const char* after = end < stop ? part.panel + end / EACH * LINE_BYTES : part.panel + part.next + input / EACH * LINE_BYTES;

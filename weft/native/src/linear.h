@@ -49,6 +49,7 @@ struct Part {
     const float* scales = nullptr;  // of the tile's rows, where they are of 8 bits
     const char* later = nullptr;    // what a later tile reads, `each` bytes for a line of this one's, which no longer come from memory
     int64_t each = 0;
+    bool cold = false;              // whether what it writes is in no cache: rows of a result lie far from each other
 
     // Lines of panels [p, p + panels), or of half as many gates and of what those open.
     WEFT_INLINE void place(const Weight& w, int64_t p, int64_t panels, int64_t from_line, int64_t count) {
@@ -66,30 +67,39 @@ WEFT_INLINE const char* panel_of(const Weight& w, const char* panel, int64_t far
 
 // Asks memory for what P panels hold AHEAD lines after `line`, or for the beginning of the next P: the processor's own prefetching
 // ends at every page, and rows keep it from looking far.  Worth a third of the speed where weights come from memory.
-inline constexpr int64_t AHEAD = 32;
+inline constexpr int64_t AHEAD = 64;
 template <int P>
 WEFT_INLINE void ask_for(const char* const (&panels)[P], int64_t line, int64_t lines, int64_t next) {
     const int64_t at = line + AHEAD, more = at < lines ? at * LINE_BYTES : next + (at - lines) * LINE_BYTES;
     for (int p = 0; p < P; p++) __builtin_prefetch(panels[p] + more);
 }
 
-// Between a tile and memory that ends at N.
+// Asks for the lines that a tile will write, before it computes: else each store waits until its line is there, an eighth of the
+// whole product.
+template <int R, int P>
+WEFT_INLINE void ask_to_write(const Linear& a, const Part& part) {
+    const bool opens = P > 1 && part.paired && part.end;
+    for (int r = 0; r < R; r++)
+        for (int p = 0; p < (opens ? P / 2 : P); p++)
+            __builtin_prefetch(opens ? a.gate.out + (part.row + r) * a.gate.out_stride + part.n + p * PANEL : part.to.of<P>(r, p), 1);
+}
+
+// Between a tile and memory that ends at N.  Loops are unrolled, or a compiler would keep the sums of a tile in memory.
 template <int R, int P>
 WEFT_INLINE void fetch(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
     const int64_t left = a.weight.n - part.n;
+    const bool none = !part.from.at, whole = part.paired || P * PANEL <= left;
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) {
-            const float* from = part.from.of<P>(r, p);
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++)
             for (int v = 0; v < PARTS; v++) {
-                const int at = p * PANEL + v * LANES;
-                totals[r][p][v] = !part.from.at                        ? vf{}
-                                  : part.paired || at + LANES <= left ? load(from + v * LANES)
-                                                                      : some(from + v * LANES, left - at);
+                const float* from = part.from.of<P>(r, p) + v * LANES;
+                totals[r][p][v] = none ? vf{} : whole ? load(from) : some(from, left - p * PANEL - v * LANES);
             }
-        }
 }
 template <int R, int P>
-WEFT_INLINE void put(const Linear& a, const Part& part, const vf (&totals)[R][P][PARTS]) {
+WEFT_INLINE void put(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
     const int64_t left = a.weight.n - part.n;
     const float* bias = part.end && a.bias ? a.bias + part.n : nullptr;
     if constexpr (P > 1) {
@@ -106,18 +116,25 @@ WEFT_INLINE void put(const Linear& a, const Part& part, const vf (&totals)[R][P]
             return;
         }
     }
+    if (part.paired || P * PANEL <= left) {
+        if (bias)
+            for (int r = 0; r < R; r++)
+                for (int p = 0; p < P; p++)
+                    for (int v = 0; v < PARTS; v++) totals[r][p][v] += load(bias + p * PANEL + v * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++) store(part.to.of<P>(r, p) + v * LANES, totals[r][p][v]);
+        return;
+    }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) {
             float* to = part.to.of<P>(r, p);
             for (int v = 0; v < PARTS; v++) {
                 const int at = p * PANEL + v * LANES, mine = v * LANES;
-                vf found = totals[r][p][v];
-                if (part.paired || at + LANES <= left) {
-                    if (bias) found += load(bias + at);
-                    store(to + mine, found);
-                } else {
-                    for (int64_t i = 0; i < left - at; i++) to[mine + i] = bias ? found[i] + bias[at + i] : found[i];
-                }
+                for (int64_t i = 0; i < LANES && i < left - at; i++)
+                    to[mine + i] = bias ? totals[r][p][v][i] + bias[at + i] : totals[r][p][v][i];
             }
         }
 }
