@@ -73,7 +73,9 @@ class Pool {
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(count_)) {
             arrived_.store(0, std::memory_order_relaxed);
             taken_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
+            // Not merely released: the library asks next whether anybody sleeps, and a processor that did so before others saw the
+            // new turn would leave one asleep for good.
+            turn_.store(turn + 1, std::memory_order_seq_cst);
             turn_.notify_all();
         } else {
             wait_while(turn_, turn);
@@ -98,7 +100,7 @@ class Pool {
         return true;
     }
     void begin() {
-        begun_.fetch_add(1, std::memory_order_release);
+        begun_.fetch_add(1, std::memory_order_seq_cst);  // as in `meet`
         begun_.notify_all();
     }
     void help(int index) {
