@@ -234,13 +234,14 @@ def test_refused_by_name(http: httpx.Client, fields: dict[str, Any], param: str,
 def test_a_grammar_that_cannot_go_on_in_a_step_is_refused_too(http: httpx.Client) -> None:
     """The library finds only behind the first token that this one is too large.  The request is at fault, and not the server,
     whose 500 clients would ask again for."""
-    huge = {"structured_outputs": {"regex": "a{99999999}"}, "max_tokens": 4, "messages": ASK}
-    for path in ("/v1/chat/completions", "/v1/completions"):
-        answer = http.post(path, json={**huge, "prompt": "a"})
+    huge = {"structured_outputs": {"regex": "a{99999999}"}, "max_tokens": 4}
+    asked: dict[str, dict[str, object]] = {"chat/completions": {"messages": ASK}, "completions": {"prompt": "a"}}
+    for path, what in asked.items():
+        answer = http.post(f"/v1/{path}", json={**huge, **what})
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_grammar", "structured_outputs")
         assert "too complex" in error["message"]
-    streamed = http.post("/v1/chat/completions", json={**huge, "stream": True})
+    streamed = http.post("/v1/chat/completions", json={**huge, "messages": ASK, "stream": True})
     assert '"type":"invalid_request_error"' in streamed.text, (
         "as an answer or as an event, by whether a token was told before"
     )
