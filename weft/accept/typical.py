@@ -6,9 +6,10 @@ Rule     p the target's law at a guess x, H its entropy.  From left to right: x 
 Shapes   p: ids and probabilities of the truncated law
 Units    probabilities, after temperature, truncation, bias and penalties of the request; H: nats
 Cost     the law of each row at which a guess was made that the race does not select: O(vocab)
-Pays     where answers are sampled and may be likelier than the model's own: on held-out prose with 4 guesses of the bundled
-         draft a step gives 2.97 tokens at temperature 0.8 and 2.92 at 1, where it gives 1.97 with the race and 2.21 and 2.32
-         with rejection, which keeps the law (epsilon 0.3: 2.75 and 2.68).  Never where answers are greedy
+Pays     where answers are sampled and may be likelier than the model's own: with 4 guesses of the bundled draft on held-out
+         prose a step gives 3.19 tokens at temperature 0.8 and 3.03 at 1, where it gives 2.10 and 2.09 with the race and 2.26
+         and 2.33 with rejection, which keeps the law; the 135M shape decodes at 1.12 to 1.45 times the race's speed, rejection
+         at 1.07 to 1.16.  Never where answers are greedy
 Differs  a guess that the race selects stands too, so that nothing stands less often than by accept=race, and guesses share the
          race's noise; the paper's first token, and the one after the last that stands, are the likeliest, here they are drawn.
          Of several guesses for one place that the race does not select the first alone is asked about, where the paper takes
