@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.draft.law import reader
 from tests.accept.test_rejection import Told
 from tests.exec.conftest import STORY, Bench, spec
 from tests.exec.drafts import pair
@@ -144,12 +145,6 @@ def requests(ids: Sequence[int], **law: Any) -> list[RequestSpec]:
     return [spec(i, ids[3 * i : 3 * i + 20], seed=i, max_tokens=24, **law) for i in range(8)]
 
 
-def read(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @torch.no_grad()
 def along(model: Any, prompt: Sequence[int], output: Sequence[int]) -> torch.Tensor:
     """Logits for each token of an output."""
@@ -176,7 +171,7 @@ def test_live_every_greedy_token_is_the_best_or_near_enough(runtime: Runtime, id
     rollback = 2.5
     specs = requests(ids, temperature=0.0)
     found = Bench(runtime, techniques=[DRAFT, f"accept=bild(rollback={rollback})"]).run(specs)
-    model, others = read(resolve(None)), 0
+    model, others = reader(resolve(None)), 0
     for s in specs:
         (item,) = s.items
         output = found[s.id, 0]
@@ -198,7 +193,7 @@ def test_live_the_law_of_a_guessed_token(tmp_path: Path) -> None:
     prompt, law, count = [3, 7, 11, 7, 3, 9, 7], {"temperature": 0.9, "top_k": 5}, 4000
     bench = Bench(runtime, techniques=techniques)
     found = bench.run([spec(i, prompt, seed=i, max_tokens=4, **law) for i in range(count)])
-    little = read(draft)
+    little = reader(draft)
     wanted: dict[tuple[int, int], float] = {}
     exact: dict[tuple[int, int], float] = {}
     with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.draft.law import reader
 from tests.exec.conftest import STORY, Bench, spec
 from weft.draft.bild import BiLD
 from weft.exec.build import EngineConfig, Runtime, build, prepare
@@ -74,8 +75,6 @@ def own() -> Runtime:
 @torch.no_grad()
 def test_live_a_guess_is_made_exactly_where_the_draft_is_sure(own: Runtime) -> None:
     """Of every chain: at each guess the draft's likeliest token has the threshold, and where the chain ended early it had not."""
-    from transformers import AutoModelForCausalLM
-
     ids = Tokenizer.load(resolve(None)).encode(STORY, add_special=False)
     specs = [spec(i, ids[5 * i : 5 * i + 16], seed=i, max_tokens=24, temperature=0.8) for i in range(6)]
     bench = Bench(own, techniques=[PART])
@@ -92,7 +91,7 @@ def test_live_a_guess_is_made_exactly_where_the_draft_is_sure(own: Runtime) -> N
 
     bench.executor.execute = execute  # type: ignore[method-assign]
     found = bench.run(specs)
-    draft = AutoModelForCausalLM.from_pretrained(resolve_draft("bundled"), dtype=torch.float32).eval()
+    draft = reader(resolve_draft("bundled"))
     made = ended = 0
     for id, output, guesses in chains:
         text = [*ids[5 * id : 5 * id + 16], *found[id, 0][:output], *guesses]

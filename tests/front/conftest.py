@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
 
 from tests.front.scripted import Script, ScriptedPort
 from weft.front.app import create_app
@@ -22,6 +23,16 @@ from weft.front.text import ModelText
 
 MODEL = "weft-tiny"
 CONTEXT = 1024
+
+
+@pytest.fixture(scope="session")
+def openai_schemas(shared: Callable[[str], Path]) -> dict[str, Any]:
+    """Those of OpenAI's own description."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found: dict[str, Any] = yaml.load(shared("data/api/openapi.yaml").read_text(), Loader=loader)["components"][
+        "schemas"
+    ]
+    return found
 
 
 @contextlib.contextmanager

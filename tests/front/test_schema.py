@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from tests.front.scripted import wait_until
 
@@ -33,11 +31,10 @@ KNOWN = frozenset(
 
 
 class Description:
-    """The schemas of an OpenAPI file, and a check of values against them (the part of JSON Schema that they use)."""
+    """Schemas of an OpenAPI file, and a check of values against them (the part of JSON Schema that they use)."""
 
-    def __init__(self, path: Path) -> None:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        self.schemas: dict[str, Any] = yaml.load(path.read_text(), Loader=loader)["components"]["schemas"]
+    def __init__(self, schemas: dict[str, Any]) -> None:
+        self.schemas = schemas
 
     def faults(self, value: Any, schema: dict[str, Any], where: str = "$") -> Iterator[str]:
         assert set(schema) <= KNOWN, f"{where}: this check does not know {set(schema) - KNOWN}"
@@ -75,8 +72,8 @@ class Description:
 
 
 @pytest.fixture(scope="module")
-def api(shared: Callable[[str], Path]) -> Description:
-    return Description(shared("data/api/openapi.yaml"))
+def api(openai_schemas: dict[str, Any]) -> Description:
+    return Description(openai_schemas)
 
 
 def chunks(answer: httpx.Response) -> list[Any]:

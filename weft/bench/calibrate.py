@@ -13,7 +13,6 @@ All of them are then raised until the steps take together what they took (`level
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import statistics
@@ -29,7 +28,7 @@ import numpy as np
 from weft.core.engine import Engine
 from weft.errors import EngineError
 from weft.exec.build import Runtime
-from weft.exec.thread import EngineThread
+from weft.exec.thread import EngineThread, settle
 from weft.sim.load import load_of
 from weft.sim.machines import Model
 from weft.slots.cost import Figures, Load
@@ -202,15 +201,6 @@ def measure(
     finally:
         driver.close()
     return timings.samples
-
-
-def settle() -> None:
-    """As engines of a server do when they are ready: Python never again looks through what is there by now.
-
-    In a process with PyTorch that takes a fifth of a second, in the middle of some step.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def fit(samples: Sequence[Sample]) -> dict[str, Any]:

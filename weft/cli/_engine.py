@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import itertools
 import os
 import queue
@@ -29,7 +28,7 @@ from msgspec import Struct
 
 from weft.cli._terminal import loading, log, say, stderr
 from weft.errors import CapacityError, ConfigError, EngineError
-from weft.exec.thread import EngineThread
+from weft.exec.thread import EngineThread, settle
 from weft.front.wire import (
     Exited,
     Failed,
@@ -302,9 +301,7 @@ def _built(start: Start) -> EngineThread:
         tap(runtime.engine, _free(start.record) if start.quiet else Path(start.record))
     shadow = None if start.shadow is None else Shadow(runtime, *start.shadow)
     info = engine_info(setup, start.name, runtime.adapters, loads_adapters=start.lora_root is not None)
-    # What is there now stays.  Python would look through it once in a while, for 70 to 230 ms, in the middle of some step.
-    gc.collect()
-    gc.freeze()
+    settle()
     return EngineThread(
         runtime.engine, runtime.executor, info, adapters=runtime.adapters, adapter_root=start.lora_root, shadow=shadow,
         foretell=True,

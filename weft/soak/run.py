@@ -294,10 +294,8 @@ class Soak:
             if health["status"] == "ok" and (health["engine_restarts"] > since or idle):
                 return health
             now = time.monotonic()
-            waited, before = (
-                waited + min(now - before, 1.0),
-                now,
-            )  # a machine that slept meanwhile has recovered nothing
+            waited += min(now - before, 1.0)  # a machine that slept meanwhile has recovered nothing
+            before = now
             if waited > RECOVERY_S:
                 raise Lost(f"no recovery: {health}")
             await asyncio.sleep(0.02)

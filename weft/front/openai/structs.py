@@ -324,9 +324,11 @@ def read(
     try:
         given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         refused = {**NEVER, **neutral}
-        _refuse({n: value for n, value in given.items() if n not in kind.__struct_fields__}, refused)
+        others = {n: value for n, value in given.items() if n not in kind.__struct_fields__}
+        _refuse(others, refused)
         request = msgspec.json.decode(body, type=kind)
-        unknown.check(given, {*kind.__struct_fields__, *refused}, harmless, lenient)
+        if others:
+            unknown.check(others, {*kind.__struct_fields__, *refused}, harmless, lenient)
         return request
     except msgspec.ValidationError as error:
         raise RequestError(_sentence(str(error)), param=_field(str(error)), code="invalid_value") from None

@@ -65,9 +65,9 @@ WEFT_INLINE const char* panel_of(const Weight& w, const char* panel, int64_t far
     else return panel + p % (P / 2) * w.panel_bytes() + p / (P / 2) * far;
 }
 
-// Asks memory for what P panels hold AHEAD lines of all of them after `line`, or for the beginning of the next P: the processor's own prefetching
-// ends at every page, and rows keep it from looking far.  Worth a third of the speed where weights come from memory.
-inline constexpr int64_t AHEAD = 128;
+// Asks memory for what P panels hold after `line`, or for the beginning of the next P: the processor's own prefetching ends at every
+// page, and rows keep it from looking far.  Worth a third of the speed where weights come from memory.
+inline constexpr int64_t AHEAD = 128;  // lines, of all panels together
 template <int P>
 WEFT_INLINE void ask_for(const char* const (&panels)[P], int64_t line, int64_t lines, int64_t next) {
     const int64_t at = line + AHEAD / (P > 1 ? P : 2), more = at < lines ? at * LINE_BYTES : next + (at - lines) * LINE_BYTES;
