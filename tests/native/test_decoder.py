@@ -12,14 +12,15 @@ from tests.models.harness import Bench, Rows, bench_for
 from weft import native
 from weft.config import build_stack
 from weft.errors import ConfigError
+from weft.models import kernels as cpu
 from weft.models.families import read
 from weft.models.formats import WeightFormat
+from weft.models.kernels import Call
 from weft.models.layout import quantized, weights_bytes
+from weft.models.native_step import STORES
+from weft.models.operations import Seam
 from weft.models.spec import DecoderSpec
 from weft.ops.choice import choose
-from weft.models import kernels as cpu
-from weft.models.kernels import Call
-from weft.models.native_step import STORES
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 96,
@@ -89,9 +90,28 @@ def test_a_step_without_hooks_is_one_call_beside_the_vectors() -> None:
     (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True, alone=True)
     calls = [run for run in segment.runs if isinstance(run, Call)]
     assert [isinstance(run, Call) for run in segment.runs] == [True, False, True]
-    # Behind those stand, for each layer, the product and the gates that steps with adapters have one after the other.
+    # Behind those stand, for each layer, the operations of steps that look at what gates open, or add to them.
     assert (calls[0].first, calls[0].stop) == (0, calls[1].first)
-    assert calls[1].stop == len(decoder.native.program) - 2 * len(decoder.spec.layers)
+    assert calls[1].stop == len(decoder.native.program) - 4 * len(decoder.spec.layers)
+
+
+@pytest.mark.parametrize("isa", native.module().isas())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_hook_behind_the_gates_sees_them_and_changes_no_bit(isa: str, dtype: str) -> None:
+    plain, hooked = (bench("cpu", dtype=dtype, isa=isa, threads=2) for _ in range(2))
+    tokens, seen = prompt(LONG), []
+    last = len(hooked.decoder.spec.layers) - 1
+    remove = hooked.decoder.hook(Seam.GATE, last, lambda batch, views: seen.append(views[0].clone()))
+    wanted = plain.chunked("a", tokens, 512)
+    assert torch.equal(hooked.chunked("a", tokens, 512), wanted)
+    gated = torch.cat(seen)
+    assert gated.shape == (LONG, hooked.decoder.spec.layers[last].intermediate)
+    assert gated.isfinite().all()
+    assert gated.abs().max() > 0
+    remove()
+    zeroed = bench("cpu", dtype=dtype, isa=isa, threads=2)
+    zeroed.decoder.hook(Seam.GATE, last, lambda batch, views: views[0].zero_())
+    assert not torch.equal(zeroed.chunked("a", tokens, 512), wanted)
 
 
 def test_attention_of_others_runs_between_the_calls() -> None:

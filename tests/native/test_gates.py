@@ -58,7 +58,9 @@ def apart(machine: Machine, both: Tensor, activation: str) -> Tensor:
 
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("text", FORMATS, ids=str)
-@pytest.mark.parametrize(("inner", "width", "activation"), [(37, 256, "silu"), (96, 128, "gelu_tanh"), (176, 2560, "silu")])
+@pytest.mark.parametrize(
+    ("inner", "width", "activation"), [(37, 256, "silu"), (96, 128, "gelu_tanh"), (176, 2560, "silu")]
+)
 def test_gates_open_what_the_product_says(
     machine: Machine, text: torch.dtype | str, inner: int, width: int, activation: str, inputs: str
 ) -> None:
@@ -93,6 +95,70 @@ def test_a_long_prompt_has_the_bits_of_its_rows_alone(machine: Machine) -> None:
                     assert torch.equal(found, most[first : first + rows])
                 both = product(machine, x, weight, None, 450, INPUTS[inputs]).contiguous()
                 assert torch.equal(most, apart(machine, both, "silu"))
+
+
+def handed_on(
+    machine: Machine, x: Tensor, up: Panels, down: Panels, biases: tuple[Tensor, Tensor] | None, inputs: str
+) -> Tensor:
+    """Both products as one operation; what is between them holds NaN where nothing is written."""
+    inner, wide, rows = down.shape[1], down.shape[0], x.shape[0]
+    both, gated = (torch.full((rows, n), math.nan) for n in (2 * inner, inner))
+    out = torch.full((rows + 1, wide + 3), 7.0)
+    first, second = (0, 0) if biases is None else (bias.data_ptr() for bias in biases)
+    machine.run(machine.program.mlp(
+        up.weight, x.data_ptr(), x.stride(0), first, both.data_ptr(), both.stride(0), gated.data_ptr(), gated.stride(0),
+        ACTIVATIONS["silu"], down.weight, second, out.data_ptr(), out.stride(0), INPUTS[inputs],
+    ), rows)  # fmt: skip
+    assert (out[rows:] == 7.0).all()
+    assert (out[:, wide:] == 7.0).all()
+    return out[:rows, :wide]
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(text, text) for text in FORMATS] + [(torch.bfloat16, "int8"), ("int4:16", "int4:128"), ("int8", "int8:0:zero")],
+    ids=str,
+)
+def test_a_product_reads_what_gates_open_as_if_it_had_been_written(
+    machine: Machine, first: torch.dtype | str, second: torch.dtype | str, inputs: str
+) -> None:
+    _reads_what_opens(machine, first, second, 128, 384, inputs, 80, (1, 2, 3, 12, 13, 59))
+
+
+@pytest.mark.parametrize("text", [torch.bfloat16, "int8", "int4:128"], ids=str)
+@pytest.mark.parametrize("inner", [2432, 5120])
+def test_blocks_of_rows_and_of_inputs_are_handed_on(machine: Machine, text: torch.dtype | str, inner: int) -> None:
+    """Several blocks, of all inputs and of parts of them, and a last one of another size."""
+    _reads_what_opens(machine, text, text, 128, inner, "bfloat16", 205, (1, 60))
+
+
+def _reads_what_opens(
+    machine: Machine,
+    first: torch.dtype | str,
+    second: torch.dtype | str,
+    width: int,
+    inner: int,
+    inputs: str,
+    most: int,
+    few: tuple[int, ...],
+) -> None:
+    up, down = pack(machine, 3, 2 * inner, width, first), pack(machine, 4, 69, inner, second)
+    x, biases = random(5, most, width), (random(6, 2 * inner), random(7, 69))
+    for given in (None, biases):
+        one, other = given or (None, None)
+        opened = together(machine, x, up, one, most, inputs, "silu").contiguous()
+        wanted = product(machine, opened, down, other, most, INPUTS[inputs])
+        assert torch.equal(handed_on(machine, x, up, down, given, inputs), wanted)
+        for rows in few:
+            assert torch.equal(handed_on(machine, x[:rows], up, down, given, inputs), wanted[:rows])
+
+
+def test_products_that_do_not_follow_each_other_are_refused() -> None:
+    program = MODULE.Program(1)
+    up, down = panels(program, torch.ones(4, 16)), panels(program, torch.ones(4, 16))
+    with pytest.raises(ValueError, match="what gates open is what the next product reads"):
+        program.mlp(up.weight, 0, 0, 0, 0, 0, 0, 0, 0, down.weight, 0, 0, 0, 0)
 
 
 def test_a_weight_with_an_odd_one_out_is_refused() -> None:

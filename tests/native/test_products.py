@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.native.machine import ISAS, MODULE, ROWS, Machine, empty, panels, product
-from weft.models.kernels import INPUTS
 from weft.errors import ConfigError, InvariantError
 from weft.models.formats import WeightFormat
+from weft.models.kernels import INPUTS
 from weft.models.layout import PANEL
 from weft.models.quantized import Quantized, assembled, quantize
 from weft.ops.cpu.panels import FORMATS

@@ -331,12 +331,14 @@ class Decoder:
         chosen += [op for op in self._operations if at_end and op.seam is Seam.LOGITS]
         segments: list[Segment] = []
         runs: list[Run] = []
+        through = False  # whether the operation before this one has done its work too
         for op in chosen:
-            instead = op.adapted if adapted and op.adapted is not None else op.dense if dense else None
-            runs.extend(op.runs if instead is None else instead)
+            hooks = self._hooks.get((op.seam, op.layer), []) if op.seam is not None else []
+            mine = () if through else op.chosen(bool(hooks), adapted, dense)
+            runs.extend(mine)
+            through = mine is op.through
             if dense and not alone:
                 runs.extend(op.others)
-            hooks = self._hooks.get((op.seam, op.layer), []) if op.seam is not None else []
             for hook in hooks:
                 segments.append(Segment(cpu.fused(runs), op, hook))
                 runs = []

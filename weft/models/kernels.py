@@ -113,6 +113,16 @@ class Native:
             out.data_ptr(), out.stride(0), ACTIVATIONS[activation], self.inputs,
         ))  # fmt: skip
 
+    def mlp(self, m: Material, x: Tensor, layer: LayerSpec, both: Tensor, gated: Tensor, out: Tensor) -> Call:
+        """Gates, what they open, and the product that reads it.  both, gated: memory, where the kernels need any."""
+        up, down = m.weight(layer, "gate_up"), m.weight(layer, "down")
+        biases = [m.weight(layer, f"{name}_bias") for name in ("gate_up", "down")]
+        first, second = (0 if bias is None else self.floats(bias) for bias in biases)
+        return self.call(self.program.mlp(
+            up.weight, x.data_ptr(), x.stride(0), first, both.data_ptr(), both.stride(0), gated.data_ptr(), gated.stride(0),
+            ACTIVATIONS[layer.activation], down.weight, second, out.data_ptr(), out.stride(0), self.inputs,
+        ))  # fmt: skip
+
     def norm(self, m: Material, x: Tensor, weight: Tensor, out: Tensor, heads: int = 1, picked: bool = False) -> Call:
         address = self.floats(weight, m.spec.norm_offset)
         return self.call(self.program.norm(
@@ -150,11 +160,11 @@ def operations(m: Material, native: Native) -> list[Operation]:
     pick = native.program.pick(hidden.data_ptr(), hidden.stride(0), m.buffers["picked"].data_ptr(), m.spec.width)
     runs: tuple[Run, ...] = (native.call(pick), *head(m, native))
     found.append(Operation(last, runs, Seam.LOGITS, lambda step: (logits[: step.batch.logit_rows_N.shape[0]],)))
-    # Last, since the program's order is that of steps without adapters: what has nothing between it is run as one.
+    # Last, since the program's order is that of steps without adapters and hooks: what has nothing between it is run as one.
     for at, op in enumerate(found):
         layer = m.spec.layers[op.layer]
         if op.seam is Seam.GATE and layer.experts is None:
-            found[at] = replace(op, adapted=_gates_apart(m, native, op.layer, layer))
+            found[at], found[at + 1] = _mlp_apart(m, native, op, layer)
     return found
 
 
@@ -252,27 +262,25 @@ def _inner(m: Material, layer: LayerSpec) -> tuple[Tensor, Tensor]:
 def _mlp(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
     both, gated = _inner(m, layer)
     x, norm = _normed(m, native, index, m.weight(layer, "norm_mlp"))
-    weight: Any = m.weight(layer, "gate_up")
-    up = native.gated_linear(m, x, weight, m.weight(layer, "gate_up_bias"), both, gated, layer.activation)
-    down = _product(m, native, index, gated, layer, "down", m.buffers["projected"])
-    return [*norm, Operation(index, (up,), Seam.GATE, lambda step: (gated[: step.rows],)), down]
+    whole = native.mlp(m, x, layer, both, gated, m.buffers["projected"])
+    seen = lambda step: (gated[: step.rows],)
+    return [*norm, Operation(index, (), Seam.GATE, seen, through=(whole,)), Operation(index, ())]
 
 
-def _gates_apart(m: Material, native: Native, index: int, layer: LayerSpec) -> tuple[Run, ...]:
-    """The same product where adapters add to it, before its gates open anything."""
+def _mlp_apart(m: Material, native: Native, op: Operation, layer: LayerSpec) -> tuple[Operation, Operation]:
+    """The same as two operations: where a hook stands between them, or adapters add to the first before gates open anything."""
     both, gated = _inner(m, layer)
     x = m.buffers["hidden" if m.weight(layer, "norm_mlp") is None else "normed"]
-    added = _product(m, native, index, x, layer, "gate_up", both).adapted
+    weight: Any = m.weight(layer, "gate_up")
+    up = native.gated_linear(m, x, weight, m.weight(layer, "gate_up_bias"), both, gated, layer.activation)
+    down = _product(m, native, op.layer, gated, layer, "down", m.buffers["projected"])
+    added = _product(m, native, op.layer, x, layer, "gate_up", both).adapted
     assert added is not None
+    inner, activation = layer.intermediate, ACTIVATIONS[layer.activation]
     activate = native.program.gated(
-        both.data_ptr(),
-        both.stride(0),
-        gated.data_ptr(),
-        gated.stride(0),
-        layer.intermediate,
-        ACTIVATIONS[layer.activation],
+        both.data_ptr(), both.stride(0), gated.data_ptr(), gated.stride(0), inner, activation
     )
-    return (*added, native.call(activate))
+    return replace(op, runs=(up,), adapted=(*added, native.call(activate))), down
 
 
 def _experts(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
@@ -294,8 +302,9 @@ def _experts(m: Material, native: Native, index: int, layer: LayerSpec) -> list[
     routed = native.call(program.route(mixture))
     runs = (
         native.call(program.gather(mixture)),
-        native.call(program.expert_products(up, inputs, width, gate_up, 2 * inner, native.inputs)),
-        native.call(program.expert_gated(gate_up, gated, inner, ACTIVATIONS[layer.activation])),
+        native.call(
+            program.expert_gates(up, inputs, width, gate_up, gated, ACTIVATIONS[layer.activation], native.inputs)
+        ),
         native.call(program.expert_products(down, gated, inner, outputs, width, native.inputs)),
         native.call(program.combine(mixture)),
     )

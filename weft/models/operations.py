@@ -96,6 +96,7 @@ class Operation:
     adapted: what runs in its place where the batch has adapters.
     dense: what runs in its place where the kernels compute attention.  others: what runs after that for sequences whose
     attention a technique computes, or is summed up.
+    through: what runs in place of this operation and the next, where no hook stands between them and the batch has no adapters.
     """
 
     layer: int
@@ -105,6 +106,15 @@ class Operation:
     adapted: tuple[Run, ...] | None = None
     dense: tuple[Run, ...] | None = None
     others: tuple[Run, ...] = ()
+    through: tuple[Run, ...] | None = None
+
+    def chosen(self, hooked: bool, adapted: bool, dense: bool) -> tuple[Run, ...]:
+        """What it consists of in such a step; hooked: whether a hook stands after it."""
+        if self.through is not None and not (hooked or adapted):
+            return self.through
+        if adapted and self.adapted is not None:
+            return self.adapted
+        return self.dense if dense and self.dense is not None else self.runs
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,137 +1,13 @@
-// Products whose inputs are rounded first, each row by itself and once for all threads: to whole numbers of 8 bits with one scale
-// for the row (for weights of whole numbers), or, where the processor multiplies them, to bfloat16.  Several inputs lie in a word
+// Products whose inputs are rounded first, each row by itself and once for all threads (rounded.h).  Several inputs lie in a word
 // and one instruction adds up their products.  Included by the files of the instruction sets.
 //
 // Legend.  R: rows of a tile.  P: panels of a tile.  A word holds D::INPUTS inputs of one row, or of one output of a panel; a line of a
 // panel gives VALUES / INPUTS words of each output.
 #pragma once
 
-#include "kernels.h"
-#include "linear.h"
-#include "narrow.h"
-#include "simd.h"
+#include "rounded.h"
 
 namespace weft::WEFT_ISA {
-
-#if defined(__AVX512BF16__)
-// total + x0 w0 + x1 w1 in float32, the odd one first; what is subnormal counts as 0.
-WEFT_INLINE vf dot2(vf total, vu weights, vi inputs) {
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total), reinterpret_cast<__m512bh>(weights),
-                                                 reinterpret_cast<__m512bh>(inputs)));
-}
-
-struct Halves {
-    static constexpr int INPUTS = 2;
-    static constexpr bool SCALED = false;  // rows have no scale
-    using Total = vf;
-    using Sum = float;
-    static WEFT_INLINE vf dot(vf total, vu weights, vi inputs) { return dot2(total, weights, inputs); }
-    static WEFT_INLINE vf start(float) { return vf{}; }
-    static WEFT_INLINE vf floats(vf total) { return total; }
-    template <class W>
-    static constexpr float unit() { return 1.0f / W::UNIT; }
-    template <class W>  // values are less their half
-    static constexpr float half() { return static_cast<float>(W::HALF); }
-    static WEFT_INLINE vu word(BF16, vu line, int) { return line; }
-    static WEFT_INLINE vu word(I8, vu line, int j) {  // their floats end after eight digits
-        const vu first = reinterpret_cast<vu>(I8::value(line, 2 * j)), second = reinterpret_cast<vu>(I8::value(line, 2 * j + 1));
-        return first >> 16 | (second & 0xffff0000u);
-    }
-    // A permutation looks at the low five bits of each half, of which the table ignores one.  Inputs (0, 2), (1, 3), (4, 6), (5, 7).
-    static WEFT_INLINE vu word(I4, vu line, int j) {
-        const __m512i table = _mm512_broadcast_i64x4(_mm256_set_epi16(
-            0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, static_cast<int16_t>(0xbf80), static_cast<int16_t>(0xc000),
-            static_cast<int16_t>(0xc040), static_cast<int16_t>(0xc080), static_cast<int16_t>(0xc0a0), static_cast<int16_t>(0xc0c0),
-            static_cast<int16_t>(0xc0e0), static_cast<int16_t>(0xc100)));
-        const auto at = reinterpret_cast<__m512i>(line >> (j % 2 * 8 + j / 2 * 4));
-        return reinterpret_cast<vu>(_mm512_permutexvar_epi16(at, table));
-    }
-    template <class W>
-    static void round(const Linear& a, const float* x, int32_t* words, float*, float* sums, int);
-};
-
-// A row as bfloat16, in the order in which the words of W have their inputs, and the sums of its groups.
-template <class W>
-void Halves::round(const Linear& a, const float* x, int32_t* words, float*, float* sums, int) {
-    auto* out = reinterpret_cast<uint16_t*>(words);
-    const auto sixteen = [&](int64_t i, int64_t end) {
-        const __mmask16 there = end - i >= LANES ? 0xffff : static_cast<__mmask16>((1 << (end - i)) - 1);
-        return std::pair(there, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(there, x + i))));
-    };
-    const int64_t k = a.weight.k;
-    for (int64_t i = 0; i < k; i += LANES) {
-        auto [there, found] = sixteen(i, k);
-        if (std::is_same_v<W, I4>)
-            found = _mm256_shuffle_epi8(found, _mm256_broadcastsi128_si256(
-                _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)));
-        _mm256_mask_storeu_epi16(out + i, there, found);
-    }
-    if (!a.weight.offsets) return;
-    for (int64_t g = 0; g < a.weight.groups(); g++) {
-        vf total = vf{};
-        const int64_t end = (g + 1) * a.weight.group;
-        for (int64_t i = g * a.weight.group; i < end; i += LANES)
-            total += reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(sixteen(i, end).second), 16));
-        sums[g] = sum(total);
-    }
-}
-#endif
-
-struct Bytes {
-    static constexpr int INPUTS = 4;
-    static constexpr bool SCALED = true;
-    using Total = vi;
-    using Sum = int32_t;
-    static WEFT_INLINE vi dot(vi total, vu weights, vi inputs) { return dot4(total, weights, inputs); }
-    static WEFT_INLINE vi start(int32_t sum) { return vi{} + sum; }
-    static WEFT_INLINE vf floats(vi total) { return __builtin_convertvector(total, vf); }
-    template <class W>
-    static constexpr float unit() { return 1.0f; }
-    template <class W>
-    static constexpr float half() { return 0.0f; }
-    template <class W>
-    static WEFT_INLINE vu word(W, vu line, int j) { return W::quad(line, j); }
-    template <class W>  // factor: of the sums
-    static void round(const Linear& a, const float* x, int32_t* words, float* scale, float* sums, int factor) {
-        round_row(a.weight, x, words, scale, reinterpret_cast<int32_t*>(sums), factor);
-    }
-};
-
-// What the rows of a tile are, [words, R] one after the other, their scales and the sums of their groups, [R, groups].
-template <class D>
-struct Rows {
-    int32_t* words;
-    float *scales, *sums;
-
-    Rows(int32_t* at, int64_t rows, int64_t each)
-        : words(at), scales(reinterpret_cast<float*>(at + rows * each)), sums(scales + rows) {}
-    static int64_t size(const Weight& w, int64_t rows, int64_t each) { return rows * (each + 1 + w.groups()); }
-};
-
-// Rows [first, first + high) of the inputs, rounded; `spare` holds as many words.
-template <class D, class W>
-void round_tile(const Linear& a, int64_t first, int64_t high, const Rows<D>& to, int64_t top, int64_t each, int32_t* spare, int factor) {
-    const int64_t groups = a.weight.groups();
-    int32_t* words = to.words + top * each;
-    for (int64_t r = 0; r < high; r++)
-        D::template round<W>(a, a.x + (first + r) * a.x_stride, high == 1 ? words : spare + r * each, to.scales + top + r,
-                             to.sums + (top + r) * groups, factor);
-    if (high == 1) return;
-    int64_t i = 0;
-    for (; i + LANES <= each; i += LANES) {
-        vu square[LANES] = {};
-        for (int64_t r = 0; r < high; r++) square[r] = load_bits(spare + r * each + i);
-        turn<LANES / 2>(square);
-        // What a vector has beyond its rows is overwritten by the next; the last ones have no next.
-        for (int j = 0; j < LANES; j++) {
-            int32_t* mine = words + (i + j) * high;
-            if (i + j + LANES / high + 1 < each) store(reinterpret_cast<float*>(mine), reinterpret_cast<vf>(square[j]));
-            else std::memcpy(mine, &square[j], static_cast<size_t>(high) * 4);
-        }
-    }
-    for (; i < each; i++)
-        for (int64_t r = 0; r < high; r++) words[i * high + r] = spare[r * each + i];
-}
 
 // totals += found * scale (+ offset * sum) of one group.
 template <class D, class W, bool OFFSETS, int R, int P>
@@ -205,6 +81,25 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
             for (int v = 0; v < PARTS; v++) result[r][p][v] = total[r][p][v];
 }
 
+#if defined(__AVX512BF16__)
+// What gates open, as words of W that the next product reads: word by word, each of all R rows.
+template <class W, int R, int P>
+WEFT_INLINE void hand_on(const Linear& a, const Part& part, const vf (&totals)[R][P][PARTS]) {
+    static_assert(LANES == PANEL);
+    for (int p = 0; p < P / 2; p++) {
+        int32_t* to = part.handed + (part.n + p * PANEL) / 2 * R;
+        vu square[LANES] = {};
+        for (int r = 0; r < R; r++) {
+            const auto words = Halves::words<W>(reinterpret_cast<__m512>(opened<R, P>(a, part, totals, r, p, 0)));
+            square[r] = reinterpret_cast<vu>(_mm512_zextsi256_si512(words));
+        }
+        if (R > 1) turn<LANES / 2>(square);
+        for (int w = 0; w < (R > 1 ? PANEL / 2 : 1); w++)
+            _mm512_mask_storeu_epi32(to + w * R, R > 1 ? (1 << R) - 1 : 0xff, reinterpret_cast<__m512i>(square[w]));
+    }
+}
+#endif
+
 template <class D, class W, bool OFFSETS, int R, int P, bool OPENED>
 void dot_tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
@@ -249,6 +144,10 @@ void dot_tile(const Linear& a, const Part& part) {
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++) totals[r][p][v] *= part.scales[r];
+#if defined(__AVX512BF16__)
+    if constexpr (P > 1)
+        if (part.handed && part.end) return hand_on<W, R, P>(a, part, totals);
+#endif
     put<R, P>(a, part, totals);
 }
 
@@ -292,7 +191,7 @@ static_assert(NEAR_WORDS * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 // cache, in blocks whose rows stay in the second.  between: of R * P * PANEL floats for each tile, what is added up so far.
 template <class D, class W, bool OFFSETS>
 void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count, int64_t most, int64_t from, int64_t to, bool paired,
-              float* opened, float* between) {
+              float* opened, float* between, int32_t* handed = nullptr) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     const Weight& w = a.weight;
     const int64_t each = w.k / D::INPUTS, tiles = (count + most - 1) / most, group = w.grouped() ? w.group / D::INPUTS : EACH;
@@ -319,6 +218,7 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
                     if (begin > 0) part.from = begin > input ? here : out;
                     part.to = end < stop ? here : out;
                     part.cold = tiles > 1 && end == stop;
+                    if (handed) part.handed = handed + top * (a.gate.inner / D::INPUTS);
                     if (t > 0) {  // what comes after these lines, a share of it with each tile but the first
                         const int64_t shares = (tiles - 1 + panels - 1) / panels, share = t - 1;
                         const char* after = end < stop ? part.panel + end / EACH * LINE_BYTES : part.panel + part.next + input / EACH * LINE_BYTES;
@@ -342,36 +242,62 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
     }
 }
 
+// Rows of a tile, at most.
+template <class W>
+WEFT_INLINE int64_t tile_rows(const Weight& w) {
+    return w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
+}
+
+// Rows of a block, in whole tiles: as many as have all their words, `each` of a row, in the second cache, where these are enough; of
+// nearly equal blocks.  size: words of `high` rows, which SHARED holds.
+template <class Size>
+int64_t block_rows(int64_t rows, int64_t each, int64_t most, const Size& size) {
+    int64_t high = BLOCK_WORDS / each / most * most;
+    if (high < FEWEST_ROWS || high > ROW_BLOCK) high = ROW_BLOCK;
+    while (high > 1 && size(high) > SHARED) high /= 2;
+    const int64_t blocks = (rows + high - 1) / high, equal = ((rows + blocks - 1) / blocks + most - 1) / most * most;
+    return equal < high ? equal : high;
+}
+
+// A block of rows, rounded for all threads; or by each of them for itself, where they are few: that is less than to wait for the others.
+template <class D>
+struct Block {
+    int64_t first, count, tiles, each;
+    bool own;
+    int32_t* spare;  // of a thread, as many words as `own` rows are, or a tile
+    Rows<D> rows;
+
+    Block(const Weight& w, int64_t first, int64_t count, int64_t most, Share share)
+        : first(first), count(count), tiles((count + most - 1) / most), each(w.k / D::INPUTS),
+          own(tiles == 1 && Rows<D>::size(w, count, each) + count * each <= INPUTS_SCRATCH),
+          spare(reinterpret_cast<int32_t*>(share.scratch)), rows(own ? spare + count * each : share.shared, count, each) {}
+
+    template <class W>
+    void round(const Linear& a, Share share, int factor) const {
+        for (int64_t t = own ? 0 : share.index; t < tiles; t += own ? 1 : share.count) {
+            const int64_t top = count * t / tiles;
+            round_tile<D, W>(a, first + top, count * (t + 1) / tiles - top, rows, top, each, spare, factor);
+        }
+        if (!own) share.meet();
+    }
+};
+
 template <class D, class W, bool OFFSETS>
 void dots_in(const Linear& a, int64_t rows, Share share) {
     const Weight& w = a.weight;
     const bool paired = a.gate.out != nullptr;
     const int64_t panels = (w.n + PANEL - 1) / PANEL / (paired ? 2 : 1), unit = (rows <= 2 ? FEW_PANELS : TILE_PANELS) / (paired ? 2 : 1);
-    const int64_t each = w.k / D::INPUTS, most = w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
-    const auto size = [&](int64_t count) { return Rows<D>::size(w, count, each); };
-    // All inputs of as many rows as the second cache holds, where these are enough; nearly equal blocks of them.
-    int64_t high = BLOCK_WORDS / each / most * most;
-    if (high < FEWEST_ROWS || high > ROW_BLOCK) high = ROW_BLOCK;
-    while (high > 1 && size(high) > SHARED) high /= 2;
-    const int64_t blocks = (rows + high - 1) / high, equal = ((rows + blocks - 1) / blocks + most - 1) / most * most;
-    if (equal < high) high = equal;
+    const int64_t each = w.k / D::INPUTS, most = tile_rows<W>(w);
+    const int64_t high = block_rows(rows, each, most, [&](int64_t count) { return Rows<D>::size(w, count, each); });
     const int factor = OFFSETS ? 1 : -W::HALF;  // what weights have too much
+    float* opened = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
-        const int64_t count = rows - first < high ? rows - first : high, tiles = (count + most - 1) / most;
-        // Few rows are rounded by each thread for itself: that is less than to wait for the others.
-        const bool own = tiles == 1 && size(count) + count * each <= INPUTS_SCRATCH;
-        auto* spare = reinterpret_cast<int32_t*>(share.scratch);
-        const Rows<D> inputs(own ? spare + count * each : share.shared, count, each);
-        for (int64_t t = own ? 0 : share.index; t < tiles; t += own ? 1 : share.count) {
-            const int64_t top = count * t / tiles;
-            round_tile<D, W>(a, first + top, count * (t + 1) / tiles - top, inputs, top, each, spare, factor);
-        }
-        if (!own) share.meet();
-        float* opened = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
-        each_share(a, share, panels, unit, !own || rows == count, [&](int64_t from, int64_t to) {
-            multiply<D, W, OFFSETS>(a, inputs, first, count, most, from, to, paired, opened, opened + OPENED_SCRATCH);
+        const Block<D> block(w, first, rows - first < high ? rows - first : high, most, share);
+        block.template round<W>(a, share, factor);
+        each_share(a, share, panels, unit, !block.own || rows == block.count, [&](int64_t from, int64_t to) {
+            multiply<D, W, OFFSETS>(a, block.rows, first, block.count, most, from, to, paired, opened, opened + OPENED_SCRATCH);
         });
-        if (!own) share.meet();  // before somebody writes the next rows there
+        if (!block.own) share.meet();  // before somebody writes the next rows there
     }
 }
 

@@ -1,6 +1,7 @@
 // The table of one instruction set: a file that defines WEFT_ISA, WEFT_LANES and WEFT_TABLE and includes this is all it takes.
 #include "attend.h"
 #include "limit.h"
+#include "mlp.h"
 #include "round.h"
 #include "rows.h"
 #include "sample.h"
@@ -15,7 +16,7 @@ const Kernels* WEFT_TABLE() {
     if (!(WEFT_THERE)) return nullptr;
     namespace isa = WEFT_ISA;
     static const Kernels table{
-        WEFT_NAME, isa::linear,  isa::norm,       isa::rope,   isa::gated, isa::add,  isa::softcap,
+        WEFT_NAME, isa::linear,  isa::mlp,        isa::norm,   isa::rope,  isa::gated, isa::add, isa::softcap,
         isa::embed, isa::store_rows, isa::attend, isa::merge, isa::weigh, isa::pack,
         isa::draw, isa::read, isa::arithmetic, isa::pack_values, isa::spans, isa::pack_rounded,
     };

@@ -216,6 +216,7 @@ struct Draw {
 struct Kernels {
     const char* name;
     void (*linear)(const Linear&, int64_t rows, Share);
+    void (*mlp)(const Linear& up, const Linear& down, int64_t rows, Share);
     void (*norm)(const Norm&, int64_t rows, Share);
     void (*rope)(const Rope&, const float* cos, const float* sin, int64_t rows, Share);
     void (*gated)(const Gated&, int64_t rows, Share);

@@ -50,6 +50,7 @@ struct Part {
     const char* later = nullptr;    // what a later tile reads, `each` bytes for a line of this one's, which no longer come from memory
     int64_t each = 0;
     bool cold = false;              // whether what it writes is in no cache: rows of a result lie far from each other
+    int32_t* handed = nullptr;      // where what gates open goes as words of the next product's inputs (mlp.h), [words, R]
 
     // Lines of panels [p, p + panels), or of half as many gates and of what those open.
     WEFT_INLINE void place(const Weight& w, int64_t p, int64_t panels, int64_t from_line, int64_t count) {
@@ -79,6 +80,7 @@ WEFT_INLINE void ask_for(const char* const (&panels)[P], int64_t line, int64_t l
 template <int R, int P>
 WEFT_INLINE void ask_to_write(const Linear& a, const Part& part) {
     const bool opens = P > 1 && part.paired && part.end;
+    if (opens && part.handed) return;
     for (int r = 0; r < R; r++)
         for (int p = 0; p < (opens ? P / 2 : P); p++)
             __builtin_prefetch(opens ? a.gate.out + (part.row + r) * a.gate.out_stride + part.n + p * PANEL : part.to.of<P>(r, p), 1);
@@ -98,21 +100,25 @@ WEFT_INLINE void fetch(const Linear& a, const Part& part, vf (&totals)[R][P][PAR
                 totals[r][p][v] = none ? vf{} : whole ? load(from) : some(from, left - p * PANEL - v * LANES);
             }
 }
+// What gates open, of row r and half a tile's panel p.
+template <int R, int P>
+WEFT_INLINE vf opened(const Linear& a, const Part& part, const vf (&totals)[R][P][PARTS], int r, int p, int v) {
+    const int at = p * PANEL + v * LANES;
+    vf gate = totals[r][p][v], up = totals[r][p + P / 2][v];
+    if (const float* bias = a.bias ? a.bias + part.n : nullptr) gate += load(bias + at), up += load(bias + a.gate.inner + at);
+    return activated(gate, a.gate.activation) * up;
+}
 template <int R, int P>
 WEFT_INLINE void put(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
     const int64_t left = a.weight.n - part.n;
     const float* bias = part.end && a.bias ? a.bias + part.n : nullptr;
     if constexpr (P > 1) {
         if (part.paired && part.end) {
-            constexpr int H = P / 2;
             for (int r = 0; r < R; r++)
-                for (int p = 0; p < H; p++)
-                    for (int v = 0; v < PARTS; v++) {
-                        const int at = p * PANEL + v * LANES;
-                        vf gate = totals[r][p][v], up = totals[r][p + H][v];
-                        if (bias) gate += load(bias + at), up += load(bias + a.gate.inner + at);
-                        store(a.gate.out + (part.row + r) * a.gate.out_stride + part.n + at, activated(gate, a.gate.activation) * up);
-                    }
+                for (int p = 0; p < P / 2; p++)
+                    for (int v = 0; v < PARTS; v++)
+                        store(a.gate.out + (part.row + r) * a.gate.out_stride + part.n + p * PANEL + v * LANES,
+                              opened<R, P>(a, part, totals, r, p, v));
             return;
         }
     }

@@ -60,12 +60,27 @@ int64_t gated(Program& p, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t 
 }
 
 // A product whose outputs are gates and then what they open; between: memory for them, where tiles cannot keep them.
-int64_t gated_linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t between,
-                     int64_t between_stride, uintptr_t out, int64_t out_stride, int activation, int inputs) {
+Linear gates_of(const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t between, int64_t between_stride,
+                uintptr_t out, int64_t out_stride, int activation, int inputs) {
     if (weight.n % 2) throw std::invalid_argument("as many gates as what they open");
     const Gated gate{at<float>(between), at<float>(out), weight.n / 2, between_stride, out_stride, static_cast<Activation>(activation)};
-    const Linear a{at<float>(x), weight, at<float>(bias), at<float>(between), x_stride, between_stride, inputs_of(inputs), gate, true};
+    return {at<float>(x), weight, at<float>(bias), at<float>(between), x_stride, between_stride, inputs_of(inputs), gate, true};
+}
+
+int64_t gated_linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t between,
+                     int64_t between_stride, uintptr_t out, int64_t out_stride, int activation, int inputs) {
+    const Linear a = gates_of(weight, x, x_stride, bias, between, between_stride, out, out_stride, activation, inputs);
     return p.add([&kernels = p.kernels(), a](Step& s, Share share) { kernels.linear(a, s.rows, share); });
+}
+
+// The same, and the product that reads `gated`, which may hold anything afterwards.
+int64_t mlp(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uintptr_t bias, uintptr_t between, int64_t between_stride,
+            uintptr_t gated, int64_t gated_stride, int activation, const Weight& next, uintptr_t next_bias, uintptr_t out,
+            int64_t out_stride, int inputs) {
+    if (weight.n != 2 * next.k) throw std::invalid_argument("what gates open is what the next product reads");
+    const Linear up = gates_of(weight, x, x_stride, bias, between, between_stride, gated, gated_stride, activation, inputs);
+    const Linear down{at<float>(gated), next, at<float>(next_bias), at<float>(out), gated_stride, out_stride, inputs_of(inputs), {}, true};
+    return p.add([&kernels = p.kernels(), up, down](Step& s, Share share) { kernels.mlp(up, down, s.rows, share); });
 }
 
 int64_t add(Program& p, uintptr_t into, uintptr_t x, int64_t stride, int64_t width) {
@@ -105,6 +120,23 @@ int64_t expert_products(Program& p, const std::vector<Weight>& weights, uintptr_
             if (rows)
                 kernels.linear(Linear{from + first * x_stride, weights[e], nullptr, to + first * out_stride, x_stride, out_stride,
                                       rounded}, rows, share);
+        }
+    });
+}
+
+// The same of experts' gates and what they open, [pairs, I]; between: [pairs, 2 I].
+int64_t expert_gates(Program& p, const std::vector<Weight>& weights, uintptr_t x, int64_t x_stride, uintptr_t between, uintptr_t out,
+                     int activation, int inputs) {
+    std::vector<Linear> products;
+    for (const Weight& w : weights) products.push_back(gates_of(w, x, x_stride, 0, between, w.n, out, w.n / 2, activation, inputs));
+    return p.add([&kernels = p.kernels(), products](Step& s, Share share) {
+        for (size_t e = 0; e < products.size(); e++) {
+            const int64_t first = s.first_pair[e], rows = s.first_pair[e + 1] - first;
+            if (!rows) continue;
+            Linear a = products[e];
+            a.x += first * a.x_stride, a.out += first * a.out_stride, a.taken = false;
+            a.gate.x = a.out, a.gate.out += first * a.gate.out_stride;
+            kernels.linear(a, rows, share);
         }
     });
 }
@@ -172,6 +204,7 @@ NB_MODULE(_native, m) {
         .def("rope", &rope)
         .def("gated", &gated)
         .def("gated_linear", &gated_linear)
+        .def("mlp", &mlp)
         .def("add", &add)
         .def("softcap", &softcap)
         .def("embed", &embed)
@@ -212,12 +245,7 @@ NB_MODULE(_native, m) {
             });
         })
         .def("expert_products", &expert_products)
-        .def("expert_gated", [](Program& p, uintptr_t x, uintptr_t out, int64_t inner, int activation) {
-            const Gated a{at<float>(x), at<float>(out), inner, 2 * inner, inner, static_cast<Activation>(activation)};
-            return p.add([&kernels = p.kernels(), a](Step& s, Share share) {
-                kernels.gated(a, static_cast<int64_t>(s.pair_row.size()), share);
-            });
-        })
+        .def("expert_gates", &expert_gates)
         .def("combine", [](Program& p, const Experts& a) {
             return p.add([a](Step& s, Share share) { combine(a, s, share); });
         })

@@ -1,0 +1,63 @@
+// Gates and what they open, and the product that reads it, block of rows by block: where inputs are rounded to bfloat16, what is opened
+// is written as the words that the second product reads, and never leaves the caches.  Bits are those of the two products apart.
+// Included by the files of the instruction sets.
+#pragma once
+
+#include "dots.h"
+
+namespace weft::WEFT_ISA {
+
+#if defined(__AVX512BF16__)
+// Whether both products have the same tiles and nothing is read of what is opened but its words.
+template <class W>
+WEFT_INLINE bool hands_on(const Linear& up, const Linear& down) {
+    if constexpr (W::VALUES == 1) {
+        return false;
+    } else {
+        const auto halves = [](const Linear& a) {
+            return dots<W>(a) && !(W::SCALED && a.inputs == Inputs::INT8) && !a.weight.offsets;
+        };
+        return halves(up) && halves(down) && up.weight.n % (2 * PANEL) == 0 && tile_rows<W>(up.weight) == tile_rows<W>(down.weight);
+    }
+}
+
+template <class W>
+void handed_on(const Linear& up, const Linear& down, int64_t rows, Share share) {
+    const int64_t each = down.weight.k / Halves::INPUTS, most = tile_rows<W>(down.weight);
+    const auto size = [&](int64_t count) {
+        return Rows<Halves>::size(up.weight, count, up.weight.k / Halves::INPUTS) + Rows<Halves>::size(down.weight, count, each);
+    };
+    const int64_t high = block_rows(rows, each, most, size), wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
+    float *opened = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH, *between = opened + OPENED_SCRATCH;
+    for (int64_t first = 0; first < rows; first += high) {
+        const Block<Halves> block(up.weight, first, rows - first < high ? rows - first : high, most, share);
+        const Rows<Halves> handed(share.shared + (block.own ? 0 : Rows<Halves>::size(up.weight, block.count, block.each)), block.count, each);
+        block.template round<W>(up, share, 0);
+        each_share(up, share, up.weight.n / (2 * PANEL), wide / 2, true, [&](int64_t from, int64_t to) {
+            multiply<Halves, W, false>(up, block.rows, first, block.count, most, from, to, true, opened, between, handed.words);
+        });
+        share.meet();
+        each_share(down, share, (down.weight.n + PANEL - 1) / PANEL, wide, true, [&](int64_t from, int64_t to) {
+            multiply<Halves, W, false>(down, handed, first, block.count, most, from, to, false, opened, between);
+        });
+        if (first + high < rows) share.meet();  // before somebody writes the next words there
+    }
+}
+#endif
+
+// down of what the gates of `up` open; up.gate.out may hold anything then.
+inline void mlp(const Linear& up, const Linear& down, int64_t rows, Share share) {
+    if (rows <= 0) return;
+#if defined(__AVX512BF16__)
+    if (up.weight.format == down.weight.format) {
+        if (up.weight.format == Format::BF16 && hands_on<BF16>(up, down)) return handed_on<BF16>(up, down, rows, share);
+        if (up.weight.format == Format::I8 && hands_on<I8>(up, down)) return handed_on<I8>(up, down, rows, share);
+        if (up.weight.format == Format::I4 && hands_on<I4>(up, down)) return handed_on<I4>(up, down, rows, share);
+    }
+#endif
+    linear(up, rows, share);
+    share.meet();
+    linear(down, rows, share);
+}
+
+}  // namespace weft::WEFT_ISA
