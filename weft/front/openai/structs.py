@@ -27,6 +27,7 @@ SMALL_BYTES = 1 << 20
 MAX_QUOTES = 500_000
 MAX_COMMAS = 2_000_000
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+SHOWN_CHARS = 300
 MAX_TECHNIQUES = 16
 """Parts that one request may lay over the server's stack."""
 
@@ -375,7 +376,8 @@ def _sentence(text: str) -> str:
     """msgspec's message with the place first: "temperature: expected `float | null`, got `str`"."""
     what, _, where = text.partition(" - at ")
     where = where.strip("`").replace("key` in `", "a key of ").replace("$.", "").replace("$", "the body")
-    return f"{where or 'the body'}: {what[:1].lower()}{what[1:]}"
+    what = what if len(what) <= SHOWN_CHARS else f"{what[:SHOWN_CHARS]}..."  # it may quote a value of any length
+    return f"{where[:SHOWN_CHARS] or 'the body'}: {what[:1].lower()}{what[1:]}"
 
 
 def _field(text: str) -> str | None:
