@@ -169,7 +169,11 @@ def test_a_wrong_input_fails_the_batch(http: httpx.Client, data: bytes, code: st
 def test_lines_for_embeddings_are_answered(http: httpx.Client) -> None:
     """No field is added to them that the route does not know."""
     url, endpoint = str(http.base_url).rstrip("/"), "/v1/embeddings"
-    bodies: list[dict[str, Any]] = [{"input": "Hi"}, {"input": "Hi", "stream": False}, {"input": "Hi", "dimensions": -1}]
+    bodies: list[dict[str, Any]] = [
+        {"input": "Hi"},
+        {"input": "Hi", "stream": False},
+        {"input": "Hi", "dimensions": -1},
+    ]
     batch = ended(url, start(url, jsonl(line(i, body, endpoint) for i, body in enumerate(bodies)), endpoint))
     assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
     alone = http.post(endpoint, json=bodies[0]).json()

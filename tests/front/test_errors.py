@@ -271,7 +271,10 @@ def test_what_is_no_json_says_why(http: httpx.Client) -> None:
 
 
 def test_a_value_is_quoted_in_part(http: httpx.Client) -> None:
-    for change in ({"response_format": {"type": "x" * 100_000}}, {"response_format": {"type": "text", "y" * 100_000: 1}}):
+    for change in (
+        {"response_format": {"type": "x" * 100_000}},
+        {"response_format": {"type": "text", "y" * 100_000: 1}},
+    ):
         said = check(http.post("/v1/chat/completions", json={**CHAT, **change}), 400)
         assert len(said) < 400
         assert "response_format" in said
