@@ -23,6 +23,17 @@ def test_the_record_keeps_what_is_promised() -> None:
         assert record["share"]["ratio"] >= 0.9
 
 
+def test_soaks_lost_nothing_and_memory_stayed_flat() -> None:
+    record = json.loads(RECORD.with_name("soak.json").read_text())
+    assert (record["faults"]["requests"], sum(record["faults"]["faults"].values())) == (10_000, 999)
+    assert record["requests"]["requests"] == 100_000
+    for name, processes in (("faults", ("front",)), ("requests", ("front", "engine"))):
+        found = record[name]
+        assert (found["lost"], found["wrong_tokens"], found["leaked_blocks"]) == (0, 0, 0)
+        for process in processes:
+            assert found[f"{process}_rss_slope_bytes_per_1000"] <= 100_000
+
+
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [
