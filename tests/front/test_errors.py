@@ -278,6 +278,8 @@ def test_a_value_is_quoted_in_part(http: httpx.Client) -> None:
         said = check(http.post("/v1/chat/completions", json={**CHAT, **change}), 400)
         assert len(said) < 400
         assert "response_format" in said
+    answer = http.post("/v1/responses", json={"input": "Hi", "text": {"format": {"type": "x" * 100_000}}})
+    assert len(check(answer, 400, "text")) < 400
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])

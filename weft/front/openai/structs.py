@@ -376,8 +376,12 @@ def _sentence(text: str) -> str:
     """msgspec's message with the place first: "temperature: expected `float | null`, got `str`"."""
     what, _, where = text.partition(" - at ")
     where = where.strip("`").replace("key` in `", "a key of ").replace("$.", "").replace("$", "the body")
-    what = what if len(what) <= SHOWN_CHARS else f"{what[:SHOWN_CHARS]}..."  # it may quote a value of any length
-    return f"{where[:SHOWN_CHARS] or 'the body'}: {what[:1].lower()}{what[1:]}"
+    return f"{where[:SHOWN_CHARS] or 'the body'}: {what[:1].lower()}{shortened(what)[1:]}"
+
+
+def shortened(text: str) -> str:
+    """An error's words, which may quote a value of any length."""
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def _field(text: str) -> str | None:
