@@ -124,6 +124,14 @@ def test_the_loopback_needs_none(host: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert not GuardFlags().guard(host).keys
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_an_empty_key_is_no_key(host: str) -> None:
+    """`--api-key "$KEY"` where KEY is not set must not serve without one."""
+    for flags in (GuardFlags(api_key=""), GuardFlags(api_key="x", admin_key=" "), GuardFlags(api_key="", no_auth=True)):
+        with pytest.raises(ConfigError, match="is empty"):
+            flags.guard(host)
+
+
 def test_halves_of_tls() -> None:
     with pytest.raises(ConfigError, match="go together"):
         GuardFlags(tls_cert=Path("x")).guard("127.0.0.1")

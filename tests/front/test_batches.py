@@ -166,6 +166,23 @@ def test_a_wrong_input_fails_the_batch(http: httpx.Client, data: bytes, code: st
     assert "output_file_id" not in batch
 
 
+def test_lines_for_embeddings_are_answered(http: httpx.Client) -> None:
+    """No field is added to them that the route does not know."""
+    url, endpoint = str(http.base_url).rstrip("/"), "/v1/embeddings"
+    bodies: list[dict[str, Any]] = [
+        {"input": "Hi"},
+        {"input": "Hi", "stream": False},
+        {"input": "Hi", "dimensions": -1},
+    ]
+    batch = ended(url, start(url, jsonl(line(i, body, endpoint) for i, body in enumerate(bodies)), endpoint))
+    assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    alone = http.post(endpoint, json=bodies[0]).json()
+    for row in rows(url, batch["output_file_id"]):
+        assert row["response"]["body"]["data"] == alone["data"]
+    (wrong,) = rows(url, batch["error_file_id"])
+    assert wrong["response"]["body"]["error"]["param"] == "dimensions"
+
+
 def test_a_file_that_is_not_there_is_named_by_its_field(http: httpx.Client) -> None:
     answer = http.post("/v1/batches", json={"input_file_id": "file-none", "endpoint": "/v1/embeddings"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "input_file_id")

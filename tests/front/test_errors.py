@@ -270,6 +270,18 @@ def test_what_is_no_json_says_why(http: httpx.Client) -> None:
         assert said in check(answer, 400, code="invalid_json")
 
 
+def test_a_value_is_quoted_in_part(http: httpx.Client) -> None:
+    for change in (
+        {"response_format": {"type": "x" * 100_000}},
+        {"response_format": {"type": "text", "y" * 100_000: 1}},
+    ):
+        said = check(http.post("/v1/chat/completions", json={**CHAT, **change}), 400)
+        assert len(said) < 400
+        assert "response_format" in said
+    answer = http.post("/v1/responses", json={"input": "Hi", "text": {"format": {"type": "x" * 100_000}}})
+    assert len(check(answer, 400, "text")) < 400
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_only_json_is_read(http: httpx.Client, kind: str) -> None:
     answer = http.post("/v1/completions", content=b'{"prompt": "Hi"}', headers={"content-type": kind})

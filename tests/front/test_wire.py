@@ -105,8 +105,9 @@ def test_messages_arrive_as_they_were_sent_however_they_are_cut(kind: Any, messa
         (frame_of(Step(EngineFrame())), "no message that is known"),
         (b"\0\0\0\x08\x80\x04\x95\x00\x00\x00\x00\x2e", "no message that is known"),
         (b"\0\0\x40\0" + b"\x91" * 0x4000, "no message that is known"),
+        (frame_of(Load(1, "poet", "path")).replace(b"poet", b"\xff\xfe\xfd\xfc"), "no message that is known"),
     ],
-    ids=["length", "no msgpack", "empty", "no type", "another side's", "a pickle", "nested"],
+    ids=["length", "no msgpack", "empty", "no type", "another side's", "a pickle", "nested", "no text"],
 )
 def test_bad_frames_are_refused(data: bytes, said: str) -> None:
     with pytest.raises(FrameError, match=said):

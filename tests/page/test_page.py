@@ -374,6 +374,7 @@ def test_a_phone_scrolls_one_way(new_page: Callable[..., Any], url: str) -> None
             page.locator("#kv-map[data-total]").wait_for()
             complete(url, PREFIX)
             page.locator("#requests tr[data-state=finished] button").first.click()
+            assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('.scroll'))") == 0
         assert page.evaluate("document.documentElement.scrollWidth") == 375, view
         assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.getElementById('log'))") == 0
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 21)"
@@ -424,6 +425,7 @@ def test_it_is_there_while_the_model_loads_and_asks_for_the_key(
             if key == "wrong":
                 page.locator("#key-wrong").wait_for()
         page.locator("#model option").wait_for(state="attached")
+        assert page.evaluate("document.activeElement.id") == "main", "the next Tab leads to the first field"
         assert page.locator("#model").input_value() == "m"
         answer = send(page, "Hi", max_tokens=5)
         answer.locator("xpath=self::*[@data-state='done']").wait_for()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.serving import Driver, main, text
+from bench.serving import LIMITS, Driver, judged, main, text
 from weft.types import Add, Command, EngineFrame, Finished, Tokens
 
 RECORD = Path(__file__).resolve().parents[2] / "bench" / "results" / "serving.json"
@@ -21,6 +21,38 @@ def test_the_record_keeps_what_is_promised() -> None:
     assert record["ttft"]["added_s"] <= 0.003
     if "share" in record:
         assert record["share"]["ratio"] >= 0.9
+
+
+def test_soaks_lost_nothing_and_memory_stayed_flat() -> None:
+    record = json.loads(RECORD.with_name("soak.json").read_text())
+    assert (record["faults"]["requests"], sum(record["faults"]["faults"].values())) == (10_000, 999)
+    assert record["requests"]["requests"] == 100_000
+    for name, processes in (("faults", ("front",)), ("requests", ("front", "engine"))):
+        found = record[name]
+        assert (found["lost"], found["wrong_tokens"], found["leaked_blocks"]) == (0, 0, 0)
+        for process in processes:
+            assert found[f"{process}_rss_slope_bytes_per_1000"] <= 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("restart", {"worst_s": 5.0}, {"worst_s": 5.1}),
+        ("streams", {"errors": 0, "whole": 200}, {"errors": 1, "whole": 200}),
+        ("streams", {"errors": 0, "whole": 200}, {"errors": 0, "whole": 199}),
+        ("ttft", {"added_s": 0.003}, {"added_s": 0.0031}),
+        ("share", {"ratio": 0.9}, {"ratio": 0.89}),
+    ],
+)
+def test_figures_are_held_to_their_limits(
+    name: str, good: dict[str, float], bad: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = judged(name, good)
+    assert kept["met"]
+    assert kept["limits"].keys() == LIMITS[name].keys()
+    assert "MISSED" not in capsys.readouterr().err
+    assert not judged(name, bad)["met"]
+    assert "MISSED" in capsys.readouterr().err
 
 
 def test_prompts_share_no_beginning() -> None:

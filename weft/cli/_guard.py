@@ -99,6 +99,11 @@ class GuardFlags:
         from weft.front.keys import Keyring
         from weft.front.server import check_tls
 
+        for flag, key in (("--api-key", self.api_key), ("--admin-key", self.admin_key)):
+            if (
+                key is not None and not key.strip()
+            ):  # of a variable that is not set, say: who gives one means to be asked for it
+                raise ConfigError(f"{flag} is empty; give a key, or leave the flag out")
         keys = Keyring(
             self.clients,
             [self.admin_key] if self.admin_key else [],

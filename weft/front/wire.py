@@ -154,6 +154,6 @@ class Frames(Generic[T]):
         with data:
             try:
                 message: T = self._decoder.decode(data)
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise FrameError(f"a frame of {len(data)} bytes holds no message that is known here: {error}") from None
         return message

@@ -266,7 +266,8 @@ class BatchRunner:
     async def _ask(self, row: Row, line: Line) -> dict[str, Any]:
         given = line.body.get("priority")
         given = given if isinstance(given, int) else 0
-        body = encode({**line.body, "priority": max(LOW, min(given, (1 << 31) - 1)), "stream": False})
+        asked = {name: value for name, value in line.body.items() if name != "stream"}  # it is false, or was refused
+        body = encode({**asked, "priority": max(LOW, min(given, (1 << 31) - 1))})
         made = await self.endpoints[row.batch.endpoint](self._services.of(line.body.get("model")), row, body)
         if isinstance(made, JSONAnswer | ResponseAnswer):
             async with made.generation:

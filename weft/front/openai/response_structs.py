@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from weft.errors import RequestError
-from weft.front.openai.structs import ChatRequest, Own, ResponseFormat, StructuredOutputs
+from weft.front.openai.structs import ChatRequest, Own, ResponseFormat, StructuredOutputs, shortened
 
 LOGPROBS = "message.output_text.logprobs"
 """The one word of `include` that means something here."""
@@ -95,7 +95,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
         try:
             return msgspec.convert(form, ResponseFormat)
         except msgspec.ValidationError as error:
-            raise RequestError(f"text.format: {error}", param="text") from None
+            raise RequestError(f"text.format: {shortened(str(error))}", param="text") from None
 
 
 def _tool(index: int, tool: dict[str, Any]) -> dict[str, Any]:

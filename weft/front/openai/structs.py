@@ -27,6 +27,7 @@ SMALL_BYTES = 1 << 20
 MAX_QUOTES = 500_000
 MAX_COMMAS = 2_000_000
 HALF_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+SHOWN_CHARS = 300
 MAX_TECHNIQUES = 16
 """Parts that one request may lay over the server's stack."""
 
@@ -375,7 +376,12 @@ def _sentence(text: str) -> str:
     """msgspec's message with the place first: "temperature: expected `float | null`, got `str`"."""
     what, _, where = text.partition(" - at ")
     where = where.strip("`").replace("key` in `", "a key of ").replace("$.", "").replace("$", "the body")
-    return f"{where or 'the body'}: {what[:1].lower()}{what[1:]}"
+    return f"{where[:SHOWN_CHARS] or 'the body'}: {what[:1].lower()}{shortened(what)[1:]}"
+
+
+def shortened(text: str) -> str:
+    """An error's words, which may quote a value of any length."""
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def _field(text: str) -> str | None:

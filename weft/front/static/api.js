@@ -18,13 +18,15 @@ let asking = null;
 function askKey(wrong) {
   asking ??= new Promise((resolve) => {
     const [dialog, form, field] = ["key", "key-form", "key-field"].map((id) => document.getElementById(id));
+    const before = document.activeElement;
     document.getElementById("key-wrong").hidden = !wrong;
     const done = (event) => {
       event.preventDefault();
       sessionStorage.setItem(KEY, field.value);
       field.value = "";
       form.removeEventListener("submit", done);
-      dialog.close();
+      dialog.close(); // the focus goes back to where it was, which on a new page is nowhere
+      if (before === document.body) document.getElementById("main").focus({ preventScroll: true });
       asking = null;
       resolve();
     };

@@ -51,7 +51,7 @@ export class Steps {
     if (last) {
       const words = (of) => Steps.KINDS.filter(([key]) => of[key]).map(([key, , name]) => `${count(of[key])} ${name}`).join(", ") || "no rows";
       const fast = this.missed.steps ? ` Too fast to be drawn: ${count(this.missed.steps)} steps with ${words(this.missed)}.` : "";
-      say(this.text, `Step ${count(last.step)}: ${words(last)}, ${count(last.requests)} sequences.${fast}`);
+      say(this.text, `Step ${count(last.step)}: ${words(last)}, ${count(last.requests)} sequence${last.requests === 1 ? "" : "s"}.${fast}`);
       this.canvas.dataset.steps = this.steps.length;
     }
   }
