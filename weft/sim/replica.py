@@ -78,9 +78,7 @@ class Replica:
     def pending(self) -> int:
         """Rows of prompts that are not computed, the inbox's included."""
         s = self.engine.scheduler
-        rows = 0
-        if s.waiting or self._inbox:
-            rows = sum(r.remaining for r in s.waiting.values()) + sum(a.prompt for _, a in self._inbox)
+        rows = s.queued_rows + sum(a.prompt for _, a in self._inbox)
         if self._coast.active:
             return rows  # whoever runs decodes
         return rows + sum(max(0, r.prompt - r.planned[0]) for r in s.running.values())
