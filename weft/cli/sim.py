@@ -19,8 +19,10 @@ from weft.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
-    from weft.sim.run import Wanted
+    from weft.sim.metrics import Meter
+    from weft.sim.run import Tell, Wanted
 
 
 def _option(*names: str, help: str, metavar: str | None = None) -> Any:
@@ -168,7 +170,8 @@ def sim(
         return
     wanted = flags.wanted()
     if compare is None and report is None:
-        result, _ = run(wanted)
+        with _telling() as tell:
+            result, _ = run(wanted, tell)
         if json_:
             print(json.dumps(result, indent=2))
         else:
@@ -259,11 +262,25 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     return grid
 
 
+@dataclass(frozen=True, slots=True)
+class _Far:
+    """How far a simulation has come, looked at whenever the terminal is drawn."""
+
+    text: str
+    meter: Meter
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        m = self.meter
+        return Text(f"simulating {self.text}: {m.done:,} of {len(m.arrived):,} requests that came, {m.last_s:,.0f} s")
+
+
 @contextlib.contextmanager
-def _telling() -> Iterator[Callable[[str], None] | None]:
-    """A line that says what is being simulated, on a terminal only."""
+def _telling() -> Iterator[Tell | None]:
+    """A line that says what is being simulated and how far that has come, on a terminal only."""
     if not sys.stderr.isatty():
         yield None
         return
     with stderr().status("getting ready") as status:
-        yield lambda text: status.update(f"simulating {text}")
+        yield lambda text, meter: status.update(_Far(text, meter))

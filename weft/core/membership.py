@@ -34,21 +34,22 @@ class Membership:
         """Live requests for which guesses may be made."""
         self.queue = queue_of(policy)
         self.queued_rows = 0
-        """Rows of the contexts of those who wait."""
+        """Rows of the contexts of those who wait, as they were when they came: `_rows` has each."""
+        self._rows: dict[int, int] = {}
 
     # ------------------------------------------------------------------ the queue
 
     def enqueue(self, request: Request, now: float) -> None:
         request.state = State.WAITING
         self.waiting[request.rid] = request
-        request.queued = len(request.context)
-        self.queued_rows += request.queued
+        self._rows[request.rid] = len(request.context)
+        self.queued_rows += self._rows[request.rid]
         self.queue.put(request, now)
 
     def unqueue(self, request: Request) -> None:
         """Out of the queue, if it is there."""
         if self.waiting.pop(request.rid, None) is not None:
-            self.queued_rows -= request.queued
+            self.queued_rows -= self._rows.pop(request.rid)
             self.queue.drop(request)
 
     def remove(self, request: Request) -> None:

@@ -77,8 +77,8 @@ class Request:
     __slots__ = (
         "arrival", "cached_tokens", "chains", "companions", "computed", "context", "cut", "draft", "fanned", "followed",
         "generation", "given", "guessed", "history", "id", "in_flight", "index", "key", "leader", "link", "loading", "names",
-        "output", "pace", "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "queued", "reported",
-        "rid", "sampling", "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables",
+        "output", "pace", "parents", "partial", "planned", "preemptions", "priority", "prompt", "publishes", "reported", "rid",
+        "sampling", "seed", "settings", "single", "source", "spans", "spec", "stack", "started", "state", "tables",
         "tile", "vectors",
     )  # fmt: skip
 
@@ -150,8 +150,6 @@ class Request:
         self.source = -1
         """The sequence that this one was forked from, until the executor has been told."""
         self.key: tuple[float, ...] = ()
-        self.queued = 0
-        """Rows that its queue counts it with."""
         self.reported = 0
         """Prompt positions whose logprobs the client has."""
 
