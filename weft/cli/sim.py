@@ -175,7 +175,8 @@ def sim(
         if json_:
             print(json.dumps(result, indent=2))
         else:
-            stdout().print(table({wanted.policy: result}))
+            console = stdout()
+            console.print(table({wanted.policy: result}, console.width))
         return
     if report is not None and not report.parent.is_dir():
         raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
@@ -190,7 +191,8 @@ def sim(
         found = [{"policy": p.policy, "rate": p.rate, "offered": p.offered, **p.result} for p in points]
         print(json.dumps(found, indent=2))
     else:
-        stdout().print(table({f"{p.policy} at {p.rate:g}": p.result for p in points}))
+        console = stdout()
+        console.print(table({f"{p.policy} at {p.rate:g}": p.result for p in points}, console.width))
 
 
 def replayed(path: Path, json_: bool) -> None:
@@ -243,23 +245,33 @@ def numbers(text: str) -> list[float]:
     return found
 
 
-def table(results: dict[str, dict[str, Any]]) -> Table:
-    """Results for people."""
+def table(results: dict[str, dict[str, Any]], width: int = 200) -> Table:
+    """Results for people.  A terminal that is narrow has no room for what bounds the steps; figures are never cut."""
+    from rich import box
     from rich.table import Table
 
-    grid = Table(title_justify="left")
-    for i, column in enumerate(
-        ("policy", "finished", "goodput /s", "TTFT p50", "p99", "TPOT p50", "p99", "tokens/s", "bound by")
-    ):
-        grid.add_column(column, justify="left" if i in (0, 8) else "right", no_wrap=True)
+    wide = width >= 110
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("policy", overflow="fold", min_width=18)
+    for column in ("finished", "good /s", "TTFT p50", "p99", "TPOT p50", "p99", "tokens/s"):
+        grid.add_column(column, justify="right", no_wrap=True)
+    if wide:
+        grid.add_column("bound by", no_wrap=True)
     for name, r in results.items():
         bound = sorted(r["bound_by"].items(), key=lambda x: -x[1])[:2]
         grid.add_row(
-            name, f"{r['finished']:,} of {r['requests']:,}", f"{r['goodput']:.2f}",
-            *(f"{1e3 * r[key][q]:,.0f} ms" for key in ("ttft_s", "tpot_s") for q in ("p50", "p99")),
-            f"{r['output_tok_s']:,.0f}", ", ".join(f"{part} {100 * share:.0f} %" for part, share in bound),
+            name, f"{r['finished']:,}" + (f"/{r['requests']:,}" if r["finished"] != r["requests"] else ""),
+            f"{r['goodput']:.2f}", *(_time(r[key][q]) for key in ("ttft_s", "tpot_s") for q in ("p50", "p99")),
+            f"{r['output_tok_s']:,.0f}", *([", ".join(f"{p} {100 * x:.0f} %" for p, x in bound)] if wide else []),
         )  # fmt: skip
     return grid
+
+
+def _time(seconds: float) -> str:
+    """In milliseconds with three digits, up to ten seconds."""
+    if seconds >= 10:
+        return f"{seconds:,.1f} s" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
 @dataclass(frozen=True, slots=True)
