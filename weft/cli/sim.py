@@ -180,6 +180,11 @@ def sim(
         return
     if report is not None and not report.parent.is_dir():
         raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
+    if report is not None:
+        try:
+            report.touch()  # what can't be written is better known before hours of simulation than after
+        except OSError as error:
+            raise ConfigError(f"--report {report} cannot be written: {error}") from None
     with _telling() as tell:
         points = simulate(wanted, split(compare or wanted.policy, ","), numbers(rates), tell)
     if report is not None:
