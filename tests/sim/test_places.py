@@ -193,6 +193,23 @@ def test_roles_that_follow_the_load_do_not_leave_prompts_to_one_instance() -> No
 # ------------------------------------------------------------------ EPD
 
 
+@pytest.mark.parametrize("schedule", ["fcfs", "deadline(ttft_s=0.001)"])
+def test_a_placement_is_told_of_requests_that_a_replica_refuses(schedule: str) -> None:
+    """By a decode replica, whose pool could never hold the answer; by a prefill replica, as too late for its first token."""
+    load = [Arrival(0.0, ((UNIQUE + i, 200),), 20 if i % 2 else 2000) for i in range(40)]
+    cluster = run(f"tetriinfer(prefill=1)+{schedule}", load, replicas=3, blocks=80)  # 1,280 entries
+    assert isinstance(cluster.place, TetriInfer)
+    result = cluster.result()
+    assert result["refused"] >= (20 if schedule == "fcfs" else 1)
+    assert result["finished"] + result["refused"] == 40
+    assert not cluster.place._there
+    assert not any(cluster.place._holds.values())
+    assert not any(cluster.place._kinds.values())
+    assert not cluster._asked
+    assert not cluster._where
+    assert not cluster._prompts
+
+
 def test_tiles_go_to_the_encoder_that_is_free_first() -> None:
     cluster = cluster_of(setting(replace(BASE, policy="epd(encode=2, prefill=1)")))
     assert isinstance(cluster, Pools)

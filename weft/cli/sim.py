@@ -19,8 +19,10 @@ from weft.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
-    from weft.sim.run import Wanted
+    from weft.sim.metrics import Meter
+    from weft.sim.run import Tell, Wanted
 
 
 def _option(*names: str, help: str, metavar: str | None = None) -> Any:
@@ -168,14 +170,21 @@ def sim(
         return
     wanted = flags.wanted()
     if compare is None and report is None:
-        result, _ = run(wanted)
+        with _telling() as tell:
+            result, _ = run(wanted, tell)
         if json_:
             print(json.dumps(result, indent=2))
         else:
-            stdout().print(table({wanted.policy: result}))
+            console = stdout()
+            console.print(table({wanted.policy: result}, console.width))
         return
     if report is not None and not report.parent.is_dir():
         raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
+    if report is not None:
+        try:
+            report.touch()  # what can't be written is better known before hours of simulation than after
+        except OSError as error:
+            raise ConfigError(f"--report {report} cannot be written: {error}") from None
     with _telling() as tell:
         points = simulate(wanted, split(compare or wanted.policy, ","), numbers(rates), tell)
     if report is not None:
@@ -187,7 +196,8 @@ def sim(
         found = [{"policy": p.policy, "rate": p.rate, "offered": p.offered, **p.result} for p in points]
         print(json.dumps(found, indent=2))
     else:
-        stdout().print(table({f"{p.policy} at {p.rate:g}": p.result for p in points}))
+        console = stdout()
+        console.print(table({f"{p.policy} at {p.rate:g}": p.result for p in points}, console.width))
 
 
 def replayed(path: Path, json_: bool) -> None:
@@ -240,30 +250,54 @@ def numbers(text: str) -> list[float]:
     return found
 
 
-def table(results: dict[str, dict[str, Any]]) -> Table:
-    """Results for people."""
+def table(results: dict[str, dict[str, Any]], width: int = 200) -> Table:
+    """Results for people.  A terminal that is narrow has no room for what bounds the steps; figures are never cut."""
+    from rich import box
     from rich.table import Table
 
-    grid = Table(title_justify="left")
-    for i, column in enumerate(
-        ("policy", "finished", "goodput /s", "TTFT p50", "p99", "TPOT p50", "p99", "tokens/s", "bound by")
-    ):
-        grid.add_column(column, justify="left" if i in (0, 8) else "right", no_wrap=True)
+    wide = width >= 110
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    grid.add_column("policy", overflow="fold", min_width=18)
+    for column in ("finished", "good /s", "TTFT p50", "p99", "TPOT p50", "p99", "tokens/s"):
+        grid.add_column(column, justify="right", no_wrap=True)
+    if wide:
+        grid.add_column("bound by", no_wrap=True)
     for name, r in results.items():
         bound = sorted(r["bound_by"].items(), key=lambda x: -x[1])[:2]
         grid.add_row(
-            name, f"{r['finished']:,} of {r['requests']:,}", f"{r['goodput']:.2f}",
-            *(f"{1e3 * r[key][q]:,.0f} ms" for key in ("ttft_s", "tpot_s") for q in ("p50", "p99")),
-            f"{r['output_tok_s']:,.0f}", ", ".join(f"{part} {100 * share:.0f} %" for part, share in bound),
+            name, f"{r['finished']:,}" + (f"/{r['requests']:,}" if r["finished"] != r["requests"] else ""),
+            f"{r['goodput']:.2f}", *(_time(r[key][q]) for key in ("ttft_s", "tpot_s") for q in ("p50", "p99")),
+            f"{r['output_tok_s']:,.0f}", *([", ".join(f"{p} {100 * x:.0f} %" for p, x in bound)] if wide else []),
         )  # fmt: skip
     return grid
 
 
+def _time(seconds: float) -> str:
+    """In milliseconds with three digits, up to ten seconds."""
+    if seconds >= 10:
+        return f"{seconds:,.1f} s" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class _Far:
+    """How far a simulation has come, looked at whenever the terminal is drawn."""
+
+    text: str
+    meter: Meter
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        m = self.meter
+        return Text(f"simulating {self.text}: {m.done:,} of {len(m.arrived):,} requests that came, {m.last_s:,.0f} s")
+
+
 @contextlib.contextmanager
-def _telling() -> Iterator[Callable[[str], None] | None]:
-    """A line that says what is being simulated, on a terminal only."""
+def _telling() -> Iterator[Tell | None]:
+    """A line that says what is being simulated and how far that has come, on a terminal only."""
     if not sys.stderr.isatty():
         yield None
         return
     with stderr().status("getting ready") as status:
-        yield lambda text: status.update(f"simulating {text}")
+        yield lambda text, meter: status.update(_Far(text, meter))

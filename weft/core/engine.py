@@ -100,8 +100,8 @@ class Engine(Sequences):
             models=tuple(models), layers=layers, vocab=vocab, share=share, settings=settings, in_flight=in_flight,
             reach=dict(reach or {}), block_bytes=block_bytes, control=control,
         )  # fmt: skip
-        self.lateness = Lateness(policy, kv, limits) if getattr(policy, "refuses", False) else None
-        """Where the schedule refuses whom it can't serve in time."""
+        if getattr(policy, "refuses", False):
+            self.lateness = Lateness(policy, kv, limits)
         self._layers = layers
         self._step = 0
         self._flights: dict[int, list[tuple[Request, int]]] = {}
@@ -149,7 +149,7 @@ class Engine(Sequences):
         if self.lateness is None or not self.scheduler.waiting:
             return []
         told = []
-        for late in self.lateness.find(self.scheduler.waiting.values(), self.scheduler.running.values(), now):
+        for late in self.lateness.find(self.scheduler.waiting, self.scheduler.running.values(), now):
             told.append(Rejected(late.request.id, late.text(now), "capacity", code="too_late"))
             self._cancel(late.request.id, None)
         self._refused += len(told)

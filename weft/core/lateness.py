@@ -10,8 +10,9 @@ it can't keep large prompts away for ever.
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from weft.config import Limits
@@ -39,7 +40,7 @@ class Late:
 
 
 class Lateness:
-    """Asks a schedule that refuses about everybody who waits, before each step."""
+    """Finds before each step who can't be in time, by when a schedule that refuses says that they are due."""
 
     def __init__(self, policy: Refusing, kv: KV, limits: Limits) -> None:
         self.policy, self.kv, self.limits = policy, kv, limits
@@ -48,6 +49,8 @@ class Lateness:
         self._ended = 0.0
         self._seen: list[tuple[float, int, float]] = []
         """(when, rows, seconds of a row) of steps; none of which a later one was as large as, and as cheap."""
+        self._lines: dict[int, list[tuple[float, int, Request]]] = {}
+        """(due, rid, request) in the order in which they are due, by the digits of their rows."""
 
     # ------------------------------------------------------------------ what steps take
 
@@ -74,25 +77,54 @@ class Lateness:
         size = min(rows, self.limits.max_rows)
         return rows * min((each for at, n, each in self._seen if n >= size and at > now - RECENT_S), default=0.0)
 
+    def _most_s(self, least: int, most: int, now: float) -> float:
+        """What no prompt of `least` to `most` rows is said to take more than."""
+        size = min(least, self.limits.max_rows)
+        return most * max((each for at, n, each in self._seen if n >= size and at > now - RECENT_S), default=0.0)
+
     # ------------------------------------------------------------------ who is late
 
-    def find(self, waiting: Iterable[Request], running: Iterable[Request], now: float) -> list[Late]:
-        """Those who wait and can't be in time any more.  Who has no deadline, or has had a turn, is not asked about."""
-        found, late = [], self.policy.late
-        for r in waiting:
-            rows = len(r.context)
-            if r.spec.ttft_s is None or r.generation or r.output or r.index or r.leader is not None:
-                continue
-            if not late(r, now, self.least_s(rows, now)):
-                continue
-            if late(r, now, 0.0):
-                found.append(Late(r, rows, 0.0))
-                continue
-            rows -= self._spared(r, running)
-            least_s = self.least_s(rows, now)
-            if late(r, now, least_s):
-                found.append(Late(r, rows, least_s))
-        return found
+    def watch(self, r: Request) -> None:
+        """A new request, which is refused when it can't be in time any more; if it has a deadline."""
+        if r.spec.ttft_s is not None and r.leader is None and not (r.output or r.index):
+            line = self._lines.setdefault(len(r.context).bit_length(), [])
+            bisect.insort(line, (self.policy.due(r), r.rid, r))
+
+    def find(self, waiting: Mapping[int, Request], running: Iterable[Request], now: float) -> list[Late]:
+        """Those who wait and can't be in time any more.  Who has no deadline, or has had a turn, is not asked about.
+
+        Prompts of about the same length stand in a line by when they are due.  From where on the longest would be in time, nobody
+        is looked at.
+        """
+        found: list[Late] = []
+        for bits, line in self._lines.items():
+            if len(line) > 2 * len(waiting) + 64:
+                line[:] = [e for e in line if e[1] in waiting]
+            soon, stay = now + self._most_s(1 << bits - 1, (1 << bits) - 1, now), list[tuple[float, int, Request]]()
+            looked = 0
+            for due, rid, r in line:
+                if soon <= due:
+                    break
+                looked += 1
+                if rid not in waiting or r.generation or r.output:
+                    continue
+                late = self._late(r, due, running, now)
+                if late is None:
+                    stay.append((due, rid, r))
+                else:
+                    found.append(late)
+            line[:looked] = stay
+        return sorted(found, key=lambda late: late.request.rid)
+
+    def _late(self, r: Request, due: float, running: Iterable[Request], now: float) -> Late | None:
+        rows = len(r.context)
+        if now > due:
+            return Late(r, rows, 0.0)
+        if now + self.least_s(rows, now) <= due:
+            return None
+        rows -= self._spared(r, running)
+        least_s = self.least_s(rows, now)
+        return Late(r, rows, least_s) if now + least_s > due else None
 
     def _spared(self, r: Request, running: Iterable[Request]) -> int:
         """Rows of its prompt that the prefix index has, or that somebody who runs has, for a block that is not full yet."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
-
 from weft.config import Limits, Stack
 from weft.core import switch
 from weft.core.kv import KV
 from weft.core.ledger import blocks_for
 from weft.core.planning import Planning
+from weft.core.queue import queue_of
 from weft.core.request import Request, State
 from weft.slots import Schedule
 
@@ -33,19 +32,25 @@ class Membership:
         self.preemptions = 0
         self.guessed = 0
         """Live requests for which guesses may be made."""
-        self._heap: list[tuple[tuple[float, ...], int, int, Request]] = []
+        self.queue = queue_of(policy)
+        self.queued_rows = 0
+        """Rows of the contexts of those who wait, as they were when they came: `_rows` has each."""
+        self._rows: dict[int, int] = {}
 
     # ------------------------------------------------------------------ the queue
 
     def enqueue(self, request: Request, now: float) -> None:
         request.state = State.WAITING
         self.waiting[request.rid] = request
-        request.key = self.policy.order(request, now)
-        heapq.heappush(self._heap, (request.key, request.rid, request.generation, request))
-        if len(self._heap) > 2 * len(self.waiting) + 64:
-            # Those who left the queue without reaching its head are still in the heap.
-            self._heap = [e for e in self._heap if self._waits(e)]
-            heapq.heapify(self._heap)
+        self._rows[request.rid] = len(request.context)
+        self.queued_rows += self._rows[request.rid]
+        self.queue.put(request, now)
+
+    def unqueue(self, request: Request) -> None:
+        """Out of the queue, if it is there."""
+        if self.waiting.pop(request.rid, None) is not None:
+            self.queued_rows -= self._rows.pop(request.rid)
+            self.queue.drop(request)
 
     def remove(self, request: Request) -> None:
         """Out of every list, without its blocks."""
@@ -53,8 +58,9 @@ class Membership:
         if request.started:
             self.leaving.append(request.rid)
         self.kv.release(request)
-        for group in (self.running, self.parked, self.waiting):
-            group.pop(request.rid, None)
+        self.unqueue(request)
+        self.running.pop(request.rid, None)
+        self.parked.pop(request.rid, None)
         request.state = State.DONE
 
     def footprint(self, request: Request) -> int:
@@ -99,37 +105,6 @@ class Membership:
         """Back to the queue without blocks, with those linked to it; what is parked stays parked."""
         for r in self._strip(request):
             self.enqueue(r, now)
-
-    def _waits(self, entry: tuple[tuple[float, ...], int, int, Request]) -> bool:
-        _, rid, generation, request = entry
-        return self.waiting.get(rid) is request and request.generation == generation
-
-    def head(self) -> Request | None:
-        """Who waits first."""
-        while self._heap:
-            if self._waits(self._heap[0]):
-                return self._heap[0][3]
-            heapq.heappop(self._heap)
-        return None
-
-    def _heads(self, most: int) -> list[Request]:
-        """The first `most` requests of the queue, in order: a heap is a tree whose smallest are found from its root down."""
-        found: list[Request] = []
-        edge = [(self._heap[0][:3], 0)] if self._heap else []
-        while edge and len(found) < most:
-            _, i = heapq.heappop(edge)
-            if self._waits(self._heap[i]):
-                found.append(self._heap[i][3])
-            for child in (2 * i + 1, 2 * i + 2):
-                if child < len(self._heap):
-                    heapq.heappush(edge, (self._heap[child][:3], child))
-        return found
-
-    def _reorder(self, now: float) -> None:
-        for r in self.waiting.values():
-            r.key = self.policy.order(r, now)
-        self._heap = [(r.key, r.rid, r.generation, r) for r in self.waiting.values()]
-        heapq.heapify(self._heap)
 
     # ------------------------------------------------------------------ preemption
 

@@ -12,7 +12,6 @@ the policy's; that nobody is lost is the loop's:
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
 
 from weft.config import Limits, Stack
@@ -60,8 +59,6 @@ class Scheduler(Membership):
     def plan(self, now: float, step: int) -> tuple[Planning, Plan]:
         """The plan, and what was noted on the way: the request of each work, those preempted, those that load."""
         self.pool.now = now
-        if not self.policy.static:
-            self._reorder(now)
         if self.control is not None and self.guessed:
             self.control.choose(self.running.values())
         view = self.view(now)
@@ -76,7 +73,7 @@ class Scheduler(Membership):
         self._follow(d)
         for request in d.preempted:
             self.enqueue(request, now)
-        d.fetch = self._fetch()
+        d.fetch = self._fetch(now)
         if self.kv.tiers is not None:
             d.after = handover.saves(self.kv, map(self.running.__getitem__, d.sampled))
         leaving, self.leaving = self.leaving, []
@@ -95,7 +92,7 @@ class Scheduler(Membership):
         queue = sorted([(r.partial is None, order(r, now), r.rid, r) for r in self.running.values()])
         i = 0
         while True:
-            head = None if d.closed else self.head()
+            head = None if d.closed else self.queue.first(now)
             if i < len(queue) and (head is None or queue[i][:3] <= (True, head.key, head.rid)):
                 request = queue[i][3]
                 i += 1
@@ -136,11 +133,10 @@ class Scheduler(Membership):
         if matches is None:
             return False
         entering = self.linked(r)
-        heapq.heappop(self._heap)
         for _, tables, _ in matches:
             self.kv.hold(tables)
         for x, (lengths, tables, _) in zip(entering, matches, strict=True):
-            del self.waiting[x.rid]
+            self.unqueue(x)
             self.kv.adopt(x, lengths, tables, d.ops)
             if x.loading:
                 d.loading.append(x)
@@ -169,12 +165,12 @@ class Scheduler(Membership):
         # What yielded is stored beside this step, so its blocks are taken in the next one.
         return matches if len(d.ops) == ops else None
 
-    def _fetch(self) -> tuple[int, ...]:
+    def _fetch(self, now: float) -> tuple[int, ...]:
         """Stored blocks that those at the head of the queue will want; asked anew when they or the pool have changed."""
         tiers = self.kv.tiers
         if tiers is None or not (self.waiting and tiers and tiers.offload.lookahead):
             return ()
-        heads = self._heads(tiers.offload.lookahead)
+        heads = self.queue.heads(tiers.offload.lookahead, now)
         seen = (self.pool.evictions, *((r.rid, r.generation) for r in heads))
         if seen == self._fetched:
             return ()

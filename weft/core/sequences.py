@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from weft.config import Limits, Stacks
 from weft.core import handover, noise
 from weft.core.kv import KV
+from weft.core.lateness import Lateness
 from weft.core.programs import Programs
 from weft.core.request import CutRule, Request, State, check_ids, check_spec, every
 from weft.core.scheduler import Scheduler
@@ -42,6 +43,7 @@ class Sequences:
         self._rids = self._links = 0
         self._arrivals = -math.inf
         self.programs = Programs(self)
+        self.lateness: Lateness | None = None  # where the schedule refuses whom it can't serve in time
         self.tap: Callable[[Entry], None] | None = None
         """Told of everything that comes to the engine and of everything that it decides, for a record (`types.record`)."""
 
@@ -75,6 +77,8 @@ class Sequences:
         for r in family:
             handover.take(self.kv, r)
             self.scheduler.enqueue(r, now)
+            if self.lateness is not None:
+                self.lateness.watch(r)
         return []
 
     def cancel(self, id: int, index: int | None = None) -> bool:
@@ -211,7 +215,7 @@ class Sequences:
         for r in family:
             self._still(r.id, r.index)
         for r in family:
-            self.scheduler.waiting.pop(r.rid, None)
+            self.scheduler.unqueue(r)
             self.scheduler.running.pop(r.rid, None)
             self.scheduler.parked[r.rid] = r
             r.generation += 1

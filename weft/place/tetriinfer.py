@@ -108,7 +108,9 @@ class TetriInfer:
         return heavy / (heavy + light) if heavy else 0.0
 
     def ended(self, id: int) -> None:
-        i, holds, heavy = self._there.pop(id, (-1, 0, False))
+        if id not in self._there:
+            return  # its answer ended with its prompt
+        i, holds, heavy = self._there.pop(id)
         self._holds[i] -= holds
         self._kinds[i, heavy] -= 1
 

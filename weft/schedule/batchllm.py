@@ -4,7 +4,7 @@ Paper    Zheng et al., BatchLLM, arXiv:2412.03594                               
 Rule     a request belongs to the group of its first `prefix` tokens; the group that is open goes on until nobody of it waits;
          then the group of the largest (answers' tokens / prompts' tokens) of those that wait
 Units    prefix: tokens
-Cost     O(waiting) in each step
+Cost     O(log waiting) for each request
 Pays     offline, where many prompts begin alike and the cache does not hold all beginnings at once
 Differs  the beginning that is shared has a fixed length, where the paper finds the best ones by dynamic programming over a tree
          of all prompts; answers' lengths are max_tokens; online, a group that goes on and on keeps others waiting
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.schedule._common import latest
+from weft.schedule._common import Least, latest
 from weft.slots import Claim, Quota, RequestView, StepView
 from weft.traits import Effect, Traits
 
@@ -32,6 +32,7 @@ class BatchLLM:
     acts: dict[str, int] = field(default_factory=lambda: {"groups_opened": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = False
+    queues: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
     trial: ClassVar[dict[str, int]] = {"prefix": 32}
@@ -39,10 +40,11 @@ class BatchLLM:
         "1.1 to 2 times the throughput where beginnings are shared", "output_tok_s", 1.1, "more", case="cache",
     )  # fmt: skip
     _open: bytes = field(default=b"", init=False, compare=False)
-    _ratios: dict[bytes, tuple[int, int]] = field(default_factory=dict, init=False, compare=False)
-    """(answers' tokens, prompts' tokens) of each group, of those that waited in the step `_at`."""
-    _before: dict[bytes, float] = field(default_factory=dict, init=False, compare=False)
-    _at: float = field(default=-1.0, init=False, compare=False)
+    _groups: dict[bytes, dict[int, Least[RequestView]]] = field(default_factory=dict, init=False, compare=False)
+    """Who waits, by group and priority, in the order of arrival."""
+    _sums: dict[bytes, tuple[int, int]] = field(default_factory=dict, init=False, compare=False)
+    """(answers' tokens, prompts' tokens) of each group, of those that wait."""
+    _all: Least[Least[RequestView]] = field(default_factory=Least, init=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.prefix < 1:
@@ -51,14 +53,49 @@ class BatchLLM:
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:
         if request.rank < 2:
             return (request.rank, request.priority, 0, 0.0, request.arrival)
-        if now != self._at:
-            self._before = {g: -out / prompt for g, (out, prompt) in self._ratios.items()}
-            self._at, self._ratios = now, {}
         group = self._group(request)
-        out, prompt = self._ratios.get(group, (0, 0))
-        self._ratios[group] = out + request.sampling.max_tokens, prompt + request.prompt
-        own = -request.sampling.max_tokens / request.prompt
-        return (2, request.priority, group != self._open, self._before.get(group, own), request.arrival)
+        return (2, request.priority, group != self._open, self._ratio(group), request.arrival)
+
+    def put(self, request: RequestView, now: float) -> None:
+        group = self._group(request)
+        lines = self._groups.setdefault(group, {})
+        lines.setdefault(request.priority, Least()).put(request.rid, (request.arrival, request.rid), request)
+        out, prompt = self._sums.get(group, (0, 0))
+        self._sums[group] = out + request.sampling.max_tokens, prompt + request.prompt
+        self._again(group)
+
+    def drop(self, request: RequestView) -> None:
+        group = self._group(request)
+        lines = self._groups[group]
+        lines[request.priority].drop(request.rid)
+        if not lines[request.priority]:
+            del lines[request.priority]
+            self._all.drop((request.priority, group))
+        out, prompt = self._sums[group]
+        self._sums[group] = out - request.sampling.max_tokens, prompt - request.prompt
+        if not lines:
+            del self._groups[group], self._sums[group]
+        self._again(group)
+
+    def first(self, now: float) -> RequestView | None:
+        found = self._all.first()
+        if found is None:
+            return None
+        (priority, *_), line = found
+        head = self._groups.get(self._open, {}).get(int(priority), line).first()
+        assert head is not None
+        return head[1]
+
+    def _again(self, group: bytes) -> None:
+        """Find the place of a group of which somebody came or went."""
+        for priority, line in self._groups.get(group, {}).items():
+            head = line.first()
+            assert head is not None
+            self._all.put((priority, group), (priority, self._ratio(group), *head[0]), line)
+
+    def _ratio(self, group: bytes) -> float:
+        out, prompt = self._sums.get(group, (0, 1))
+        return -out / prompt
 
     def _group(self, request: RequestView) -> bytes:
         heads = request.heads(self.prefix)

@@ -4,7 +4,7 @@ Paper    none; least slack first (Mok, MIT, 1983), and who is sure to be late is
 Rule     due = arrival + ttft_s; slack = due - prompt * row_s - now; new ones with slack by slack, then those without by arrival;
          refuse: who waits and has a deadline is refused once now + what its first token takes at least > due
 Units    ttft_s, row_s: seconds; row_s is what a row of a prompt takes, for the order alone
-Cost     O(1) for each request and step
+Cost     O(log waiting) for each request
 Pays     under overload, where requests that are late anyway would make others late too
 Differs  a request may bring its own ttft_s (weft.ttft_s); what it takes at least is measured, not row_s (weft/core/lateness.py);
          whoever has no deadline (batches, background responses, LLM.generate), or has begun, is not refused but served last
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.schedule._common import latest
+from weft.schedule._common import Least, latest
 from weft.slots import Claim, Quota, RequestView, StepView
 from weft.traits import Effect, Traits
 
@@ -32,8 +32,10 @@ class Deadline:
     row_s: float = 5e-5
     refuse: bool = True
     acts: dict[str, int] = field(default_factory=lambda: {"ordered": 0, "overdue": 0}, init=False, compare=False)
+    _line: Least[RequestView] = field(default_factory=Least, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = False
+    queues: ClassVar[bool] = True
     steady: ClassVar[bool] = True
     layered: ClassVar[bool] = False
     claim: ClassVar[Claim] = Claim(
@@ -54,16 +56,29 @@ class Deadline:
         """When its first token is wanted."""
         return request.arrival + (request.ttft_s or self.ttft_s)
 
-    def late(self, request: RequestView, now: float, least_s: float) -> bool:
-        return now + least_s > self.due(request)
-
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:
         if request.rank < 2 or request.output:
             return (request.rank, 0, request.priority, request.arrival)
-        slack = self.due(request) - request.prompt * self.row_s - now
+        begin = self.due(request) - request.prompt * self.row_s
         self.acts["ordered"] += 1
-        self.acts["overdue"] += slack < 0
-        return (2, slack < 0, request.priority, request.arrival if slack < 0 else slack)
+        self.acts["overdue"] += begin < now
+        return (2, begin < now, request.priority, request.arrival if begin < now else begin)
+
+    def put(self, request: RequestView, now: float) -> None:
+        self._line.put(request.rid, (*self.order(request, now), request.rid), request)
+
+    def drop(self, request: RequestView) -> None:
+        self._line.drop(request.rid)
+
+    def first(self, now: float) -> RequestView | None:
+        """Once its slack is gone a request goes behind others, and never before them again: it is seen when it is the first."""
+        while (found := self._line.first()) is not None:
+            key, request = found
+            again = (*self.order(request, now), request.rid)
+            if again == key:
+                return request
+            self._line.put(request.rid, again, request)
+        return None
 
     def admit(self, request: RequestView, step: StepView) -> bool:
         return True

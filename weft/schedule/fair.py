@@ -4,7 +4,7 @@ Paper    Sheng et al., Fairness in Serving Large Language Models, arXiv:2401.005
 Rule     a tenant's counter grows by (prompt rows * prompt_cost + answer rows * answer_cost) / weight; new ones of the least
          counter first; a tenant that comes back starts at the least counter of those who are there
 Units    costs: of a row; weights: by tenant (the salt of its requests), 1 where none is given
-Cost     O(1) for each request
+Cost     O(log waiting) for each request
 Pays     where tenants share a server and one asks for more than the others: its queue is its own
 Differs  rows are counted when they are planned; a tenant is forgotten after `most` others have come
 Raises   ValueError if a cost or a weight is not above 0 or most < 1
@@ -12,12 +12,13 @@ Raises   ValueError if a cost or a weight is not above 0 or most < 1
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.schedule._common import latest
+from weft.schedule._common import Least, latest
 from weft.slots import Claim, Quota, RequestView, StepView
 from weft.traits import Effect, Trait, Traits
 
@@ -32,10 +33,16 @@ class Fair:
     weights: dict[str, float] = field(default_factory=dict)
     most: int = 10_000
     _counters: dict[bytes, float] = field(default_factory=dict, init=False, compare=False)
-    _here: dict[bytes, float] = field(default_factory=dict, init=False, compare=False)
+    _lines: dict[tuple[int, bytes], Least[RequestView]] = field(default_factory=dict, init=False, compare=False)
+    """Who waits, by priority and tenant, in the order of arrival."""
+    _all: Least[Least[RequestView]] = field(default_factory=Least, init=False, compare=False)
+    _wait: Counter[bytes] = field(default_factory=Counter, init=False, compare=False)
+    _left: float = field(default=0.0, init=False, compare=False)
+    """The counter of the tenant who waited last, as it was then."""
     acts: dict[str, int] = field(default_factory=lambda: {"rows_counted": 0, "lifted": 0}, init=False, compare=False)
     traits: ClassVar[Traits] = Traits(gives=frozenset({Trait.STARVATION_FREE}), effects=frozenset({Effect.PREEMPTS}))
     static: ClassVar[bool] = False
+    queues: ClassVar[bool] = True
     steady: ClassVar[bool] = False
     layered: ClassVar[bool] = False
     claim: ClassVar[Claim] = Claim(
@@ -52,24 +59,56 @@ class Fair:
             raise ValueError("costs and weights are above 0, and most is at least 1")
 
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:
-        tenant = request.tenant
-        if self._here.get(tenant, -1.0) < now - 1.0 and request.rank == 2:
-            self._lift(tenant, now)
-        self._here[tenant] = now
-        return (request.rank, request.priority, self._counters.get(tenant, 0.0), request.arrival)
+        return (request.rank, request.priority, self._counters.get(request.tenant, 0.0), request.arrival)
 
-    def _lift(self, tenant: bytes, now: float) -> None:
-        """A tenant that had nothing to do does not come back with a claim to all the time that it was away."""
-        present = [self._counters[t] for t, seen in self._here.items() if seen >= now - 1.0 and t in self._counters]
-        least = min(present, default=0.0)
+    def put(self, request: RequestView, now: float) -> None:
+        who = request.priority, request.tenant
+        if self._wait[request.tenant] == 0:
+            self._lift(request.tenant)
+        self._wait[request.tenant] += 1
+        line = self._lines.setdefault(who, Least())
+        line.put(request.rid, (request.arrival, request.rid), request)
+        self._all.put(who, self._key(who, line), line)
+
+    def drop(self, request: RequestView) -> None:
+        who = request.priority, request.tenant
+        self._lines[who].drop(request.rid)
+        if not self._lines[who]:
+            del self._lines[who]
+            self._all.drop(who)
+        self._wait[request.tenant] -= 1
+        if not self._wait[request.tenant]:
+            del self._wait[request.tenant]
+            self._left = self._counters.get(request.tenant, 0.0)
+
+    def first(self, now: float) -> RequestView | None:
+        """Counters only rise while a tenant waits, so that one whose turn may be over is seen when it is the first."""
+        while (found := self._all.first()) is not None:
+            key, line = found
+            _, request = line.first() or (None, None)
+            assert request is not None
+            who = request.priority, request.tenant
+            again = self._key(who, line)
+            if again == key:
+                return request
+            self._all.put(who, again, line)
+        return None
+
+    def _key(self, who: tuple[int, bytes], line: Least[RequestView]) -> tuple[float, ...]:
+        found = line.first()
+        assert found is not None
+        return (who[0], self._counters.get(who[1], 0.0), *found[0])
+
+    def _lift(self, tenant: bytes) -> None:
+        """A tenant that had nothing to ask does not come back with a claim to all the time that it was away."""
+        found = self._all.first()
+        least = self._left if found is None else found[0][1]
         if self._counters.get(tenant, -1.0) < least:
             self.acts["lifted"] += 1
             self._counters.pop(tenant, None)
             self._counters[tenant] = least
             while len(self._counters) > self.most:
-                gone = next(iter(self._counters))
-                del self._counters[gone]
-                self._here.pop(gone, None)
+                del self._counters[next(iter(self._counters))]
 
     def admit(self, request: RequestView, step: StepView) -> bool:
         return True

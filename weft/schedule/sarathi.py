@@ -47,7 +47,8 @@ class Sarathi:
         return (request.rank, request.priority, request.arrival)
 
     def admit(self, request: RequestView, step: StepView) -> bool:
-        return True
+        self.acts["prompts_held"] += step.prompt_rows > 0
+        return not step.prompt_rows
 
     def quota(self, request: RequestView, step: StepView) -> Quota:
         if request.decoding:

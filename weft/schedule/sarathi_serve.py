@@ -57,7 +57,7 @@ class SarathiServe:
         return (request.rank, request.priority, request.arrival)
 
     def admit(self, request: RequestView, step: StepView) -> bool:
-        return True
+        return step.prompt_rows + step.decode_rows < self.budget
 
     def quota(self, request: RequestView, step: StepView) -> Quota:
         if request.decoding:

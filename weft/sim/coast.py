@@ -99,7 +99,7 @@ class Coast:
 
     def _enters(self, now: float) -> bool:
         """Whether somebody who waits could enter now, or be refused one day."""
-        head = self.scheduler.head()
+        head = self.scheduler.queue.first(now)
         if head is None:
             return False
         if self.engine.lateness is not None:

@@ -100,7 +100,7 @@ class Meter:
         self.outputs, self.prompts, self.tenant = array("q"), array("q"), array("q")
         self.tenants: dict[str, int] = {}
         self.gaps = Gaps()
-        self.refusals = self.preemptions = self.cached = 0
+        self.done = self.refusals = self.preemptions = self.cached = 0
         self.parts = [0.0] * len(PARTS)
         self.busy_s = self.rows = self.steps = self.trained = 0.0
         self.busy, self.running, self.memory, self.tokens = Curve(), Curve(), Curve(), Curve()
@@ -126,6 +126,7 @@ class Meter:
 
     def finished(self, id: int, now: float, cached: int) -> None:
         self.ended[id] = now
+        self.done += 1
         self.cached += cached
 
     def refused(self, id: int) -> None:

@@ -67,7 +67,7 @@ class Worker(Replica):
         self.handed.discard(id)
         spec = msgspec.structs.replace(arrival.spec(id), resumed=(0,))  # it has its first token
         if any(isinstance(e, Rejected) for e in self.engine.add(spec, arrival.time_s)):
-            self.meter.refused(id)
+            self._refused(id)
             return
         request, kv = self.engine.find(id), self.engine.kv
         assert kv.tiers is not None
@@ -110,7 +110,7 @@ class Pools(Cluster):
         if role not in ("decode", "encode") and not self.place.flips:
             return Replica(
                 f"{role}{i}", s.model, price, s.stack(), s.limits, blocks, self.meter, coasting=s.coasting, log=log,
-                ended=self._ended, image_s=s.image_s,
+                ended=self._ended, refused=self._lost, image_s=s.image_s,
             )  # fmt: skip
         return self.worker(
             f"{role}{i}", s.cost.on(replace(s.hardware, host_link=AT_ONCE), s.model.figures), blocks, log
@@ -126,7 +126,7 @@ class Pools(Cluster):
         stack = replace(s, parts=[*s.parts, below]).stack()
         return Worker(
             name, s.model, price, stack, s.limits, blocks, self.meter, coasting=s.coasting, log=log, ended=self._ended,
-            image_s=s.image_s,
+            refused=self._lost, image_s=s.image_s,
         )  # fmt: skip
 
     def _ended(self, event: Finished, now: float) -> None:
@@ -136,6 +136,21 @@ class Pools(Cluster):
             self.meter.finished(event.id, now, event.cached_tokens)
             if self._tells is not None:
                 self._tells(event.id)
+
+    def _lost(self, id: int) -> None:
+        """A replica has refused a request: one whose prompt it was to compute, or one that was handed to it."""
+        i = self._where.pop(id, None)
+        if i is not None:
+            del self._asked[id]
+            self._fewer(i)
+        elif self._tells is not None:
+            self._tells(id)
+
+    def _fewer(self, i: int) -> None:
+        """Replica i has one prompt less to compute."""
+        self._prompts[i] -= 1
+        if not self._prompts[i]:
+            del self._prompts[i]
 
     # ------------------------------------------------------------------ the load
 
@@ -226,9 +241,7 @@ class Pools(Cluster):
         """Send off what was computed."""
         for now, id in self._done:
             a, i = self._asked[id], self._where.pop(id)
-            self._prompts[i] -= 1
-            if not self._prompts[i]:
-                del self._prompts[i]
+            self._fewer(i)
             self.computed(a, i, now)
             if a.output == 1:
                 self.meter.finished(id, now, 0)

@@ -85,7 +85,9 @@ def replay(path: Path) -> Replayed:
     """Hold a new engine's decisions against a record.  Raises ConfigError where the file is no record."""
     found = Replayed()
     lines = entries(path)
-    _, first = next(lines, (0, None))
+    at, first = next(lines, (0, None))
+    if not at:
+        raise ConfigError(f"{path} has no whole entry: nothing had come to the engine yet when the record ended")
     if not isinstance(first, Made):
         raise ConfigError(
             f"{path} is no record: it does not say how the engine was made; write one with weft serve --record"

@@ -28,13 +28,15 @@ class Replica:
     """name: for the report.  stack: its own, not shared with others.  blocks: of the KV pool.
 
     coasting: whether runs of decode steps are taken without planning each.  ended: told of answers that end, instead of the
-    meter.  image_s: a tile of an image is encoded so long, before the step after the request has come.
+    meter; refused: of requests that are, beside it.  image_s: a tile of an image is encoded so long, before the step after the
+    request has come.
     """
 
     def __init__(
         self, name: str, model: Model, price: Price, stack: Stack, limits: Limits, blocks: int, meter: Meter, *,
         share: bool = True, coasting: bool = True, log: list[LogEntry] | None = None,
-        ended: Callable[[Finished, float], None] | None = None, image_s: float = 0.0,
+        ended: Callable[[Finished, float], None] | None = None, refused: Callable[[int], None] | None = None,
+        image_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.name, self.model, self.price, self.meter, self.log = name, model, price, meter, log
         layers = len(model.spec.layers)
@@ -45,6 +47,7 @@ class Replica:
         self.layers = layers
         self.aside = bool(getattr(stack.get("kv.offload"), "threads", 0))
         self._told = ended or (lambda e, now: meter.finished(e.id, now, e.cached_tokens))
+        self._tells_refused = refused
         self.coasting = coasting
         self.image_s, self._owed_s = image_s, 0.0
         self._rested = False
@@ -78,9 +81,7 @@ class Replica:
     def pending(self) -> int:
         """Rows of prompts that are not computed, the inbox's included."""
         s = self.engine.scheduler
-        rows = 0
-        if s.waiting or self._inbox:
-            rows = sum(r.remaining for r in s.waiting.values()) + sum(a.prompt for _, a in self._inbox)
+        rows = s.queued_rows + sum(a.prompt for _, a in self._inbox)
         if self._coast.active:
             return rows  # whoever runs decodes
         return rows + sum(max(0, r.prompt - r.planned[0]) for r in s.running.values())
@@ -162,7 +163,12 @@ class Replica:
         self._owed_s += arrival.images * self.image_s
         for event in self.engine.add(arrival.spec(id), arrival.time_s):
             if isinstance(event, Rejected):
-                self.meter.refused(id)
+                self._refused(id)
+
+    def _refused(self, id: int) -> None:
+        self.meter.refused(id)
+        if self._tells_refused is not None:
+            self._tells_refused(id)
 
     def _launch(self) -> None:
         """Plan a step; it ends when its parts have passed."""
@@ -178,7 +184,7 @@ class Replica:
             if isinstance(event, Preempted):
                 self.meter.preempted(event.id)
             elif isinstance(event, Rejected):
-                self.meter.refused(event.id)
+                self._refused(event.id)
         self._flight, self.ends = (plan, parts, load.whole_rows), self.now + sum(parts)
 
     def _land(self) -> None:

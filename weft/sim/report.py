@@ -17,16 +17,17 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--bg:#16181c;--ink:#e6e4de;--dim:#9a9fa7;--rule:#33373e;--card:#1d2025;
 --s0:#5aa9ea;--s1:#f08a58;--s2:#5cc08a;--s3:#b98be0;--s4:#dcb64c;--s5:#ec79ab;--s6:#63c4d0;--s7:#a2a8b2}}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
-main{max-width:1040px;margin:0 auto;padding:32px 20px 60px}
+main{max-width:1240px;margin:0 auto;padding:32px 20px 60px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:18px;margin:34px 0 4px}p{margin:4px 0;max-width:72ch}.dim{color:var(--dim)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 20px;margin:12px 0}.legend span{display:flex;align-items:center;gap:7px}
 .legend i{width:14px;height:14px;border-radius:3px;display:inline-block}
-.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(400px,1fr));gap:14px;margin-top:10px}
-.three{grid-template-columns:repeat(auto-fit,minmax(290px,1fr))}.bars{max-width:660px}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(400px,100%),1fr));gap:14px;margin-top:10px}
+.three{grid-template-columns:repeat(auto-fit,minmax(min(290px,100%),1fr))}.bars{max-width:660px}
 figure{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 10px 6px}
 figcaption{font-weight:600;font-size:14px;padding:0 6px 4px}figcaption small{font-weight:400;color:var(--dim)}
 svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,"Segoe UI",Helvetica,Arial,sans-serif;fill:var(--dim)}
-svg .label{fill:var(--ink)}svg .inside{fill:#fff}svg .grid{stroke:var(--rule);stroke-width:1}
+.three svg text{font-size:13px}
+svg .label{fill:var(--ink)}svg .inside{fill:var(--bg)}svg .grid{stroke:var(--rule);stroke-width:1}
 svg .line{fill:none;stroke-width:2;stroke-linejoin:round}svg .limit{stroke:var(--ink);stroke-dasharray:5 4;stroke-width:1}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px;margin-top:8px}
 th,td{padding:4px 10px;border-bottom:1px solid var(--rule);text-align:right;white-space:nowrap}
@@ -106,7 +107,7 @@ ACROSS = "requests a second, offered"
 
 def _over_load(points: Sequence[Point], names: Sequence[str]) -> list[str]:
     charts: list[tuple[str, str, Value, str, float]] = [
-        ("Goodput", "requests a second that meet both SLOs", lambda p: p.result["goodput"], "1/s", 0.0),
+        ("Goodput", "requests a second that keep all limits", lambda p: p.result["goodput"], "1/s", 0.0),
         ("SLO attainment", "share of all requests", lambda p: 100 * p.result["slo_met"], "%", 100.0),
         ("Tokens out", "of all answers", lambda p: p.result["output_tok_s"], "tokens/s", 0.0),
         ("Fairness", "Jain's index of what tenants, or requests, get", lambda p: p.result["fairness"], "index", 1.0),

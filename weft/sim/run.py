@@ -150,9 +150,15 @@ def load(wanted: Wanted) -> Iterator[Arrival]:
         yield a
 
 
-def run(wanted: Wanted) -> tuple[dict[str, Any], Meter]:
+Tell = Callable[[str, Meter], None]
+"""Told what is simulated now, and where it is noted how far that has come."""
+
+
+def run(wanted: Wanted, tell: Tell | None = None, title: str = "") -> tuple[dict[str, Any], Meter]:
     """One simulation: its result, and all that was noted.  Raises ConfigError."""
     cluster = cluster_of(setting(wanted))
+    if tell is not None:
+        tell(title or wanted.policy, cluster.meter)
     meter = cluster.run(load(wanted))
     if not meter.arrived:
         raise ConfigError(f"the trace {wanted.trace} has no requests within what was asked for")
@@ -181,9 +187,7 @@ class Point:
     curves: dict[str, list[tuple[float, float]]]
 
 
-def compare(
-    wanted: Wanted, chosen: Sequence[str], rates: Sequence[float], tell: Callable[[str], None] | None = None
-) -> list[Point]:
+def compare(wanted: Wanted, chosen: Sequence[str], rates: Sequence[float], tell: Tell | None = None) -> list[Point]:
     """Every policy at every rate (times the trace's own pace).  One may bring its cost, as in fcfs+cost=nanoflow.
 
     Raises ConfigError.
@@ -193,13 +197,12 @@ def compare(
             f"{len(chosen)} policies at {len(rates)} rates: from 1 to {MOST_RUNS} runs are made at a time"
         )
     each = {policy: priced(wanted, policy) for policy in chosen}
-    points = []
+    points = list[Point]()
     for rate in rates:
         pace = replace(wanted.pace, time=wanted.pace.time * rate)
         for policy, own in each.items():
-            if tell is not None:
-                tell(f"{policy} at {rate:g}")
-            result, meter = run(replace(own, pace=pace))
+            title = f"{policy} at {rate:g} ({len(points) + 1} of {len(each) * len(rates)})"
+            result, meter = run(replace(own, pace=pace), tell, title)
             offered = len(meter.arrived) / meter.arrived[-1] if meter.arrived[-1] else 0.0
             points.append(Point(policy, rate, offered, result, dict(meter.curves(wanted.replicas))))
     return points

@@ -86,8 +86,10 @@ SLOTS: dict[str, Slot] = {
 
 
 class RequestView(Protocol):
-    """What a scheduling policy may read of a request."""
+    """What a scheduling policy may read of a request.  rid: names it for as long as it lives."""
 
+    @property
+    def rid(self) -> int: ...
     @property
     def arrival(self) -> float: ...
     @property
@@ -167,6 +169,7 @@ class Schedule(Protocol):
     victim  who yields its blocks to `needy`: one of `candidates`, or `needy` itself, or None (then `needy` waits)
 
     static: the order of a waiting request never changes while it waits (the queue is then a heap and costs nothing to keep).
+    Where it does change, each step asks for the order of all who wait, but for a schedule with `queues = True`, a `Queueing`.
     layered: quota may ask for part of the layers.
 
     A class variable `steady = True` promises a simulator that it may leave out asking: where only decodes run, each gets its
@@ -186,21 +189,34 @@ class Schedule(Protocol):
     def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None: ...
 
 
+class Queueing(Protocol):
+    """A schedule that keeps those who wait itself, since their order changes, so that a step need not ask about all of them.
+
+    put    a request waits from now on; also one that waited before and ran
+    drop   it does not wait any more: it runs, or has left
+    first  who is next: of all who wait the one of the least (`order`, `rid`) now
+    """
+
+    def put(self, request: RequestView, now: float) -> None: ...
+    def drop(self, request: RequestView) -> None: ...
+    def first(self, now: float) -> RequestView | None: ...
+
+
 class Refusing(Protocol):
     """A schedule that says of a request that it can't be in time any more; it is refused at once then, and never computed.
 
-    late    whether its first token can't come in time even if it comes `least_s` seconds from now, which is what the
-            request takes at least if it is next (`core.lateness`).  Who is late stays late, also with more `least_s`
+    due     when its first token is wanted, which stays.  Who waits is refused as soon as that can't be kept any more even if it
+            is next (`core.lateness` says what it takes then)
 
-    It is asked, before each step, of requests that wait, have a deadline (`ttft_s` is not None: seconds from `arrival`, 0.0 for
-    the schedule's own) and have had no turn yet: who has begun is never refused.
+    It is asked of requests that have a deadline (`ttft_s` is not None: seconds from `arrival`, 0.0 for the schedule's own), and
+    those are refused that have had no turn yet: who has begun never is.
 
     refuses: whether it does; an engine looks once.
     """
 
     @property
     def refuses(self) -> bool: ...
-    def late(self, request: RequestView, now: float, least_s: float) -> bool: ...
+    def due(self, request: RequestView) -> float: ...
 
 
 class Attention(Protocol):

@@ -35,7 +35,7 @@ class Place(Protocol):
     exposed: share of the time that a hand-over of KV takes which is not hidden behind computing the prompt.
     flips: whether roles change.
 
-    One with a method `ended(id)` is told of answers that end.
+    One with a method `ended(id)` is told of answers that end, and of requests that the replica of their `handoff` refuses.
     """
 
     @property

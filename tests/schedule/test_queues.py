@@ -1,0 +1,155 @@
+"""Queues that schedules keep themselves are in their order, and a step asks about few of those who wait."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.schedule.test_policies import GROUPS, trial
+from weft.config import Limits, build_stack
+from weft.core.engine import Engine
+from weft.core.lateness import Lateness
+from weft.core.request import Request
+from weft.registry import lookup, names, parse
+from weft.sim.executor import facts
+from weft.slots import StepView
+from weft.types import GroupKind, GroupSpec, RequestSpec, SamplingSpec, TokenItem
+
+OWN = [name for name in names("schedule") if getattr(lookup("schedule", name), "queues", False)]
+
+
+def asked(i: int, chance: random.Random) -> RequestSpec:
+    """Beginnings, tenants, priorities and lengths of all kinds."""
+    head = (chance.randrange(4),) * chance.choice([0, 16, 32, 64])
+    ids = (*head, *range(1000 + 200 * i, 1000 + 200 * i + chance.randrange(1, 40)))
+    return RequestSpec(
+        id=i, items=(TokenItem(ids),), priority=chance.randrange(2), salt=b"t%d" % chance.randrange(5), ttft_s=0.0,
+        sampling=SamplingSpec(max_tokens=chance.randrange(1, 30)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("name", OWN)
+def test_the_first_is_the_least_of_all_who_wait(name: str, seed: int) -> None:
+    """Against asking everybody: after each of many arrivals, departures, turns, rows and gaps without anybody."""
+    policy: Any = parse(
+        f"schedule={name}({'patience_s=3.0, block=16, most=6' if name == 'cache_aware' else ''})"
+    ).build()
+    if name == "batchllm":
+        policy.prefix = 16
+    stack, chance, now = build_stack(), random.Random(seed), 0.0
+    waiting: dict[int, Request] = {}
+    gone: list[Request] = []
+    ranked = 0
+    for i in range(600):
+        now += chance.choice([0.0, 0.01, 0.3])
+        kind = chance.random()
+        if kind < 0.5 or not waiting:
+            r = (
+                gone.pop()
+                if gone and chance.random() < 0.2
+                else Request(i, asked(i, chance), stack, index=0, seed=0, arrival=now, models=1, groups=1)
+            )
+            waiting[r.rid] = r
+            policy.put(r, now)
+        elif kind < 0.6:
+            policy.drop(waiting.pop(chance.choice(list(waiting))))
+        elif kind < 0.62:
+            for r in waiting.values():
+                policy.drop(r)
+            waiting.clear()
+        else:
+            step = StepView(now, 64, 1, 4, len(waiting))
+            r = policy.first(now)
+            if policy.admit(r, step):
+                policy.drop(waiting.pop(r.rid))
+                policy.quota(r, step)
+                gone.append(r)
+        best = min(waiting.values(), key=lambda r: (policy.order(r, now), r.rid), default=None)
+        assert policy.first(now) is best
+        ranked += best is not None and best.rid != min(waiting)
+    assert ranked > 50  # by arrival it would have been another one
+
+
+class Counted(dict[int, Request]):
+    """Requests that wait, and how many of them were looked at."""
+
+    looked = 0
+
+    def __contains__(self, rid: object) -> bool:
+        self.looked += 1
+        return super().__contains__(rid)
+
+    def __iter__(self) -> Iterator[int]:
+        self.looked += len(self)
+        return super().__iter__()
+
+    def values(self) -> Any:
+        self.looked += len(self)
+        return super().values()
+
+
+def looked_at(name: str, waiting: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """(calls of the policy, looks at those who wait) in 30 steps with so many of them."""
+    limits = Limits(max_model_len=400, max_num_seqs=8, max_rows=64, max_samples=8, max_waiting=10**6)
+    groups, chosen = GROUPS, trial(name) if name != "deadline" else "deadline(ttft_s=1000.0)"
+    if lookup("schedule", name).layered:  # type: ignore[attr-defined]
+        parked = GroupSpec(name="parked", kind=GroupKind.PARKED, layers=(0, 1), entry_bytes=8, block_tokens=4)
+        groups = [GroupSpec(name="full", kind=GroupKind.FULL, layers=(0, 1), entry_bytes=8, block_tokens=4), parked]
+    kind, calls = lookup("schedule", name), [0]
+    for method in ("order", "admit", "quota", "due"):
+        if hasattr(kind, method):
+
+            def counted(*args: Any, real: Any = getattr(kind, method)) -> Any:
+                calls[0] += 1
+                return real(*args)
+
+            monkeypatch.setattr(kind, method, counted)
+    engine = Engine(groups, 400, limits, build_stack([f"schedule={chosen}"]), layers=len(groups))
+    chance = random.Random(1)
+    for i in range(waiting):
+        assert engine.add(asked(i, chance), 0.0) == []
+    calls[0] = 0
+    engine.scheduler.waiting = seen = Counted(engine.scheduler.waiting)
+    for step in range(30):
+        plan, _ = engine.schedule(0.001 * step)
+        engine.commit(0.001 * (step + 1), plan, facts(plan))
+    assert len(engine.scheduler.waiting) > waiting - 350
+    return calls[0], seen.looked
+
+
+@pytest.mark.parametrize("name", names("schedule"))
+def test_a_step_costs_the_same_however_many_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = looked_at(name, 400, monkeypatch)
+    many = looked_at(name, 8000, monkeypatch)
+    assert sum(many) < 2 * sum(few) + 1000, (few, many)
+
+
+def test_lateness_looks_at_those_who_may_be_late_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(max_model_len=400, max_num_seqs=8, max_rows=64, max_samples=8, max_waiting=10**6)
+    engine = Engine(GROUPS, 400, limits, build_stack(["schedule=deadline(ttft_s=10.0)"]))
+    chance = random.Random(2)
+    for i in range(5000):
+        engine.add(asked(i, chance), i / 1000)
+    looked, real = [0], Lateness._late
+
+    def counted(self: Lateness, *args: Any) -> Any:
+        looked[0] += 1
+        return real(self, *args)
+
+    monkeypatch.setattr(Lateness, "_late", counted)
+    plan, _ = engine.schedule(6.0)
+    engine.commit(6.5, plan, facts(plan))  # half a second for 64 rows: prompts of 100 take 0.78 s
+    first = {e.id for e in engine._refuse(9.9)}
+    # 0.78 s before they are due, the longest are late; few others were looked at.
+    assert len(first) < looked[0] < 800
+    assert max(first) < 800
+    ids = {e.id for e in engine._refuse(12.0)}
+    late = {r.id: r for r in engine.requests() if r.id not in ids | first}
+    assert len(ids | first) > 1900
+    waiting = [r for r in late.values() if r.rid in engine.scheduler.waiting]
+    for r in waiting:  # nobody is left who is sure to be late, whatever the prefix index has of it
+        assert r.arrival + 10.0 >= 12.0
