@@ -16,7 +16,7 @@ from tests.core.world import groups
 from weft.config import Limits, Stacks, build_stack
 from weft.core.control import STALE, Control, Costs, Mean, size_class
 from weft.core.engine import Engine
-from weft.core.lengths import TREE, gain
+from weft.core.lengths import TREE, gain, passes
 from weft.core.request import Pace
 from weft.draft.dyspec import DySpec
 from weft.draft.ngram import NGram
@@ -190,6 +190,20 @@ def test_a_tree_brings_what_it_was_seen_to_bring() -> None:
     for stood in [0, 1, 0, 2, 0, 1, 0, 2, 0, 1] * 200:
         control._trial(one.pace, pool, work, WorkResult(rows=8, tokens=tuple(range(1 + stood))), early=False)
     assert gain(pool.stood / pool.tried, 7, tree=True) == pytest.approx(0.7, abs=0.02)
+
+
+def test_a_tree_takes_the_passes_of_its_layers() -> None:
+    """2 ms for a tree of four guesses are 1 ms a pass, and a tree of nine will take 3; a chain's guesses take 0.5 ms each."""
+    for parents, guess_s in (((-1, -1, 0, 0), 1 * MS), ((), 0.5 * MS)):
+        control, one = Control(16), tree_of(9, 0.6)
+        one.guessed = True
+        work = Work(request=1, rows=((0, 1),), tokens=(0,), samples=True)
+        fact = WorkResult(rows=1, tokens=(0,), draft=(1, 2, 3, 4), parents=parents)
+        result = StepResult(step=1, works=(fact,), forward_s=12 * MS, draft_s=2 * MS)
+        control.observe(Plan(step=1, works=(work,)), [one], result)
+        assert control._pool(one.stack["draft"]).guess(1) == pytest.approx(guess_s)
+    assert passes(9, tree=True) == pytest.approx(3)
+    assert passes(9) == 9
 
 
 @pytest.mark.parametrize(

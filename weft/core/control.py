@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.core.lengths import TREE, lengths
+from weft.core.lengths import TREE, lengths, passes
 from weft.core.request import Pace, Request
 from weft.traits import Trait
 from weft.types import Plan, StepResult, Work, WorkResult
@@ -358,7 +358,8 @@ class Control:
         draft_s = result.beside_s if beside else result.draft_s
         if len(pools) == 1 and draft_s > 0:
             (pool,) = pools.values()
-            self._drafted(pool, size_class(size), proposed, following - 2 * size, draft_s)
+            tree = any(fact.parents for fact in result.works)
+            self._drafted(pool, size_class(size), passes(proposed, tree=tree), following - 2 * size, draft_s)
 
     def _trial(self, pace: Pace, pool: Pool, work: Work, fact: WorkResult, early: bool) -> None:
         """early: and the token that a draft wrote in the place of the target's own, which fell where no guesses follow it."""
@@ -372,7 +373,7 @@ class Control:
         if not pace.want:
             self.credit += gained * self._token_s
 
-    def _drafted(self, pool: Pool, size: int, guesses: int, behind: int, seconds: float) -> None:
+    def _drafted(self, pool: Pool, size: int, guesses: float, behind: int, seconds: float) -> None:
         """What a draft took: for each guess where its model had little to catch up with, else for each token of that."""
         if guesses and behind <= 4 * size:
             pool.guess_s.setdefault(size, Mean()).add(seconds / guesses)
