@@ -87,7 +87,10 @@ class Stack:
     source: Path | None = None
 
     def case(self, null: Case) -> Case:
-        parts = (*(() if self.part is None else (str(self.part),)), f"accept={self.accept}")
+        part = self.part
+        if part is not None and part.name in READERS:  # it takes minutes to write, so not before it is wanted
+            part = Part(part.slot, part.name, (*part.arguments, ("text", str(said()))))
+        parts = (*(() if part is None else (str(part),)), f"accept={self.accept}")
         control = "on" if self.controller else "off"
         return replace(null, name=str(self), techniques=parts, engine={**null.engine, "draft_control": control})
 
@@ -193,7 +196,7 @@ def stacks(sweep: whole.Sweep, flags: argparse.Namespace, model: Model) -> Itera
     """Every draft that is asked for, with each accept, controlled and not; what needs a model gets the one that was named, and
     what reads a text beforehand one that the bundled model wrote."""
     for text, accept, control in product(sweep.drafts, flags.accepts.split(","), sweep.controller):
-        part = parse(f"draft={f'{text}(text={said()!r})' if text in READERS else text}")
+        part = parse(f"draft={text}")
         folder = source = None
         if Trait.SECOND_MODEL in traits_of(part).needs:
             folder = resolve_draft(flags.draft_model)

@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def in_turns(questions: Sequence[dict[str, Any]], rnd: random.Random) -> list[st
     return [ask for several in zip_longest(*kinds.values()) for ask in several if ask is not None]
 
 
+@cache
 def decided_by() -> str:
     """Which controller this is."""
     return hashlib.sha256(
