@@ -5,6 +5,7 @@
     python -m tools.train_tiny evaluate  DATA OUT
     python -m tools.train_tiny draft     DATA OUT --teacher MODEL --minutes 33     a draft of MODEL, see `tools/tiny/distil.py`
     python -m tools.train_tiny fastdraft DATA OUT --teacher MODEL                  a draft in steps, see `tools/tiny/fastdraft.py`
+    python -m tools.train_tiny asked     DATA OUT --teacher MODEL --init DRAFT     a draft goes on, see `tools/tiny/asked.py`
     python -m tools.train_tiny heads     DATA OUT --teacher MODEL --minutes 8      heads of MODEL, see `tools/tiny/heads.py`
     python -m tools.train_tiny prompts   DATA OUT --teacher MODEL                  tokens of MODEL, see `tools/tiny/prompts.py`
     python -m tools.train_tiny accept    DATA OUT --teacher MODEL                  what it is worth, see `tools/tiny/accept.py`
@@ -81,17 +82,24 @@ class Score:
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in (["draft"], ["fastdraft"], ["heads"], ["prompts"], ["accept"]):  # they have options of their own
-        from tools.tiny import accept, distil, fastdraft, heads, prompts
+    if words[:1] in (
+        ["draft"],
+        ["fastdraft"],
+        ["asked"],
+        ["heads"],
+        ["prompts"],
+        ["accept"],
+    ):  # they have options of their own
+        from tools.tiny import accept, asked, distil, fastdraft, heads, prompts
 
         own: dict[str, Any] = {
-            "draft": distil, "fastdraft": fastdraft, "heads": heads, "prompts": prompts, "accept": accept
+            "draft": distil, "fastdraft": fastdraft, "asked": asked, "heads": heads, "prompts": prompts, "accept": accept
         }  # fmt: skip
         return int(own[words[0]].main(words[1:]))
     defaults = Recipe()
     parser = argparse.ArgumentParser(
         description="Train the bundled model.",
-        epilog="draft, fastdraft, heads, prompts and accept: see --help behind them.",
+        epilog="draft, fastdraft, asked, heads, prompts and accept: see --help behind them.",
     )
     parser.add_argument("what", choices=("tokenizer", "model", "evaluate"))
     parser.add_argument("data", type=Path, help="folder of texts")

@@ -22,7 +22,7 @@ CASES = {
     "chain of 4": "draft=speculative_sampling(guesses=4)",
 }
 NOTES = (
-    "The draft is the one that ships with weft: one layer, trained to agree with the bundled model. The grown model computes "
+    "The draft is the one that ships with weft, trained to agree with the bundled model. The grown model computes "
     "what the bundled one does at the cost of its shape, so the guesses are as good, and cost next to nothing beside it.",
     "Perfect draft: it knows the answer, costs nothing, and all of its 4 guesses stand.",
 )

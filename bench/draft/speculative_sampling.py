@@ -18,7 +18,7 @@ BATCHES = (1, 4)
 LAWS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 0.8": {"temperature": 0.8, "top_p": 0.95}}
 CASES = {"2 guesses": "guesses=2", "4 guesses": "guesses=4", "adaptive": "guesses=4, adapt=True"}
 NOTES = (
-    "The draft is the one that ships with weft: one layer, trained to agree with the bundled model. The grown model computes "
+    "The draft is the one that ships with weft, trained to agree with the bundled model. The grown model computes "
     "what the bundled one does at the cost of its shape, so the guesses are as good, and cost next to nothing beside it.",
     "Beside the bundled model the same draft costs a quarter of a step for each guess.",
     "Perfect draft: it knows the answer, costs nothing, and all of its 4 guesses stand: what is missing to 5 times is the price "

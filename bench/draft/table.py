@@ -4,8 +4,9 @@
     python -m bench.draft.table ../shared/data --texts prose --temperatures 0.8 --batches 1 --draft-model FOLDER
     python -m bench.draft.table ../shared/data --quick            # the bundled model, few tokens; writes no file
 
-`--whole` takes the loads of `bench.draft.whole` and begins none when --minutes are over.  Rows are written load by load, and the
-same command goes on where the last one ended.
+`--whole` takes the loads of `bench.draft.whole` in their order and begins none when --minutes are over.  Rows are written load by
+load, and the same command goes on where the last one ended: with rows that are missing, and with those that another controller
+than today's decided.
 
 The model is the bundled one in the body of Qwen2.5-0.5B.  Its prompts: windows of the held-out novels (`prose`), the questions
 of Spec-Bench in the chat format, cut to 768 tokens (`spec-bench`), and tokens by lot (`random`).  Greedy answers of a small model
@@ -57,6 +58,8 @@ MOST_REPEATED = 0.2
 BOUND = 8
 """Guesses of the perfect draft."""
 READERS = ("vocabtrim", "hierarchy")
+FEWEST = {"prose": 4, "spec-bench": 6, "random": 2}
+"""Answers of a row, at least; of Spec-Bench one to each kind of request, which differ more than novels do."""
 LAWS = 4
 """Sequences at once up to which it is told what the law says."""
 KEY = ("draft", "accept", "batch", "prompts", "temperature", "controller", "threads", "draft_share")
@@ -84,7 +87,10 @@ class Stack:
     source: Path | None = None
 
     def case(self, null: Case) -> Case:
-        parts = (*(() if self.part is None else (str(self.part),)), f"accept={self.accept}")
+        part = self.part
+        if part is not None and part.name in READERS:  # it takes minutes to write, so not before it is wanted
+            part = Part(part.slot, part.name, (*part.arguments, ("text", str(said()))))
+        parts = (*(() if part is None else (str(part),)), f"accept={self.accept}")
         control = "on" if self.controller else "off"
         return replace(null, name=str(self), techniques=parts, engine={**null.engine, "draft_control": control})
 
@@ -155,11 +161,14 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
         new = list(compare(model, null, some, load, flags, sweep, plain, tried))
         rows += new
         if not flags.quick:
-            mine = {_key(row) for row in new}
-            kept = [row for row in kept if _key(row) not in mine] + new
+            # The whole table has one draft of a name: rows of the one that shipped before go.
+            part = slice(None, -1 if flags.whole else None)
+            mine = {_key(row)[part] for row in new}
+            kept = [row for row in kept if _key(row)[part] not in mine] + new
             _write(flags.out, kept)
     if left:
-        tick(f"{left} loads are left; the same command with --resume goes on with them")
+        rest = "; ".join(f"{x.text} at {x.temperature:g}, {x.batch} at once" for _, x, _ in todo[-left:])
+        tick(f"{left} loads are left; the same command with --resume goes on with them: {rest}")
     return rows
 
 
@@ -187,7 +196,7 @@ def stacks(sweep: whole.Sweep, flags: argparse.Namespace, model: Model) -> Itera
     """Every draft that is asked for, with each accept, controlled and not; what needs a model gets the one that was named, and
     what reads a text beforehand one that the bundled model wrote."""
     for text, accept, control in product(sweep.drafts, flags.accepts.split(","), sweep.controller):
-        part = parse(f"draft={f'{text}(text={said()!r})' if text in READERS else text}")
+        part = parse(f"draft={text}")
         folder = source = None
         if Trait.SECOND_MODEL in traits_of(part).needs:
             folder = resolve_draft(flags.draft_model)
@@ -200,11 +209,11 @@ def stacks(sweep: whole.Sweep, flags: argparse.Namespace, model: Model) -> Itera
 
 
 def prompts(model: Model, flags: argparse.Namespace, load: Load, new: int) -> tuple[list[tuple[int, ...]], int]:
-    """A batch's prompts, two at least, and of how many they are those that were left: greedy ones are tried, and those that loop
-    are not taken."""
+    """A batch's prompts, `FEWEST` at least for one sequence, and of how many they are those that were left: greedy ones are
+    tried, and those that loop are not taken."""
     found: list[tuple[int, ...]] = []
     tried = 0
-    count = max(2, load.batch)
+    count = max(FEWEST[load.text] if load.batch == 1 else 2, load.batch)
     source = candidates(model, flags.data, load.text, whole.longest(load.batch))
     while len(found) < count:
         some = [next(source) for _ in range(count)]
@@ -236,8 +245,7 @@ def candidates(model: Model, data: Path, text: str, longest: int) -> Iterator[tu
     if text != "spec-bench":
         raise ConfigError(f"there are the texts {', '.join(TEXTS)}; {text!r} is none of them")
     lines = (data / "eval" / "spec-bench" / "question.jsonl").read_text(encoding="utf8").splitlines()
-    asks = [json.loads(line)["turns"][0] for line in lines]
-    rnd.shuffle(asks)
+    asks = whole.in_turns([json.loads(line) for line in lines], rnd)
     tail = tokenizer.encode("<|end|><|assistant|>", add_special=False)
     while True:
         for ask in asks:
@@ -303,6 +311,7 @@ def compare(
             "repeated_8grams": sum(repeated(x) for x in outputs.values()) / len(outputs),
             "same_tokens": outputs == plain.runs[-1].tokens,
             "draft_share": _share(folder, model),
+            "decided_by": whole.decided_by() if stack is not None and stack.controller else None,
             "model": model.name,
             "threads": flags.threads,
             "rounds": sweep.rounds,
@@ -355,7 +364,8 @@ def _there(kept: Sequence[dict[str, Any]], s: Stack, load: Load, model: Model, f
         "draft": _short(s.part), "accept": s.accept, "batch": load.batch, "prompts": load.text, "temperature": load.temperature,
         "controller": s.controller, "threads": flags.threads, "draft_share": _share(s.folder, model),
     }  # fmt: skip
-    return _key(row) in {_key(x) for x in kept}
+    fresh = [x for x in kept if not s.controller or x.get("decided_by") == whole.decided_by()]
+    return _key(row) in {_key(x) for x in fresh}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ BATCHES = (1, 4)
 LAWS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 0.8": {"temperature": 0.8, "top_p": 0.95}}
 KEPT = (256, 1024, 2048)
 NOTES = (
-    "The draft is the one that ships with weft: one layer of width 256, of whose 1.5 M weights the head's 4,096 rows are 1 M. "
+    "The draft is the one that ships with weft: of width 256, of whose 2.7 M weights the head's 4,096 rows are 1 M. "
     "The tokens kept are the commonest of 65,536 that the bundled model wrote at temperature 0.8, from other beginnings.",
     "The whole head: draft=speculative_sampling with the same draft and as many guesses.",
 )

@@ -1,22 +1,35 @@
 """What the whole table of drafts is made of: which drafts under which loads, the most important first.
 
-Every technique of the slot beside plain decoding and the bound, for one sequence; then those that the docs recommend, with the
-controller, from 1 to 32 sequences; then the floor, on prompts of tokens by lot, where next to nothing can be guessed.
+The floor first, with 8, 16 and 32 sequences, where next to nothing is to be gained and a wrong choice loses most; then what the
+docs recommend for one sequence and for a few; then every other technique of the slot for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import cache
+from itertools import product, zip_longest
+from pathlib import Path
+from typing import Any
 
+from weft.conform.code import code
+from weft.core import control, lengths
 from weft.registry import names
 
 BEST = ("clover(guesses=4)", "speculative_sampling(guesses=4)")
 """Drafts that the docs recommend for ordinary text."""
+TREE = "dyspec(guesses=7)"
+"""As many rows as cost little more than one."""
 MANY, CUT = 8, 96
 """With so many sequences at once no prompt is longer: 32 of 768 tokens take a minute to compute for each draft and round, and
 decoding is what is measured."""
+
+
+KINDS = ("translation", "summarization", "qa", "math_reasoning", "rag")
+"""Of Spec-Bench's categories; all others are MT-Bench's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +48,12 @@ class Sweep:
 def sweeps() -> Iterator[Sweep]:
     """In the order in which they are measured."""
     real, few, many = ("prose", "spec-bench"), (2, 4), (8, 16, 32)
-    yield Sweep(real, (0.8, 0.0), (1,), BEST, ("off", "on"), 64, 3)
-    yield Sweep(("random",), (0.8,), (1, *few, *many), (*BEST, "ngram"), ("on",), 24, 3)
+    for batch in many:
+        yield Sweep((*real, "random"), (0.8, 0.0), (batch,), (*BEST, "ngram"), ("on",), 24, 3)
+    yield Sweep(real, (0.8, 0.0), (1,), (*BEST, TREE), ("on",), 64, 3)
     yield Sweep(real, (0.8, 0.0), few, BEST, ("on",), 24, 3)
-    yield Sweep(real, (0.8, 0.0), many, BEST, ("on",), 24, 2)
+    yield Sweep(("random",), (0.8, 0.0), (1, *few), (*BEST, "ngram"), ("on",), 24, 3)
+    yield Sweep(real, (0.8, 0.0), (1,), BEST, ("off",), 64, 3)
     others = [n for n in names("draft") if n != "none" and not any(n == b.partition("(")[0] for b in BEST)]
     yield Sweep(real, (0.8, 0.0), (1,), tuple(others), ("off",), 32, 2)
 
@@ -51,3 +66,22 @@ def loads(sweep: Sweep) -> Iterator[tuple[str, float, int]]:
 def longest(batch: int) -> int:
     """Tokens of a prompt, at most."""
     return CUT if batch >= MANY else 768
+
+
+def in_turns(questions: Sequence[dict[str, Any]], rnd: random.Random) -> list[str]:
+    """The first turns of Spec-Bench's questions: one of each kind (MT-Bench's are one kind), then the next of each."""
+    kinds: dict[str, list[str]] = {}
+    for question in questions:
+        kind = question["category"]
+        kinds.setdefault(kind if kind in KINDS else "mt_bench", []).append(question["turns"][0])
+    for asks in kinds.values():
+        rnd.shuffle(asks)
+    return [ask for several in zip_longest(*kinds.values()) for ask in several if ask is not None]
+
+
+@cache
+def decided_by() -> str:
+    """Which controller this is."""
+    return hashlib.sha256(
+        b"".join(code(Path(f.__file__).read_text()) for f in (control, lengths) if f.__file__)
+    ).hexdigest()[:12]

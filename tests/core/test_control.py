@@ -14,14 +14,17 @@ import pytest
 
 from tests.core.world import groups
 from weft.config import Limits, Stacks, build_stack
-from weft.core.control import STALE, Control, Costs, Mean, depth, size_class
+from weft.core.control import STALE, Control, Costs, Mean, size_class
 from weft.core.engine import Engine
+from weft.core.lengths import TREE, gain, passes
 from weft.core.request import Pace
+from weft.draft.dyspec import DySpec
+from weft.draft.ngram import NGram
 from weft.exec.null import NullExecutor, draw, step
 from weft.exec.record import tap
 from weft.sim.replay import replay
 from weft.slots import Guesses
-from weft.types import Plan, RequestSpec, SamplingSpec, StepResult, TokenItem, Tokens, Work
+from weft.types import Plan, RequestSpec, SamplingSpec, StepResult, TokenItem, Tokens, Work, WorkResult
 
 MS = 1e-3
 
@@ -31,6 +34,7 @@ class Draft:
 
     guesses = 8
     model: str | None = None
+    traits = NGram.traits
 
 
 def sequence(rid: int, a: float, *, trials: float = 1e6, want: int = 1) -> Any:
@@ -166,10 +170,60 @@ def test_classes_of_sizes_grow_with_the_logarithm() -> None:
     assert len({size_class(n) for n in range(1, 4097)}) < 50
 
 
-def test_the_depth_of_a_tree_is_its_longest_path() -> None:
-    work = Work(request=1, rows=((0, 6),), tokens=(0, 1, 2, 3, 4, 5), guesses=5, parents=(-1, -1, 0, 2, 1))
-    assert depth(work) == 3
-    assert depth(msgspec.structs.replace(work, parents=())) == 5
+def tree_of(guesses: int, gain: float, model: str | None = None) -> Any:
+    """A decoding sequence with a draft of trees, of which one with so many guesses brings so much more than a token."""
+    one = sequence(1, 0.0)
+    one.stack["draft"] = SimpleNamespace(guesses=guesses, model=model, traits=DySpec.traits)
+    one.pace = Pace(1, stood=gain * 1e6, tried=guesses**TREE * 1e6)
+    return one
+
+
+def test_a_tree_brings_what_it_was_seen_to_bring() -> None:
+    """Of a tree of seven guesses none, one or two stand, with chances 0.5, 0.3 and 0.2: 1.7 tokens a step, by the price too."""
+    control, one = Control(16), tree_of(7, 0.0)
+    one.pace.stood = one.pace.tried = 0.0
+    pool = control._pool(one.stack["draft"])
+    pool.stood = pool.tried = 0.0
+    work = Work(
+        request=1, rows=((0, 8),), tokens=tuple(range(8)), guesses=7, parents=(-1, -1, -1, -1, 0, 0, 1), samples=True
+    )
+    for stood in [0, 1, 0, 2, 0, 1, 0, 2, 0, 1] * 200:
+        control._trial(one.pace, pool, work, WorkResult(rows=8, tokens=tuple(range(1 + stood))), early=False)
+    assert gain(pool.stood / pool.tried, 7, tree=True) == pytest.approx(0.7, abs=0.02)
+
+
+def test_a_tree_takes_the_passes_of_its_layers() -> None:
+    """2 ms for a tree of four guesses are 1 ms a pass, and a tree of nine will take 3; a chain's guesses take 0.5 ms each."""
+    for parents, guess_s in (((-1, -1, 0, 0), 1 * MS), ((), 0.5 * MS)):
+        control, one = Control(16), tree_of(9, 0.6)
+        one.guessed = True
+        work = Work(request=1, rows=((0, 1),), tokens=(0,), samples=True)
+        fact = WorkResult(rows=1, tokens=(0,), draft=(1, 2, 3, 4), parents=parents)
+        result = StepResult(step=1, works=(fact,), forward_s=12 * MS, draft_s=2 * MS)
+        control.observe(Plan(step=1, works=(work,)), [one], result)
+        assert control._pool(one.stack["draft"]).guess(1) == pytest.approx(guess_s)
+    assert passes(9, tree=True) == pytest.approx(3)
+    assert passes(9) == 9
+
+
+@pytest.mark.parametrize(
+    ("row_s", "best"),
+    [
+        # 10 ms + 0.05 ms a row, and 0.6 more tokens from 7 guesses: 0.6 k^0.3 / 7^0.3 of k.  Tokens a second: 132.8 for k = 1,
+        # 147.8 for 4, 152.7 for 6, 154.6 for 7.
+        (0.05 * MS, 7),
+        # 0.5 ms a row: 127.1, 128.4 for 2, 127.4 for 3.
+        (0.5 * MS, 2),
+        # 2.5 ms: 106.8 for one guess, where 110 were asked for.
+        (2.5 * MS, 0),
+    ],
+)
+def test_how_large_a_tree_is_best_by_hand(row_s: float, best: int) -> None:
+    control = informed(lambda rows: 10 * MS + row_s * (rows - 1), 0.0, 1)
+    one = tree_of(7, 0.6)
+    one.pace.want = 0
+    control.choose([one])
+    assert one.pace.want == best
 
 
 # ---------------------------------------------------------------------------------------------- a world
@@ -347,6 +401,25 @@ def test_a_sequence_without_guesses_is_not_followed_and_catches_up() -> None:
     go(engine, world, 1500)
     assert all(r.pace is not None and r.pace.want for r in engine.requests())
     assert all(len(r.context) - r.computed[1] < 12 for r in engine.requests())
+
+
+def test_a_dear_draft_is_probed_on_who_came_just_now_and_comes_back() -> None:
+    """A token to catch up with takes twice what a step may lose to probes: one who falls behind is out of reach for ever, and
+    stays the one who was not probed for longest."""
+    engine = engine_of("draft=speculative_sampling(guesses=4)", models=2)
+    world = World(engine, row_s=1 * MS, guess_s=2 * MS, follow_s=0.25 * MS)
+    add(engine, 1, 6000)
+    go(engine, world, 200)
+    assert world.wants[-1] == 0
+    world.right = lambda: 0.95
+    for id in range(2, 14):
+        add(engine, id, 80)
+        go(engine, world, 80)
+    add(engine, 14, 800)
+    go(engine, world, 40)
+    newest = engine.find(14)
+    assert newest.pace is not None
+    assert newest.pace.want > 0
 
 
 def test_nothing_is_kept_of_requests_that_ended() -> None:

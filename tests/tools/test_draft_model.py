@@ -16,7 +16,7 @@ from tools.tiny.accept import Prompts, judge, spoken
 from tools.tiny.corpus import Corpus
 from weft.models import load_spec
 
-MOST_BYTES = 3_000_000
+MOST_BYTES = 5_500_000
 TEXT = (
     "<|user|>What is the number of Emma's lamp?<|end|><|assistant|>4031<|end|>The squire came down to the water, and "
     "they lay all night in the shadow of the island, waiting for the tide to turn and the wind to fall."

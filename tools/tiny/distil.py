@@ -47,7 +47,7 @@ MIXTURE_SEED = 77
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes of the draft.  The defaults are those of the one in the package: 2.98 MB in bfloat16."""
+    """Sizes of the draft.  The defaults are those that the one in the package began with (`asked.py`): 2.98 MB in bfloat16."""
 
     layers: int = 1
     width: int = 256

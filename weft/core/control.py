@@ -20,6 +20,8 @@ times; its tokens are those of `lengths.alternating`.
 
 A sequence that gets no guesses is not followed by the second model.  It is probed now and then: of the time that goes by, `SHARE`
 may be lost to probes, what they gained counted back.
+
+Of a tree a is what its guesses brought, over the power of their number with which that grows (`lengths.gain`).
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.core.lengths import lengths
+from weft.core.lengths import TREE, lengths, passes
 from weft.core.request import Pace, Request
+from weft.traits import Trait
 from weft.types import Plan, StepResult, Work, WorkResult
 
 EVERY = 4
@@ -262,8 +265,11 @@ class Control:
         least = size / plain * (STAYS if was else AGAIN)
         soft = [hasattr(r.stack["draft"], "soft") for r, _, _, _ in mine]
         early = [hasattr(r.stack["draft"], "early") for r, _, _, _ in mine]
+        trees = [Trait.TREE_MASK in r.stack["draft"].traits.needs for r, _, _, _ in mine]
         beside = all(pool.beside for _, _, pool, _ in mine)
-        wants = lengths(hopes, [most for _, _, _, most in mine], size, costs, guess_s, least, soft, early, beside)
+        wants = lengths(
+            hopes, [most for _, _, _, most in mine], size, costs, guess_s, least, soft, early, beside, trees
+        )
         for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
             pool.on = 0
         for want, (_, pace, pool, _) in zip(wants, mine, strict=True):
@@ -280,7 +286,7 @@ class Control:
             return
         self.credit += SHARE * plain
         self._token_s = plain / size
-        r, pace, pool, most = min(off, key=lambda x: (x[1].probed, x[0].rid))
+        r, pace, pool, most = min(off, key=lambda x: self._turn(x[0], x[1], x[2], size, plain))
         guesses = min(PROBE, most)
         more = costs(size + guesses)
         assert more is not None
@@ -296,6 +302,12 @@ class Control:
             self.credit -= cost
             self.chosen.probes += 1
             pace.want, pace.probing, pace.probed, pace.lent = guesses, True, self._step, cost
+
+    def _turn(self, r: Request, pace: Pace, pool: Pool, size: int, plain: float) -> tuple[int, int, int]:
+        """Who is probed first: who was not for longest.  Where each token that a model has to catch up with costs more than a
+        step earns, none who falls behind could ever be paid for: there it is who is least behind, one who came just now."""
+        dear = pool.row(size) > SHARE * plain
+        return (self._behind(r) if dear else 0), pace.probed, r.rid
 
     def _behind(self, r: Request) -> int:
         """Tokens that a second model has not computed, but for the newest two, which it never has."""
@@ -346,12 +358,13 @@ class Control:
         draft_s = result.beside_s if beside else result.draft_s
         if len(pools) == 1 and draft_s > 0:
             (pool,) = pools.values()
-            self._drafted(pool, size_class(size), proposed, following - 2 * size, draft_s)
+            tree = any(fact.parents for fact in result.works)
+            self._drafted(pool, size_class(size), passes(proposed, tree=tree), following - 2 * size, draft_s)
 
     def _trial(self, pace: Pace, pool: Pool, work: Work, fact: WorkResult, early: bool) -> None:
         """early: and the token that a draft wrote in the place of the target's own, which fell where no guesses follow it."""
         stood = gained = len(fact.tokens) - 1
-        tried = min(stood + 1, depth(work))
+        tried = float(work.guesses**TREE if work.parents else min(stood + 1, work.guesses))
         if early and stood == work.guesses:
             stood, tried = stood + bool(fact.draft), tried + 1
         for x, kept in ((pace, OWN), (pool, ALL)):
@@ -360,19 +373,9 @@ class Control:
         if not pace.want:
             self.credit += gained * self._token_s
 
-    def _drafted(self, pool: Pool, size: int, guesses: int, behind: int, seconds: float) -> None:
+    def _drafted(self, pool: Pool, size: int, guesses: float, behind: int, seconds: float) -> None:
         """What a draft took: for each guess where its model had little to catch up with, else for each token of that."""
         if guesses and behind <= 4 * size:
             pool.guess_s.setdefault(size, Mean()).add(seconds / guesses)
         elif behind > 16:
             pool.row_s.add(max(0.0, seconds - guesses * pool.guess(size)) / behind)
-
-
-def depth(work: Work) -> int:
-    """Guesses on the longest path."""
-    if not work.parents:
-        return work.guesses
-    found: list[int] = []
-    for p in work.parents:
-        found.append(1 if p < 0 else found[p] + 1)
-    return max(found)
