@@ -19,7 +19,7 @@ SMALL = ("--threads", "1", "--memory", "700M", "--max-model-len", "256")
 
 def test_plan_shows_the_second_model() -> None:
     found = json.loads(weft("plan", "--json", "--device", "cpu", *WITH, *SMALL).stdout)
-    assert found["draft_bytes"] > 1_491_712 * 4
+    assert found["draft_bytes"] > 2_672_384 * 4
     assert WITH[1] in found["stack"]
     assert "draft model" in weft("plan", "--device", "cpu", *WITH, *SMALL).stdout
     plain = json.loads(weft("plan", "--json", "--device", "cpu", *SMALL).stdout)
