@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 from tools.tiny.corpus import ASSISTANT, END, END_OF_TEXT, Corpus, train_tokenizer
 from tools.tiny.mixture import Mixture
 from tools.tiny.muon import Muon
+from tools.tiny.teaching import Say, logged, set_rates
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -125,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer.save_pretrained(out)
         print(f"vocabulary {len(tokenizer)}")
     elif what == "model":
-        with (out / "train.log").open("a", encoding="utf8") as log:
-            train(corpus, out, recipe, log)
+        with logged(out / "train.log") as say:
+            train(corpus, out, recipe, say)
     else:
         from transformers import LlamaForCausalLM
 
@@ -168,15 +169,11 @@ def build(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalL
     return LlamaForCausalLM(config)
 
 
-def train(corpus: Corpus, out: Path, recipe: Recipe, log: TextIO) -> None:
+def train(corpus: Corpus, out: Path, recipe: Recipe, say: Say) -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(out)
     model = build(tokenizer, recipe)
     mixture = Mixture(corpus, tokenizer)
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        print(text, file=log, flush=True)
 
     say(f"parameters {sum(p.numel() for p in model.parameters())}; tokens {mixture.sizes()}")
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -190,9 +187,7 @@ def train(corpus: Corpus, out: Path, recipe: Recipe, log: TextIO) -> None:
     started, step, seen, average = time.monotonic(), 0, 0, math.nan
     while (elapsed := time.monotonic() - started) < recipe.minutes * 60:
         done = elapsed / (recipe.minutes * 60)
-        for optimizer, base in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = base * recipe.learning(done, step)
+        set_rates(optimizers, recipe.learning(done, step))
         batch = draw(mixture, recipe, recipe.window(done))
         loss = learn(forward, model, optimizers, batch)
         step, seen = step + 1, seen + batch.numel()

@@ -21,11 +21,6 @@ SHAPE = Shape(layers=1, width=32, heads=2, kv_heads=1, head_dim=16, intermediate
 SMALL = Course(asked=12, minutes=5.0, steps=3, seed=4)
 
 
-@pytest.fixture(scope="module")
-def teacher(bundled: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(bundled, dtype=torch.float32).eval().requires_grad_(False)
-
-
 def test_answers_alone_are_learnt_from_the_states_that_they_were_drawn_from() -> None:
     """Rows of 5 and 3 tokens, answers of 2 and 1: learnt is what the tokens before each answer's say, and nothing behind."""
     states = torch.arange(3.0)[:, None].bfloat16()

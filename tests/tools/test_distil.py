@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.tiny.accept import GUESSES, LENGTHS, Prompts, ends_of, greedy_step, in_a_row, mean, up_to_end
 from tools.tiny.corpus import HELD_OUT, Corpus
@@ -20,16 +20,6 @@ from tools.tiny.sampled import Sampled, write
 SHAPE = Shape(layers=1, width=32, heads=2, kv_heads=1, head_dim=16, intermediate=48)
 SECRET = "zyxomma"
 """A word that stands in the held-out novels of a made-up data folder, and nowhere else."""
-
-
-@pytest.fixture(scope="module")
-def teacher(bundled: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(bundled, dtype=torch.float32).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(bundled: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(bundled)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.models.harness import Rows, bench_for
 from tools.tiny.accept import Prompts, judge, spoken
@@ -31,11 +31,6 @@ judge by eight."""
 @pytest.fixture(scope="module")
 def folder(bundled: Path) -> Path:
     return bundled.parent / "draft"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(bundled: Path) -> PreTrainedTokenizerFast:
-    return AutoTokenizer.from_pretrained(bundled)
 
 
 def test_it_is_small_and_whole(folder: Path) -> None:

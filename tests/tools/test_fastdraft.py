@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.tools.test_distil import SECRET, SHAPE, corpus, tokenizer
+from tests.tools.test_distil import SECRET, SHAPE, corpus
 from tools.tiny import fastdraft
 from tools.tiny.corpus import Corpus
 from tools.tiny.fastdraft import (
@@ -31,7 +31,7 @@ from tools.tiny.fastdraft import (
 )
 from tools.tiny.mixture import Mixture
 
-__all__ = ["corpus", "tokenizer"]  # fixtures
+__all__ = ["corpus"]  # a fixture
 SMALL = Recipe(text=2 * STEP, domain=STEP, answers=2 * STEP, asked=8, seed=3, minutes=10)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.tools.test_distil import SECRET, corpus, tokenizer
+from tests.tools.test_distil import SECRET, corpus
 from tools.tiny import heads
 from tools.tiny.corpus import Corpus
 from tools.tiny.heads import Course, fresh, judge, lesson, loss_of, outputs, product, save
@@ -18,13 +18,8 @@ from tools.tiny.sampled import Sampled
 from weft.draft.clover import KIND, Clover
 from weft.exec.build import EngineConfig, build, prepare
 
-__all__ = ["corpus", "tokenizer"]  # fixtures
+__all__ = ["corpus"]  # a fixture
 COURSE = Course(inner=16, window=4, places=48, heads=3, variation=0.5)
-
-
-@pytest.fixture(scope="module")
-def teacher(bundled: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(bundled, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

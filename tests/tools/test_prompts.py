@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.tools.test_distil import SECRET, corpus, tokenizer
+from tests.tools.test_distil import SECRET, corpus
 from tools.tiny import prompts
 from tools.tiny.corpus import Corpus
 from tools.tiny.prompts import Course, fresh, judge, outputs, train
@@ -17,13 +17,8 @@ from tools.tiny.sampled import Sampled, write
 from weft.draft.prompt_tokens import PromptTokens
 from weft.exec.build import EngineConfig, build, prepare
 
-__all__ = ["corpus", "tokenizer"]  # fixtures
+__all__ = ["corpus"]  # a fixture
 COURSE = Course(tokens=2, steps=24, texts=2, places=12, variation=0.5)
-
-
-@pytest.fixture(scope="module")
-def teacher(bundled: Path) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(bundled, dtype=torch.float32).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

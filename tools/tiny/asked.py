@@ -36,6 +36,7 @@ from tools.tiny.corpus import Corpus
 from tools.tiny.distil import optimizers_of
 from tools.tiny.mixture import Mixture
 from tools.tiny.requests import LONGEST, Requests
+from tools.tiny.teaching import Say, answers, descend, logged, set_rates
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -48,10 +49,8 @@ SAMPLED_AT = 0.8
 """Where total variation is taken."""
 STEP_TOKENS, STEP_ROWS = 4096, 10
 """Of a step, at most."""
-BATCH = 32
 WARM_UP_STEPS, LOG_STEPS = 20, 20
 CHECKPOINT_S = 120.0
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,30 +86,22 @@ class Answer:
 
 def written(teacher: Path, asks: Sequence[Sequence[int]], course: Course, say: Say) -> list[list[int]]:
     """What the teacher says to each, under a seed of its own."""
-    from weft import LLM, SamplingParams
+    from weft import SamplingParams
 
     laws = [
         SamplingParams(temperature=TEMPERATURES[i % len(TEMPERATURES)], seed=(course.seed << 32) + i, max_tokens=ANSWER)
         for i in range(len(asks))
     ]
-    found, some = list[list[int]](), 250
-    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "threads": course.threads}
-    with LLM(teacher, max_model_len=LONGEST + ANSWER, max_num_seqs=BATCH, **options) as llm:
-        for low in range(0, len(asks), some):
-            here = slice(low, low + some)
-            outs = llm.generate([{"prompt_token_ids": list(ask)} for ask in asks[here]], laws[here], use_tqdm=False)
-            found += [list(out.outputs[0].token_ids) for out in outs]
-            say(f"answers {len(found)} of {len(asks)}")
-    return found
+    return answers(teacher, asks, laws, LONGEST + ANSWER, course.threads, say)
 
 
 @torch.no_grad()
 def states(
-    teacher: LlamaForCausalLM, asks: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], say: Say
+    teacher: LlamaForCausalLM, asks: Sequence[Sequence[int]], said: Sequence[Sequence[int]], say: Say
 ) -> list[Tensor]:
     """The teacher's final states that each answer was drawn from."""
     found = []
-    for n, (ask, answer) in enumerate(zip(asks, answers, strict=True), 1):
+    for n, (ask, answer) in enumerate(zip(asks, said, strict=True), 1):
         state = teacher.model(torch.tensor([[*ask, *answer[:-1]]]), use_cache=False).last_hidden_state[
             0, len(ask) - 1 :
         ]
@@ -128,11 +119,11 @@ def material(
     settings = {"asked": course.asked, "seed": course.seed, "teacher": str(source)}
     if not note.is_file() or json.loads(note.read_text(encoding="utf8")) != settings:
         asks = requests.draw(course.asked, course.seed)
-        answers = written(source, asks, course, say)
-        hidden = states(teacher, asks, answers, say)
+        said = written(source, asks, course, say)
+        hidden = states(teacher, asks, said, say)
         folder.mkdir(parents=True, exist_ok=True)
-        flat = [t for ask, answer in zip(asks, answers, strict=True) for t in (*ask, *answer)]
-        sizes = [[len(ask), len(answer)] for ask, answer in zip(asks, answers, strict=True)]
+        flat = [t for ask, answer in zip(asks, said, strict=True) for t in (*ask, *answer)]
+        sizes = [[len(ask), len(answer)] for ask, answer in zip(asks, said, strict=True)]
         save_file(
             {"ids": torch.tensor(flat, dtype=torch.int32), "sizes": torch.tensor(sizes), "hidden": torch.cat(hidden)},
             path,
@@ -193,9 +184,7 @@ def teach(
     started, kept, step, positions, held = time.monotonic(), 0.0, 0, 0, list[float]()
     while (elapsed := time.monotonic() - started) < course.minutes * 60 and not 0 < course.steps <= step:
         done = step / course.steps if course.steps else elapsed / (course.minutes * 60)
-        for optimizer, base in pairs:
-            for group in optimizer.param_groups:
-                group["lr"] = base * course.learning(done, step)
+        set_rates(pairs, course.learning(done, step))
         tokens, learnt, hidden = lesson(next(source))
         with torch.no_grad():
             wanted = teacher.lm_head(hidden)
@@ -204,11 +193,7 @@ def teach(
         loss = loss_of(wanted, logits.float(), course.variation if done >= course.variation_from else 0.0)
         with torch.no_grad():
             held.append(float((wanted.argmax(-1) == logits.argmax(-1)).float().mean()))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        for optimizer, _ in pairs:
-            optimizer.step()
-        draft.zero_grad(set_to_none=True)
+        descend(draft, [optimizer for optimizer, _ in pairs], loss)
         step, positions = step + 1, positions + len(wanted)
         if step % LOG_STEPS == 0:
             mean, speed = sum(held[-LOG_STEPS:]) / LOG_STEPS, positions / (time.monotonic() - started)
@@ -233,14 +218,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the model that the draft will serve")
     parser.add_argument("--init", type=Path, required=True, help="checkpoint of the draft to go on from")
     parser.add_argument("--answers", type=Path, help="folder that keeps the teacher's answers; OUT/asked if not given")
-    for name in ("asked", "steps", "seed", "threads"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(course, name))
-    for name in ("minutes", "high", "variation"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(course, name))
+    names = ("asked", "steps", "seed", "threads", "minutes", "high", "variation")
+    for name in names:
+        parser.add_argument(f"--{name}", type=type(getattr(course, name)), default=getattr(course, name))
     given = vars(parser.parse_args(argv))
-    course = Course(
-        **{name: given[name] for name in ("asked", "steps", "seed", "threads", "minutes", "high", "variation")}
-    )
+    course = Course(**{name: given[name] for name in names})
     out: Path = given["out"]
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(course.threads)
@@ -249,12 +231,7 @@ def main(argv: Sequence[str]) -> int:
     draft = LlamaForCausalLM.from_pretrained(given["init"], dtype=torch.float32)
     corpus = Corpus(given["data"])
     mixture = Mixture(corpus, AutoTokenizer.from_pretrained(given["teacher"]))
-    with (out / "train.log").open("a", encoding="utf8") as log:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            print(text, file=log, flush=True)
-
+    with logged(out / "train.log") as say:
         requests = Requests(given["data"], mixture)
         rows = material(given["answers"] or out / "asked", teacher, given["teacher"], requests, course, say)
         say(f"{course} parameters {sum(p.numel() for p in draft.parameters())}, {len(rows)} answers")

@@ -29,6 +29,7 @@ from tools.tiny.corpus import Corpus
 from tools.tiny.mixture import Mixture
 from tools.tiny.muon import Muon
 from tools.tiny.sampled import TOKENS, Sampled
+from tools.tiny.teaching import Say, descend, logged, set_rates
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -170,11 +171,7 @@ def learn(
         loss = (1 - weight) * cross + weight * variation
     else:
         loss = torch.nn.functional.cross_entropy(logits, p)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-    draft.zero_grad(set_to_none=True)
+    descend(draft, optimizers, loss)
 
 
 @torch.no_grad()
@@ -204,7 +201,7 @@ def train(
     teacher: LlamaForCausalLM,
     lessons: Lessons,
     course: Course,
-    say: Callable[[str], None],
+    say: Say,
     keep: Callable[[], None],
 ) -> None:
     """Teach for course.minutes; `keep` is called every few minutes."""
@@ -213,9 +210,7 @@ def train(
     started, kept, step, positions = time.monotonic(), 0.0, 0, 0
     while (elapsed := time.monotonic() - started) < course.minutes * 60:
         done = elapsed / (course.minutes * 60)
-        for optimizer, base in pairs:
-            for group in optimizer.param_groups:
-                group["lr"] = base * course.learning(done, step)
+        set_rates(pairs, course.learning(done, step))
         lesson = lessons.draw()
         if step % LOG_STEPS == 0:  # before the lesson is learnt
             kl, variation = measure(draft, teacher, lesson)
@@ -264,11 +259,7 @@ def main(argv: Sequence[str]) -> int:
         draft = LlamaForCausalLM.from_pretrained(given["init"], dtype=torch.float32)
     else:
         draft = build(teacher, shape)
-    with (out / "train.log").open("a", encoding="utf8") as log:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            print(text, file=log, flush=True)
+    with logged(out / "train.log") as say:
 
         def keep() -> None:
             draft.save_pretrained(out / "checkpoint")

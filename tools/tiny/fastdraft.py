@@ -40,6 +40,7 @@ from tools.tiny.accept import REQUESTS, Prompts, Spoken, judge, spoken
 from tools.tiny.corpus import Corpus
 from tools.tiny.distil import Shape, build, optimizers_of
 from tools.tiny.mixture import Mixture
+from tools.tiny.teaching import Say, answers, descend, logged, set_rates
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -170,11 +171,9 @@ def requests(mixture: Mixture, count: int, seed: int) -> list[list[int]]:
     return found
 
 
-def answered(
-    teacher: Path, asks: Sequence[Sequence[int]], recipe: Recipe, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def answered(teacher: Path, asks: Sequence[Sequence[int]], recipe: Recipe, say: Say) -> list[dict[str, Any]]:
     """What the model says to each, its end included, under a seed of its own."""
-    from weft import LLM, SamplingParams
+    from weft import SamplingParams
 
     laws = [
         SamplingParams(
@@ -184,18 +183,11 @@ def answered(
         )
         for i in range(len(asks))
     ]
-    found, some = list[dict[str, Any]](), 200
-    options = {"dtype": "float32", "device": "cpu", "threads": recipe.threads}
-    with LLM(teacher, max_model_len=LONGEST_ASK + LONGEST_ANSWER, max_num_seqs=32, **options) as llm:
-        for low in range(0, len(asks), some):
-            here = slice(low, low + some)
-            outs = llm.generate([{"prompt_token_ids": list(ask)} for ask in asks[here]], laws[here], use_tqdm=False)
-            for ask, law, out in zip(asks[here], laws[here], outs, strict=True):
-                found.append(
-                    {"ask": list(ask), "temperature": law.temperature, "answer": list(out.outputs[0].token_ids)}
-                )
-            say(f"answers {len(found)} of {len(asks)}")
-    return found
+    said = answers(teacher, asks, laws, LONGEST_ASK + LONGEST_ANSWER, recipe.threads, say)
+    return [
+        {"ask": list(ask), "temperature": law.temperature, "answer": answer}
+        for ask, law, answer in zip(asks, laws, said, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- teaching
@@ -206,17 +198,11 @@ def learn(draft: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer], 
     tokens, wanted = window
     logits = draft(tokens, use_cache=False).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=NOTHING)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-    draft.zero_grad(set_to_none=True)
+    descend(draft, optimizers, loss)
     return loss.item()
 
 
-def teach(
-    draft: LlamaForCausalLM, phase: Phase, material: Iterator[Window], until: float, say: Callable[[str], None]
-) -> dict[str, Any]:
+def teach(draft: LlamaForCausalLM, phase: Phase, material: Iterator[Window], until: float, say: Say) -> dict[str, Any]:
     """A phase, or what of it fits before `until` on the clock; its record."""
     pairs, losses = optimizers_of(draft), list[float]()
     steps, learnt, started = phase.positions // STEP, 0, time.monotonic()
@@ -224,9 +210,7 @@ def teach(
     for step in range(steps):
         if time.monotonic() > until:
             break
-        for optimizer, base in pairs:
-            for group in optimizer.param_groups:
-                group["lr"] = base * phase.learning(step)
+        set_rates(pairs, phase.learning(step))
         window = next(material)
         learnt += int((window[1][:, 1:] != NOTHING).sum())
         losses.append(learn(draft, [optimizer for optimizer, _ in pairs], window))
@@ -253,7 +237,7 @@ class Run:
     """A folder in which a draft is made.  init: a draft to begin with; the phases before the last are left out then."""
 
     def __init__(
-        self, corpus: Corpus, out: Path, teacher: Path, shape: Shape, recipe: Recipe, say: Callable[[str], None],
+        self, corpus: Corpus, out: Path, teacher: Path, shape: Shape, recipe: Recipe, say: Say,
         init: Path | None = None,
     ) -> None:  # fmt: skip
         from transformers import AutoTokenizer, LlamaForCausalLM
@@ -355,12 +339,7 @@ def main(argv: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(**{name: given[name] for name in Recipe.__dataclass_fields__})
     torch.set_num_threads(recipe.threads)
-    with (out / "train.log").open("a", encoding="utf8") as log:
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            print(text, file=log, flush=True)
-
+    with logged(out / "train.log") as say:
         shape = Shape(**{name: given[name] for name in Shape.__dataclass_fields__})
         run = Run(Corpus(given["data"]), out, given["teacher"], shape, recipe, say, given["init"])
         run.make()
