@@ -178,9 +178,9 @@ def sim(
             console = stdout()
             console.print(table({wanted.policy: result}, console.width))
         return
-    if report is not None and not report.parent.is_dir():
-        raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
     if report is not None:
+        if not report.parent.is_dir():
+            raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
         try:
             report.touch()  # what can't be written is better known before hours of simulation than after
         except OSError as error:

@@ -312,9 +312,15 @@ WEFT_INLINE bool dots(const Linear& a) {
     return W::SCALED && a.inputs == Inputs::INT8;
 }
 
+// Whether tiles hold gates and what they open side by side.
+template <class W>
+WEFT_INLINE bool opens(const Linear& a) {
+    return dots<W>(a) && TILE_PANELS > 1 && a.weight.n % (2 * PANEL) == 0;
+}
+
 template <class W>
 void linear_of(const Linear& a, int64_t rows, Share share) {
-    if (a.gate.out && !(dots<W>(a) && TILE_PANELS > 1 && a.weight.n % (2 * PANEL) == 0)) {
+    if (a.gate.out && !opens<W>(a)) {
         Linear both = a;  // no tile holds a gate and what it opens
         both.gate = {};
         linear_of<W>(both, rows, share);

@@ -17,7 +17,7 @@ WEFT_INLINE bool hands_on(const Linear& up, const Linear& down) {
         const auto halves = [](const Linear& a) {
             return dots<W>(a) && !(W::SCALED && a.inputs == Inputs::INT8) && !a.weight.offsets;
         };
-        return halves(up) && halves(down) && up.weight.n % (2 * PANEL) == 0 && tile_rows<W>(up.weight) == tile_rows<W>(down.weight);
+        return opens<W>(up) && halves(up) && halves(down) && tile_rows<W>(up.weight) == tile_rows<W>(down.weight);
     }
 }
 
