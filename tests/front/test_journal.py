@@ -14,7 +14,7 @@ from msgspec import structs
 from weft.config import Limits
 from weft.core.engine import Engine
 from weft.exec.null import NullExecutor
-from weft.front.journal import Journal
+from weft.front.journal import MOST_ALONE, Journal
 from weft.types import (
     Adapted,
     Add,
@@ -284,6 +284,43 @@ def test_two_that_kill_only_together_both_end_well() -> None:
     assert all(end.reason == "length" for end in world.ends.values())
     assert world.tokens == undisturbed(specs).tokens
     assert world.deaths < 8, "whoever passed alone and is suspected again runs alone to the end"
+
+
+def together(world: World) -> None:
+    """Two requests that end an engine only together, until each runs alone to its end."""
+    world.deadly = world.executor.deadly = lambda firsts, drawn: firsts >= {13, 17}
+    world.send(*(Add(spec(i, first=first, max_tokens=60)) for i, first in ((2, 13), (3, 17))))
+
+
+def test_one_that_advances_alone_is_not_blamed_for_engines_that_others_end() -> None:
+    world, steps = World(), 0
+    together(world)
+
+    def kill() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps % 5 == 0
+
+    world.run(kill)
+    assert world.deaths > 20
+    assert all(end.reason == "length" for end in world.ends.values())
+    assert world.tokens == undisturbed([spec(i, first=first, max_tokens=60) for i, first in ((2, 13), (3, 17))]).tokens
+
+
+def test_nobody_waits_forever_for_one_that_ends_an_engine_after_each_token() -> None:
+    world = World()
+    together(world)
+    seen = 0
+
+    def kill() -> bool:
+        nonlocal seen
+        was, seen = seen, len(world.tokens.get((2, 0), ()))
+        return seen > was and world.journal.trying  # first it passes, then it runs alone to its end
+
+    world.run(kill)
+    assert world.ends[2, 0].reason == "error"
+    assert len(world.tokens[2, 0]) >= MOST_ALONE
+    assert world.ends[3, 0].reason == "length"
 
 
 def test_a_request_that_is_never_taken_in_is_suspected_too() -> None:

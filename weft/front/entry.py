@@ -25,11 +25,11 @@ class Line:
 class Entry:
     """A live request.  ids: the engine's ids that stand for it.  told: prompt log-probabilities that the front has; skip: how
     many of those to come it has already.  died_at: how far it was at the last death.  strikes: deaths that it was part of without
-    any advance in between.  sent: whether an engine has had it.  begun: whether it has had a turn.  passed: whether it has been
-    tried alone."""
+    any advance in between; alone: those with nobody else in the engine.  sent: whether an engine has had it.  begun: whether it
+    has had a turn.  passed: whether it has been tried alone."""
 
     __slots__ = (
-        "again", "begun", "died_at", "ids", "lines", "passed", "sent", "skip", "spec", "still", "strikes", "told",
+        "again", "alone", "begun", "died_at", "ids", "lines", "passed", "sent", "skip", "spec", "still", "strikes", "told",
     )  # fmt: skip
 
     def __init__(self, spec: RequestSpec) -> None:
@@ -40,7 +40,7 @@ class Entry:
         self.told = 0
         self.skip = 0
         self.died_at = -1
-        self.strikes = 0
+        self.strikes = self.alone = 0
         self.sent = self.passed = self.begun = False
         self.still = Stillness()
 

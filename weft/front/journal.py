@@ -12,7 +12,8 @@ prompt and its output so far (`RequestSpec.resumed`), under its own seed: the ne
 
 Which request kills engines.  A request that was in the last plan of an engine that died is suspected when it was so at the
 death before, too, and had not advanced in between.  Suspects run alone, one after another, each until it has advanced; one under
-which two more engines die fails, and nobody else does.  Those that passed and are suspected once more run alone to their ends.
+which two more engines die fails, and nobody else does.  Those that passed and are suspected once more run alone to their ends;
+where they advance from death to death, something else kills the engines.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ OWN_IDS = 1 << 40
 """The engine's ids from here on are the journal's; those below are the front's."""
 MOST_STRIKES = 4
 """Deaths without any advance, the last two of them alone, after which a request is given up."""
+MOST_ALONE = 32
+"""Deaths alone, with whatever advance, after which a request is given up: the others do not wait for it forever."""
 
 
 class Journal:
@@ -160,8 +163,11 @@ class Journal:
             entry.still.wait()
         tried, self._alone = self._alone, None
         if tried is not None:
-            tried.strikes += tried in suspected
-            if tried.strikes >= MOST_STRIKES:
+            if tried in suspected:
+                tried.strikes = (tried.strikes if tried.died_at == tried.progress else 0) + 1
+                tried.alone += 1
+            tried.died_at = tried.progress
+            if tried.strikes >= MOST_STRIKES or tried.alone >= MOST_ALONE:
                 text = f"this request ended the engine each time that it was computed ({reason}); it is not tried again"
                 events += tried.failed(text)
                 del self.entries[tried.spec.id]
