@@ -37,8 +37,9 @@ WEFT_INLINE void add_word(const vu (&weight)[P][PARTS], const int32_t* x, typena
     }
 }
 
-// Adds the products of `words` words to `result`.  OPENED: whether they come word by word, [words, P, PANEL].
-template <class D, class W, int R, int P, bool OPENED>
+// Adds the products of `words` words to `result`.  Each tile makes its words out of lines itself: to write them down once for all tiles
+// of a block costs more, with 3 tiles as with 24.
+template <class D, class W, int R, int P>
 WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int64_t words, typename D::Total (&result)[R][P][PARTS]) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     typename D::Total total[R][P][PARTS];  // of its own, which a compiler keeps in registers
@@ -48,31 +49,21 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
             for (int v = 0; v < PARTS; v++) total[r][p][v] = result[r][p][v];
     const auto* x = reinterpret_cast<const int32_t*>(part.x) + first * R;
     const char* later = part.later;
-    if constexpr (OPENED) {
-        const float* from = part.opened + first * P * PANEL;
-        for (int64_t i = 0; i < words; i++, from += P * PANEL, x += R) {
+    const int64_t lines = w.k / W::VALUES, begin = part.line + first / EACH, end = begin + words / EACH;
+    const char* panels[P];
+    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
+    for (int64_t line = begin; line < end; line++) {
+        if (later) __builtin_prefetch(later, 0, 2), later += part.each;
+        else ask_for<P>(panels, line, lines, part.next);
+        vu raw[P][PARTS];
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < PARTS; v++) raw[p][v] = load_bits(panels[p] + line * LINE_BYTES + v * LANES * 4);
+#pragma GCC unroll 4
+        for (int j = 0; j < EACH; j++, x += R) {
             vu weight[P][PARTS];
             for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) weight[p][v] = load_bits(from + p * PANEL + v * LANES);
+                for (int v = 0; v < PARTS; v++) weight[p][v] = D::word(W{}, raw[p][v], j);
             add_word<D, R, P>(weight, x, total);
-        }
-    } else {
-        const int64_t lines = w.k / W::VALUES, begin = part.line + first / EACH, end = begin + words / EACH;
-        const char* panels[P];
-        for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
-        for (int64_t line = begin; line < end; line++) {
-            if (later) __builtin_prefetch(later, 0, 2), later += part.each;
-            else ask_for<P>(panels, line, lines, part.next);
-            vu raw[P][PARTS];
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) raw[p][v] = load_bits(panels[p] + line * LINE_BYTES + v * LANES * 4);
-#pragma GCC unroll 4
-            for (int j = 0; j < EACH; j++, x += R) {
-                vu weight[P][PARTS];
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < PARTS; v++) weight[p][v] = D::word(W{}, raw[p][v], j);
-                add_word<D, R, P>(weight, x, total);
-            }
         }
     }
 #pragma GCC unroll 16
@@ -100,7 +91,7 @@ WEFT_INLINE void hand_on(const Linear& a, const Part& part, const vf (&totals)[R
 }
 #endif
 
-template <class D, class W, bool OFFSETS, int R, int P, bool OPENED>
+template <class D, class W, bool OFFSETS, int R, int P>
 void dot_tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
     const int64_t groups = w.groups();
@@ -118,7 +109,7 @@ void dot_tile(const Linear& a, const Part& part) {
             for (int r = 0; r < R; r++)
                 for (int p = 0; p < P; p++)
                     for (int v = 0; v < PARTS; v++) total[r][p][v] = D::start(OFFSETS ? 0 : sums[r * groups + group]);
-            add_words<D, W, R, P, OPENED>(w, part, first, step, total);
+            add_words<D, W, R, P>(w, part, first, step, total);
             if constexpr (W::SCALED) settle_dots<D, W, OFFSETS, R, P>(w, part, group, total, sums, groups, totals);
         }
     } else {
@@ -131,7 +122,7 @@ void dot_tile(const Linear& a, const Part& part) {
                 for (int v = 0; v < PARTS; v++)
                     total[r][p][v] = part.from.at ? reinterpret_cast<typename D::Total>(totals[r][p][v])
                                                   : D::start(W::SCALED && !OFFSETS ? sums[r] : 0);
-        add_words<D, W, R, P, OPENED>(w, part, 0, words, total);
+        add_words<D, W, R, P>(w, part, 0, words, total);
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
             for (int p = 0; p < P; p++)
@@ -151,55 +142,34 @@ void dot_tile(const Linear& a, const Part& part) {
     put<R, P>(a, part, totals);
 }
 
-template <class D, class W, bool OFFSETS, int P, int R, bool OPENED = false>
+template <class D, class W, bool OFFSETS, int P, int R>
 constexpr Tile dot_tile_of(int rows) {
     if constexpr (R == 1) {
-        return dot_tile<D, W, OFFSETS, 1, P, OPENED>;
+        return dot_tile<D, W, OFFSETS, 1, P>;
     } else {
-        return rows == R ? dot_tile<D, W, OFFSETS, R, P, OPENED> : dot_tile_of<D, W, OFFSETS, P, R - 1, OPENED>(rows);
-    }
-}
-
-// Lines of P panels, word by word, for the tiles that read them.
-template <class D, class W, int P>
-void open_words(const Weight& w, const Part& part, float* out) {
-    const char* panels[P];
-    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
-    for (int64_t at = 0; at < part.lines; at++) {
-        ask_for<P>(panels, part.line + at, w.k / W::VALUES, part.next);
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < PARTS; v++) {
-                const vu raw = load_bits(panels[p] + (part.line + at) * LINE_BYTES + v * LANES * 4);
-#pragma GCC unroll 4
-                for (int j = 0; j < W::VALUES / D::INPUTS; j++)
-                    store(out + ((at * (W::VALUES / D::INPUTS) + j) * P + p) * PANEL + v * LANES,
-                          reinterpret_cast<vf>(D::word(W{}, raw, j)));
-            }
+        return rows == R ? dot_tile<D, W, OFFSETS, R, P> : dot_tile_of<D, W, OFFSETS, P, R - 1>(rows);
     }
 }
 
 // Small groups are settled often, in floats that lie in registers beside the sums of fewer rows.
 inline constexpr int GROUPED_ROWS = LANES == 16 ? 8 : TILE_ROWS;
 inline constexpr int64_t SMALL_GROUP = 64;
-inline constexpr int64_t NEAR_WORDS = 224;  // of two panels, in the first cache beside those of a tile's rows
-inline constexpr int64_t FAR_WORDS = 448;  // where they are read as they lie: longer sums, which are put down less often, are worth more
+inline constexpr int64_t NEAR_WORDS = 448;  // of two panels, near the first cache: longer sums, which are put down less often, are worth more
 inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in the second cache
 inline constexpr int64_t FEWEST_ROWS = 60;          // for which weights are worth to be read
-static_assert(NEAR_WORDS * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 
 // Panels [from, to), or gates and what they open, times rows that are rounded: stretches of inputs whose weights stay in the first
 // cache, in blocks whose rows stay in the second.  between: of R * P * PANEL floats for each tile, what is added up so far.
 template <class D, class W, bool OFFSETS>
 void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count, int64_t most, int64_t from, int64_t to, bool paired,
-              float* opened, float* between, int32_t* handed = nullptr) {
+              float* between, int32_t* handed = nullptr) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     const Weight& w = a.weight;
     const int64_t each = w.k / D::INPUTS, tiles = (count + most - 1) / most, group = w.grouped() ? w.group / D::INPUTS : EACH;
-    const int64_t some = EACH > 1 ? NEAR_WORDS : FAR_WORDS, near = tiles == 1 ? each : group > some ? group : some / group * group;
+    const int64_t near = tiles == 1 ? each : group > NEAR_WORDS ? group : NEAR_WORDS / group * group;
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = BLOCK_WORDS / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
-    const bool open = EACH > 1 && tiles > OPENED_TILES && stretch <= NEAR_WORDS;
     const int64_t wide = count <= 2 ? FEW_PANELS : TILE_PANELS, unit = paired ? 2 : 1;
     for (int64_t input = 0; input < each; input += block) {
         const int64_t stop = input + block < each ? input + block : each;
@@ -226,12 +196,6 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
                         part.later = after + (share / shares ? part.far : 0) + share % shares * part.lines * part.each;
                     }
                     const int high = static_cast<int>(tall);
-                    if (EACH > 1 && open && panels == TILE_PANELS) {
-                        if (t == 0) open_words<D, W, TILE_PANELS>(w, part, opened);
-                        part.opened = opened;
-                        dot_tile_of<D, W, OFFSETS, TILE_PANELS, TILE_ROWS, (EACH > 1)>(high)(a, part);
-                        continue;
-                    }
                     const Tile run = panels == 1             ? dot_tile_of<D, W, OFFSETS, 1, TILE_ROWS>(high)
                                      : panels == TILE_PANELS ? dot_tile_of<D, W, OFFSETS, TILE_PANELS, TILE_ROWS>(high)
                                                              : dot_tile_of<D, W, OFFSETS, FEW_PANELS, 2>(high);
@@ -290,12 +254,12 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
     const int64_t each = w.k / D::INPUTS, most = tile_rows<W>(w);
     const int64_t high = block_rows(rows, each, most, [&](int64_t count) { return Rows<D>::size(w, count, each); });
     const int factor = OFFSETS ? 1 : -W::HALF;  // what weights have too much
-    float* opened = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
+    float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
         const Block<D> block(w, first, rows - first < high ? rows - first : high, most, share);
         block.template round<W>(a, share, factor);
         each_share(a, share, panels, unit, !block.own || rows == block.count, [&](int64_t from, int64_t to) {
-            multiply<D, W, OFFSETS>(a, block.rows, first, block.count, most, from, to, paired, opened, opened + OPENED_SCRATCH);
+            multiply<D, W, OFFSETS>(a, block.rows, first, block.count, most, from, to, paired, between);
         });
         if (!block.own) share.meet();  // before somebody writes the next rows there
     }

@@ -28,7 +28,7 @@ inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of wei
 inline constexpr int64_t SHARED = 1 << 20;  // words that all threads have together: rows that are rounded
 inline constexpr int64_t MOST_INPUTS = 1 << 16;  // of a weight
 inline constexpr int64_t BETWEEN_SCRATCH = 192 * 32;  // floats: sums of a block of rows and of the panels of a tile
-inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + OPENED_SCRATCH + BETWEEN_SCRATCH;
+inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + (OPENED_SCRATCH > BETWEEN_SCRATCH ? OPENED_SCRATCH : BETWEEN_SCRATCH);
 
 enum class Format : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 // What inputs of a product may be rounded to: nothing, bfloat16 (where the instruction set multiplies them), 8 bits (where the weights

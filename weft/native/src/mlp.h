@@ -28,17 +28,17 @@ void handed_on(const Linear& up, const Linear& down, int64_t rows, Share share) 
         return Rows<Halves>::size(up.weight, count, up.weight.k / Halves::INPUTS) + Rows<Halves>::size(down.weight, count, each);
     };
     const int64_t high = block_rows(rows, each, most, size), wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
-    float *opened = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH, *between = opened + OPENED_SCRATCH;
+    float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
         const Block<Halves> block(up.weight, first, rows - first < high ? rows - first : high, most, share);
         const Rows<Halves> handed(share.shared + (block.own ? 0 : Rows<Halves>::size(up.weight, block.count, block.each)), block.count, each);
         block.template round<W>(up, share, 0);
         each_share(up, share, up.weight.n / (2 * PANEL), wide / 2, true, [&](int64_t from, int64_t to) {
-            multiply<Halves, W, false>(up, block.rows, first, block.count, most, from, to, true, opened, between, handed.words);
+            multiply<Halves, W, false>(up, block.rows, first, block.count, most, from, to, true, between, handed.words);
         });
         share.meet();
         each_share(down, share, (down.weight.n + PANEL - 1) / PANEL, wide, true, [&](int64_t from, int64_t to) {
-            multiply<Halves, W, false>(down, handed, first, block.count, most, from, to, false, opened, between);
+            multiply<Halves, W, false>(down, handed, first, block.count, most, from, to, false, between);
         });
         if (first + high < rows) share.meet();  // before somebody writes the next words there
     }

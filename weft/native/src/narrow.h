@@ -77,8 +77,7 @@ inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, i
         }
         words[i / 4] = static_cast<int32_t>(word);
     }
-    for (int j = 0; j < LANES; j++) total += totals[j];
-    return total;
+    return total + sum(totals);
 }
 
 // A row as whole numbers, its scale, and the sums of its groups times `factor`.

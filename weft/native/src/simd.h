@@ -146,6 +146,12 @@ WEFT_INLINE float sum(vf x) {
     if constexpr (S > 1) return sum<S / 2>(x);
     else return x[0];
 }
+template <int S = LANES / 2>
+WEFT_INLINE int32_t sum(vi x) {
+    x += reinterpret_cast<vi>(moved<S>(reinterpret_cast<vf>(x), Lanes{}));
+    if constexpr (S > 1) return sum<S / 2>(x);
+    else return x[0];
+}
 WEFT_INLINE vf larger(vf a, vf b) {  // b where either is no number
 #if defined(__AVX512F__)
     return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
