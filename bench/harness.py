@@ -21,6 +21,7 @@ import argparse
 import ast
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -33,12 +34,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import terminal
 from bench.contender import ROOT, Case, Contender, Model, Run, rss_bytes
 from weft.bench.limit import read_by, read_gb_s
 from weft.conform.code import code
 from weft.errors import ConfigError, EngineError
 from weft.exec.build import Setup
-from weft.exec.host import cpu_count, format_size
+from weft.exec.host import cpu_count
 from weft.hub import resolve
 from weft.models import load_spec
 from weft.models.layout import parameters
@@ -52,6 +54,8 @@ LARGE = 300_000_000
 """Parameters of a model that is large."""
 DONE = object()
 ELSEWHERE = re.compile(r"(?<![\w.:/])(?:/[\w.+-]+)+/([\w.+-]+)")
+IN_PARTS = re.compile(r" --(resume|minutes[ =]\S+)")
+"""Flags by which a benchmark is run in parts: whoever runs it again wants the whole."""
 SHARED = frozenset({"bench.harness", "bench.contender"})
 """What every benchmark is run by; a result is not out of date because that changed."""
 
@@ -99,10 +103,12 @@ def compare(
     threads: int = 1,
     memory: bool = True,
     tick: Tick = lambda text: None,
+    like: Contender | None = None,
 ) -> dict[str, Any]:
     """Run null and cases in turns: their figures, medians over the rounds, and ratios to the null (keys: bench/README.md).
 
-    memory: whether each case's resident memory is measured too, which costs a process for each.
+    memory: whether each case's resident memory is measured too, which costs a process for each.  like: whose weights all of
+    them read, where no case changes any.
     Raises ConfigError for two cases of one name or a case that cannot be built, CapacityError where memory does not hold them.
     """
     everyone = [null, *cases]
@@ -119,7 +125,7 @@ def compare(
     contenders = []
     for case in everyone:
         tell(f"building {case.name}")
-        contenders.append(Contender(model, case, threads))
+        contenders.append(Contender(model, case, threads, like))
     for contender in contenders:
         tell(f"warming up {contender.case.name}")
         contender.run(0)
@@ -230,19 +236,40 @@ def _same(mine: Mapping[int, Sequence[int]], theirs: Mapping[int, Sequence[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Flags of a benchmark.  quick: the bundled model and a few tokens, to see that it runs.  tick: tells what is being done."""
+    """Flags of a benchmark.  quick: the bundled model and a few tokens, to see that it runs.  tick: tells what is being done.
+    kept: comparisons of an earlier run of the same code that this one goes on with.  until: by time.monotonic(), when a
+    benchmark that asks (`late`) begins no other comparison."""
 
     quick: bool
     rounds: int
     threads: int
     model_dir: Path
     tick: Tick
+    kept: Sequence[dict[str, Any]] = ()
+    until: float = math.inf
 
-    def compare(self, model: Model, null: Case, cases: Sequence[Case], title: str) -> dict[str, Any]:
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.until
+
+    def known(self, model: Model, null: Case, title: str) -> dict[str, Any] | None:
+        """The comparison of this load, where it was kept."""
+        wanted = _rounded({"title": title, "model": model.name, "load": _load(null)})
+        return next((c for c in self.kept if {key: c[key] for key in wanted} == wanted), None)
+
+    def compare(
+        self,
+        model: Model,
+        null: Case,
+        cases: Sequence[Case],
+        title: str,
+        memory: bool = True,
+        like: Contender | None = None,
+    ) -> dict[str, Any]:
         """`compare` under these flags."""
         return compare(
             model, null, cases, title=title, rounds=min(self.rounds, FEWER_ROUNDS) if model.large else self.rounds,
-            threads=self.threads, memory=not (self.quick or model.grown), tick=self.tick,
+            threads=self.threads, memory=memory and not (self.quick or model.grown), tick=self.tick, like=like,
         )  # fmt: skip
 
     def models(self, *shapes: str) -> list[Model]:
@@ -270,31 +297,45 @@ def main(
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
     parser.add_argument("--model-dir", type=Path, default=GROWN, help="where grown models are kept (.cache/grown)")
     parser.add_argument("--out", type=Path, help="file to write instead of the one in bench/results")
+    parser.add_argument("--resume", action="store_true", help="go on with the file, where the same code wrote it")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no comparison after so many, where it can go on"
+    )
     flags = parser.parse_args(given)
+    out = flags.out or (None if flags.quick else RESULTS / f"{technique.replace('=', '-')}.json")
     options = Options(
         quick=flags.quick, rounds=flags.rounds or (1 if flags.quick else ROUNDS), threads=flags.threads,
-        model_dir=flags.model_dir, tick=_on_terminal if sys.stderr.isatty() else lambda text: None,
+        model_dir=flags.model_dir, tick=terminal.line if sys.stderr.isatty() else lambda text: None,
+        kept=_kept(out, module) if out is not None and flags.resume else (), until=time.monotonic() + 60 * flags.minutes,
     )  # fmt: skip
-    before = _busy()
-    try:
-        comparisons = list(measure(options))
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    result = {
+    comparisons, before = list[dict[str, Any]](), _busy()
+    result: dict[str, Any] = {
         "technique": technique,
-        "command": " ".join(["python", "-m", module, *given]),
+        "command": IN_PARTS.sub("", " ".join(["python", "-m", module, *given])),
         "code": code_digest(module),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": {**machine(), "busy": [before, _busy()]},
+        "machine": {**machine(), "busy": [before, before]},
         "comparisons": comparisons,
         "notes": list(notes),
     }
-    out = flags.out or (None if flags.quick else RESULTS / f"{technique.replace('=', '-')}.json")
-    if out is not None:
-        write(out, result)
-    print(json.dumps(result, indent=2) if flags.json else table(result))
+    try:
+        for comparison in measure(options):
+            comparisons.append(comparison)
+            result["machine"]["busy"][1] = _busy()
+            if out is not None:
+                write(out, result)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if flags.json else terminal.table(result))
     return 0
+
+
+def _kept(out: Path, module: str) -> Sequence[dict[str, Any]]:
+    """Comparisons of a file that this very benchmark wrote."""
+    found = json.loads(out.read_text(encoding="utf8")) if out.is_file() else {}
+    kept: list[dict[str, Any]] = found["comparisons"] if found.get("code") == code_digest(module) else []
+    return kept
 
 
 def code_digest(module: str) -> str:
@@ -332,30 +373,6 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": cpu_count().cores, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The result for a terminal: a line for each case."""
-    lines = []
-    for c in result["comparisons"]:
-        load = c["load"]
-        lines.append(
-            f"{c['model']}, {c['title']}: batch {load['batch']}, {load['prompt_tok']} + {load['new_tok']} tokens, "
-            f"{c['dtype']}, {c['threads']} threads, {c['rounds']} rounds, limit {c['limit']['decode_tok_s']:.0f} tok/s"
-        )
-        for case in c["cases"]:
-            mid, ratio, spread = case["median"], case["ratio"], case["ratio_spread"]["decode_tok_s"]
-            parts = [
-                f"  {case['name']:<24} decode {mid['decode_tok_s']:8.1f} tok/s",
-                f"x {ratio['decode_tok_s']:.2f} ({spread[0]:.2f} to {spread[1]:.2f})",
-                f"{mid['tok_per_step']:.2f} tok a step of {1000 * mid['step_s']:.1f} ms",
-                *([f"prefill x {ratio['prefill_tok_s']:.2f}"] if "prefill_tok_s" in ratio else []),
-                f"KV {format_size(int(mid['kv_peak_bytes']))}",
-                f"same tokens {case['same_tokens']:.0%}",
-                ", ".join(f"{act.rpartition('.')[2]} {count:g}" for act, count in case["acts"].items()),
-            ]
-            lines.append("  ".join(p for p in parts if p))
-    return "\n".join(lines)
-
-
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
@@ -369,7 +386,3 @@ def _rounded(value: Any) -> Any:
 def _busy() -> float | None:
     """Load average of the last minute, this program's own share included."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _on_terminal(text: str) -> None:
-    print(f"\r{text:<100}", end="", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Benchmarks of slot `skip`."""
+"""Benchmarks of slot `accept`."""

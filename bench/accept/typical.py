@@ -1,43 +1,34 @@
 """accept=typical beside the race and beside rejection: how many more of a draft's guesses stand, and what that brings.
 
-python -m bench.accept.typical [--quick] [--json]
+python -m bench.accept.typical [--quick] [--threads 2] [--json]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from bench.harness import Case, Options, encode, main
-from bench.oracle import perfect
-from bench.texts import OPENINGS
+from bench.guessing import DRAFT, SAMPLED, compared
+from bench.harness import Case, Options, main
 
-BATCHES = (1, 4)
-LAWS: dict[str, dict[str, Any]] = {"temperature 0.8": {"temperature": 0.8}, "temperature 1": {"temperature": 1.0}}
-DRAFT = "draft=speculative_sampling(guesses=4)"
-CASES = {"epsilon 0.3": "typical(epsilon=0.3)", "epsilon 0.09": "typical(epsilon=0.09)", "rejection": "rejection"}
+GUESSES = "draft=speculative_sampling(guesses=4)"
+RACE = Case(name="race", prompts=[[0]], techniques=(GUESSES,))
+CASES = {
+    "epsilon 0.3": (GUESSES, "accept=typical(epsilon=0.3)"),
+    "epsilon 0.09": (GUESSES, "accept=typical(epsilon=0.09)"),
+    "rejection": (GUESSES, "accept=rejection"),
+}
 NOTES = (
-    "The draft is the one that ships with weft, and so is its noise: for the race and for typical acceptance it draws by the "
-    "target's own, for rejection by noise of its own. The null keeps the seed's tokens, rejection keeps their law, typical "
-    "acceptance keeps neither: what it does to answers is in docs/speculation.md.",
+    f"{DRAFT} For the race and for typical acceptance it draws by the target's own noise, for rejection by noise of its own. The "
+    "null keeps the seed's tokens, rejection keeps their law, typical acceptance keeps neither: what it does to answers is in "
+    "docs/speculation.md.",
     "Perfect draft: it knows the race's answer and costs nothing, so that every guess stands: no rule accepts more.",
 )
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models("smollm2-135m"):
-        for batch in BATCHES[:1] if options.quick else BATCHES:
-            for title, law in LAWS.items():
-                prompts = encode(model, OPENINGS)[: 2 if options.quick else None]
-                race = Case(
-                    name="race", prompts=prompts, techniques=(DRAFT,), sampling=law,
-                    max_new=12 if options.quick else 32, batch=batch,
-                )  # fmt: skip
-                cases = [replace(race, name=name, techniques=(DRAFT, f"accept={rule}")) for name, rule in CASES.items()]
-                cases.append(perfect(model, race, f"typical-{model.folder.name}-{title}-{batch}", 4, options.threads))
-                yield options.compare(model, race, cases, title)
+    yield from compared(options, "accept-typical", CASES, laws=SAMPLED, null=RACE)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,28 @@
-"""draft=dyspec beside no draft: trees of guesses from the shipped draft, and a chain of as many passes.
+"""draft=dyspec beside no draft: trees of guesses from the shipped draft, and chains of as many passes and of as many rows.
 
-python -m bench.draft.dyspec [--quick] [--json]
+python -m bench.draft.dyspec [--quick] [--threads 2] [--json]
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-from bench.harness import Case, Options, encode, main
-from bench.oracle import perfect
-from bench.texts import OPENINGS
+from bench.guessing import DRAFT, bound, compared
+from bench.harness import Options, main
 
-BATCHES = (1, 4)
-LAWS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 0.8": {"temperature": 0.8, "top_p": 0.95}}
 CASES = {
-    "tree of 4": "draft=dyspec(guesses=4, depth=3)",
-    "tree of 8": "draft=dyspec(guesses=8, depth=4)",
-    "chain of 4": "draft=speculative_sampling(guesses=4)",
+    "tree of 4": ("draft=dyspec(guesses=4, depth=3)",),
+    "tree of 7": ("draft=dyspec(guesses=7, depth=4)",),
+    "tree of 7, rejection": ("draft=dyspec(guesses=7, depth=4)", "accept=rejection"),
+    "chain of 4": ("draft=speculative_sampling(guesses=4)",),
 }
-NOTES = (
-    "The draft is the one that ships with weft, trained to agree with the bundled model. The grown model computes "
-    "what the bundled one does at the cost of its shape, so the guesses are as good, and cost next to nothing beside it.",
-    "Perfect draft: it knows the answer, costs nothing, and all of its 4 guesses stand.",
-)
+NOTES = (DRAFT, bound(7))
 
 
 def measure(options: Options) -> Iterator[dict[str, Any]]:
-    for model in options.models("smollm2-135m"):
-        for batch in BATCHES[:1] if options.quick else BATCHES:
-            for title, law in LAWS.items():
-                prompts = encode(model, OPENINGS)[: max(batch, 2)]
-                null = Case(
-                    name="no draft", prompts=prompts, sampling=law, max_new=12 if options.quick else 32, batch=batch
-                )
-                cases = [replace(null, name=name, techniques=(text,)) for name, text in CASES.items()]
-                known = perfect(model, null, f"dyspec-{model.folder.name}-{title}-{batch}", 4, options.threads)
-                yield options.compare(model, null, [*cases, known], title)
+    yield from compared(options, "dyspec", CASES, guesses=7)
 
 
 if __name__ == "__main__":

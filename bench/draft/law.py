@@ -161,21 +161,21 @@ def pairs(
 
 def slips(target: LlamaForCausalLM, draft: Any, text: Text, seed: int, temperature: float, *, weighs: bool) -> int:
     """Trials that are not what their noise makes of the two laws: another guess than the draft's law draws, or one that stood and
-    should have fallen, or fell and should have stood.  Ties within `TIE` count for either.
+    should have fallen, or fell and should have stood.  Ties within `TIE` count for either.  draft: None where
+    guesses have no law.
 
     Sharper than any count of those that stood: a trial whose guess was computed behind another text shows by itself.
     """
     found = 0
     _, output, trials = text
     for low, p_NV, q_NV in pairs(target, draft, text, temperature):
-        assert q_NV is not None, "guesses without a law are drawn by no noise"
-        for (index, guess, stood), p, q in zip(
-            trials[low:], p_NV.double().numpy(), q_NV.double().numpy(), strict=False
-        ):
+        for n, (index, guess, stood) in enumerate(trials[low : low + len(p_NV)]):
+            p = p_NV[n].double().numpy()
+            q = None if q_NV is None else q_NV[n].double().numpy()
             own = noise.side_seed(seed, DRAFT) if weighs else seed
-            wrong = not _wins(q, own, index, guess)
+            wrong = q is not None and not _wins(q, own, index, guess)
             if weighs:
-                bar = noise.uniform(noise.side_seed(seed, STANDS), index, guess) * q[guess]
+                bar = noise.uniform(noise.side_seed(seed, STANDS), index, guess) * (1.0 if q is None else q[guess])
                 wrong |= stood != (bar < p[guess]) and abs(bar - p[guess]) > TIE * p[guess]
             else:
                 wrong |= stood != (guess == output[index]) or not _wins(p, seed, index, output[index])
@@ -325,7 +325,10 @@ def repeated(output: Sequence[int], n: int = 8) -> float:
 
 
 def texts_of(
-    trials: Trials, owners: Mapping[int, int], prompts: Sequence[Sequence[int]], outputs: Mapping[int, Sequence[int]]
-) -> list[Text]:
-    """For `predicted`.  owners: the prompt of each sequence of the executor."""
+    trials: Any, owners: Mapping[int, int], prompts: Sequence[Sequence[int]], outputs: Mapping[int, Sequence[int]]
+) -> list[Any]:
+    """For `predicted`, with what is noted of each sequence in `trials.by_sequence`.
+
+    owners: the prompt of each sequence of the executor.
+    """
     return [(prompts[owners[rid]], outputs[owners[rid]], mine) for rid, mine in trials.by_sequence.items()]

@@ -26,6 +26,7 @@ import numpy as np
 
 from bench.draft.crossvocab import foreign
 from bench.draft.law import Heads, Text, Translated, Trials, Trimmed, chance, chances, reader, slips, texts_of
+from bench.draft.tree_law import Places
 from bench.harness import RESULTS, machine, write
 from bench.said import said
 from tools.tiny.corpus import Corpus
@@ -135,8 +136,8 @@ def written(
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     sampling: SamplingSpec,
-    trials: Trials | None = None,
-) -> list[tuple[Text, int]]:
+    trials: Trials | Places | None = None,
+) -> list[tuple[Any, int]]:
     """Texts that an engine writes with guesses, a prompt each, with their trials, and the seed of each.  trials: filled too."""
     trials = Trials() if trials is None else trials
     owners, outputs = dict[int, int](), dict[int, list[int]]()

@@ -1,15 +1,14 @@
 """Generated: every pair of techniques of different slots goes together as `compose` says, or is refused with its reasons.
 
 On each run the pairs of techniques that changed since the last whole run (bench/results/pairs.json), and a few others, chosen
-anew whenever the core changes; all of them in `make test-long`, which writes that file.
+anew whenever the core changes; all of them in `make test-long`, which writes that file, and those that are open by
+`python -m tools.pairs`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from tools import pairs as program
 from weft.conform import pairs
 from weft.conform.checks import DRAWS
 from weft.conform.lab import Lab
 from weft.exec.host import cpu_count
 
 ROOT = Path(__file__).resolve().parents[2]
-LEDGER = ROOT / "bench" / "results" / "pairs.json"
+LEDGER = program.LEDGER
 LAB: Lab | None = None
 """Of a process that tests pairs for `test_all_pairs`."""
 OTHERS = 6
@@ -34,9 +34,7 @@ MOST = 12
 
 def known() -> dict[str, str]:
     """Digest of each pair when it was last tested with all others."""
-    if not LEDGER.is_file():
-        return {}
-    return {name: entry["digest"] for name, entry in json.loads(LEDGER.read_text())["pairs"].items()}
+    return {name: record["digest"] for name, record in program.read(LEDGER).items()}
 
 
 def by_turn(found: list[pairs.Pair]) -> list[pairs.Pair]:
@@ -99,24 +97,17 @@ def entry(pair: pairs.Pair, device: str, draws: int) -> dict[str, Any]:
     """The ledger's record of a pair, tested in a process that keeps one laboratory."""
     global LAB
     LAB = LAB or Lab(device=device)
-    began = time.monotonic()
-    try:
-        text, ok = pairs.check(LAB, pair, draws), True
-    except Exception as error:
-        text, ok = f"{type(error).__name__}: {error}", False
-    took = round(time.monotonic() - began, 1)
-    return {"ok": ok, "digest": pairs.digest(pair) if ok else "", "text": text, "seconds": took}
+    return program.entry(LAB, pair, draws)
 
 
 def all_pairs(ledger: Path, device: str, draws: int) -> None:
     """Test every pair, over all cores; the ledger grows as they end."""
     told: dict[str, dict[str, Any]] = {}
-    ledger.parent.mkdir(exist_ok=True)
     with ProcessPoolExecutor(max(1, int(cpu_count().cores)), multiprocessing.get_context("spawn")) as workers:
         names = {workers.submit(entry, pair, device, draws): str(pair) for pair in pairs.pairs()}
         for ended in as_completed(names):
             told[names[ended]] = ended.result()
-            ledger.write_text(json.dumps({"pairs": dict(sorted(told.items()))}, indent=1) + "\n")
+            program.write(ledger, told)
     assert [f"{name}: {record['text']}" for name, record in told.items() if not record["ok"]] == []
 
 

@@ -82,6 +82,35 @@ def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: fl
     assert found.rate == pytest.approx(found.predicted, abs=0.02 if temperature else 0.01)
 
 
+@pytest.mark.parametrize(
+    ("part", "accept"),
+    [
+        ("ngram(shortest=1, guesses=3)", "race"),
+        ("trie(shortest=1, share=0.0)", "race"),
+        pytest.param("hierarchy(shortest=1)", "race", marks=pytest.mark.long),
+        pytest.param("ngram(shortest=1, guesses=3)", "rejection", marks=pytest.mark.long),
+        ("jacobi(window=3)", "rejection"),
+        ("jacobi(window=3)", "race"),
+    ],
+)
+def test_guesses_without_a_law_stand_as_often_as_the_target_likes_them(part: str, accept: str) -> None:
+    """With p(guess): what was looked up knows nothing of the noise.  Jacobi's guesses are draws by it, under another context:
+    under the race they stand oftener, and each trial alone can be told."""
+    tokenizer = Tokenizer.load(resolve(None))
+    prompts = [tokenizer.encode(text, add_special=False) for text in OPENINGS]
+    runtime = made(Guessing("", f"draft={part}", lambda _: None, accept))
+    texts = written(
+        runtime, [prompts[id % 4] for id in range(16)], range(16), SamplingSpec(max_tokens=200, temperature=0.8)
+    )
+    found = judged(texts, reader(resolve(None)), None, 0.8, weighs=accept == "rejection")
+    assert found.trials > 1000
+    assert found.slips == 0
+    if part.startswith("jacobi") and accept == "race":
+        assert found.rate > found.predicted + 0.02
+    else:
+        assert found.rate == pytest.approx(found.predicted, abs=0.02)
+
+
 def test_what_chance_moves_a_rate_by() -> None:
     """Trials of 1/2 and 1/5: variances 1/4 and 4/25, so that the mean of two of each moves by the root of 0.82 / 16."""
     assert chance([0.5, 0.2, 0.5, 0.2]) == pytest.approx((0.82 / 16) ** 0.5)

@@ -8,8 +8,9 @@ Units    probabilities, after temperature, truncation, bias and penalties of the
 Cost     the law of each row at which a guess was made that the race does not select: O(vocab)
 Pays     where answers are sampled and may be likelier than the model's own: with 4 guesses of the bundled draft on held-out
          prose a step gives 3.19 tokens at temperature 0.8 and 3.03 at 1, where it gives 2.10 and 2.09 with the race and 2.26
-         and 2.33 with rejection, which keeps the law; the 135M shape decodes at 1.12 to 1.45 times the race's speed, rejection
-         at 1.07 to 1.16.  Never where answers are greedy
+         and 2.33 with rejection, which keeps the law; the 0.5B shape decodes at 1.18 to 1.64 times the race's speed with one
+         sequence, rejection at 1.17 to 1.59, and at 1.12 to 1.29 with four, rejection at 0.80 to 0.95.  Never where answers are
+         greedy
 Differs  a guess that the race selects stands too, so that nothing stands less often than by accept=race, and guesses share the
          race's noise; the paper's first token, and the one after the last that stands, are the likeliest, here they are drawn.
          Of several guesses for one place that the race does not select the first alone is asked about, where the paper takes

@@ -9,10 +9,15 @@ Shapes   logits [places of a layer, vocab] in each pass
 Units    guesses, depth: tokens; threshold: a probability
 Cost     a pass of the draft model for each layer, with a row for each place; its weights and KV; a tree's rows of the target,
          of which one line stands at most
-Pays     where the draft is unsure, single sequences and steps of many rows at the price of few
+Pays     single sequences, where a step of eight rows costs what one of few does: a tree of 7 gives 2.6 tokens a step on prose
+         and on requests of Spec-Bench at temperature 0.8, a chain of 4 with the same draft 2.2, and one of 7 2.3; greedily 3.5
+         and 2.5, the chains 3.2 and 2.3, and 3.8 and 2.5.  In time, on the 0.5B shape after openings of stories: 2.23 times no
+         draft at 0.8 and 2.30 greedily, the chain of 4 1.96 and 1.95.  Not with four sequences, where rows cost what they are:
+         1.10 and 1.11, the chain 1.28 and 1.35.  Under an accept that weighs laws a chain gives more
 Differs  a race that keeps its seeds (accept=race) has no draws to weigh: there guesses are the first of the draft's race with the
-         token's own noise, and q is their chance had the draft's logits an error of one more such noise.  An `accept` that weighs
-         laws gets draws without replacement and their laws.  Guesses end at an end id
+         token's own noise, among the 1,024 tokens that it likes best, and q is their chance had its logits an error of 0.4 times
+         such a noise more: trees that trust the draft so far bring most.  An `accept` that weighs laws gets draws without
+         replacement and their laws.  Guesses end at an end id
 Raises   ValueError unless 1 <= guesses <= 64, depth >= 1 and 0 < threshold < 1, or where model is empty
 """
 

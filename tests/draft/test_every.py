@@ -1,0 +1,116 @@
+"""Every draft and every rule beside it under what a request may ask for: stop strings, grammars, log-probabilities, prompts in
+chunks, beginnings that are cached.  What is exact says what plain decoding says; what is not keeps the target's own figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from bench.draft.law import laws, reader
+from tests.exec.conftest import STORY
+from weft import LLM, SamplingParams
+from weft.conform.lab import Lab
+from weft.front.tokenizer import Tokenizer
+from weft.hub import resolve
+from weft.registry import names
+
+DRAFTS = [name for name in names("draft") if name != "none"]
+RULES = [name for name in names("accept") if name != "race"]
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ferry", "lantern"]}, "years": {"type": "integer"}},
+    "required": ["name", "years"],
+    "additionalProperties": False,
+}
+WORDS = "([a-z]{1,6} ){3,9}"
+LAWS: dict[str, dict[str, Any]] = {
+    "stop": {"stop": ["he", " was"], "max_tokens": 40},
+    "drawn, stop": {"stop": ["he", " was"], "max_tokens": 40, "temperature": 0.9},
+    "json": {"structured_outputs": {"json": SCHEMA}, "max_tokens": 60},
+    "regex": {"structured_outputs": {"regex": WORDS}, "max_tokens": 40, "temperature": 0.9},
+    "logprobs": {"logprobs": 3, "max_tokens": 24, "temperature": 0.8},
+}
+PROMPTS = [STORY[:400], STORY[:400] + STORY[:200], "Once upon a time"]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    return Lab()
+
+
+def with_parts(*parts: str) -> LLM:
+    """Steps of 24 rows, so that the prompts come in several."""
+    return LLM(
+        device="cpu", threads=1, dtype="float32", max_model_len=512, max_num_seqs=4, max_num_batched_tokens=24,
+        techniques=list(parts), draft_control="off",
+    )  # fmt: skip
+
+
+def said(llm: LLM) -> Iterator[tuple[str, Any]]:
+    """(law, outputs), each twice: the second time prompts are cached, and a draft may have learnt the answers."""
+    for name, law in list(LAWS.items()) * 2:
+        outs = llm.generate(PROMPTS, SamplingParams(**{"temperature": 0.0, "seed": 3, **law}), use_tqdm=False)
+        yield name, [out.outputs[0] for out in outs]
+
+
+def told(one: Any) -> Any:
+    return one.text, list(one.token_ids), one.finish_reason, one.stop_reason
+
+
+def figures(one: Any) -> list[float]:
+    """Log-probabilities, the chosen token's and the alternatives', place by place."""
+    return [x for place in one.logprobs or () for x in sorted(y.logprob for y in place.values())]
+
+
+@pytest.fixture(scope="module")
+def plainly() -> list[Any]:
+    with with_parts() as llm:
+        return list(said(llm))
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_says_what_plain_decoding_says(lab: Lab, plainly: list[Any], name: str) -> None:
+    with with_parts(str(lab.part("draft", name))) as llm:
+        for (law, outs), (_, wanted) in zip(said(llm), plainly, strict=True):
+            assert [told(one) for one in outs] == [told(one) for one in wanted], law
+            for one, plain in zip(outs, wanted, strict=True):
+                # A row of a tree adds its entries in another order than the same row of plain decoding.
+                assert figures(one) == pytest.approx(figures(plain), abs=1e-4)
+        assert llm._runtime is not None
+        stats = llm._runtime.engine.stats
+        assert stats.acts[f"draft={name}.accepted"] > 0
+        assert stats.prefix_hit_tokens > 0
+
+
+@pytest.mark.parametrize("draft", ["speculative_sampling(guesses=3)", "dyspec(guesses=6, depth=3)"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_keeps_what_was_asked_for(lab: Lab, rule: str, draft: str) -> None:
+    target, tokenizer, count = reader(resolve(None)), Tokenizer.load(resolve(None)), 0
+    with with_parts(f"draft={draft}", str(lab.part("accept", rule))) as llm:
+        for law, outs in said(llm):
+            for prompt, one in zip(PROMPTS, outs, strict=True):
+                if "stop" in law:
+                    assert not re.search("he| was", one.text)
+                    assert (one.finish_reason == "stop") == (one.stop_reason in ("he", " was"))
+                elif law == "json" and one.finish_reason == "stop":
+                    assert json.loads(one.text).keys() == {"name", "years"}
+                elif law == "regex" and one.finish_reason == "stop":
+                    assert re.fullmatch(WORDS, one.text)
+                elif law == "logprobs":
+                    ids = tokenizer.encode(prompt, add_special=False)
+                    at = torch.arange(len(ids) - 1, len(ids) + len(one.token_ids) - 1)
+                    own = laws(target, [*ids, *one.token_ids], 1.0, at).log()
+                    for i, (token, place) in enumerate(zip(one.token_ids, one.logprobs, strict=True)):
+                        assert place[token].logprob == pytest.approx(float(own[i, token]), abs=2e-3)
+                        best = own[i].topk(3)
+                        assert {int(t) for t in best.indices} <= set(place)
+                count += len(one.token_ids)
+        assert llm._runtime is not None
+        acts = llm._runtime.engine.stats.acts
+        assert acts[f"draft={draft.partition('(')[0]}.accepted"] > 20
+    assert count > 200
