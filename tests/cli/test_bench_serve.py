@@ -18,9 +18,9 @@ from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort
 from weft.bench.client import Target
 from weft.bench.dataset import made_up, read_dataset
-from weft.bench.serve import Load, Sample, _arrive, spread, summary
+from weft.bench.serve import Load, Sample, _arrive, first_model, spread, summary
 from weft.cli.app import app
-from weft.errors import ConfigError
+from weft.errors import ConfigError, EngineError
 from weft.front.port import EngineInfo
 from weft.front.text import ModelText
 
@@ -97,6 +97,32 @@ def test_errors_are_counted_by_their_kind(url: str) -> None:
     code, record = bench("--url", "http://127.0.0.1:9", "--model", "x", "--requests", "2")
     assert code != 0
     assert record["error_kinds"] == {"connection": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["http://127.0.0.1:abc", "http://127.0.0.1:99999", "http://[::1", "ftp://127.0.0.1", "http://", ""]
+)
+def test_what_is_no_address(wrong: str) -> None:
+    with pytest.raises(ConfigError, match="no address of a server"):
+        Target(wrong)
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    async def ask() -> None:
+        await first_model(Target("http://127.0.0.1:9"))
+
+    with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9 .*is --url the server's address"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize("answer", ["[]", "{}", '{"data": 5}', '{"data": [1]}', '{"data": []}', "null"])
+def test_a_server_that_lists_no_models(answer: str) -> None:
+    class Odd(Target):
+        async def get(self, path: str) -> Any:
+            return json.loads(answer)
+
+    with pytest.raises(EngineError, match="--model"):
+        asyncio.run(first_model(Odd("http://127.0.0.1:9")))
 
 
 def test_a_table_for_people(url: str) -> None:

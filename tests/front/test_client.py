@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Callable
 
 import pytest
 
 from tests.front.scripted import ScriptedPort, wait_until
 from weft.errors import RequestError
+from weft.front.admission import Admission, Bounds
 from weft.front.client import Client, Delta, EngineStopped, GenerationFailed, Prompt, Refused
 from weft.front.generation import Generation, LiveRequest, LiveSequence
 from weft.front.text import ModelText
@@ -301,3 +303,38 @@ def test_late_events_of_a_cancelled_request_are_ignored(scripted: Make, text: Mo
         assert await generation.take() == []
 
     asyncio.run(run())
+
+
+def test_a_request_costs_the_same_beside_10_000_others(scripted: Make, text: ModelText) -> None:
+    """Counted in calls, of generators' turns too, as time would go by what else the machine does."""
+    client = Client(scripted(lambda spec, index: []), text, admission=Admission(Bounds(max_queue=20_000)))
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    async def one() -> tuple[Generation, int, int]:
+        nonlocal calls
+        calls = 0
+        sys.setprofile(count)
+        try:
+            generation = await client.start(Prompt(ids=[1], timeline=True))
+        finally:
+            sys.setprofile(None)
+        told = generation.requests[0].timeline
+        assert told is not None
+        (queued,) = [e for e in told.moments if e["event"] == "queued"]
+        return generation, calls, queued["detail"]["behind"]
+
+    async def all() -> None:
+        first = await one()
+        others = [await client.start(Prompt(ids=[1])) for _ in range(10_000)]
+        last = await one()
+        assert (first[2], last[2]) == (0, 10_001)
+        assert last[1] <= first[1] + 20
+        for generation in others[:9_000]:
+            generation.cancel()
+        assert (await one())[2] == 1_002
+
+    asyncio.run(all())

@@ -24,6 +24,7 @@ from weft.types import (
     EngineFrame,
     Event,
     Finished,
+    Grammar,
     GroupKind,
     GroupSpec,
     Load,
@@ -419,3 +420,114 @@ def test_what_was_asked_before_the_first_engine_is_not_forgotten() -> None:
     assert again.spec.resumed == ()
     told, _ = journal.take(EngineFrame(events=(Tokens(again.spec.id, 0, (4, 5, 6)),), taken=1))
     assert told == [Tokens(1, 0, (6,))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_nothing_is_lost_and_nobody_blamed_for_nothing(seed: int) -> None:
+    """Deaths at any moment, also while suspects run alone, requests that end engines, clients that leave, and requests that are
+    taken back: each answer is a beginning of the undisturbed one, or all of it; who is given up died four times without a token.
+    """
+    calm = undisturbed(mixture(), STOPS)
+    chance = random.Random(1000 + seed)
+    bad = {13} if seed % 2 else set[int]()
+    world = World(lambda firsts, drawn: bool(bad & firsts) and drawn.get(13, 0) >= 3, rows=chance.choice([16, 48]))
+    world.stops = STOPS
+    coming = [Add(s) for s in mixture()] + [Add(spec(20, first=13))] * bool(bad)
+    chance.shuffle(coming)
+    left: set[int] = set()
+    since: dict[int, int] = {}
+    pace = chance.choice([0.0, 0.02, 0.1])
+    now = 0.0
+
+    def length(id: int) -> int:
+        entry = world.journal.entries.get(id)
+        return -1 if entry is None else entry.progress
+
+    def kill() -> bool:
+        nonlocal now
+        now += chance.choice([0.5, 1.0])
+        if coming and chance.random() < 0.3:
+            world.send(coming.pop())
+        if chance.random() < 0.01 and world.journal.entries:
+            id = chance.choice(list(world.journal.entries))
+            left.add(id)
+            world.send(Cancel(id))
+        if chance.random() < 0.3:
+            events, commands = world.journal.overdue(now, 20.0)
+            assert not events
+            world.inbox += commands
+        return chance.random() < pace
+
+    before: dict[int, int] = {}
+    die = world.die
+
+    def counted() -> None:
+        for id, entry in world.journal.entries.items():
+            since[id] = since.get(id, 0) + 1 if before.get(id) == entry.progress else 1
+            before[id] = entry.progress
+        die()
+
+    world.die = counted  # type: ignore[method-assign]
+    while coming or world.journal.entries:
+        world.run(kill)
+    for (id, _), end in world.ends.items():
+        if end.reason == "error":
+            assert since[id] >= 4, "it was given up too early"
+            assert id == 20 or pace, "somebody else's fault"
+    for at, tokens in calm.tokens.items():
+        got = world.tokens.get(at, [])
+        whole = at in world.ends and world.ends[at].reason != "error"
+        assert got == (tokens if whole else tokens[: len(got)])
+        assert whole or at[0] in left or world.ends[at].reason == "error", "it never ended"
+    assert not world.journal.busy
+
+
+def test_a_request_whose_grammar_ends_engines_is_found() -> None:
+    """It is made ready beside the steps: taken in, and in no plan yet, while others advance."""
+    journal = Journal()
+    journal.begin()
+    journal.command(Add(spec(1, max_tokens=1000)))
+    guilty = structs.replace(spec(2), grammar=Grammar("regex", "a+"))
+    journal.command(Add(guilty))
+    ended: list[Event] = []
+    for life in range(8):
+        ids = [c.spec.id for c in (journal.begin() if life else []) if isinstance(c, Add)] or [1, 2]
+        first = journal.entries[1].ids
+        told = (Tokens(first[0], 0, (life,)),) if first else ()
+        journal.take(EngineFrame(events=told, plan=tuple(first), taken=len(ids)))
+        ended += journal.died("it fell")
+        if ended:
+            break
+    assert [(e.id, isinstance(e, Finished)) for e in ended] == [(2, True)]
+    assert list(journal.entries) == [1], "the other one stays, whose tokens came all the while"
+
+
+def test_a_grammar_that_is_in_use_is_not_suspected() -> None:
+    journal = Journal()
+    journal.begin()
+    journal.command(Add(structs.replace(spec(1), grammar=Grammar("regex", "a+"))))
+    journal.take(EngineFrame(plan=(1,), taken=1))
+    journal.take(EngineFrame(events=(Tokens(1, 0, (5,)),), plan=(), taken=1))
+    journal.died("it fell")
+    assert journal.entries[1].strikes == 0
+
+
+def test_an_adapter_that_ends_engines_is_given_up() -> None:
+    """Or no engine would ever live again: it is asked for first thing."""
+    journal = Journal()
+    journal.begin()
+    journal.command(Add(spec(1)))
+    journal.command(Load(7, "bad", "bad"))
+    ended: list[Event] = []
+    for _ in range(6):
+        journal.take(EngineFrame(plan=(1,), taken=2))
+        ended += journal.died("it fell")
+        journal.begin()
+        if ended:
+            break
+    (end,) = ended
+    assert isinstance(end, Adapted)
+    assert (end.id, end.name) == (7, "bad")
+    assert "the engine ended each time" in (end.error or "")
+    journal.died("it fell")
+    assert not any(isinstance(c, Load) for c in journal.begin())

@@ -174,6 +174,38 @@ def test_broken_requests(url: str, http: httpx.Client, data: bytes, want: int) -
     assert http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("target", "host", "want"),
+    [
+        ("http://localhost/v1/models", "localhost", 200),
+        (
+            "HTTP://LocalHost:8000/v1/models?a=b",
+            "evil.example",
+            200,
+        ),  # the target's authority counts, and the header does not
+        ("https://127.0.0.1/v1/mod%65ls", "localhost", 200),
+        ("http://localhost", "localhost", 200),
+        ("http://localhost?", "localhost", 200),
+        ("http://evil.example/v1/models", "localhost", 403),
+        ("http://localhost@evil.example/v1/models", "localhost", 403),
+        ("http:///v1/models", "localhost", 403),
+        ("http://evil.example/", "localhost", 403),
+        ("http://localhost/nothing", "localhost", 404),
+        ("ftp://localhost/v1/models", "localhost", 404),
+    ],
+)
+def test_targets_in_absolute_form(url: str, target: str, host: str, want: int) -> None:
+    """RFC 9112, 3.2.2: a server must take them, and go by the host in the target instead of the header."""
+    assert status(talk(url, f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())) == want
+
+
+def test_an_absolute_target_goes_by_origin_too(url: str) -> None:
+    """A page that is the server's own under the header's host is none under the target's."""
+    for target, origin, want in (("localhost", "localhost", 200), ("127.0.0.1", "localhost", 403)):
+        data = f"GET http://{target}/v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://{origin}\r\n\r\n"
+        assert status(talk(url, data.encode())) == want
+
+
 def test_bodies_are_limited_before_they_are_held(scripted: Make, text: ModelText) -> None:
     port = scripted(lambda spec, index: [5] * 100)
     with serving(port, text, max_body=10_000) as address:

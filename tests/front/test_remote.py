@@ -21,7 +21,18 @@ from weft.exec.null import reference
 from weft.front.metrics import COUNTERS, ENGINES, total
 from weft.front.remote import RemoteEngine
 from weft.front.wire import Hello, Start, Step, frame_of
-from weft.types import Add, EngineFrame, EngineStats, Finished, RequestSpec, SamplingSpec, TokenItem, Tokens
+from weft.types import (
+    Add,
+    Cancel,
+    EngineFrame,
+    EngineStats,
+    Finished,
+    Rejected,
+    RequestSpec,
+    SamplingSpec,
+    TokenItem,
+    Tokens,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +44,7 @@ class Engines:
         self.port = port
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, Finished] = {}
+        self.refused: set[int] = set()
         self.changed = threading.Condition()
         port.subscribe(self._hear)
 
@@ -43,6 +55,8 @@ class Engines:
                     self.tokens.setdefault(event.id, []).extend(event.tokens)
                 elif isinstance(event, Finished):
                     self.ends[event.id] = event
+                elif isinstance(event, Rejected):
+                    self.refused.add(event.id)
             self.changed.notify_all()
 
     def ask(self, id: int, length: int, first: int = 1) -> None:
@@ -108,6 +122,40 @@ def test_streams_go_on_whoever_dies(whom: str) -> None:
         assert e.port.stats.engine_restarts == e.port.state(99).restarts >= 1
         assert e.port.stats.generation_tokens >= 5 * 600 - 5, "counted over all engines"
         assert e.port.error() is None
+
+
+def test_commands_of_many_threads_at_once() -> None:
+    """Whoever sends writes to the engine, or leaves it to the thread that is at it: none is lost, whoever dies."""
+    with engines() as e:
+        e.pid()
+
+        def ask(first: int) -> None:
+            for id in range(first, first + 7):
+                e.ask(id, 300)
+                for other in range(400):
+                    e.port.send(Cancel(1000 + other))
+
+        threads = [threading.Thread(target=ask, args=(7 * i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        e.wait(lambda: len(e.tokens) > 4)
+        os.kill(e.pid(), signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        e.right([id for id in range(28) if id != DEADLY], 300)
+        with e.port._turn:  # as while the thread hears of the engine
+            e.ask(30, 10)
+        e.right([30], 10)
+
+
+def test_a_command_longer_than_the_socket_takes_at_once() -> None:
+    with engines() as e:
+        e.pid()
+        law = SamplingSpec(max_tokens=1)
+        e.port.send(Add(RequestSpec(id=1, items=(TokenItem(tuple(range(400_000))),), seed=1, sampling=law)))
+        e.ask(2, 10)
+        e.right([2], 10)
+        e.wait(lambda: 1 in e.refused)
 
 
 def test_an_engine_that_stands_still_is_replaced() -> None:

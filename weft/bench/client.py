@@ -30,11 +30,16 @@ class Target:
     """A server.  url: with or without /v1.  Raises ConfigError for what is no address."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 600.0) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            port = parts.port
+        except ValueError:  # of a port that is no number, or half an address
+            parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r} is no address of a server; write it as http://127.0.0.1:8000")
         self._host, self._tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
-        self._port = parts.port or (443 if self._tls else 80)
+        self._port = port or (443 if self._tls else 80)
+        self.url = url
         self.base = parts.path.rstrip("/").removesuffix("/v1")
         head = [f"Host: {parts.netloc.rpartition('@')[2]}", "User-Agent: weft-bench", "Content-Type: application/json"]
         self._head = "\r\n".join([*head, *([f"Authorization: Bearer {api_key}"] if api_key else [])])

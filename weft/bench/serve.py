@@ -66,8 +66,12 @@ class Sample:
 
 async def first_model(target: Target) -> str:
     """The first model that the server lists.  Raises EngineError."""
-    models = (await target.get("/v1/models")).get("data") or []
-    if not models or "id" not in models[0]:
+    try:
+        told = await target.get("/v1/models")
+    except Failed as error:
+        raise EngineError(f"{target.url} does not list its models ({error}); is --url the server's address?") from None
+    models = told.get("data") if isinstance(told, dict) else None
+    if not isinstance(models, list) or not models or not isinstance(models[0], dict) or "id" not in models[0]:
         raise EngineError("the server lists no model; name one with --model")
     return str(models[0]["id"])
 

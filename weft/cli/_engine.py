@@ -13,13 +13,13 @@ import contextlib
 import ctypes
 import itertools
 import os
-import queue
 import select
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -238,33 +238,36 @@ class Inbox:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._frames: Frames[Any] = Frames(ToEngine)
-        self._held: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._held: deque[Any] = deque()
         self._port: EngineThread | None = None
+        self._turn = threading.Lock()
+        self._over = threading.Event()
 
     def next(self) -> Any:
-        """The next message."""
-        while self._held.empty():
+        """The next message, before `follow`."""
+        while not self._held:
             self._read()
-        return self._held.get()
+        return self._held.popleft()
 
     def follow(self) -> None:
         threading.Thread(target=self._follow, name="weft-inbox", daemon=True).start()
 
     def serve(self, port: EngineThread) -> None:
-        """Give what has come, and what comes, to the engine, until `end`."""
-        while (command := self._held.get()) is not None:
-            while port.backlog > MOST_BACKLOG:
-                time.sleep(0.001)
-            port.send(command)
+        """Give what has come to the engine, and let the thread do so with what comes, until `end`."""
+        with self._turn:
+            while self._held:
+                port.send(self._held.popleft())
+            self._port = port
+        self._over.wait()
 
     def end(self) -> None:
-        self._held.put(None)
+        self._over.set()
 
     def _follow(self) -> None:
         try:
             while True:
                 self._read()
-                while self._held.qsize() > MOST_BACKLOG:
+                while self._backlog > MOST_BACKLOG:
                     time.sleep(0.001)
         except (EOFError, OSError):
             os._exit(0)
@@ -272,12 +275,19 @@ class Inbox:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
+    @property
+    def _backlog(self) -> int:
+        return len(self._held) if self._port is None else self._port.backlog
+
     def _read(self) -> None:
         data = self._sock.recv(CHUNK_BYTES)
         if not data:
             raise EOFError
-        for message in self._frames.feed(data):
-            self._held.put(message)
+        messages = self._frames.feed(data)
+        with self._turn:
+            give = self._held.append if self._port is None else self._port.send
+            for message in messages:
+                give(message)
 
 
 def _built(start: Start) -> EngineThread:

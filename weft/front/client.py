@@ -83,6 +83,8 @@ class Client:
         self.live = Live(self)
         self._ids = itertools.count(1)
         self._live: dict[int, LiveRequest] = {}
+        self._waiting = 0
+        """How many of them have no token yet."""
         self._asked: dict[int, asyncio.Future[None]] = {}
         self.adapters: dict[str, Adapted] = {a.name: a for a in port.info.adapters}
         """What is loaded, by name."""
@@ -150,6 +152,7 @@ class Client:
                 request.sequences.append(LiveSequence(generation.open, request, text))
                 generation.open += 1
             self._live[spec.id] = request
+            self._waiting += 1
             self.metrics.prompt_length.observe(len(prompt.ids))
         if (track := TRACK.get()) is not None:
             track.add(generation, self.name)
@@ -164,8 +167,7 @@ class Client:
         timeline, stats = Timeline(request.arrived_s), self.port.stats
         if request.prompt.params.grammar:
             timeline.add(request.arrived_s, "grammar", {"seconds": round(checked_s, 6)})
-        ahead = sum(other.waiting for other in self._live.values())
-        timeline.add(request.arrived_s, "queued", {"behind": ahead, "running": stats.running})
+        timeline.add(request.arrived_s, "queued", {"behind": self._waiting, "running": stats.running})
         return timeline
 
     def _salt(self, own: bytes) -> bytes:
@@ -371,6 +373,7 @@ class Client:
         """It waits no more."""
         if request.waiting:
             request.waiting = False
+            self._waiting -= 1
             self.admission.leave(len(request.prompt.ids), self._clock())
 
     def _gone(self, request: LiveRequest) -> None:

@@ -1,5 +1,6 @@
 """What every request goes through before it reaches a route: from where it comes, and with whose key.
 
+Addressed  a target that is a whole address (`GET http://host/path`, as some proxies send it) is the path, asked under that host
 Visitors   the Host names this server, and the Origin, where a browser sends one, is the server's own page or was allowed.  A page
            from elsewhere can then not drive a server that listens on the loopback, also not under a name of its own that it has
            made resolve to 127.0.0.1 (DNS rebinding)
@@ -15,6 +16,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from urllib.parse import unquote
 
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -38,6 +40,7 @@ ANY = "*"
 PORTS = {"http": 80, "https": 443}
 _ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?")
+_ADDRESS = re.compile(rb"https?://([^/?#]*)", re.IGNORECASE)
 _UNPRINTED = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -87,6 +90,20 @@ class Guard:
             *([cors] if self.origins else []),
             Middleware(Key, keys=self.keys),
         ]
+
+
+class Addressed:
+    """Takes targets in absolute form as well (RFC 9112, 3.2.2): the authority in the target counts, and no Host beside it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (found := _ADDRESS.match(scope["raw_path"])):
+            raw = scope["raw_path"][found.end() :] or b"/"
+            headers = [(b"host", found[1]), *(pair for pair in scope["headers"] if pair[0] != b"host")]
+            scope = {**scope, "raw_path": raw, "path": unquote(raw.decode("latin-1")), "headers": headers}
+        await self.app(scope, receive, send)
 
 
 class Visitors:

@@ -11,14 +11,15 @@ prompt and its output so far (`RequestSpec.resumed`), under its own seed: the ne
     journal.overdue(now, limit)          (events, commands): requests that stand still among others are computed again
 
 Which request kills engines.  A request that was in the last plan of an engine that died is suspected when it was so at the
-death before, too, and had not advanced in between.  Suspects run alone, one after another, each until it has advanced; one under
-which two more engines die fails, and nobody else does.  Those that passed and are suspected once more run alone to their ends;
-where they advance from death to death, something else kills the engines.
+death before, too, and had not advanced in between; so is one whose grammar was being made ready beside the steps.  Suspects run
+alone, one after another, each until it has advanced; one under which two more engines die fails, and nobody else does.  Those
+that passed and are suspected once more run alone to their ends; where they advance from death to death, something else kills the
+engines.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 from msgspec import structs
@@ -65,6 +66,8 @@ class Journal:
         self._plan: tuple[int, ...] = ()
         self._sent: deque[tuple[int, int]] = deque()
         """(number of the command, engine id) of requests that the engine has not taken in yet."""
+        self._making: set[int] = set()
+        """Engine ids of requests with a grammar that the engine has taken in, and that have been in no plan yet."""
         self._count = 0
         self._steps = 0
         self.begun: tuple[int, ...] = ()
@@ -73,6 +76,8 @@ class Journal:
         self._adapters: dict[str, Load | Drop] = {}
         """What has changed about the adapters since the first engine began, newest last."""
         self._asked: dict[int, Load | Drop] = {}
+        self._fatal: Counter[int] = Counter()
+        """Of those that were asked for, by id: deaths before an answer."""
         self._watched = Watch(on=False)
         self._restoring: set[int] = set()
         self._suspects: deque[Entry] = deque()
@@ -141,6 +146,7 @@ class Journal:
         self._again = any(part.startswith(MARK) for part in stack)
         self._plan, self._count = (), 0
         self._sent.clear()
+        self._making.clear()
         again = []
         for change in self._adapters.values():
             change = structs.replace(change, id=self._own_id())
@@ -155,6 +161,7 @@ class Journal:
             Noted(e.spec.id, 0, "engine_died", {"reason": reason}) for e in self.entries.values() if e.spec.timeline
         ]
         suspected = self._suspected()
+        events += self._given_up(reason) if self._here else ()
         self._here = False
         self._routes.clear()
         self._restoring.clear()
@@ -182,9 +189,17 @@ class Journal:
         return events
 
     def _suspected(self) -> set[Entry]:
-        """Those of the last plan, and those that were sent to the engine and not taken in yet."""
-        ids = [*self._plan, *(id for _, id in self._sent)]
+        """Those of the last plan, and those that were sent to the engine and not taken in yet, or whose grammar it is at."""
+        ids = [*self._plan, *self._making, *(id for _, id in self._sent)]
         return {self._routes[id][0] for id in ids if id in self._routes}
+
+    def _given_up(self, reason: str) -> Iterator[Event]:
+        """Answers to what was asked about adapters, where engine after engine died before it gave one: all would."""
+        self._fatal.update(self._asked.keys())
+        for id in [id for id in self._asked if self._fatal[id] >= MOST_STRIKES]:
+            del self._fatal[id]
+            text = f"the engine ended each time that it was asked for this ({reason}); it is not asked again"
+            yield Adapted(id, self._asked.pop(id).name, error=text, code="invalid_adapter")
 
     # ------------------------------------------------------------------ requests that stand still
 
@@ -216,12 +231,15 @@ class Journal:
         self.begun = ()
         if frame.plan is not None:
             self._plan = frame.plan
+            self._making.difference_update(frame.plan)
             fresh = {e for id in frame.plan if id in self._routes and not (e := self._routes[id][0]).begun}
             for entry in fresh:
                 entry.begun = True
             self.begun = tuple(entry.spec.id for entry in fresh)
         while self._sent and self._sent[0][0] <= frame.taken:
-            self._sent.popleft()
+            _, id = self._sent.popleft()
+            if id in self._routes and self._routes[id][0].spec.grammar is not None and id not in self._plan:
+                self._making.add(id)
         events: list[Event] = []
         commands: list[Command] = []
         for event in frame.events:
@@ -286,6 +304,7 @@ class Journal:
 
     def _adapted(self, event: Adapted, events: list[Event]) -> list[Command]:
         asked = self._asked.pop(event.id, None)
+        del self._fatal[event.id]
         if asked is not None:
             if event.error is None:
                 self._adapters.pop(asked.name, None)

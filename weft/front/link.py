@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
 import signal
@@ -16,7 +17,9 @@ from typing import Any
 from msgspec import Struct
 
 from weft.errors import EngineError
-from weft.front.wire import Frames, frame_of
+from weft.front.wire import FrameError, Frames, Hello, frame_of
+
+log = logging.getLogger("weft.engine")
 
 CHUNK_BYTES = 1 << 18
 MOST_UNREAD_BYTES = 1 << 30
@@ -69,6 +72,16 @@ class Link:
             found += self._frames.feed(data)
             if len(data) < CHUNK_BYTES:
                 return found, True
+
+    def hello(self) -> Hello | None:
+        """Who the other side says it is; None where what comes first says nothing of that."""
+        try:
+            messages, there = self.read()
+        except FrameError as error:
+            log.error("a stranger on the engine's socket: %s", error)
+            return None
+        first = messages[0] if messages and there else None
+        return first if isinstance(first, Hello) else None
 
     @property
     def readable(self) -> bool:

@@ -1,6 +1,7 @@
 """`RemoteEngine`: an engine in a process of its own, watched, started again when it dies or stalls, and given what it had.
 
-One thread holds everything: the journal, the sockets, the processes.  Commands come to it through a queue; it calls the sink.
+One thread looks after the journal, the sockets and the processes, and calls the sink.  A command is written down and sent on by
+whoever gives it, unless the thread has its turn just then: to wake it would cost each request a part of a millisecond.
 """
 
 from __future__ import annotations
@@ -24,20 +25,8 @@ from weft.front.journal import Journal
 from weft.front.link import Bell, Door, Link, end, kill
 from weft.front.metrics import total
 from weft.front.port import STOPPED, EngineInfo, EngineState, FrameSink
-from weft.front.wire import (
-    Exited,
-    Failed,
-    FrameError,
-    FromEngine,
-    FromNursery,
-    Hello,
-    Ready,
-    Spawn,
-    Spawned,
-    Start,
-    Step,
-)
-from weft.types import Command, EngineFrame, EngineStats, Event, Seen
+from weft.front.wire import Exited, Failed, FrameError, FromEngine, FromNursery, Ready, Spawn, Spawned, Start, Step
+from weft.types import Command, EngineFrame, EngineStats, Seen
 
 log = logging.getLogger("weft.engine")
 
@@ -78,6 +67,7 @@ class RemoteEngine:
         self._status: EngineState = EngineState(status="loading", reason="the engine is being loaded")
         self._sink: FrameSink | None = None
         self._commands: deque[Command | Entry] = deque()
+        self._turn = threading.Lock()  # of whoever is at what is below; nobody but the thread waits for it
         self._closing = self._up = self._spawning = False
         self._journal = Journal()
         self._restarts = self._failures = 0
@@ -114,6 +104,13 @@ class RemoteEngine:
     def send(self, command: Command | Entry) -> None:
         """A command, or a request that another engine had and that this one goes on with."""
         self._commands.append(command)
+        if self._turn.acquire(blocking=False):
+            try:
+                self._take_in()
+                if self._engine is None or not self._engine.behind:
+                    return
+            finally:
+                self._turn.release()
         self._bell.ring()
 
     def subscribe(self, sink: FrameSink) -> None:
@@ -154,17 +151,20 @@ class RemoteEngine:
 
     def _run(self) -> None:
         try:
-            self._spawn()
+            with self._turn:
+                self._spawn()
             while not self._closing and self._error is None:
                 heard = self._selector.select(self._wait_s())
-                for key, mask in heard:
-                    key.data(write=bool(mask & selectors.EVENT_WRITE))
-                self._look(any(key.data == self._from_engine for key, _ in heard))
+                with self._turn:
+                    for key, mask in heard:
+                        key.data(write=bool(mask & selectors.EVENT_WRITE))
+                    self._look(any(key.data == self._from_engine for key, _ in heard))
         except BaseException as error:
             log.exception("%s: its supervisor has failed", self._name)
             self._give_up(EngineError(f"the engine's supervisor has failed ({type(error).__name__}: {error})"))
         finally:
-            self._end()
+            with self._turn:
+                self._end()
 
     def _wait_s(self) -> float:
         return TICK_S if self._again_at is None else min(TICK_S, max(0.0, self._again_at - time.monotonic()))
@@ -180,33 +180,38 @@ class RemoteEngine:
             self._lost(f"its nursery ended with status {self._process.returncode}")
         if self._up and now - self._looked >= TICK_S:
             self._looked = now
-            self._retry(*self._journal.overdue(now, self._request_stall_s))
+            events, commands = self._journal.overdue(now, self._request_stall_s)
+            if commands:
+                log.warning("%s: requests did not advance for %g s; taken back", self._name, self._request_stall_s)
+            self._tell(commands)
+            self._emit(events)
         if not heard and self._up and self._journal.busy and now - self._moved > self._stall_s * self._patience:
             self._patience = min(2 * self._patience, MOST_PATIENCE)  # a step that is only slow gets through in the end
             self._kill(f"it made no step for {now - self._moved:.0f} s")
 
-    def _retry(self, events: list[Event], commands: list[Command]) -> None:
-        if commands:
-            log.warning("%s: requests did not advance for %g s and are taken back", self._name, self._request_stall_s)
-        self._tell(commands)
-        self._emit(events)
-
     def _commanded(self, write: bool = False) -> None:
         self._bell.hush()
+        self._take_in()
+        self._watch_writes()
+
+    def _take_in(self) -> None:
+        """Write down what was asked, and send it on."""
         while self._commands:
             idle = not self._journal.busy
-            self._tell(self._journal.command(self._commands.popleft()))
+            self._write(self._journal.command(self._commands.popleft()))
             if idle:
                 self._moved = time.monotonic()
 
     def _tell(self, commands: list[Command]) -> None:
-        for command in commands:
-            if self._engine is not None:
-                try:
-                    self._engine.send(command)
-                except EngineError as error:
-                    self._kill(str(error))
+        self._write(commands)
         self._watch_writes()
+
+    def _write(self, commands: list[Command]) -> None:
+        try:
+            for command in commands if self._engine is not None else ():
+                self._engine.send(command)  # type: ignore[union-attr]
+        except EngineError as error:
+            self._kill(str(error))
 
     def _watch_writes(self) -> None:
         link = self._engine
@@ -238,13 +243,8 @@ class RemoteEngine:
 
         def greeted(write: bool = False) -> None:
             self._selector.unregister(sock)
-            try:
-                messages, there = link.read()
-            except FrameError as error:
-                log.error("a stranger on the engine's socket: %s", error)
-                messages, there = [], False
-            hello = messages[0] if messages else None
-            if not there or not isinstance(hello, Hello):
+            hello = link.hello()
+            if hello is None:
                 link.close()
             elif hello.engine:
                 self._meet_engine(link, hello.pid)

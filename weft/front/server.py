@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from weft.errors import ConfigError
 from weft.front.connection import Patience, connection
 from weft.front.gate import Gate
-from weft.front.guard import Rooted
+from weft.front.guard import Addressed, Rooted
 
 MAX_HEADER_BYTES = 64 << 10
 BACKLOG = 2048
@@ -112,7 +112,7 @@ class Server:
         patience = patience or Patience()
         self._gate = app if isinstance(app, Gate) else Gate.over(app)
         config = uvicorn.Config(
-            Rooted(self._gate, root_path) if root_path else self._gate,
+            Addressed(Rooted(self._gate, root_path) if root_path else self._gate),
             http=connection(patience),  # of h11, which unlike httptools bounds the bytes of a request's head
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             ws="none",
