@@ -199,7 +199,7 @@ def serve(sock: socket.socket) -> int:
             os.sched_setaffinity(0, start.cpus)
     inbox.follow()
     try:
-        port = _built(start)
+        port = _built(start, inbox)
     except EngineError as error:
         kind = (
             "capacity" if isinstance(error, CapacityError) else "config" if isinstance(error, ConfigError) else "engine"
@@ -239,7 +239,8 @@ class Inbox:
         self._sock = sock
         self._frames: Frames[Any] = Frames(ToEngine)
         self._held: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._port: EngineThread | None = None
+        self.closing: Callable[[], None] = lambda: None
+        """Called when the front is gone, before the process ends."""
 
     def next(self) -> Any:
         """The next message."""
@@ -267,6 +268,7 @@ class Inbox:
                 while self._held.qsize() > MOST_BACKLOG:
                     time.sleep(0.001)
         except (EOFError, OSError):
+            self.closing()
             os._exit(0)
         except FrameError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -280,7 +282,7 @@ class Inbox:
             self._held.put(message)
 
 
-def _built(start: Start) -> EngineThread:
+def _built(start: Start, inbox: Inbox) -> EngineThread:
     """Plan, show the plan, and only then load.  Raises EngineError."""
     from weft.exec.build import build, engine_config, prepare
     from weft.exec.record import tap
@@ -298,7 +300,7 @@ def _built(start: Start) -> EngineThread:
     else:
         runtime = _shown(setup, start)
     if start.record is not None:
-        tap(runtime.engine, _free(start.record) if start.quiet else Path(start.record))
+        inbox.closing = tap(runtime.engine, _free(start.record) if start.quiet else Path(start.record)).close
     shadow = None if start.shadow is None else Shadow(runtime, *start.shadow)
     info = engine_info(setup, start.name, runtime.adapters, loads_adapters=start.lora_root is not None)
     settle()

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,13 @@ class Link:
         self.sock.close()
 
 
-def kill(pid: int) -> None:
-    """End a process that may have ended already."""
+def kill(pid: int, after_s: float = 0.0) -> None:
+    """End a process that may have ended already, or does so by itself within `after_s`; somebody else buries it."""
+    until = time.monotonic() + after_s
     with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.kill(pid, 0)
+            time.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
 
 

@@ -406,11 +406,11 @@ class RemoteEngine:
         """End what runs, and clear away the socket."""
         self._up = False
         self._drop_engine()  # which ends the engine
+        if self._pid is not None:  # one that keeps a record writes its end
+            kill(self._pid, CLOSING_S / 2 if self._start.record else 0.0)
         if self._nursery is not None:
             self._nursery.close()
         self._door.close()
-        if self._pid is not None:
-            kill(self._pid)
         if self._process is not None:
             end(self._process, 0.0 if self._pid is None else CLOSING_S)  # the engine, if there is one, it has to bury
         for key in list(self._selector.get_map().values()):
