@@ -28,8 +28,10 @@ from msgspec import Struct
 
 from weft.cli._terminal import loading, log, say, stderr
 from weft.errors import CapacityError, ConfigError, EngineError
+from weft.exec.record import Record, tap
 from weft.exec.thread import EngineThread, settle
 from weft.front.wire import (
+    Done,
     Exited,
     Failed,
     FrameError,
@@ -199,7 +201,7 @@ def serve(sock: socket.socket) -> int:
             os.sched_setaffinity(0, start.cpus)
     inbox.follow()
     try:
-        port = _built(start, inbox)
+        port = _built(start)
     except EngineError as error:
         kind = (
             "capacity" if isinstance(error, CapacityError) else "config" if isinstance(error, ConfigError) else "engine"
@@ -221,6 +223,8 @@ def serve(sock: socket.socket) -> int:
         if reason is not None:  # what lives is not lost: the front asks the next engine for it
             inbox.end()
 
+    if isinstance(port.engine.tap, Record):
+        inbox.closing = port.engine.tap.close
     port.subscribe(tell)
     _send(sock, Ready(port.info))
     inbox.serve(port)
@@ -240,7 +244,7 @@ class Inbox:
         self._frames: Frames[Any] = Frames(ToEngine)
         self._held: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.closing: Callable[[], None] = lambda: None
-        """Called when the front is gone, before the process ends."""
+        """Called when the front says that the server ends."""
 
     def next(self) -> Any:
         """The next message."""
@@ -268,7 +272,6 @@ class Inbox:
                 while self._held.qsize() > MOST_BACKLOG:
                     time.sleep(0.001)
         except (EOFError, OSError):
-            self.closing()
             os._exit(0)
         except FrameError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -279,13 +282,15 @@ class Inbox:
         if not data:
             raise EOFError
         for message in self._frames.feed(data):
-            self._held.put(message)
+            if isinstance(message, Done):
+                self.closing()
+            else:
+                self._held.put(message)
 
 
-def _built(start: Start, inbox: Inbox) -> EngineThread:
+def _built(start: Start) -> EngineThread:
     """Plan, show the plan, and only then load.  Raises EngineError."""
     from weft.exec.build import build, engine_config, prepare
-    from weft.exec.record import tap
     from weft.exec.shadow import Shadow, check_options, planned
     from weft.llm import engine_info
 
@@ -300,7 +305,7 @@ def _built(start: Start, inbox: Inbox) -> EngineThread:
     else:
         runtime = _shown(setup, start)
     if start.record is not None:
-        inbox.closing = tap(runtime.engine, _free(start.record) if start.quiet else Path(start.record)).close
+        tap(runtime.engine, _free(start.record) if start.quiet else Path(start.record))
     shadow = None if start.shadow is None else Shadow(runtime, *start.shadow)
     info = engine_info(setup, start.name, runtime.adapters, loads_adapters=start.lora_root is not None)
     settle()

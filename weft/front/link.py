@@ -17,7 +17,7 @@ from typing import Any
 from msgspec import Struct
 
 from weft.errors import EngineError
-from weft.front.wire import Frames, frame_of
+from weft.front.wire import Done, Frames, frame_of
 
 CHUNK_BYTES = 1 << 18
 MOST_UNREAD_BYTES = 1 << 30
@@ -78,7 +78,10 @@ class Link:
             selector.register(self.sock, selectors.EVENT_READ)
             return bool(selector.select(0))
 
-    def close(self) -> None:
+    def close(self, done: bool = False) -> None:
+        """done: an engine is told first that the server ends in good order."""
+        if done:
+            self.send(Done())
         self.sock.close()
 
 
