@@ -91,7 +91,7 @@ def test_prefix_aware_goes_where_the_beginning_was_unless_that_one_is_too_busy()
 @pytest.mark.parametrize("text", ["fcfs+round_robin+power_of_two", "semipd+distserve", "fcfs+fair"])
 def test_a_slot_takes_one_policy(text: str) -> None:
     with pytest.raises(ConfigError, match="takes one technique"):
-        setting(Wanted(trace="poisson(rate=1)", policy=text, replicas=4))
+        cluster_of(setting(Wanted(trace="poisson(rate=1)", policy=text, replicas=4)))
 
 
 def logs(policy: str, trace: str, requests: int = 160, **changes: Any) -> str:

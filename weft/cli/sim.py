@@ -242,8 +242,8 @@ def replayed(path: Path, json_: bool) -> None:
             print("every decision is the recorded one")
         else:
             print(
-                f"the record is cut: {found.cut}. Its server still runs or was killed, its disk was full, or the file lost "
-                f"its end later. The decisions of the {found.steps:,} steps before that are the recorded ones; of what came "
+                f"the record is cut: {found.cut}. Its engine still runs, failed or was killed, its disk was full, or the file "
+                f"lost its end later. The decisions of the {found.steps:,} steps before that are the recorded ones; of what came "
                 "after them nothing is known"
             )
     if found.difference is not None or found.cut is not None:
