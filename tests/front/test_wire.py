@@ -18,6 +18,7 @@ from weft.exec.null import reference
 from weft.front.port import EngineInfo
 from weft.front.wire import (
     MAX_FRAME_BYTES,
+    Done,
     Exited,
     Failed,
     FrameError,
@@ -74,7 +75,7 @@ EVENTS = (
 )
 TO_ENGINE = [
     Start(folder="/x", name="m", options={"a": [1, "b"], "c": True}, shadow=(0.5, None)),
-    Add(SPEC), Cancel(7, 1), Load(1, "a", "b"), Drop(2, "a"),
+    Done(), Add(SPEC), Cancel(7, 1), Load(1, "a", "b"), Drop(2, "a"),
 ]  # fmt: skip
 FROM_ENGINE = [
     Hello(1, True), Ready(INFO), Failed("no", "config"),

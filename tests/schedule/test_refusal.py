@@ -20,7 +20,7 @@ from weft.exec.record import tap
 from weft.exec.thread import EngineThread
 from weft.registry import parse
 from weft.sim.executor import facts
-from weft.sim.replay import entries, replay
+from weft.sim.replay import Entries, replay
 from weft.types import (
     Add,
     EngineFrame,
@@ -314,7 +314,7 @@ def test_refusals_are_made_again(record: Path) -> None:
     found = replay(record)
     assert found.difference is None
     assert found.refusals == 6
-    assert [i for _, e in entries(record) if isinstance(e, Planned) for i in e.refused] == list(range(0, 18, 3))
+    assert [i for _, e in Entries(record) if isinstance(e, Planned) for i in e.refused] == list(range(0, 18, 3))
 
 
 def test_a_refusal_that_was_not_decided_is_found(record: Path, tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import http.client
 import json
+import os
 import random
 import signal
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +33,7 @@ from weft.exec.null import NullExecutor
 from weft.exec.record import Record, tap
 from weft.exec.thread import EngineThread
 from weft.hub import resolve
-from weft.sim.replay import entries, replay
+from weft.sim.replay import Entries, replay
 from weft.types import (
     Add,
     Added,
@@ -45,6 +50,7 @@ from weft.types import (
     SamplingSpec,
     TokenItem,
 )  # fmt: skip
+from weft.types.record import FORMAT
 
 GROUPS = (GroupSpec(name="full", kind=GroupKind.FULL, layers=(0,), entry_bytes=8, block_tokens=4),)
 COUNTS = ("preemptions", "evictions", "hits", "chunks", "cancellations")
@@ -80,7 +86,7 @@ def recorded(path: Path, parts: tuple[str, ...] = ()) -> None:
 def rewritten(source: Path, target: Path, change: Callable[[int, Entry], Entry | None]) -> Path:
     """The record with its entries changed, or left out where `change` gives None."""
     record = Record(target)
-    for number, entry in entries(source):
+    for number, entry in Entries(source):
         if (changed := change(number, entry)) is not None:
             record(changed)
     record.close()
@@ -111,7 +117,7 @@ def test_other_stacks_are_made_again_too(tmp_path: Path) -> None:
 
 
 def planned(record: Path, wanted: Callable[[Planned], bool]) -> int:
-    return next(n for n, e in entries(record) if isinstance(e, Planned) and wanted(e))
+    return next(n for n, e in Entries(record) if isinstance(e, Planned) and wanted(e))
 
 
 def tampered(entry: Entry, kind: str) -> Entry | None:
@@ -141,7 +147,7 @@ def tampered(entry: Entry, kind: str) -> Entry | None:
 def test_one_changed_entry_is_found(record: Path, tmp_path: Path, kind: str, says: str) -> None:
     if kind == "token":  # of one who goes on: what was drawn is then an input of the next step
         at = next(
-            n for n, e in entries(record)
+            n for n, e in Entries(record)
             if n > 40 and isinstance(e, Committed) and e.result.works and e.result.works[0].tokens
         )  # fmt: skip
     else:
@@ -175,10 +181,106 @@ def test_an_engine_made_otherwise_decides_otherwise(record: Path, tmp_path: Path
     assert replay(rewritten(record, tmp_path / "r", other)).difference is not None
 
 
-def test_a_record_that_breaks_off_is_read_as_far_as_it_goes(record: Path, tmp_path: Path) -> None:
-    cut = tmp_path / "r"
-    cut.write_bytes(record.read_bytes()[:-7])
-    assert replay(cut).difference is None
+def places(record: Path) -> list[int]:
+    """Where each entry begins, and where the file ends."""
+    data, found = record.read_bytes(), [0]
+    while found[-1] < len(data):
+        found.append(found[-1] + 4 + int.from_bytes(data[found[-1] : found[-1] + 4], "little"))
+    return found
+
+
+@pytest.mark.parametrize("kept", ["all but the end", "half an entry", "three bytes", "between two entries"])
+def test_a_record_that_is_cut_says_where_and_what_was_compared(record: Path, tmp_path: Path, kept: str) -> None:
+    """However it was cut, in the middle of an entry or between two, it is not said to be identical."""
+    data, at, cut = record.read_bytes(), places(record), tmp_path / "r"
+    middle = next(n for n in range(len(at) // 2, len(at)) if at[n + 1] - at[n] > 40)  # it begins entry middle + 1
+    length = {
+        "all but the end": at[-2], "half an entry": (at[middle] + at[middle + 1]) // 2, "three bytes": at[middle] + 3,
+        "between two entries": at[middle],
+    }[kept]  # fmt: skip
+    cut.write_bytes(data[:length])
+    whole, found = replay(record), replay(cut)
+    assert (whole.cut, whole.as_dict()["identical"]) == (None, True)
+    assert found.difference is None
+    assert found.as_dict()["identical"] is False
+    steps = sum(isinstance(e, Planned) for _, e in Entries(record)) if kept == "all but the end" else None
+    assert found.steps < whole.steps if steps is None else found.steps == steps == whole.steps
+    inside = kept in ("half an entry", "three bytes")
+    begun = at[-2] if kept == "all but the end" else at[middle]
+    last = len(at) - 2 if kept == "all but the end" else middle
+    said = f"entry {last + 1}, which begins at byte {begun:,}" if inside else f"behind entry {last}, at byte {begun:,}"
+    assert found.cut is not None
+    assert said in found.cut
+    done = CliRunner().invoke(app, ["sim", "--replay", str(cut)])
+    assert done.exit_code == 3
+    assert "the record is cut" in done.stdout
+    assert said in done.stdout
+    assert f"the {found.steps:,} steps before that are the recorded ones" in done.stdout
+    told = json.loads(CliRunner().invoke(app, ["sim", "--replay", str(cut), "--json"]).stdout)
+    assert (told["identical"], told["cut"]) == (False, found.cut)
+
+
+def test_a_difference_before_the_cut_is_told_first(record: Path, tmp_path: Path) -> None:
+    at = planned(record, lambda e: bool(e.plan.grants) and e.plan.step > 5)
+    other = rewritten(record, tmp_path / "r", lambda n, e: tampered(e, "block") if n == at else e)
+    other.write_bytes(other.read_bytes()[:-3])
+    assert CliRunner().invoke(app, ["sim", "--replay", str(other)]).exit_code == 1
+
+
+def test_nothing_comes_behind_the_end(record: Path, tmp_path: Path) -> None:
+    (tmp_path / "r").write_bytes(record.read_bytes() + b"\x00")
+    with pytest.raises(ConfigError, match="behind entry"):
+        replay(tmp_path / "r")
+
+
+def test_an_engine_goes_on_without_its_record_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The system takes 20,000 bytes, the last of them a part of what it was given, and then nothing more."""
+    room, real = [20_000], os.write
+
+    def full(file: int, data: bytes | bytearray) -> int:
+        if len(data) < 16 or file < 3:
+            return real(file, data)
+        if not room[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = real(file, bytes(data[: room[0]]))
+        room[0] -= taken
+        return taken
+
+    monkeypatch.setattr("weft.exec.record.os.write", full)
+    recorded(tmp_path / "r")
+    assert (tmp_path / "r").stat().st_size == 20_000
+    assert "No space left" in caplog.text
+    found = replay(tmp_path / "r")
+    assert found.difference is None
+    assert found.cut is not None
+    assert found.steps > 3
+
+
+def test_a_server_that_is_killed_leaves_a_record_that_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "killed.record"
+    with Serving(tmp_path, "--port", "0", "--threads", "1", "--max-model-len", "512", "--record", str(file)) as server:
+        url = server.url()
+        clients = [threading.Thread(target=quietly, args=(url, f"{i} The sea was calm.", 400)) for i in range(3)]
+        for thread in clients:
+            thread.start()
+        until = time.monotonic() + 60
+        while file.stat().st_size < 30_000:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        server.process.kill()
+        server.process.wait(30)
+        for thread in clients:
+            thread.join(30)
+    done = CliRunner().invoke(app, ["sim", "--replay", str(file)])
+    assert done.exit_code == 3, done.stdout
+    assert replay(file).steps > 10
+
+
+def quietly(url: str, prompt: str, tokens: int) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        ask(url, prompt, tokens)
 
 
 def test_a_damaged_record_is_refused_or_told_and_nothing_else_happens(record: Path, tmp_path: Path) -> None:
@@ -194,10 +296,13 @@ def test_a_damaged_record_is_refused_or_told_and_nothing_else_happens(record: Pa
             del data[at : at + chance.randrange(1, 200)]
         (tmp_path / "r").write_bytes(data)
         try:
-            seen["same" if replay(tmp_path / "r").difference is None else "told"] += 1
+            found = replay(tmp_path / "r")
+            if trial % 3 == 0:
+                assert found.cut is not None
+            seen["told" if found.difference is not None else "same" if found.cut is None else "cut"] += 1
         except ConfigError:
             seen["refused"] += 1
-    assert set(seen) == {"same", "told", "refused"}, seen
+    assert {"cut", "told", "refused"} <= set(seen), seen
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00" * 64, b"\xff" * 64, b"\x05\x00\x00\x00hello", b"{}"])
@@ -211,9 +316,9 @@ def test_what_is_no_record_is_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_another_format_is_refused(record: Path, tmp_path: Path) -> None:
     newer = rewritten(
-        record, tmp_path / "r", lambda n, e: msgspec.structs.replace(e, format=2) if isinstance(e, Made) else e
+        record, tmp_path / "r", lambda n, e: msgspec.structs.replace(e, format=FORMAT + 1) if isinstance(e, Made) else e
     )
-    with pytest.raises(ConfigError, match="format 2"):
+    with pytest.raises(ConfigError, match=f"format {FORMAT + 1}"):
         replay(newer)
 
 
@@ -238,9 +343,9 @@ def test_a_live_server_s_record_is_decided_again(tmp_path: Path) -> None:
             thread.join(60)
         assert server.end(signal.SIGTERM) == 0
     found = replay(file)
-    assert found.difference is None
+    assert (found.difference, found.cut) == (None, None)
     assert all(getattr(found, name) > 0 for name in COUNTS), found
-    assert sum(isinstance(e, Added) for _, e in entries(file)) == found.requests == 6
+    assert sum(isinstance(e, Added) for _, e in Entries(file)) == found.requests == 6
 
 
 def ask(url: str, prompt: str, tokens: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from weft.errors import ConfigError
 from weft.registry import lookup, names, parse
 from weft.sim.kinds import cluster_of
 from weft.sim.run import Wanted, load, setting
@@ -85,6 +86,12 @@ def test_prefix_aware_goes_where_the_beginning_was_unless_that_one_is_too_busy()
     assert chosen("prefix_aware(slack=2)", [a] * 4, View(), View()) == [0, 0, 0, 1]
     # A short beginning is worth nothing: 128 of 600 tokens are less than a quarter.
     assert chosen("prefix_aware", [a, (*a[:128], *range(472))], View(), View()) == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["fcfs+round_robin+power_of_two", "semipd+distserve", "fcfs+fair"])
+def test_a_slot_takes_one_policy(text: str) -> None:
+    with pytest.raises(ConfigError, match="takes one technique"):
+        cluster_of(setting(Wanted(trace="poisson(rate=1)", policy=text, replicas=4)))
 
 
 def logs(policy: str, trace: str, requests: int = 160, **changes: Any) -> str:

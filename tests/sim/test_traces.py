@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import statistics
@@ -50,6 +51,12 @@ def test_mooncake_s_blocks_are_shared_prefixes(tmp_path: Path) -> None:
     common = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(one.tokens(), two.tokens(), strict=False)))
     assert common == 1024
     assert two.time_s == 2.5
+
+
+def test_a_packed_file_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"TIMESTAMP,ContextTokens,GeneratedTokens\n"))
+    with pytest.raises(ConfigError, match="unpack it first"):
+        list(trace(str(tmp_path / "t.csv.gz")))
 
 
 def test_text_is_encoded_and_agents_may_be_out_of_order(tmp_path: Path) -> None:

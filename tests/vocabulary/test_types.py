@@ -21,6 +21,7 @@ from weft.types import (
     Command,
     Committed,
     Drop,
+    Ended,
     EngineFrame,
     EngineStats,
     Enter,
@@ -162,12 +163,12 @@ ACTIONS: tuple[Action, ...] = (
 )  # fmt: skip
 ENTRIES: tuple[Entry, ...] = (
     Made(
-        format=2, groups=GROUPS, blocks=9, limits={"max_rows": 8}, parts=("schedule=fcfs",), models=("target", "draft"), layers=2,
+        format=3, groups=GROUPS, blocks=9, limits={"max_rows": 8}, parts=("schedule=fcfs",), models=("target", "draft"), layers=2,
         vocab=7, share=False, settings=b"s", in_flight=2, reach={"draft": 4}, block_bytes=64,
         control=True,
     ),
     Added(1.5, SPEC, refused=True), Cancelled(3, 1, found=False), Planned(2.5, PLAN, ((1, 0),), (7, 8)), Committed(3.5, RESULT),
-    Abandoned(4.5, 6),
+    Abandoned(4.5, 6), Ended(),
 )  # fmt: skip
 SHARED = SharedKV(3, 1 << 20, writes=True)
 WHOLE: list[Any] = [*ENTRIES, PLAN, RESULT, FRAME, SPEC, SHARED, *GROUPS, *COMMANDS, *ACTIONS, *EVENTS, *ITEMS]

@@ -28,8 +28,10 @@ from msgspec import Struct
 
 from weft.cli._terminal import loading, log, say, stderr
 from weft.errors import CapacityError, ConfigError, EngineError
+from weft.exec.record import Record, tap
 from weft.exec.thread import EngineThread, settle
 from weft.front.wire import (
+    Done,
     Exited,
     Failed,
     FrameError,
@@ -221,6 +223,8 @@ def serve(sock: socket.socket) -> int:
         if reason is not None:  # what lives is not lost: the front asks the next engine for it
             inbox.end()
 
+    if isinstance(port.engine.tap, Record):
+        inbox.closing = port.engine.tap.close
     port.subscribe(tell)
     _send(sock, Ready(port.info))
     inbox.serve(port)
@@ -242,6 +246,8 @@ class Inbox:
         self._port: EngineThread | None = None
         self._turn = threading.Lock()
         self._over = threading.Event()
+        self.closing: Callable[[], None] = lambda: None
+        """Called when the front says that the server ends."""
 
     def next(self) -> Any:
         """The next message, before `follow`."""
@@ -287,13 +293,15 @@ class Inbox:
         with self._turn:
             give = self._held.append if self._port is None else self._port.send
             for message in messages:
-                give(message)
+                if isinstance(message, Done):
+                    self.closing()
+                else:
+                    give(message)
 
 
 def _built(start: Start) -> EngineThread:
     """Plan, show the plan, and only then load.  Raises EngineError."""
     from weft.exec.build import build, engine_config, prepare
-    from weft.exec.record import tap
     from weft.exec.shadow import Shadow, check_options, planned
     from weft.llm import engine_info
 

@@ -153,7 +153,8 @@ def sim(
 ) -> None:
     """Simulate a load: the scheduler that serves, line for line, under a virtual clock.
 
-    With --replay nothing is simulated; exit status 1 when a decision is not the recorded one.
+    With --replay nothing is simulated; exit status 1 when a decision is not the recorded one, 3 when the record is cut and none
+    differs.
     """
     from weft.registry import load_plugin
     from weft.sim.report import page
@@ -178,20 +179,12 @@ def sim(
             console = stdout()
             console.print(table({wanted.policy: result}, console.width))
         return
-    if report is not None:
-        if not report.parent.is_dir():
-            raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
-        try:
-            report.touch()  # what can't be written is better known before hours of simulation than after
-        except OSError as error:
-            raise ConfigError(f"--report {report} cannot be written: {error}") from None
-    with _telling() as tell:
+    if report is not None and not report.parent.is_dir():
+        raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
+    with _telling() as tell, _written(report) as write:
         points = simulate(wanted, split(compare or wanted.policy, ","), numbers(rates), tell)
-    if report is not None:
-        try:
-            report.write_text(page(points, wanted), encoding="utf8")
-        except OSError as error:
-            raise ConfigError(f"--report {report} cannot be written: {error}") from None
+        if report is not None:
+            write(page(points, wanted))
     if json_:
         found = [{"policy": p.policy, "rate": p.rate, "offered": p.offered, **p.result} for p in points]
         print(json.dumps(found, indent=2))
@@ -200,21 +193,61 @@ def sim(
         console.print(table({f"{p.policy} at {p.rate:g}": p.result for p in points}, console.width))
 
 
+CUT = 3
+"""Exit status of a replay that found nothing different in a record that is cut."""
+
+
+@contextlib.contextmanager
+def _written(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """What writes the report.  Raises ConfigError.
+
+    What can't be written is better known before hours of simulation than after, so the file is there at once; and it goes again,
+    where it was not there before, if nothing comes of the simulation.
+    """
+    if path is None:
+        yield lambda text: None
+        return
+    before = path.exists()
+
+    def write(text: str) -> None:
+        nonlocal before
+        path.write_text(text, encoding="utf8")
+        before = True
+
+    try:
+        path.touch()
+        yield write
+    except OSError as error:
+        raise ConfigError(f"--report {path} cannot be written: {error}") from None
+    finally:
+        if not before:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def replayed(path: Path, json_: bool) -> None:
-    """Print what a record holds and the first difference.  Exits with status 1 where there is one."""
+    """Print what a record holds and the first difference.  Exits with status 1 where there is one, and with 3 where there is none
+    in a record that is cut."""
     from weft.sim.replay import replay
 
     found = replay(path)
     if json_:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        said = {
-            k.replace("_", " "): v for k, v in found.as_dict().items() if k not in ("identical", "difference", "at")
-        }
-        print(", ".join(f"{v:,} {k}" for k, v in said.items()))
-        print(found.difference or "every decision is the recorded one")
-    if found.difference is not None:
-        raise typer.Exit(1)
+        told = {k: v for k, v in found.as_dict().items() if isinstance(v, int) and k not in ("identical", "at")}
+        print(", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in told.items()))
+        if found.difference is not None:
+            print(found.difference)
+        elif found.cut is None:
+            print("every decision is the recorded one")
+        else:
+            print(
+                f"the record is cut: {found.cut}. Its engine still runs, failed or was killed, its disk was full, or the file "
+                f"lost its end later. The decisions of the {found.steps:,} steps before that are the recorded ones; of what came "
+                "after them nothing is known"
+            )
+    if found.difference is not None or found.cut is not None:
+        raise typer.Exit(1 if found.difference is not None else CUT)
 
 
 def peaks(flags: SimFlags, json_: bool) -> None:

@@ -3,8 +3,9 @@
 put    a request waits from now on
 drop   it does so no longer
 first  who is next
+heads  who comes after that, as it looks now
 
-A schedule whose keys change while requests wait, and who keeps them itself, has the same three (`slots.Queueing`).
+A schedule whose keys change while requests wait, and who keeps them itself, has the same four (`slots.Queueing`).
 """
 
 from __future__ import annotations
@@ -98,9 +99,7 @@ class Own:
         return request
 
     def heads(self, most: int, now: float) -> list[Request]:
-        """Only the first: who comes after it depends on what becomes of it."""
-        request = self.first(now)
-        return [] if request is None else [request]
+        return cast("list[Request]", list(self._queue.heads(most, now)))
 
 
 def queue_of(policy: Schedule) -> ByKey | Own:

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from weft.cost._common import Rates
 from weft.registry import register
+from weft.slots import Claim
 from weft.slots.cost import Figures, Hardware, Load, Parts
 from weft.traits import Traits
 
@@ -36,6 +37,10 @@ class Megatron:
     dtype: str = "bfloat16"
     acts: ClassVar[dict[str, int]] = {}
     traits: ClassVar[Traits] = Traits()
+    claim: ClassVar[Claim] = Claim(
+        "a pipeline of p stages loses (p - 1) / m of its time to the bubble, and nothing else", "output_tok_s", 0.8, "more",
+        case="stages", devices=2,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         shares = (self.compute, self.memory, self.attention)

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from weft.cost._common import OverRanks, Split, ways
 from weft.registry import register
+from weft.slots import Claim
 from weft.slots.cost import Figures, Link, Load
 from weft.traits import Traits
 
@@ -29,6 +30,10 @@ class TokenRing(OverRanks):
 
     acts: ClassVar[dict[str, int]] = {}
     traits: ClassVar[Traits] = Traits()
+    claim: ClassVar[Claim] = Claim(
+        "less time than a ring of keys and values (no figure is given)", "ttft_s.mean", 0.99, "less",
+        against="contextparallel", case="long",
+    )  # fmt: skip
 
     def told_s(self, found: Split, load: Load, model: Figures, link: Link) -> float:
         return ways(found, self.ranks, link, (found.attention + found.kv) / self.ranks)[2]

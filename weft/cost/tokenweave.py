@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from weft.cost._common import Rates, by_rows, two_streams
 from weft.registry import register
+from weft.slots import Claim
 from weft.slots.cost import Figures, Hardware, Load, Parts
 from weft.traits import Traits
 
@@ -41,6 +42,9 @@ class TokenWeave:
     dtype: str = "bfloat16"
     acts: ClassVar[dict[str, int]] = {}
     traits: ClassVar[Traits] = Traits()
+    claim: ClassVar[Claim] = Claim(
+        "up to 1.26 times the throughput under tensor parallelism over NVLink", "output_tok_s", 1.26, "more", case="sums",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         shares = (self.compute, self.memory, self.attention)

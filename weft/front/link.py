@@ -11,13 +11,14 @@ import socket
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from weft.errors import EngineError
-from weft.front.wire import FrameError, Frames, Hello, frame_of
+from weft.front.wire import Done, FrameError, Frames, Hello, frame_of
 
 log = logging.getLogger("weft.engine")
 
@@ -90,13 +91,20 @@ class Link:
             selector.register(self.sock, selectors.EVENT_READ)
             return bool(selector.select(0))
 
-    def close(self) -> None:
+    def close(self, done: bool = False) -> None:
+        """done: an engine is told first that the server ends in good order."""
+        if done:
+            self.send(Done())
         self.sock.close()
 
 
-def kill(pid: int) -> None:
-    """End a process that may have ended already."""
+def kill(pid: int, after_s: float = 0.0) -> None:
+    """End a process that may have ended already, or does so by itself within `after_s`; somebody else buries it."""
+    until = time.monotonic() + after_s
     with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.kill(pid, 0)
+            time.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
 
 

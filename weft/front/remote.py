@@ -344,10 +344,10 @@ class RemoteEngine:
         if self._pid is not None:
             kill(self._pid)
 
-    def _drop_engine(self) -> None:
+    def _drop_engine(self, done: bool = False) -> None:
         if self._engine is not None:
             self._selector.unregister(self._engine.sock)
-            self._engine.close()
+            self._engine.close(done)
             self._engine = None
 
     def _died(self, status: int) -> None:
@@ -405,12 +405,12 @@ class RemoteEngine:
     def _end(self) -> None:
         """End what runs, and clear away the socket."""
         self._up = False
-        self._drop_engine()  # which ends the engine
+        self._drop_engine(done=True)  # which ends the engine
+        if self._pid is not None:  # one that keeps a record writes its end
+            kill(self._pid, CLOSING_S / 2 if self._start.record else 0.0)
         if self._nursery is not None:
             self._nursery.close()
         self._door.close()
-        if self._pid is not None:
-            kill(self._pid)
         if self._process is not None:
             end(self._process, 0.0 if self._pid is None else CLOSING_S)  # the engine, if there is one, it has to bury
         for key in list(self._selector.get_map().values()):

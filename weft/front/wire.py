@@ -76,6 +76,10 @@ class Start(Struct, frozen=True, tag="start", kw_only=True):
     shared: SharedKV | None = None
 
 
+class Done(Struct, frozen=True, tag="done"):
+    """Front to engine: the server ends in good order.  A front that was killed does not say so."""
+
+
 class Ready(Struct, frozen=True, tag="ready"):
     """Engine to front: it is built and takes commands."""
 
@@ -102,7 +106,7 @@ class Step(Struct, frozen=True, tag="step"):
 FromNursery = Hello | Spawned | Exited
 ToNursery = Spawn
 FromEngine = Hello | Ready | Failed | Step
-ToEngine = Start | Add | Cancel | Load | Drop | Watch
+ToEngine = Start | Done | Add | Cancel | Load | Drop | Watch
 
 _encoder = msgspec.msgpack.Encoder()
 

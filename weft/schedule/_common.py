@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 from weft.slots import RequestView
@@ -47,6 +47,33 @@ class Least(Generic[T]):
                 return key, self._there[name][1]
             heapq.heappop(self._heap)
         return None
+
+    def heads(self, most: int) -> list[tuple[Key, T]]:
+        """The first `most`, in order: a heap is a tree whose smallest are found from its root down."""
+        found: list[tuple[Key, T]] = []
+        if self.first() is None:  # which lets go of what stands before it and does not count
+            return found
+        edge = [(self._heap[0], 0)]
+        while edge and len(found) < most:
+            entry, i = heapq.heappop(edge)
+            if self._counts(entry):
+                found.append((entry[0], self._there[entry[2]][1]))
+            for child in range(2 * i + 1, min(2 * i + 3, len(self._heap))):
+                heapq.heappush(edge, (self._heap[child], child))
+        return found
+
+    def settled(self, most: int, named: Callable[[T], tuple[Hashable, Key]]) -> list[T]:
+        """The first `most` where keys may only have grown since they were put: who stands too far in front is put again.
+
+        named: name and key, as they are now.
+        """
+        while True:
+            found = self.heads(most)
+            moved = [(*now, thing) for key, thing in found if (now := named(thing))[1] != key]
+            if not moved:
+                return [thing for _, thing in found]
+            for name, key, thing in moved:
+                self.put(name, key, thing)
 
     def _counts(self, entry: tuple[Key, int, Hashable]) -> bool:
         found = self._there.get(entry[2])

@@ -86,6 +86,19 @@ class BatchLLM:
         assert head is not None
         return head[1]
 
+    def heads(self, most: int, now: float) -> Sequence[RequestView]:
+        """Taken out one after the other and put back, which leaves everything as it was."""
+        found: list[RequestView] = []
+        before = self._open
+        while len(found) < most and (request := self.first(now)) is not None:
+            found.append(request)
+            self._open = self._group(request)
+            self.drop(request)
+        for request in found:
+            self.put(request, now)
+        self._open = before
+        return found
+
     def _again(self, group: bytes) -> None:
         """Find the place of a group of which somebody came or went."""
         for priority, line in self._groups.get(group, {}).items():

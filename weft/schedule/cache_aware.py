@@ -71,16 +71,25 @@ class CacheAware:
         self._unwatch(request.rid)
 
     def first(self, now: float) -> RequestView | None:
-        """What was forgotten is seen when it would make a request the first; what was remembered has moved it already."""
         oldest = self._old.first()
         if oldest is not None and now - oldest[1].arrival > self.patience_s:
             return oldest[1]
-        while (found := self._best.first()) is not None:
-            key, request = found
-            if key == self._key(request, self._matches(request)):
-                return request
-            self._place(request)
-        return None
+        return next(iter(self._nearest(1)), None)
+
+    def heads(self, most: int, now: float) -> Sequence[RequestView]:
+        """Whoever is among the first is so by its age or by its matches."""
+        both = {r.rid: r for r in (*(r for _, r in self._old.heads(most)), *self._nearest(most))}
+        return sorted(both.values(), key=lambda r: (self.order(r, now), r.rid))[:most]
+
+    def _nearest(self, most: int) -> list[RequestView]:
+        """What was forgotten is seen when it would put a request in front; what was remembered has moved it already."""
+        while True:
+            found = self._best.heads(most)
+            moved = [r for key, r in found if key != self._key(r, self._matches(r))]
+            if not moved:
+                return [r for _, r in found]
+            for request in moved:
+                self._place(request)
 
     def _key(self, request: RequestView, matches: int) -> tuple[float, ...]:
         return (request.priority, -matches, request.arrival, request.rid)

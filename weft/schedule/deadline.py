@@ -71,14 +71,11 @@ class Deadline:
         self._line.drop(request.rid)
 
     def first(self, now: float) -> RequestView | None:
-        """Once its slack is gone a request goes behind others, and never before them again: it is seen when it is the first."""
-        while (found := self._line.first()) is not None:
-            key, request = found
-            again = (*self.order(request, now), request.rid)
-            if again == key:
-                return request
-            self._line.put(request.rid, again, request)
-        return None
+        return next(iter(self.heads(1, now)), None)
+
+    def heads(self, most: int, now: float) -> Sequence[RequestView]:
+        """Once its slack is gone a request goes behind others, and never before them again: it is seen when it is in front."""
+        return self._line.settled(most, lambda r: (r.rid, (*self.order(r, now), r.rid)))
 
     def admit(self, request: RequestView, step: StepView) -> bool:
         return True

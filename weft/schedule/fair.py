@@ -12,6 +12,7 @@ Raises   ValueError if a cost or a weight is not above 0 or most < 1
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Fair:
         self._wait[request.tenant] += 1
         line = self._lines.setdefault(who, Least())
         line.put(request.rid, (request.arrival, request.rid), request)
-        self._all.put(who, self._key(who, line), line)
+        self._all.put(*self._named(line), line)
 
     def drop(self, request: RequestView) -> None:
         who = request.priority, request.tenant
@@ -82,22 +83,41 @@ class Fair:
             self._left = self._counters.get(request.tenant, 0.0)
 
     def first(self, now: float) -> RequestView | None:
-        """Counters only rise while a tenant waits, so that one whose turn may be over is seen when it is the first."""
-        while (found := self._all.first()) is not None:
-            key, line = found
-            _, request = line.first() or (None, None)
-            assert request is not None
-            who = request.priority, request.tenant
-            again = self._key(who, line)
-            if again == key:
-                return request
-            self._all.put(who, again, line)
-        return None
+        lines = self._least(1)
+        found = lines[0].first() if lines else None
+        return None if found is None else found[1]
 
-    def _key(self, who: tuple[int, bytes], line: Least[RequestView]) -> tuple[float, ...]:
+    def heads(self, most: int, now: float) -> Sequence[RequestView]:
+        """As counters would rise with the prompts of those before; of the first lines alone (a tenant may have several)."""
+        found, counters = list[RequestView](), dict[bytes, float]()
+        lines = [[r for _, r in line.heads(most)][::-1] for line in self._least(2 * most)]
+
+        def key(i: int) -> tuple[int, float, float, int, int]:
+            r = lines[i][-1]
+            counter = counters.setdefault(r.tenant, self._counters.get(r.tenant, 0.0))
+            return r.priority, counter, r.arrival, r.rid, i
+
+        queue = sorted(map(key, range(len(lines))))
+        while queue and len(found) < most:
+            i = queue[0][-1]
+            if queue[0] == key(i):
+                found.append(lines[i].pop())
+                counters[found[-1].tenant] += self._cost(found[-1], found[-1].remaining)
+            heapq.heappop(queue)
+            if lines[i]:
+                heapq.heappush(queue, key(i))
+        return found
+
+    def _least(self, most: int) -> list[Least[RequestView]]:
+        """Counters only rise while a tenant waits, so that one whose turn may be over is seen when it is in front."""
+        return self._all.settled(most, self._named)
+
+    def _named(self, line: Least[RequestView]) -> tuple[tuple[int, bytes], tuple[float, ...]]:
+        """(priority and tenant, key) of those who wait in a line."""
         found = line.first()
         assert found is not None
-        return (who[0], self._counters.get(who[1], 0.0), *found[0])
+        who = found[1].priority, found[1].tenant
+        return who, (who[0], self._counters.get(who[1], 0.0), *found[0])
 
     def _lift(self, tenant: bytes) -> None:
         """A tenant that had nothing to ask does not come back with a claim to all the time that it was away."""
@@ -115,11 +135,14 @@ class Fair:
 
     def quota(self, request: RequestView, step: StepView) -> Quota:
         rows = min(request.remaining, step.rows_left)
-        cost = self.answer_cost if request.decoding else self.prompt_cost
-        weight = self.weights.get(request.tenant.decode(errors="replace"), 1.0) if self.weights else 1.0
-        self._counters[request.tenant] = self._counters.get(request.tenant, 0.0) + rows * cost / weight
+        self._counters[request.tenant] = self._counters.get(request.tenant, 0.0) + self._cost(request, rows)
         self.acts["rows_counted"] += rows
         return Quota(step.rows_left)
+
+    def _cost(self, request: RequestView, rows: int) -> float:
+        cost = self.answer_cost if request.decoding else self.prompt_cost
+        weight = self.weights.get(request.tenant.decode(errors="replace"), 1.0) if self.weights else 1.0
+        return rows * cost / weight
 
     def victim(self, needy: RequestView, candidates: Sequence[RequestView]) -> RequestView | None:
         return latest(needy, candidates)

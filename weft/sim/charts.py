@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 460, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 40
 HUES = ("--s0", "--s1", "--s2", "--s3", "--s4", "--s5", "--s6", "--s7")
 """Variables of the page's style, one for each series."""
 DECADES = 30.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -36,17 +36,24 @@ AT_ONCE = Link(name="paid for by the hand-over", bytes_s=math.inf, latency_s=0.0
 
 
 class Worker(Replica):
-    """Takes in prompts, and requests whose prompts were computed elsewhere (`handed`).  coded: (end, rows) of images in hand."""
+    """Takes in prompts, and requests whose prompts were computed elsewhere (`handed`).
+
+    coded: (end, rows) of images in hand, one after the other; coded_rows: of all of these.
+    """
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self.handed = set[int]()
-        self.coded: list[tuple[float, float]] = []
+        self.coded: deque[tuple[float, float]] = deque()
+        self.coded_rows = 0.0
 
     @property
     def pending(self) -> int:
-        self.coded = [c for c in self.coded if c[0] > self.now]
-        return super().pending + int(sum(rows for _, rows in self.coded))
+        while self.coded and self.coded[0][0] <= self.now:
+            self.coded_rows -= self.coded.popleft()[1]
+        if not self.coded:
+            self.coded_rows = 0.0  # whatever was lost in rounding
+        return super().pending + round(self.coded_rows)
 
     def _advance(self, until: float, ahead: bool) -> float:
         due = super()._advance(until, ahead)
@@ -58,6 +65,7 @@ class Worker(Replica):
     def encode(self, end: float, rows: float) -> None:
         """It has a tile in hand, until then."""
         self.coded.append((end, rows))
+        self.coded_rows += rows
         self.quiet = 0.0
 
     def take_in(self, id: int, arrival: Arrival) -> None:
@@ -198,7 +206,7 @@ class Pools(Cluster):
     def encode(self, a: Arrival, now: float) -> float:
         """Give each tile to the encoder that is free first; when the last one's embeddings have come to where prompts are."""
         coders = [cast(Worker, r) for r, role in zip(self.replicas, self.roles, strict=True) if role == "encode"]
-        free = [(max([now, *(end for end, _ in r.coded)]), i) for i, r in enumerate(coders)]
+        free = [(max(now, r.coded[-1][0]) if r.coded else now, i) for i, r in enumerate(coders)]
         heapq.heapify(free)
         end = now
         for _ in range(a.images):

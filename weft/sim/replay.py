@@ -15,7 +15,7 @@ import msgspec
 from weft.config import Limits, build_stack
 from weft.core.engine import Engine
 from weft.errors import ConfigError, EngineError
-from weft.types import Abandoned, Added, Cancelled, Committed, Entry, Made, Plan, Planned, Preempted, Rejected
+from weft.types import Abandoned, Added, Cancelled, Committed, Ended, Entry, Made, Plan, Planned, Preempted, Rejected
 from weft.types.record import FORMAT
 
 MAX_ENTRY = 256 << 20
@@ -40,30 +40,55 @@ class Replayed:
     difference: str | None = None
     at: int = field(default=0)
     """The entry of the difference, or the last one."""
+    cut: str | None = None
+    """Where the record breaks off, in words; None of one that is whole, or was read up to a difference only."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {"identical": self.difference is None, **asdict(self)}
+        return {"identical": self.difference is None and self.cut is None, **asdict(self)}
 
 
-def entries(path: Path) -> Iterator[tuple[int, Entry]]:
-    """(number, entry) of a record.  Raises ConfigError."""
-    decode = msgspec.msgpack.Decoder(Entry).decode
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while len(head := file.read(4)) == 4:
-                number += 1
-                size = int.from_bytes(head, "little")
-                if size > MAX_ENTRY:
-                    raise ConfigError(f"{path}: entry {number} would have {size} bytes; this is no record")
-                if len(data := file.read(size)) < size:
-                    return  # the engine was killed while it wrote
-                try:
-                    yield number, decode(data)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                    raise ConfigError(f"{path}: entry {number} is none of a record: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"the record {path} cannot be read: {error}") from None
+class Entries:
+    """(number, entry) of a record, up to the one that ends it or to where it is cut.  Raises ConfigError, while it is read, too.
+
+    cut: what is missing of it, in words, once everything was read; None of a record that is whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cut: str | None = None
+        self._lines = self._read()
+
+    def __iter__(self) -> Iterator[tuple[int, Entry]]:
+        return self._lines
+
+    def _read(self) -> Iterator[tuple[int, Entry]]:
+        decode = msgspec.msgpack.Decoder(Entry).decode
+        number, at = 0, 0
+        try:
+            with self.path.open("rb") as file:
+                while head := file.read(4):
+                    number += 1
+                    size = int.from_bytes(head, "little")
+                    if len(head) == 4 and size > MAX_ENTRY:
+                        raise ConfigError(f"{self.path}: entry {number} would have {size} bytes; this is no record")
+                    if len(head) < 4 or len(data := file.read(size)) < size:
+                        self.cut = f"entry {number}, which begins at byte {at:,}, is not there as a whole"
+                        return
+                    try:
+                        entry = decode(data)
+                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                        raise ConfigError(f"{self.path}: entry {number} is none of a record: {error}") from None
+                    if isinstance(entry, Ended):
+                        if file.read(1):
+                            raise ConfigError(
+                                f"{self.path}: something stands behind entry {number}, which ends the record"
+                            )
+                        return
+                    yield number, entry
+                    at += 4 + size
+        except OSError as error:
+            raise ConfigError(f"the record {self.path} cannot be read: {error}") from None
+        self.cut = f"it breaks off behind entry {number}, at byte {at:,}, and does not say that it ends there"
 
 
 def engine_of(made: Made) -> Engine:
@@ -84,7 +109,8 @@ def engine_of(made: Made) -> Engine:
 def replay(path: Path) -> Replayed:
     """Hold a new engine's decisions against a record.  Raises ConfigError where the file is no record."""
     found = Replayed()
-    lines = entries(path)
+    read = Entries(path)
+    lines = iter(read)
     at, first = next(lines, (0, None))
     if not at:
         raise ConfigError(f"{path} has no whole entry: nothing had come to the engine yet when the record ended")
@@ -104,7 +130,7 @@ def replay(path: Path) -> Replayed:
         if found.difference is not None:
             found.difference = f"entry {number}, {_where(entry)}: {found.difference}"
             break
-    found.evictions = engine.pool.evictions
+    found.evictions, found.cut = engine.pool.evictions, read.cut
     return found
 
 

@@ -60,6 +60,7 @@ class Replica:
         """Moments at which something happened."""
         self._flight: tuple[Plan, Parts, float] | None = None
         self._inbox: deque[tuple[int, Arrival]] = deque()
+        self._inbox_rows = 0
         self._coast = Coast(self.engine, price, len(model.figures.kinds), self._stepped, self._ended, meter.gaps, log)
         self.steps = 0
 
@@ -81,7 +82,7 @@ class Replica:
     def pending(self) -> int:
         """Rows of prompts that are not computed, the inbox's included."""
         s = self.engine.scheduler
-        rows = s.queued_rows + sum(a.prompt for _, a in self._inbox)
+        rows = s.queued_rows + self._inbox_rows
         if self._coast.active:
             return rows  # whoever runs decodes
         return rows + sum(max(0, r.prompt - r.planned[0]) for r in s.running.values())
@@ -111,6 +112,7 @@ class Replica:
     def deliver(self, id: int, arrival: Arrival) -> None:
         """Put a request into the inbox; `advance` has been called up to its time."""
         self._inbox.append((id, arrival))
+        self._inbox_rows += arrival.prompt
         self.quiet = 0.0
 
     def advance(self, until: float, *, ahead: bool = False) -> None:
@@ -156,6 +158,7 @@ class Replica:
     def _take_in(self) -> None:
         while self._inbox and self._inbox[0][1].time_s <= self.now:
             id, arrival = self._inbox.popleft()
+            self._inbox_rows -= arrival.prompt
             self.take_in(id, arrival)
 
     def take_in(self, id: int, arrival: Arrival) -> None:

@@ -64,6 +64,8 @@ def policies(text: str) -> tuple[list[Part], dict[str, Part]]:
     inside, outside = list[Part](), dict[str, Part]()
     for word in split(text, "+"):
         part = _part(word)
+        if part.slot in outside:
+            raise ConfigError(f"slot {part.slot} takes one technique; leave out {outside[part.slot]} or {part}")
         if part.slot in ("route", "place"):
             outside[part.slot] = part
         elif SLOTS[part.slot].inside:

@@ -67,6 +67,9 @@ def _reader(file: Path, seed: int, encode: Encode | None, number: int) -> Iterat
     if is_client(file):
         return client(file, seed, number)
     try:
+        with file.open("rb") as data:
+            if data.read(2) == b"\x1f\x8b":
+                raise ConfigError(f"{file} is packed with gzip; unpack it first, as in: gunzip -k {file}")
         with file.open(encoding="utf8") as lines:
             first = lines.readline(MAX_LINE)
     except (OSError, UnicodeDecodeError) as error:

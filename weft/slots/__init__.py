@@ -195,11 +195,14 @@ class Queueing(Protocol):
     put    a request waits from now on; also one that waited before and ran
     drop   it does not wait any more: it runs, or has left
     first  who is next: of all who wait the one of the least (`order`, `rid`) now
+    heads  the first `most` as they would come one after the other, if nothing else happened: what lies below the pool is brought
+           nearer for them
     """
 
     def put(self, request: RequestView, now: float) -> None: ...
     def drop(self, request: RequestView) -> None: ...
     def first(self, now: float) -> RequestView | None: ...
+    def heads(self, most: int, now: float) -> Sequence[RequestView]: ...
 
 
 class Refusing(Protocol):

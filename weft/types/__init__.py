@@ -36,7 +36,7 @@ from weft.types.events import (
 from weft.types.inputs import Grammar, Item, MediaItem, RequestSpec, SamplingSpec, Span, TokenItem, VectorItem
 from weft.types.kv import Grant, GroupKind, GroupSpec, KVOp, KVOpKind, SharedKV
 from weft.types.plan import Enter, Keep, Mask, Plan, Work
-from weft.types.record import Abandoned, Added, Cancelled, Committed, Entry, Made, Planned
+from weft.types.record import Abandoned, Added, Cancelled, Committed, Ended, Entry, Made, Planned
 from weft.types.result import StepResult, TokenLogprob, WorkResult
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "Command",
     "Committed",
     "Drop",
+    "Ended",
     "EngineFrame",
     "EngineStats",
     "Enter",

@@ -13,7 +13,7 @@ from weft.types.kv import GroupSpec
 from weft.types.plan import Plan
 from weft.types.result import StepResult
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Made(Struct, frozen=True, kw_only=True, tag="made"):
@@ -80,4 +80,8 @@ class Abandoned(Struct, frozen=True, tag="abandoned"):
     step: int
 
 
-Entry = Made | Added | Cancelled | Planned | Committed | Abandoned
+class Ended(Struct, frozen=True, tag="ended"):
+    """The engine was ended in good order, and the record with it.  Without this it is cut."""
+
+
+Entry = Made | Added | Cancelled | Planned | Committed | Abandoned | Ended
