@@ -63,6 +63,8 @@ class Case:
     companions  a second context for each prompt, where the stack contrasts
     plugins     files that register techniques which no installation has, such as a draft that knows the answer
     grammar     what every answer has to look like
+    piece       steps of decoding after which others have their turn, whose time is not counted; 0: a whole wave.  Neighbours on
+                the machine disturb it for a second or so, which then meets everyone
     bound       whether it stands for the most that can be had, and not for the technique as it is used
     apart       whether a wave's prompts are all computed, and parked, before any of its sequences decodes.  Then prefill and
                 decode are measured apart; else decode_tok_s is over the whole time.  False where the batch does not fit the
@@ -86,6 +88,7 @@ class Case:
     plugins: Sequence[str] = ()
     bound: bool = False
     grammar: Grammar | None = None
+    piece: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
@@ -164,13 +167,13 @@ class Contender:
         return found
 
     def waves(self, turn: int, found: Run) -> Iterator[None]:
-        """`run` wave by wave, so that others may run between."""
+        """`run` wave by wave, or piece by piece, so that others may run between."""
         count = len(self.case.prompts)
         for start in range(0, count, self.case.batch):
-            self._wave(range(start, min(start + self.case.batch, count)), turn, found)
+            yield from self._wave(range(start, min(start + self.case.batch, count)), turn, found)
             yield
 
-    def _wave(self, which: range, turn: int, found: Run) -> None:
+    def _wave(self, which: range, turn: int, found: Run) -> Iterator[None]:
         case, engine = self.case, self.runtime.engine
         began = self._wave_began = time.perf_counter()
         places: dict[int, int] = {}
@@ -192,10 +195,18 @@ class Contender:
             for request in engine.requests():
                 if request.state is State.PARKED:  # a companion goes on with its leader
                     engine.resume(request.id, request.index, now=time.monotonic())
+            if case.piece:
+                yield
             began = time.perf_counter()
-        cpu_began = time.process_time()
+        cpu_began, steps = time.process_time(), 0
         drawn = engine.stats.generation_tokens
         while engine.has_work:
+            if case.piece and steps == case.piece:
+                found.decode_s += time.perf_counter() - began
+                found.decode_cpu_s += time.process_time() - cpu_began
+                yield
+                began, cpu_began, steps = time.perf_counter(), time.process_time(), 0
+            steps += 1
             before = time.perf_counter()
             events = self._step(places, found)
             took = time.perf_counter() - before

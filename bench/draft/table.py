@@ -5,17 +5,21 @@
     python -m bench.draft.table ../shared/data --quick            # the bundled model, few tokens; writes no file
 
 `--whole` takes the loads of `bench.draft.whole` in their order and begins none when --minutes are over.  Rows are written load by
-load, and the same command goes on where the last one ended: with rows that are missing, and with those that another controller
-than today's decided.
+load, and the same command goes on where the last one ended: with rows that are missing, with those that another controller than
+today's decided, or that were measured otherwise, and, with --since, with those that were taken before a day.
 
 The model is the bundled one in the body of Qwen2.5-0.5B.  Its prompts: windows of the held-out novels (`prose`), the questions
 of Spec-Bench in the chat format, cut to 768 tokens (`spec-bench`), and tokens by lot (`random`).  Greedy answers of a small model
 run into loops, which accept everything: of greedy loads only prompts are kept whose answer repeats less than a fifth of its
 8-grams; each row says what its answers repeat, and how many answers were looked at for those that were left.
 
-A row is a draft under a load.  `ratio` is decoding against plain decoding in the same round, the median of the rounds;
-`acceptance` of guesses all before which stood, `predicted_acceptance` what the law says of the same ones (`bench.draft.law`).
-Drafts of one load take turns on the same weights, and each command adds its rows to those that the file holds.
+A row is a draft under a load.  `ratio` is decoding against plain decoding in the same round, the median of the rounds, over all
+tokens of the same answers; `ratio_full` the same until the first answer has ended, since sequences that guess end at different
+times, and a batch that runs empty is no batch of its size any more.  The row of no draft is plain decoding a second time: what
+its ratio is off by is the noise of the others.  `acceptance` of guesses all before which stood, `predicted_acceptance` what the
+law says of the same ones (`bench.draft.law`).
+Drafts of one load take turns of `PIECE` steps on the same weights, forth and back, and each command adds its rows to those that
+the file holds.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.contender import Case, Contender, Model
+from bench.contender import Case, Contender, Model, Run
 from bench.draft import whole
 from bench.draft.heads import fitted, heads_file
 from bench.draft.law import Translated, Trials, learned, predicted, reader, repeated, texts_of
@@ -55,6 +59,8 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 LONGEST = {"prose": 96, "spec-bench": 768, "random": 64}
 """Tokens of a prompt."""
 MOST_REPEATED = 0.2
+PIECE = 8
+"""Steps of a turn: long enough that one's caches are its own, and short beside what neighbours do to a machine."""
 BOUND = 8
 """Guesses of the perfect draft."""
 READERS = ("vocabtrim", "hierarchy")
@@ -118,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--whole", action="store_true", help="the loads of bench.draft.whole, whatever else is named")
     parser.add_argument("--minutes", type=float, default=20.0, help="with --whole: begin no load after so many (20)")
     parser.add_argument("--resume", action="store_true", help="leave out loads whose rows are there")
+    parser.add_argument(
+        "--since", default="", help="with --resume: take rows again that are older than this day, 2026-11-28"
+    )
     parser.add_argument("--quick", action="store_true", help="bundled model, few tokens, one round; writes no file")
     parser.add_argument("--out", type=Path, default=OUT)
     flags = parser.parse_args(argv)
@@ -155,6 +164,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
         found, tried = prompts(model, flags, load, sweep.new)
         null = Case(
             name="plain", prompts=found, max_new=sweep.new, batch=load.batch, sampling={"temperature": load.temperature},
+            piece=PIECE,
         )  # fmt: skip
         plain = Contender(model, null, flags.threads, root)
         root = root or plain
@@ -271,17 +281,18 @@ def compare(
     name = f"table-{model.folder.name}-{load.text}-{load.temperature}-{load.batch}"
     bound = perfect(null, name, plain)
     cases = [bound, *(s.case(null) for s in chosen)]
-    everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in cases)]
+    again = replace(null, name="plain again")
+    everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in (again, *cases))]
     for one in everyone[1:]:
         one.run(0)
     watched = [Watched(one) for one in everyone]
     for turn in range(1, sweep.rounds + 1):
-        one_round(everyone, turn)
+        one_round(everyone if turn % 2 else everyone[::-1], turn)
     target = reader(resolve(None))
-    for one, seen, stack in zip(everyone, watched, (None, None, *chosen), strict=True):
-        ratios = [
-            (a.decode_tok / a.decode_s) / (b.decode_tok / b.decode_s) for a, b in zip(one.runs, plain.runs, strict=True)
-        ]
+    for one, seen, stack in zip(everyone[1:], watched[1:], (None, None, *chosen), strict=True):
+        pairs = list(zip(one.runs, plain.runs, strict=True))
+        ratios = [_speed(a) / _speed(b) for a, b in pairs]
+        full = [_speed(a, null.together) / _speed(b, null.together) for a, b in pairs]
         outputs = one.runs[-1].tokens
         folder = None if stack is None else stack.folder
         law = None
@@ -292,7 +303,7 @@ def compare(
             told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
             law = predicted(target, draft, told, load.temperature, weighs=stack.accept == "rejection")
         yield {
-            "draft": "none" if one is plain else "perfect" if stack is None else _short(stack.part),
+            "draft": "none" if one is everyone[1] else "perfect" if stack is None else _short(stack.part),
             "accept": "race" if stack is None else stack.accept,
             "batch": load.batch,
             "prompts": load.text,
@@ -300,6 +311,7 @@ def compare(
             "controller": stack is not None and stack.controller,
             "ratio": median(ratios),
             "ratio_spread": [min(ratios), max(ratios)],
+            "ratio_full": median(full),
             "decode_tok_s": median(run.decode_tok / run.decode_s for run in one.runs),
             "tok_per_step": median(run.figures(1)["tok_per_step"] for run in one.runs),
             "acceptance": seen.trials.stood / seen.trials.tried if seen.trials.tried else None,
@@ -318,6 +330,14 @@ def compare(
             "new": sweep.new,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
         }
+
+
+def _speed(run: Run, together: int = 0) -> float:
+    """Tokens a second; together: of the steps in which so many sequences got some."""
+    if not together:
+        return run.decode_tok / run.decode_s
+    steps = [(seconds, tokens) for seconds, tokens, count in run.steps if count == together]
+    return sum(tokens for _, tokens in steps) / sum(seconds for seconds, _ in steps)
 
 
 class Watched:
@@ -364,22 +384,26 @@ def _there(kept: Sequence[dict[str, Any]], s: Stack, load: Load, model: Model, f
         "draft": _short(s.part), "accept": s.accept, "batch": load.batch, "prompts": load.text, "temperature": load.temperature,
         "controller": s.controller, "threads": flags.threads, "draft_share": _share(s.folder, model),
     }  # fmt: skip
-    fresh = [x for x in kept if not s.controller or x.get("decided_by") == whole.decided_by()]
+    fresh = [
+        x for x in kept
+        if (not s.controller or x.get("decided_by") == whole.decided_by()) and x.get("date", "") >= flags.since
+    ]  # fmt: skip
     return _key(row) in {_key(x) for x in fresh}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line for each row."""
     heads = (
-        "prompts", "temperature", "batch", "draft", "accept", "controller", "ratio", "spread", "tokens a step", "acceptance",
-        "predicted", "draft's time", "answers", "of", "repeated 8-grams", "draft's share", "threads",
+        "prompts", "temperature", "batch", "draft", "accept", "controller", "ratio", "spread", "full", "tokens a step",
+        "acceptance", "predicted", "draft's time", "answers", "of", "repeated 8-grams", "draft's share", "threads",
     )  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = (
             row["prompts"], f"{row['temperature']:g}", row["batch"], row["draft"], row["accept"],
             "on" if row["controller"] else "off", f"{row['ratio']:.2f}",
-            "{:.2f} to {:.2f}".format(*row["ratio_spread"]), f"{row['tok_per_step']:.2f}",
+            "{:.2f} to {:.2f}".format(*row["ratio_spread"]),
+            f"{row['ratio_full']:.2f}" if "ratio_full" in row else "", f"{row['tok_per_step']:.2f}",
             *("" if row[k] is None else f"{row[k]:.3f}" for k in ("acceptance", "predicted_acceptance")),
             "" if row["draft_time"] is None else f"{row['draft_time']:.1%}",
             row.get("answers", ""), row.get("tried", ""), f"{row['repeated_8grams']:.1%}", f"{row['draft_share']:.2%}",

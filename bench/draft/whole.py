@@ -15,8 +15,9 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
+from bench import contender
 from weft.conform.code import code
-from weft.core import control, lengths
+from weft.core import control, lengths, prices
 from weft.registry import names
 
 BEST = ("clover(guesses=4)", "speculative_sampling(guesses=4)")
@@ -49,7 +50,7 @@ def sweeps() -> Iterator[Sweep]:
     """In the order in which they are measured."""
     real, few, many = ("prose", "spec-bench"), (2, 4), (8, 16, 32)
     for batch in many:
-        yield Sweep((*real, "random"), (0.8, 0.0), (batch,), (*BEST, "ngram"), ("on",), 24, 3)
+        yield Sweep((*real, "random"), (0.8, 0.0), (batch,), (*BEST, "ngram"), ("on",), 48, 5)
     yield Sweep(real, (0.8, 0.0), (1,), (*BEST, TREE), ("on",), 64, 3)
     yield Sweep(real, (0.8, 0.0), few, BEST, ("on",), 24, 3)
     yield Sweep(("random",), (0.8, 0.0), (1, *few), (*BEST, "ngram"), ("on",), 24, 3)
@@ -81,7 +82,7 @@ def in_turns(questions: Sequence[dict[str, Any]], rnd: random.Random) -> list[st
 
 @cache
 def decided_by() -> str:
-    """Which controller this is."""
+    """Which controller this is, and which way of measuring it."""
     return hashlib.sha256(
-        b"".join(code(Path(f.__file__).read_text()) for f in (control, lengths) if f.__file__)
+        b"".join(code(Path(f.__file__).read_text()) for f in (control, lengths, prices, contender) if f.__file__)
     ).hexdigest()[:12]

@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from tests.core.test_control import MS, Draft, World, add, engine_of, go, informed, sequence
-from weft.core.control import Control, Costs
+from weft.core.control import Control
 from weft.core.lengths import alternating
+from weft.core.prices import Costs
 from weft.slots import Guesses
 from weft.types import Plan, StepResult, Work, WorkResult
 

@@ -23,7 +23,8 @@ from tests.exec.conftest import STORY, Bench, spec
 from tests.exec.drafts import pair
 from tools.grow import Shape, grow
 from weft.conform.law import fit
-from weft.core.control import Costs, lengths
+from weft.core.lengths import promising
+from weft.core.prices import Costs
 from weft.draft._weights import MARKS, marked
 from weft.draft.prompt_tokens import BUNDLED, KIND, MOST, PromptTokens
 from weft.errors import ConfigError
@@ -72,10 +73,10 @@ def test_lengths_weigh_the_square_of_rows() -> None:
     costs = Costs()
     for rows in range(1, 17):
         costs.add(rows, 0.010 + 0.001 * rows)
-    assert lengths([0.5], [4], 1, costs, 0.0, 1 / 0.011, [True]) == [1]
-    assert lengths([0.5], [4], 1, costs, 0.0, 1 / 0.011, [False]) == [2]
-    assert lengths([0.2], [4], 1, costs, 0.0, 1 / 0.011, [True]) == [0]  # 1.2 in 14
-    assert lengths([0.2], [4], 1, costs, 0.0, 1 / 0.011) == [1]  # 1.2 in 12
+    assert promising([0.5], [4], 1, costs, 0.0, 1 / 0.011, [True])[0] == [1]
+    assert promising([0.5], [4], 1, costs, 0.0, 1 / 0.011, [False])[0] == [2]
+    assert promising([0.2], [4], 1, costs, 0.0, 1 / 0.011, [True])[0] == [0]  # 1.2 in 14
+    assert promising([0.2], [4], 1, costs, 0.0, 1 / 0.011)[0] == [1]  # 1.2 in 12
 
 
 class Script:

@@ -7,6 +7,7 @@ import random
 from itertools import islice
 from pathlib import Path
 
+from bench.contender import Run
 from bench.draft import table, whole
 from bench.draft.table import Load, Stack
 from bench.harness import bundled
@@ -35,15 +36,24 @@ def test_six_requests_are_one_of_each_kind() -> None:
 
 
 def test_rows_of_another_controller_are_taken_again() -> None:
-    flags, model = argparse.Namespace(threads=2), bundled()
+    flags, model = argparse.Namespace(threads=2, since=""), bundled()
     load = Load("prose", 0.8, 8)
     on, off = (Stack(parse("draft=ngram"), "race", controller, None) for controller in (True, False))
     row = {
         "draft": "ngram", "accept": "race", "batch": 8, "prompts": "prose", "temperature": 0.8, "controller": True,
-        "threads": 2, "draft_share": 0.0, "decided_by": whole.decided_by(),
+        "threads": 2, "draft_share": 0.0, "decided_by": whole.decided_by(), "date": "2026-11-28",
     }  # fmt: skip
     assert table._there([row], on, load, model, flags)
     assert not table._there([row], off, load, model, flags)
     assert not table._there([row | {"decided_by": "another"}], on, load, model, flags)
     assert table._there([row | {"decided_by": None, "controller": False}], off, load, model, flags)
+    for since, there in (("2026-11-28", True), ("2026-11-29", False)):
+        flags.since = since
+        assert table._there([row], on, load, model, flags) is there
     assert Path(whole.control.__file__ or "").name == "control.py"
+
+
+def test_speeds_of_a_whole_wave_and_until_its_first_answer_ends() -> None:
+    run = Run(decode_s=10.0, decode_tok=40, steps=[(2.0, 16, 8), (2.0, 12, 8), (4.0, 8, 5), (2.0, 4, 1)])
+    assert table._speed(run) == 4
+    assert table._speed(run, 8) == 7

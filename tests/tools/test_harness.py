@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -133,10 +134,11 @@ def test_tokens_are_the_same_up_to_the_first_that_differs() -> None:
 def test_cases_take_turns_wave_by_wave(model: Model, null: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[tuple[str, int, int]] = []
 
-    def wave(self: Contender, which: range, turn: int, run: Run) -> None:
+    def wave(self: Contender, which: range, turn: int, run: Run) -> Iterator[None]:
         order.append((self.case.name, turn, which.start))
         run.prefill_s = run.decode_s = run.decode_cpu_s = run.prefill_tok = run.decode_tok = 1
         run.steps, run.tokens = [(1.0, 1, 1)], {0: [1]}
+        yield from ()
 
     monkeypatch.setattr(Contender, "_wave", wave)
     monkeypatch.setattr(harness, "read_gb_s", lambda threads, device: 10.0)
@@ -144,6 +146,19 @@ def test_cases_take_turns_wave_by_wave(model: Model, null: Case, monkeypatch: py
     warm = [("none", 0, 0), ("none", 0, 2), ("b", 0, 0), ("b", 0, 2), ("c", 0, 0)]
     turns = [[("none", t, 0), ("b", t, 0), ("c", t, 0), ("none", t, 2), ("b", t, 2)] for t in (1, 2)]
     assert order == [*warm, *turns[0], *turns[1]]
+
+
+def test_pieces_of_a_wave_take_turns_and_the_clock_stands_between(model: Model, null: Case) -> None:
+    """Two waves of 11 steps, in pieces of 4: prompts, 4, 4 and the rest.  What others do between is nobody's time."""
+    one, whole = Contender(model, replace(null, piece=4), 1), Contender(model, null, 1).run(0)
+    run, turns = Run(), 0
+    for _ in one.waves(0, run):
+        time.sleep(0.2)
+        turns += 1
+    assert turns == 2 * (1 + 2 + 1)
+    assert run.tokens == whole.tokens
+    assert [x[1:] for x in run.steps] == [x[1:] for x in whole.steps]
+    assert sum(s for s, _, _ in run.steps) < run.decode_s < sum(s for s, _, _ in run.steps) + 0.2
 
 
 def test_phases_are_apart(model: Model, null: Case) -> None:

@@ -13,13 +13,18 @@ decides the same.
 A draft that guesses while the target computes (`Draft.early`) takes k + 1 passes for k guesses, and a step the longer of the two
 times; its tokens are those of `lengths.alternating`.
 
-    C   a level times a shape by rows, for each class of batch size, and a shape for steps with a draft beside them; rows never
-        seen are reckoned from the nearest that were
+    C   a level times a shape by rows, for each class of batch size, and a shape for steps with a draft beside them; what a class
+        has not seen is reckoned from what others have (`core.prices`)
     D   seconds of a guess, for each draft and class of batch size, and of a token that a second model has to catch up with
     a   successes over trials of the sequence, forgotten slowly, with `PRIOR` trials of all sequences of that draft before them
 
+What guessing must promise grows with the batch (`RAGGED`), and while it goes on a step without is looked at now and then, since
+nothing else tells what such steps take today: so seldom that looking costs `LOOKS` of the speed.  Where it did not bring what it
+promised, more than `ALONE` sequences do without for a while, each time for longer (`Costs.kept`).
+
 A sequence that gets no guesses is not followed by the second model.  It is probed now and then: of the time that goes by, `SHARE`
-may be lost to probes, what they gained counted back.
+may be lost to probes, what they gained counted back; and as much again, of the rest of its answer, to catching up where each
+token of that is dear, at distances that double.
 
 Of a tree a is what its guesses brought, over the power of their number with which that grows (`lengths.gain`).
 """
@@ -27,12 +32,12 @@ Of a tree a is what its guesses brought, over the power of their number with whi
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.core.lengths import TREE, lengths, passes
+from weft.core.lengths import TREE, passes, promising
+from weft.core.prices import WORST, Costs, Mean, Prices, size_class
 from weft.core.request import Pace, Request
 from weft.traits import Trait
 from weft.types import Plan, StepResult, Work, WorkResult
@@ -41,119 +46,31 @@ EVERY = 4
 """Steps between two decisions about a batch of one size."""
 AGAIN, STAYS = 1.1, 1.05
 """What guessing must promise, of plain decoding's speed, to be turned on again, and to stay on.  The lengths that promise most
-are those whose times came out too short, and sequences that guess end at different times, which leaves smaller batches."""
+are those whose times came out too short."""
+RAGGED = 0.03
+"""So much more for each doubling of the batch: sequences that guess end at different times, and the smaller batches that they
+leave bring fewer tokens for nearly the same time.  Eight answers of 48 tokens went 1.28 times as fast as plain decoding until
+the first of them had ended, and 1.10 times in all; sixteen 1.08 and 0.96."""
+ALONE = 4
+"""Sequences up to which promises are believed: a few steps of so few say little of what guesses bring."""
+LOOKS, SOON, LATE = 0.005, 16, 256
+"""Of the speed, to see what steps without guesses take; the fewest and most steps between."""
 SHARE = 0.01
 PROBE = 2
 """Guesses of a probe."""
+WAIT = 16
+"""Steps at most until it is asked again whether a probe can be paid for."""
+FAR = 32
+"""Tokens at the least that a sequence is behind when dear catching up is paid from the rest of its answer."""
 PRIOR = 4.0
 OWN, ALL = 0.96, 0.99
 """What a trial leaves of those before it: of the sequence's own, and of all sequences of a draft."""
 HOPE = 0.6
 """How often a guess of a draft that nobody has tried is thought to stand."""
-RATE = 0.1
-"""Weight of the newest time against those before it."""
-FALLS, RISES = 0.3, 0.05
-"""The same for steps of the target.  Times that come out too long are the machine's affair, mostly, and few numbers of rows are
-seen as often as others: their lower times are compared, not their means."""
-WORST = 4.0
-"""No time counts as more than so many times what was expected, nor as less than its inverse."""
-DEAR = 0.25
-"""A row beside as many as were ever seen is thought to cost a quarter of one of those, until two numbers of rows were seen."""
 CATCHING_UP = 16
 """Tokens that a second model is thought to catch up with in the time of one guess, until that was seen."""
-STALE = 512
-"""Steps after which it is no longer believed what a number of rows took; fewer for what was seen but 1 to 3 times."""
-FEW = 4
-"""So many first times count by their least."""
 SAVES = 0.25
 """Catching up may cost so much of the time that guesses could save over the rest of the answer."""
-
-
-def size_class(n: int) -> int:
-    """A number of rows or sequences in classes: each to 8, then four to a doubling."""
-    if n <= 8:
-        return n
-    step = 1 << (n.bit_length() - 3)
-    return -(-n // step) * step
-
-
-@dataclass(slots=True)
-class Mean:
-    """A running mean: of the first times, then exponentially forgetting."""
-
-    value: float = 0.0
-    count: int = 0
-
-    def add(self, x: float, rate: float = RATE) -> None:
-        self.count += 1
-        if self.count > 2:
-            x = min(x, WORST * self.value)
-        self.value += max(rate, 1 / self.count) * (x - self.value)
-
-
-@dataclass(slots=True)
-class Costs:
-    """Seconds of the target's steps by rows, for one class of batch size: level * shape[rows], or shape[-rows] where a draft
-    computed beside it.
-
-    seen: by rows, how often, and in which step last.  known, beside: rows whose time is believed, ascending.  A time that was
-    seen few times is believed for a while only: machines are slow now and then, and what looked dear would never be tried again.
-    """
-
-    level: float = 0.0
-    shape: dict[int, float] = field(default_factory=dict)
-    seen: dict[int, tuple[int, int]] = field(default_factory=dict)
-    known: list[int] = field(default_factory=list)
-    beside: list[int] = field(default_factory=list)
-    steps: int = 0
-
-    def add(self, rows: int, seconds: float, beside: bool = False) -> None:
-        self.steps += 1
-        key = -size_class(rows) if beside else size_class(rows)
-        count, _ = self.seen.get(key, (0, 0))
-        self.seen[key] = count + 1, self.steps
-        if not self.shape:
-            self.level, self.shape[key] = seconds, 1.0
-        elif key not in self.shape:
-            self.shape[key] = seconds / self.level
-        else:
-            off = math.log(seconds / (self.level * self.shape[key]))
-            off = max(-math.log(WORST), min(math.log(WORST), off))
-            if count < FEW and off < 0:
-                self.shape[key] *= math.exp(off)
-            else:
-                # What the machine does to all steps alike is the level's.
-                rate = FALLS if off < 0 else RISES
-                self.level *= math.exp(rate * off)
-                self.shape[key] *= math.exp(rate * off / 4)
-        self.known = sorted(k for k in self.shape if k > 0 and self._believed(k))
-        self.beside = sorted(-k for k in self.shape if k < 0 and self._believed(k))
-
-    def _believed(self, key: int) -> bool:
-        count, at = self.seen[key]
-        return self.steps - at <= min(STALE, STALE >> 4 << count)
-
-    def __call__(self, rows: int, beside: bool = False) -> float | None:
-        """Expected seconds; None where so few rows, or none, are known.  beside: with a draft, as far as that was ever seen."""
-        key, sign = size_class(rows), -1 if beside and self.beside else 1
-        known = self.beside if sign < 0 else self.known
-        if not known or key < known[0]:
-            return None
-        i = bisect_left(known, key)
-        if i < len(known) and known[i] == key:
-            return self.level * self._least(i, sign)
-        below, low = known[i - 1], self._least(i - 1, sign)
-        if i < len(known):
-            slope = (self._least(i, sign) - low) / (known[i] - below)
-        elif i >= 2:
-            slope = (low - self._least(0, sign)) / (below - known[0])
-        else:
-            slope = DEAR * low / below
-        return self.level * (low + slope * (rows - below))
-
-    def _least(self, i: int, sign: int) -> float:
-        """The shape at known[i], or beside[i], made monotone: more rows never cost less."""
-        return max(self.shape[sign * k] for k in (self.known if sign > 0 else self.beside)[: i + 1])
 
 
 @dataclass(slots=True)
@@ -197,6 +114,8 @@ class Control:
         self.most = most
         self._models = tuple(models)
         self._costs: dict[int, Costs] = {}
+        self._every = Costs()
+        """Of all classes."""
         self._pools: dict[str, Pool] = {}
         self._size = 0
         """Class of the batch size that the last decision was about."""
@@ -204,8 +123,16 @@ class Control:
         self._step = 0
         self._timed = False
         """Whether any step has said how long it took; without times everybody gets what the draft likes."""
+        self._met = self._silent = self._looking = False
+        """Whether a sequence was met; whether the last step told no time; whether guesses are left out to see what that takes."""
+        self._gain = 1.0
+        """What guessing promised at the last decision for it, of plain decoding's speed."""
         self.credit = 0.0
         """Seconds that probes may lose."""
+        self._asked = 0.0
+        """Seconds that the newest probe was thought to take."""
+        self._poor = self._fresh = 0
+        """Steps in which no probe can be paid for; sequences that were met since the last decision."""
         self.chosen = Chosen()
         self._token_s = 0.0
         """Of plain decoding, for each token, when that was last looked at."""
@@ -233,43 +160,68 @@ class Control:
         if mine and self._timed:
             self._age += 1
             if size_class(size) != self._size or self._age >= EVERY:
-                self._size, self._age = size_class(size), 0
+                self._size, self._age, self._poor, self._fresh = size_class(size), 0, 0, 0
                 self._decide(mine, size)
             self._probe(mine, size)
+        elif self._silent:
+            for _, pace, _, most in mine:
+                pace.want = most
         self.chosen.sequences += len(mine)
         self.chosen.guesses += sum(pace.want for _, pace, _, _ in mine)
 
     def meet(self, r: Request) -> Pace:
-        """The pace of a sequence; of a new one, that which the last decision gave to others of its draft."""
+        """The pace of a sequence; of a new one, that which the last decision gave to others of its draft, as long as the batch is
+        about that of then.  Before the first decision one sequence guesses as its draft likes; what rows of many cost has to be
+        known first."""
         if r.pace is None:
             draft = r.stack["draft"]
             most, on = min(int(draft.guesses), self.most), self._pool(draft).on
-            r.pace = Pace(most if on < 0 else min(most, on))
+            if on < 0:
+                on = 0 if self._met else most
+            elif self._fresh > self._size // 2:
+                on = 0
+            r.pace, self._met = Pace(min(most, on)), True
+            self._fresh += 1
         return r.pace
 
+    def _prices(self, size: int) -> Prices:
+        return Prices(self._costs.setdefault(size_class(size), Costs()), self._every)
+
     def _decide(self, mine: Sequence[tuple[Request, Pace, Pool, int]], size: int) -> None:
-        costs = self._costs.get(size_class(size), Costs())
-        plain = costs(size)
-        if plain is None:  # what plain decoding takes has to be known first
+        prices, was = self._prices(size), self._looking or any(pace.want for _, pace, _, _ in mine)
+        plain = prices(size)
+        often = min(LATE, max(SOON, round((self._gain - 1) / LOOKS)))
+        self._looking = plain is not None and was and not self._looking and prices.own.since(size) >= often
+        if plain is None or self._looking:  # what plain decoding takes has to be known first
             for _, pace, _, _ in mine:
                 pace.want = 0
-            self._age = EVERY
+            prices.own.looked, self._age = prices.own.steps, EVERY
             return
-        hopes: list[float] = []
+        ragged = RAGGED * math.log2(size)
+        kept, hopes = size <= ALONE or prices.own.kept(size, 1 + ragged), list[float]()
         for r, pace, pool, _ in mine:
-            a = self.hope(pace, pool)
+            a = self.hope(pace, pool) if kept else 0.0
             saves_s = a * plain / size * max(0, r.limit - len(r.context))
             hopes.append(0.0 if self._behind(r) * pool.row(size) > SAVES * saves_s else a)
-        was = any(pace.want for _, pace, _, _ in mine)
         guess_s = max(pool.guess(size) for _, _, pool, _ in mine)
-        least = size / plain * (STAYS if was else AGAIN)
+        least = (STAYS if was else AGAIN) + ragged
         soft = [hasattr(r.stack["draft"], "soft") for r, _, _, _ in mine]
         early = [hasattr(r.stack["draft"], "early") for r, _, _, _ in mine]
         trees = [Trait.TREE_MASK in r.stack["draft"].traits.needs for r, _, _, _ in mine]
         beside = all(pool.beside for _, _, pool, _ in mine)
-        wants = lengths(
-            hopes, [most for _, _, _, most in mine], size, costs, guess_s, least, soft, early, beside, trees
+        wants, rate = promising(
+            hopes,
+            [most for _, _, _, most in mine],
+            size,
+            prices,
+            guess_s,
+            least * size / plain,
+            soft,
+            early,
+            beside,
+            trees,
         )
+        self._gain = rate * plain / size
         for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
             pool.on = 0
         for want, (_, pace, pool, _) in zip(wants, mine, strict=True):
@@ -279,29 +231,42 @@ class Control:
 
     def _probe(self, mine: Sequence[tuple[Request, Pace, Pool, int]], size: int) -> None:
         """Let one of those without guesses have some, where what may be lost by now covers what it will probably cost."""
-        off = [x for x in mine if not x[1].want]
-        costs = self._costs.get(size_class(size))
-        plain = None if costs is None else costs(size)
-        if not off or costs is None or plain is None:
+        if self._looking:
             return
-        self.credit += SHARE * plain
+        prices = self._prices(size)
+        plain = prices(size)
+        off = [] if plain is None or self._poor else [x for x in mine if not x[1].want]
+        if plain is not None and (off or (self._poor and not all(x[1].want for x in mine))):
+            self.credit += SHARE * plain
+        self._poor = max(0, self._poor - 1)
+        if not off or plain is None:
+            return
         self._token_s = plain / size
         r, pace, pool, most = min(off, key=lambda x: self._turn(x[0], x[1], x[2], size, plain))
         guesses = min(PROBE, most)
-        more = costs(size + guesses)
+        more = prices(size + guesses)
         assert more is not None
         times = 2 if hasattr(r.stack["draft"], "soft") else 1  # soft tokens in one step, and what they said in the next
-        draft_s = guesses * pool.guess(size) + self._behind(r) * pool.row(size)
+        behind_s, own_s = self._behind(r) * pool.row(size), 0.0
+        if pool.row(size) > SHARE * plain and self._behind(r) >= max(FAR, 2 * pace.caught):
+            rest_s = SHARE * plain / size * max(0, r.limit - len(r.context))
+            own_s = behind_s if behind_s <= rest_s - pace.owed else 0.0
+        draft_s = guesses * pool.guess(size) + behind_s - own_s
         if hasattr(r.stack["draft"], "early"):
             draft_s += pool.guess(size)
             if pool.beside:  # a step beside which it guesses, and one that verifies
-                draft_s = max(SHARE * plain, max(draft_s, costs(size, True) or plain) - plain)
+                draft_s = max(SHARE * plain, max(draft_s, prices(size, True) or plain) - plain)
         cost = times * (more - plain) + draft_s
         self.credit = min(self.credit, 2 * cost)
         if self.credit >= cost > 0:
             self.credit -= cost
             self.chosen.probes += 1
-            pace.want, pace.probing, pace.probed, pace.lent = guesses, True, self._step, cost
+            self._asked = cost + own_s
+            pace.want, pace.probing, pace.probed, pace.lent = guesses, True, self._step, pace.lent + self._asked
+            if own_s:
+                pace.owed, pace.caught = pace.owed + own_s, self._behind(r)
+        else:
+            self._poor = min(WAIT, int((cost - self.credit) / (SHARE * plain)))
 
     def _turn(self, r: Request, pace: Pace, pool: Pool, size: int, plain: float) -> tuple[int, int, int]:
         """Who is probed first: who was not for longest.  Where each token that a model has to catch up with costs more than a
@@ -326,40 +291,62 @@ class Control:
 
     def observe(self, plan: Plan, requests: Sequence[Request], result: StepResult) -> None:
         """Learn from a step.  requests: of each work of the plan."""
-        rows = size = following = proposed = 0
+        rows = size = following = proposed = wanted = tokens = 0
+        lent = 0.0
         pools: dict[int, Pool] = {}
-        decodes, beside = True, result.beside_s > 0
+        decodes, beside, probe = True, result.beside_s > 0, False
         room = {w.request: w.ahead for w in plan.works if w.model != self._models[0]}
         for work, r, fact in zip(plan.works, requests, result.works, strict=True):
             if work.model != self._models[0]:
                 following += len(work.tokens)
                 continue
-            rows, size = rows + work.passing, size + 1
+            rows, size, tokens = rows + work.passing, size + 1, tokens + len(fact.tokens)
             decodes = decodes and work.samples and len(work.tokens) == work.guesses + 1
             if r.pace is None or not fact.tokens:
                 continue
             pool = self._pool(r.stack["draft"])
             pools[id(pool)] = pool
+            probe = probe or bool(work.guesses or fact.draft)
+            wanted += r.pace.want > 0 and not r.pace.probing
             early = hasattr(r.stack["draft"], "early") and room.get(work.request, 0) > work.guesses
             if early:
                 proposed, pool.beside = max(proposed, room[work.request] - work.guesses + 1), beside
             else:
                 proposed = max(proposed, len(fact.draft))
             if r.pace.probing and not (fact.draft or early):
-                self.credit += r.pace.lent  # it had nothing to say
+                self.credit, self._poor, r.pace.lent = self.credit + r.pace.lent, 0, 0.0  # it had nothing to say
             if work.guesses or early:
                 self._trial(r.pace, pool, work, fact, early)
+                if work.guesses and not (r.pace.want and not r.pace.probing):
+                    lent, r.pace.lent = lent + r.pace.lent, 0.0
         target_s = result.forward_s + result.sample_s - result.draft_s
-        if target_s <= 0 or not size:
+        self._silent = target_s <= 0
+        if self._silent or not size:
             return
         self._timed = True
         if decodes:
-            self._costs.setdefault(size_class(size), Costs()).add(rows, target_s, beside)
+            own = self._prices(size).own
+            for costs in (own, self._every):
+                costs.add(rows, target_s, beside)
+            if rows == size:
+                own.plain_s.add(target_s)
+            elif wanted:
+                own.tokens.add(tokens)
+                own.seconds.add(target_s + (0.0 if beside else result.draft_s))
+        if probe and not wanted and decodes:
+            self._bill(target_s + result.draft_s, size, lent)
         draft_s = result.beside_s if beside else result.draft_s
         if len(pools) == 1 and draft_s > 0:
             (pool,) = pools.values()
             tree = any(fact.parents for fact in result.works)
             self._drafted(pool, size_class(size), passes(proposed, tree=tree), following - 2 * size, draft_s)
+
+    def _bill(self, seconds: float, size: int, lent: float) -> None:
+        """A probe has made its guesses, or they were verified: it costs what the step took beyond plain decoding, and what it was
+        thought to cost is given back, once that is known."""
+        plain = self._prices(size)(size)
+        if plain is not None:
+            self.credit += lent - max(-self._asked, min(WORST * self._asked, seconds - plain))
 
     def _trial(self, pace: Pace, pool: Pool, work: Work, fact: WorkResult, early: bool) -> None:
         """early: and the token that a draft wrote in the place of the target's own, which fell where no guesses follow it."""
@@ -370,8 +357,8 @@ class Control:
         for x, kept in ((pace, OWN), (pool, ALL)):
             x.stood = x.stood * kept**tried + stood
             x.tried = x.tried * kept**tried + tried
-        if not pace.want:
-            self.credit += gained * self._token_s
+        if gained and not pace.want:
+            self.credit, self._poor = self.credit + gained * self._token_s, 0
 
     def _drafted(self, pool: Pool, size: int, guesses: float, behind: int, seconds: float) -> None:
         """What a draft took: for each guess where its model had little to catch up with, else for each token of that."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from weft.core.control import Costs
+    from weft.core.prices import Prices
 
 TREE = 0.3
 """Tokens that a tree of k guesses brings grow as k to this power: trees of 1, 3, 7 and 15 guesses (DySpec, 4 deep) brought 0.37,
@@ -18,19 +18,20 @@ LEAST = 0.02
 """A guess that is less likely to stand is not looked at: it never pays for its row."""
 
 
-def lengths(
+def promising(
     hopes: Sequence[float],
     most: Sequence[int],
     size: int,
-    costs: Costs,
+    costs: Prices,
     guess_s: float,
     least: float,
     soft: Sequence[bool] = (),
     early: Sequence[bool] = (),
     beside: bool = False,
     trees: Sequence[bool] = (),
-) -> list[int]:
-    """Guesses for each of some sequences, of `size` that decode, at the most tokens a second; none where `least` is not passed.
+) -> tuple[list[int], float]:
+    """Guesses for each of some sequences, of `size` that decode, and the tokens a second that they promise: the most; no guesses
+    where `least` is not passed, which is given back then.
 
     hopes: how often guesses stand, 0 for a sequence that is to have none.  most: for each the longest that it may have.  soft:
     whose rows have soft tokens behind them.  early: whose draft writes behind guesses that are not verified yet; beside: while
@@ -56,7 +57,7 @@ def lengths(
     wants = [0] * len(hopes)
     for _, k, i in chosen:
         wants[i] = max(wants[i], k)
-    return wants
+    return wants, best
 
 
 def _more(a: float, k: int, early: bool, tree: bool) -> float:

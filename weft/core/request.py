@@ -35,6 +35,7 @@ class Pace:
 
     want: guesses that may be made for it in a step.  stood, tried: guesses, the older ones counting less.  probing: whether they
     are made only to see what they are worth now, lent: the seconds that this may cost; probed: the step in which it was last so.
+    owed: seconds of catching up that were paid from the rest of the answer; caught: the tokens of that, the last time.
     """
 
     want: int
@@ -43,6 +44,8 @@ class Pace:
     probing: bool = False
     lent: float = 0.0
     probed: int = 0
+    owed: float = 0.0
+    caught: int = 0
 
 
 class Table:

@@ -83,7 +83,8 @@ class Reading:
         for k, i in enumerate(mine):
             work = works[i]
             sampled += work.prompt_rows + (min(len(work.tokens), 1 + work.guesses) if work.samples else 0)
-            asked = int(getattr(self._mirror.sequences[work.request].stack["draft"], "states", 0))
+            draft = self._mirror.sequences[work.request].stack["draft"]
+            asked = int(getattr(draft, "states", 0)) if work.want or getattr(draft, "learns", False) else 0
             if asked and work.samples and work.link is None:
                 context = len(work.tokens) - work.guesses
                 first = batch.bounds[k] + max(0, context - asked)

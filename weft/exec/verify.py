@@ -161,6 +161,8 @@ class Sampling:
             alone = work.link is not None or s.stack.single
             if not draft.guesses or not fact.tokens or work.model != "target" or alone:
                 continue
+            if work.want == 0 and not getattr(draft, "learns", False):
+                continue  # it would be asked for nothing
             ask = self._ask(s, work, fact, draft, ahead)
             if ask.context is not None:
                 _, at, mine = asks.setdefault(id(draft), (draft, [], []))
