@@ -494,7 +494,8 @@ def test_a_request_whose_grammar_ends_engines_is_found() -> None:
         ids = [c.spec.id for c in (journal.begin() if life else []) if isinstance(c, Add)] or [1, 2]
         first = journal.entries[1].ids
         told = (Tokens(first[0], 0, (life,)),) if first else ()
-        journal.take(EngineFrame(events=told, plan=tuple(first), taken=len(ids)))
+        making = tuple(id for id in ids if id not in first)
+        journal.take(EngineFrame(events=told, plan=tuple(first), making=making, taken=len(ids)))
         ended += journal.died("it fell")
         if ended:
             break
@@ -509,6 +510,19 @@ def test_a_grammar_that_is_in_use_is_not_suspected() -> None:
     journal.take(EngineFrame(plan=(1,), taken=1))
     journal.take(EngineFrame(events=(Tokens(1, 0, (5,)),), plan=(), taken=1))
     journal.died("it fell")
+    assert journal.entries[1].strikes == 0
+
+
+def test_a_grammar_that_is_ready_is_not_suspected_while_its_request_waits_for_a_turn() -> None:
+    journal = Journal()
+    journal.begin()
+    journal.command(Add(structs.replace(spec(1), grammar=Grammar("regex", "a+"))))
+    journal.take(EngineFrame(plan=(), making=(1,), taken=1))
+    journal.take(EngineFrame(making=(), taken=1))
+    for _ in range(5):
+        assert journal.died("it fell") == []
+        journal.begin()
+        journal.take(EngineFrame(plan=(), making=(), taken=1))
     assert journal.entries[1].strikes == 0
 
 

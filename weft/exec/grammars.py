@@ -44,6 +44,7 @@ class GrammarDesk:
         self._gone: set[int] = set()
         """Those of them that nobody waits for any more."""
         self._count, self._seconds = 0, 0.0
+        self._told = True
 
     def take(self, spec: RequestSpec) -> list[Event]:
         """Begin with a request's grammar, or refuse the request."""
@@ -57,6 +58,7 @@ class GrammarDesk:
             text = f"the grammars of {MOST_WAITING} requests are being made ready already; try again later"
             return [Rejected(spec.id, text, "capacity", code="overloaded")]
         self._waiting[spec.id] = spec
+        self._told = False
         self._threads.submit(self._make, spec, constrain)
         return []
 
@@ -68,12 +70,20 @@ class GrammarDesk:
     def entered(self, ready: Ready) -> list[Event] | None:
         """Events that refuse the request; none where it may enter; None where it was cancelled meanwhile."""
         spec = self._waiting.pop(ready.spec.id)
+        self._told = False
         self._count += 1
         self._seconds += ready.seconds
         if spec.id in self._gone:
             self._gone.remove(spec.id)
             return None
         return [] if ready.error is None else [_refused(spec, ready.error)]
+
+    def news(self) -> tuple[int, ...] | None:
+        """Ids of the requests whose grammar is on its way; None where they are those told last."""
+        if self._told:
+            return None
+        self._told = True
+        return tuple(self._waiting)
 
     def told(self) -> list[tuple[int, int]]:
         """(id, output) of every output that a client waits for."""

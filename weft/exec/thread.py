@@ -317,7 +317,10 @@ class EngineThread:
         seen, self._seen = self._seen, None
         plan = members if members != self._planned and self.foretell else None
         self._planned = members
-        self._sink(EngineFrame(events=tuple(events), stats=stats, plan=plan, taken=self._taken, seen=seen))
+        making = self._grammars.news()
+        self._sink(
+            EngineFrame(events=tuple(events), stats=stats, plan=plan, making=making, taken=self._taken, seen=seen)
+        )
 
     def _at_rest(self) -> Seen:
         """What there is to see while nothing is computed: the blocks."""

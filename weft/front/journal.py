@@ -66,8 +66,8 @@ class Journal:
         self._plan: tuple[int, ...] = ()
         self._sent: deque[tuple[int, int]] = deque()
         """(number of the command, engine id) of requests that the engine has not taken in yet."""
-        self._making: set[int] = set()
-        """Engine ids of requests with a grammar that the engine has taken in, and that have been in no plan yet."""
+        self._making: tuple[int, ...] = ()
+        """Engine ids of requests whose grammar is made ready."""
         self._count = 0
         self._steps = 0
         self.begun: tuple[int, ...] = ()
@@ -144,9 +144,8 @@ class Journal:
         """A new engine is there: what it gets first.  stack: the server's parts, as slot=name(args)."""
         self._here = True
         self._again = any(part.startswith(MARK) for part in stack)
-        self._plan, self._count = (), 0
+        self._plan, self._making, self._count = (), (), 0
         self._sent.clear()
-        self._making.clear()
         again = []
         for change in self._adapters.values():
             change = structs.replace(change, id=self._own_id())
@@ -231,15 +230,14 @@ class Journal:
         self.begun = ()
         if frame.plan is not None:
             self._plan = frame.plan
-            self._making.difference_update(frame.plan)
             fresh = {e for id in frame.plan if id in self._routes and not (e := self._routes[id][0]).begun}
             for entry in fresh:
                 entry.begun = True
             self.begun = tuple(entry.spec.id for entry in fresh)
         while self._sent and self._sent[0][0] <= frame.taken:
-            _, id = self._sent.popleft()
-            if id in self._routes and self._routes[id][0].spec.grammar is not None and id not in self._plan:
-                self._making.add(id)
+            self._sent.popleft()
+        if frame.making is not None:
+            self._making = frame.making
         events: list[Event] = []
         commands: list[Command] = []
         for event in frame.events:

@@ -205,11 +205,13 @@ class EngineFrame(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the engine sends for each step: one frame, all events.
 
     plan: ids of the requests in the plan that is carried out next, where that is told; None while they are those told last.
-    taken: commands that the engine had taken in by then.  seen: while somebody watches.
+    making: ids of the requests whose grammar is made ready beside the steps; None likewise.  taken: commands that the engine had
+    taken in by then.  seen: while somebody watches.
     """
 
     events: tuple[Event, ...] = ()
     stats: EngineStats = EngineStats()
     plan: tuple[int, ...] | None = None
+    making: tuple[int, ...] | None = None
     taken: int = 0
     seen: Seen | None = None
