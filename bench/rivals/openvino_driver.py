@@ -121,7 +121,7 @@ def keep(model: openvino.Model, found: Loaded) -> None:
             continue
         seen.add(address)
         size = weights * bits(op.get_element_type().get_type_name()) // 8
-        place = found.head if head in name else found.experts if ".experts." in name else found.body
+        place = found.head if head in name else found.experts if re.search(r"\.experts[./]", name) else found.body
         # Scales and offsets are bytes of the weights that they belong to.
         place.add(0 if re.search(r"scale|zero_point", name) else weights, size)
 
