@@ -124,6 +124,26 @@ def test_many_sequences_lose_at_most_three_percent(batch: int, right: float) -> 
     assert took[0] <= took[1] / 0.97
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_batches_that_grow_and_shrink_have_guesses_without_a_price(seed: int) -> None:
+    """Sequences come in bursts: what a step with a probe would take may be beyond all that was seen, and is then not asked."""
+    rnd = random.Random(seed)
+    limits = Limits(max_model_len=1 << 15, max_num_seqs=128, max_rows=1024, max_samples=2048)
+    stacks = Stacks(build_stack(["draft=ngram(guesses=3)"]))
+    engine = Engine(groups(models=1, parked=False), 20_000, limits, stacks, models=("target",), control=True)
+    world, told = World(engine, row_s=0.2 * MS, guess_s=0.1 * MS), dict[int, int]()
+    right = rnd.choice((0.0, 0.3, 0.9))
+    world.right = lambda: right
+    lengths = [rnd.randrange(1, 60) for _ in range(200)]
+    ids = iter(range(200))
+    while len(told) < 200 or engine.has_work:
+        for id in itertools.islice(ids, rnd.choice((0, 1, 1, 3, 17, 60))):
+            add(engine, id, lengths[id])
+        for id, tokens in go(engine, world, steps=rnd.randrange(1, 30)).items():
+            told[id] = told.get(id, 0) + len(tokens)
+    assert [told[id] for id in range(200)] == lengths
+
+
 def test_a_long_lone_sequence_with_a_dear_draft_is_probed_at_distances_that_double() -> None:
     """A token to catch up with costs 2.4 % of a step: all of them would cost 2.4 % however seldom it is probed, so catching up
     may take 1 % of the rest of the answer, and no more."""

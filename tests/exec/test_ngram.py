@@ -81,8 +81,9 @@ def test_live_it_gives_the_same_tokens_in_fewer_steps(runtime: Runtime, law: dic
 def test_a_full_batch_has_room_for_everybodys_guesses(technique: str) -> None:
     """A hundred sequences run, as many as may, and each has its guesses verified in the same step."""
     config = EngineConfig(
-        model=resolve(None), device="cpu", threads=1, max_model_len=64, max_num_seqs=100, techniques=(technique,)
-    )
+        model=resolve(None), device="cpu", threads=1, max_model_len=64, max_num_seqs=100, techniques=(technique,),
+        draft_control="off",
+    )  # fmt: skip
     setup = prepare(config)
     assert setup.limits.max_samples == (400 if technique == "draft=ngram(guesses=3)" else 100)
     runtime = build(setup)
