@@ -40,8 +40,8 @@ from bench.contender import Case, Contender, Model, Run
 from bench.draft import whole
 from bench.draft.heads import fitted, heads_file
 from bench.draft.law import Translated, Trials, learned, predicted, reader, repeated, texts_of
+from bench.guessing import perfect
 from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
-from bench.oracle import ANSWERS, FILE
 from bench.said import said
 from tools.tiny.corpus import Corpus
 from weft.compose import traits_of
@@ -263,23 +263,13 @@ def candidates(model: Model, data: Path, text: str, longest: int) -> Iterator[tu
             yield (*ids, *tail)
 
 
-def perfect(null: Case, name: str, plain: Contender) -> Case:
-    """The bound of `bench.oracle`, for answers that are taken now."""
-    tokens = plain.run(0).tokens
-    ANSWERS.mkdir(parents=True, exist_ok=True)
-    known = [[*prompt, *tokens[i]] for i, prompt in enumerate(null.prompts)]
-    (ANSWERS / f"{name}.json").write_text(json.dumps(known), encoding="utf8")
-    draft = f"draft=oracle(answers={name!r}, guesses={BOUND})"
-    return replace(null, name="perfect draft", techniques=(draft,), plugins=(str(FILE),), bound=True)
-
-
 def compare(
     model: Model, null: Case, chosen: Sequence[Stack], load: Load, flags: argparse.Namespace, sweep: whole.Sweep,
     plain: Contender, tried: int,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The rows of one load: plain decoding, the bound, and the stacks, in turns.  tried: answers that were looked at."""
     name = f"table-{model.folder.name}-{load.text}-{load.temperature}-{load.batch}"
-    bound = perfect(null, name, plain)
+    bound = perfect(model, null, name, BOUND, plain)
     cases = [bound, *(s.case(null) for s in chosen)]
     again = replace(null, name="plain again")
     everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in (again, *cases))]

@@ -100,9 +100,8 @@ class GuardFlags:
         from weft.front.server import check_tls
 
         for flag, key in (("--api-key", self.api_key), ("--admin-key", self.admin_key)):
-            if (
-                key is not None and not key.strip()
-            ):  # of a variable that is not set, say: who gives a key means to ask for it
+            if key is not None and not key.strip():
+                # Of a variable that is not set, say: who gives a key means to ask for it.
                 raise ConfigError(f"{flag} is empty; give a key, or leave the flag out")
         keys = Keyring(
             self.clients,

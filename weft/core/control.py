@@ -209,18 +209,8 @@ class Control:
         early = [hasattr(r.stack["draft"], "early") for r, _, _, _ in mine]
         trees = [Trait.TREE_MASK in r.stack["draft"].traits.needs for r, _, _, _ in mine]
         beside = all(pool.beside for _, _, pool, _ in mine)
-        wants, rate = promising(
-            hopes,
-            [most for _, _, _, most in mine],
-            size,
-            prices,
-            guess_s,
-            least * size / plain,
-            soft,
-            early,
-            beside,
-            trees,
-        )
+        most = [most for _, _, _, most in mine]
+        wants, rate = promising(hopes, most, size, prices, guess_s, least * size / plain, soft, early, beside, trees)
         self._gain = rate * plain / size
         for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
             pool.on = 0

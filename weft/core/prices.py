@@ -165,10 +165,9 @@ class Costs:
 
     def _curve(self, beside: bool) -> Points:
         """What is believed, made monotone: more rows never cost less."""
-        beside = beside and any(k < 0 for k in self.shape) and bool(self.beside)
-        sign = -1 if beside else 1
+        sign = -1 if beside and self.beside else 1
         if sign not in self._points:
-            keys = sorted((self.at[sign * k], self.shape[sign * k]) for k in (self.beside if beside else self.known))
+            keys = sorted((self.at[sign * k], self.shape[sign * k]) for k in (self.beside if sign < 0 else self.known))
             shape, most = [], 0.0
             for _, s in keys:
                 most = max(most, s)

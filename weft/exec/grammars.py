@@ -44,7 +44,7 @@ class GrammarDesk:
         self._gone: set[int] = set()
         """Those of them that nobody waits for any more."""
         self._count, self._seconds = 0, 0.0
-        self._told = True
+        self._changed = False
 
     def take(self, spec: RequestSpec) -> list[Event]:
         """Begin with a request's grammar, or refuse the request."""
@@ -58,7 +58,7 @@ class GrammarDesk:
             text = f"the grammars of {MOST_WAITING} requests are being made ready already; try again later"
             return [Rejected(spec.id, text, "capacity", code="overloaded")]
         self._waiting[spec.id] = spec
-        self._told = False
+        self._changed = True
         self._threads.submit(self._make, spec, constrain)
         return []
 
@@ -70,7 +70,7 @@ class GrammarDesk:
     def entered(self, ready: Ready) -> list[Event] | None:
         """Events that refuse the request; none where it may enter; None where it was cancelled meanwhile."""
         spec = self._waiting.pop(ready.spec.id)
-        self._told = False
+        self._changed = True
         self._count += 1
         self._seconds += ready.seconds
         if spec.id in self._gone:
@@ -80,9 +80,9 @@ class GrammarDesk:
 
     def news(self) -> tuple[int, ...] | None:
         """Ids of the requests whose grammar is on its way; None where they are those told last."""
-        if self._told:
+        if not self._changed:
             return None
-        self._told = True
+        self._changed = False
         return tuple(self._waiting)
 
     def told(self) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from weft.exec.mirror import Mirror
 from weft.exec.vocabulary import VocabularyShelf
 from weft.models.decoder import Decoder
 from weft.ops.cpu.panels import Panels
-from weft.slots import Ask, Target, Vocabulary
+from weft.slots import Ask, Target, Vocabulary, heard
 from weft.types import Work
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Reading:
             work = works[i]
             sampled += work.prompt_rows + (min(len(work.tokens), 1 + work.guesses) if work.samples else 0)
             draft = self._mirror.sequences[work.request].stack["draft"]
-            asked = int(getattr(draft, "states", 0)) if work.want or getattr(draft, "learns", False) else 0
+            asked = int(getattr(draft, "states", 0)) if heard(draft, work.want) else 0
             if asked and work.samples and work.link is None:
                 context = len(work.tokens) - work.guesses
                 first = batch.bounds[k] + max(0, context - asked)

@@ -21,7 +21,7 @@ from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror, Mirrored
 from weft.exec.reading import Reading
 from weft.exec.shallow import Shallow
-from weft.slots import Ask, Draft, line
+from weft.slots import Ask, Draft, heard, line
 from weft.types import GroupKind, KVOp, KVOpKind, TokenLogprob, Work, WorkResult
 
 Probe = Callable[[Mirrored, int, Tensor], None]
@@ -161,8 +161,8 @@ class Sampling:
             alone = work.link is not None or s.stack.single
             if not draft.guesses or not fact.tokens or work.model != "target" or alone:
                 continue
-            if work.want == 0 and not getattr(draft, "learns", False):
-                continue  # it would be asked for nothing
+            if not heard(draft, work.want):
+                continue
             ask = self._ask(s, work, fact, draft, ahead)
             if ask.context is not None:
                 _, at, mine = asks.setdefault(id(draft), (draft, [], []))
@@ -199,13 +199,13 @@ class Sampling:
             most = min(most, Shallow.room(work, fact))
         if fact.tokens[-1] in s.sampling.stop_ids and output > s.sampling.min_tokens:
             most = 0  # it ends here
-        known = None
-        if most > 0 or getattr(draft, "learns", False):
+        known, most = None, max(0, most)
+        if heard(draft, most):
             known = np.concatenate([s.tokens[: work.start + context], np.array(fact.tokens, np.int64)])
         state = s.state.setdefault(GUESSING, {})
         assert isinstance(state, dict)
         return Ask(
-            known, s.prompt, output, max(0, most), s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale,
+            known, s.prompt, output, most, s.sampling, s.seed, s.stack["accept"].laws, s.salt, state, s.stale,
             self._reading.of(work.request), self._reading.logits(work.request), self._reading.soft(work.request),
             None if early is None else early.kept(work, fact),
         )  # fmt: skip

@@ -62,18 +62,18 @@ class Least(Generic[T]):
                 heapq.heappush(edge, (self._heap[child], child))
         return found
 
-    def settled(self, most: int, named: Callable[[T], tuple[Hashable, Key]]) -> list[T]:
+    def settled(self, most: int, key: Callable[[T], Key], again: Callable[[T, Key], None]) -> list[T]:
         """The first `most` where keys may only have grown since they were put: who stands too far in front is put again.
 
-        named: name and key, as they are now.
+        key: as it is now.  again: puts a thing where that says.
         """
         while True:
             found = self.heads(most)
-            moved = [(*now, thing) for key, thing in found if (now := named(thing))[1] != key]
+            moved = [(thing, now) for was, thing in found if (now := key(thing)) != was]
             if not moved:
                 return [thing for _, thing in found]
-            for name, key, thing in moved:
-                self.put(name, key, thing)
+            for thing, now in moved:
+                again(thing, now)
 
     def _counts(self, entry: tuple[Key, int, Hashable]) -> bool:
         found = self._there.get(entry[2])

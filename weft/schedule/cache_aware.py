@@ -83,13 +83,7 @@ class CacheAware:
 
     def _nearest(self, most: int) -> list[RequestView]:
         """What was forgotten is seen when it would put a request in front; what was remembered has moved it already."""
-        while True:
-            found = self._best.heads(most)
-            moved = [r for key, r in found if key != self._key(r, self._matches(r))]
-            if not moved:
-                return [r for _, r in found]
-            for request in moved:
-                self._place(request)
+        return self._best.settled(most, lambda r: self._key(r, self._matches(r)), lambda r, _: self._place(r))
 
     def _key(self, request: RequestView, matches: int) -> tuple[float, ...]:
         return (request.priority, -matches, request.arrival, request.rid)

@@ -75,7 +75,9 @@ class Deadline:
 
     def heads(self, most: int, now: float) -> Sequence[RequestView]:
         """Once its slack is gone a request goes behind others, and never before them again: it is seen when it is in front."""
-        return self._line.settled(most, lambda r: (r.rid, (*self.order(r, now), r.rid)))
+        return self._line.settled(
+            most, lambda r: (*self.order(r, now), r.rid), lambda r, key: self._line.put(r.rid, key, r)
+        )
 
     def admit(self, request: RequestView, step: StepView) -> bool:
         return True

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from weft.registry import register
-from weft.schedule._common import Least, latest
+from weft.schedule._common import Key, Least, latest
 from weft.slots import Claim, Quota, RequestView, StepView
 from weft.traits import Effect, Trait, Traits
 
@@ -69,7 +69,7 @@ class Fair:
         self._wait[request.tenant] += 1
         line = self._lines.setdefault(who, Least())
         line.put(request.rid, (request.arrival, request.rid), request)
-        self._all.put(*self._named(line), line)
+        self._place(line, self._key(line))
 
     def drop(self, request: RequestView) -> None:
         who = request.priority, request.tenant
@@ -110,14 +110,22 @@ class Fair:
 
     def _least(self, most: int) -> list[Least[RequestView]]:
         """Counters only rise while a tenant waits, so that one whose turn may be over is seen when it is in front."""
-        return self._all.settled(most, self._named)
+        return self._all.settled(most, self._key, self._place)
 
-    def _named(self, line: Least[RequestView]) -> tuple[tuple[int, bytes], tuple[float, ...]]:
-        """(priority and tenant, key) of those who wait in a line."""
+    def _place(self, line: Least[RequestView], key: Key) -> None:
+        _, request = self._next(line)
+        self._all.put((request.priority, request.tenant), key, line)
+
+    def _key(self, line: Least[RequestView]) -> Key:
+        """Of those who wait in a line."""
+        age, request = self._next(line)
+        return (request.priority, self._counters.get(request.tenant, 0.0), *age)
+
+    @staticmethod
+    def _next(line: Least[RequestView]) -> tuple[Key, RequestView]:
         found = line.first()
-        assert found is not None
-        who = found[1].priority, found[1].tenant
-        return who, (who[0], self._counters.get(who[1], 0.0), *found[0])
+        assert found is not None, "a line goes with the last who waits in it"
+        return found
 
     def _lift(self, tenant: bytes) -> None:
         """A tenant that had nothing to ask does not come back with a claim to all the time that it was away."""

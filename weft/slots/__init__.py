@@ -27,6 +27,7 @@ from weft.slots.guesses import Target as Target
 from weft.slots.guesses import Translation as Translation
 from weft.slots.guesses import Verify as Verify
 from weft.slots.guesses import candidates as candidates
+from weft.slots.guesses import heard as heard
 from weft.slots.guesses import line as line
 from weft.slots.kv import Compress as Compress
 from weft.slots.kv import Evict as Evict

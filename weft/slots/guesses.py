@@ -189,6 +189,11 @@ class Draft(Protocol):
     def observe(self, proposed: int, accepted: int) -> None: ...
 
 
+def heard(draft: Draft, most: int) -> bool:
+    """Whether a draft is given the context of a sequence for which it may make `most` guesses; -1: as many as it likes."""
+    return most != 0 or bool(getattr(draft, "learns", False))
+
+
 class Verify(Protocol):
     """What `accept` may ask about a sequence whose guesses were computed.
 

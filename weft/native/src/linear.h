@@ -45,7 +45,7 @@ struct Part {
     int64_t next = 0;             // bytes from a panel to the one in its place in the next tile
     bool end = false;             // whether nothing is missing then
     bool paired = false;          // whether those halves are gates and what they open
-    const float* opened = nullptr;  // those lines as floats (or words, see dots.h), [inputs, panels * PANEL], where several tiles read them
+    const float* opened = nullptr;  // those lines as floats, [inputs, panels * PANEL], where several tiles read them
     const float* scales = nullptr;  // of the tile's rows, where they are of 8 bits
     const char* later = nullptr;    // what a later tile reads, `each` bytes for a line of this one's, which no longer come from memory
     int64_t each = 0;
