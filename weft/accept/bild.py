@@ -8,9 +8,9 @@ Shapes   p: ids and probabilities of the truncated law
 Units    rollback: nats
 Cost     the law of each row at which a guess was made that the race does not select: O(vocab)
 Pays     with a generous rollback where answers are greedy: with 4 guesses of the bundled draft on held-out prose a step gives
-         4.51 tokens with rollback=4, 3.36 with 2 and 2.99 with the race, and the 0.5B shape decodes at 1.50 times the race's
-         speed with 4 (1.77 with four sequences) and hardly faster with 2 (1.01 and 1.13).  At temperature 0.8 at 1.44 and 1.56
-         times with 4, 1.10 and 1.17 with 2; accept=rejection, which keeps the law, comes to 1.30 and 0.88 there
+         4.51 tokens with rollback=4, 3.36 with 2 and 2.99 with the race, and the 0.5B shape decodes at 1.74 times the race's
+         speed with 4 (1.69 with four sequences) and hardly faster with 2 (1.08 and 1.15).  At temperature 0.8 at 1.46 and 1.64
+         times with 4, 1.12 and 1.13 with 2; accept=rejection, which keeps the law, comes to 1.29 and 0.84 there
 Differs  a guess that the race selects stands at any distance, and guesses share the race's noise: with rollback=0 tokens are
          those of plain decoding.  The paper decodes greedily; here d is taken under the request's own temperature and
          truncation, and at temperature 1 where it is greedy.  Of several guesses for one place that the race does not select the

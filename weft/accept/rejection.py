@@ -11,9 +11,9 @@ Shapes   p: ids and probabilities of the truncated law; q [guesses, vocab] float
 Units    probabilities, after temperature, truncation, bias and penalties of the request
 Cost     the law of each row that is reached: O(vocab)
 Pays     single sequences, with a draft that is drawn from its own law: with 4 guesses on held-out prose a step gives 2.33
-         tokens where it gives 2.09 with the race at temperature 1, and 2.26 for 2.10 at 0.8; the 0.5B shape decodes at 1.55 and
+         tokens where it gives 2.09 with the race at temperature 1, and 2.26 for 2.10 at 0.8; the 0.5B shape decodes at 1.53 and
          1.30 times the race's speed (two short answers, which are not the race's).  With four sequences weighing laws costs more
-         than it brings (0.85 to 0.93).  It gives up that a seed means the same tokens
+         than it brings (0.83 to 0.97).  It gives up that a seed means the same tokens
 Differs  a guess whose law is not told was certain (q = 1 there), as prompt lookup's are.  The noise is a function of seed,
          output index and token, so a run repeats; tokens are not those of the race, and depend on what was guessed
 Raises   nothing

@@ -7,8 +7,8 @@ Rule     p the target's law, q the one that k guesses for one place were drawn f
 Shapes   p: ids and probabilities of the truncated law; q [guesses, vocab] float32
 Units    probabilities, after temperature, truncation, bias and penalties of the request
 Cost     the law of each row that is reached, and 30 times O(vocab) for r where a place has several guesses
-Pays     with draft=paths, whose guesses are drawn alike, for one sequence: with two paths of 3 on the 0.5B shape 1.22 times the
-         race's speed at temperature 0.8 and 1.02 at 1 (rejection 1.13 and 1.31, of other texts); with four 0.84 and 0.89.  One
+Pays     with draft=paths, whose guesses are drawn alike, for one sequence: with two paths of 3 on the 0.5B shape 1.27 times the
+         race's speed at temperature 0.8 and 1.09 at 1 (rejection 1.17 and 1.39, of other texts); with four 0.83 and 0.90.  One
          guess for a place is weighed as accept=rejection does
 Differs  of the guesses for a place those count that have the first one's law: siblings drawn without replacement, or without a
          law, are one.  A token drawn in place of all goes on where it is one of the guesses.  The noise is a function of seed,

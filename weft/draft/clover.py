@@ -16,9 +16,9 @@ Cost     for each guess a product with the target's head and some 100,000 to 400
          2 * window * inner floats for each sequence.  online: three times the weights, and the lessons, for each of 8 tenants; a
          step takes 5 to 7 ms on the bundled model, one in a call at most
 Pays     for single sequences of a model beside whose step a head costs little: on the 0.5B shape, one
-         sequence, 1.80 times as fast as no draft with 4 guesses at temperature 0.8 and 1.83 greedily, with 0.07 % of the
-         target's parameters; the draft model that ships, with 0.74 %, brings 1.89 and 2.26 there.  With four sequences 1.24 and
-         1.32, and 2 guesses bring more (1.32 and 1.46).  Not on the bundled model itself, whose
+         sequence, 1.73 times as fast as no draft with 4 guesses at temperature 0.8 and 1.83 greedily, with 0.07 % of the
+         target's parameters; the draft model that ships, with 0.74 %, brings 1.78 and 2.29 there.  With four sequences 1.20 and
+         1.29, and 2 guesses bring more (1.32 and 1.46).  Not on the bundled model itself, whose
          step takes no longer than a few heads.  online: where requests are unlike what the heads were taught with: of guesses
          of heads that had seen no chat, 0.09 stood on questions of mathematics, and 0.27 after 100 requests; on prose, which
          they knew, 0.48 before and after.  The draft takes 2.6 to 3.8 times as long then

@@ -8,8 +8,8 @@ Units    paths: chains; length: tokens
 Cost     a pass of the draft model for each token of length, with a row for each path; its weights and KV; paths times length
          rows of the target
 Pays     with accept=spectr or accept=rejection, at temperatures at which one draw is often wrong: on the 0.5B shape, one
-         sequence at 0.8, two paths of 3 are 2.2 times as fast as no draft with k-SEQ and 1.7 with the race, one path 1.7.  Where
-         rows cost what they are it loses: with four sequences 0.7 and 0.8, one path 1.1; greedily one path brings more
+         sequence at 0.8, two paths of 3 are 2.1 times as fast as no draft with k-SEQ and 1.7 with the race, one path 1.7.  Where
+         rows cost what they are it loses: with four sequences 0.9 and 1.1, one path 1.2; greedily one path brings more
 Differs  paths that begin alike are not merged: how many draws there are for a place must not depend on what they are.  A race
          that keeps its seeds (accept=race) has no use for independent draws: there path i begins with the i-th of the draft's
          race with the token's own noise, and goes on with its winners.  Greedy requests whose accept weighs laws get one path,
