@@ -193,7 +193,26 @@ def test_parse_size(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "G", "four", "4X", "-4G", "4 G G", "1e999", "nan", "inf", "0", "0.1", "5iB", "4,5G", "2E", "9e9T"]
+    "text",
+    [
+        "",
+        "G",
+        "four",
+        "4X",
+        "-4G",
+        "4 G G",
+        "1e999",
+        "nan",
+        "inf",
+        "0",
+        "0.1",
+        "1.5",
+        "1.5B",
+        "5iB",
+        "4,5G",
+        "2E",
+        "9e9T",
+    ],
 )
 def test_parse_size_refuses(text: str) -> None:
     with pytest.raises(ConfigError, match="size"):

@@ -250,17 +250,20 @@ SIZE = re.compile(
 )
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "") -> int:
     """Bytes of "4G", "512MiB", "1.5g", "2e9" or "1048576".  K, M, G and T are powers of 1024, with or without B or iB.
 
-    Raises ConfigError for anything else, for zero and for more than an exbibyte.
+    flag: where the size was said, which the error names.  Raises ConfigError for anything else, for parts of a byte, for zero
+    and for more than an exbibyte.
     """
-    match = SIZE.fullmatch(text)
+    said, match = f"{flag} {text!r}".lstrip(), SIZE.fullmatch(text)
     if match is None or ((match["suffix"] or "").lower() == "ib" and not match["unit"]):
-        raise ConfigError(f"{text!r} is not a size; write a number and K, M, G or T, for example 512M or 4G")
+        raise ConfigError(f"{said} is not a size; write a number and K, M, G or T, for example 512M or 4G")
     size = float(match["number"]) * 2.0 ** UNITS[match["unit"].lower()]
-    if not 1 <= size <= MOST_BYTES:
-        raise ConfigError(f"{text!r} is out of range; a size is at least 1 byte and at most {format_size(MOST_BYTES)}")
+    if not 1 <= size <= MOST_BYTES or (not match["unit"] and size != int(size)):
+        raise ConfigError(
+            f"{said} is out of range; a size is whole bytes, at least 1 and at most {format_size(MOST_BYTES)}"
+        )
     return int(size)
 
 

@@ -89,9 +89,8 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, says: str) -> None:
 
 def test_values_are_checked_as_on_the_command_line(tmp_path: Path) -> None:
     for text in ("port = 'x'", "port = 70000", "port = 1.5", "max-queue = 0"):
-        with pytest.raises(Exception) as caught:
+        with pytest.raises(ConfigError, match=rf"\.toml: {text.partition(' ')[0]} = '.*': "):
             parsed(tmp_path, text)
-        assert f"--{text.partition(' ')[0]}" in caught.value.format_message()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="cannot be read"):
         SERVE.make_context("serve", ["--config", str(tmp_path / "none.toml")])
 

@@ -18,8 +18,17 @@ MAX_BYTES = 1 << 20
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make the file's values the defaults of the command that it is given to.  Raises ConfigError."""
-    if path is not None:
-        context.default_map = {**(context.default_map or {}), **defaults(path, context.command.params)}
+    if path is None:
+        return None
+    found = defaults(path, context.command.params)
+    for parameter in context.command.params:
+        if parameter.name in found and parameter.callback is None:
+            try:  # typer says what is wrong, and nothing of the file
+                parameter.process_value(context, found[parameter.name])
+            except typer.BadParameter as error:
+                name, value = parameter.name.replace("_", "-"), str(found[parameter.name])
+                raise ConfigError(f"{path}: {name} = {value[:80]!r}: {error.message}") from None
+    context.default_map = {**(context.default_map or {}), **found}
     return path
 
 

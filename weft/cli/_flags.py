@@ -191,9 +191,9 @@ class EngineFlags:
         from weft.exec.build import chosen
         from weft.exec.host import parse_size
 
-        for size in (self.memory, self.lora_memory):
+        for flag, size in (("--memory", self.memory), ("--lora-memory", self.lora_memory)):
             if size is not None:
-                parse_size(size)
+                parse_size(size, flag)
         if self.load not in ("auto", "random"):
             raise ConfigError(f"--load is auto or random, got {self.load!r}")
         build_stack(chosen(self.techniques or (), self.recipe, self.plugins or ()))

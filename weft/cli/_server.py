@@ -227,16 +227,16 @@ class ServerFlags:
         rate = self.rate_limit_tokens
         return Bounds(
             max_queue=self.max_queue,
-            max_queued_tokens=parse_size(self.max_queued_tokens),
+            max_queued_tokens=parse_size(self.max_queued_tokens, "--max-queued-tokens"),
             requests_per_minute=self.rate_limit_requests,
-            tokens_per_minute=None if rate is None else parse_size(rate),
+            tokens_per_minute=None if rate is None else parse_size(rate, "--rate-limit-tokens"),
         )
 
     def check(self) -> None:
         """Look at what can be wrong without a model.  Raises ConfigError."""
         from weft.config import parse_size
 
-        parse_size(self.max_body)
+        parse_size(self.max_body, "--max-body")
         if self.rate_limit_requests is not None and self.rate_limit_requests < 1:
             raise ConfigError(f"--rate-limit-requests must be at least 1, got {self.rate_limit_requests}")
         _ = self.bounds

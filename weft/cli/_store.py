@@ -42,8 +42,8 @@ class StoreFlags:
         """Raises ConfigError."""
         if self.store_max_responses < 1:
             raise ConfigError(f"--store-max-responses must be at least 1, got {self.store_max_responses}")
-        parse_size(self.store_max_bytes)
-        parse_size(self.max_file)
+        parse_size(self.store_max_bytes, "--store-max-bytes")
+        parse_size(self.max_file, "--max-file")
 
     def open(self) -> Store | None:
         """The store; None, with a note, where the usual folder cannot be had.  Raises ConfigError where the user named it."""
