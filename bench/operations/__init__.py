@@ -1,0 +1,1 @@
+"""Each operation of the kernels beside what this machine can do."""
