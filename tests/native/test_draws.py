@@ -14,7 +14,7 @@ from tests.native.machine import ISAS, MODULE
 from weft.core import noise
 from weft.exec import sampler
 from weft.exec.sampler import Row
-from weft.ops.cpu.drawing import FEW_LOGITS, Drawing
+from weft.ops.cpu.drawing import LITTLE, RACE, Drawing
 from weft.types import SamplingSpec
 
 EMPTY = np.empty(0, np.int64)
@@ -42,6 +42,26 @@ def test_draws_are_the_reference_s(isa: str, vocab: int) -> None:
             logits = logits_of(count, vocab, spread, n)
             rows = rows_of(count, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
             assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows), (rows[0].sampling, spread)
+
+
+WIDE = [
+    (1.5, 0, 0.999, 0.0), (1e4, 0, 0.1, 0.0), (1e-9, 0, 0.9, 0.0), (0.8, 0, 0.5, 0.01), (0.8, 5000, 0.9, 0.0), (50.0, 5000, 0.2, 0.0),
+    (30.0, 5000, 1.0, 0.0), (1.0, 19_999, 1.0, 0.0), (40.0, 300, 1.0, 0.0), (1e-9, 7000, 0.9, 0.0),
+]  # fmt: skip
+"""Laws that keep thousands of tokens, so that no threshold is found at the first look: temperature, top_k, top_p, min_p."""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("law", WIDE, ids=str)
+def test_what_thresholds_keep_of_many_is_what_sorting_keeps(isa: str, law: tuple[float, int, float, float]) -> None:
+    program = MODULE.Program(1, isa)
+    vocab, count = 20_000, 16
+    temperature, top_k, top_p, min_p = law
+    for n, spread in enumerate((0.0, 0.01, 3.0, 40.0)):
+        logits = logits_of(count, vocab, spread, n)
+        logits[1:, 7:19_000:31] = float("-inf")  # as a grammar leaves them
+        rows = rows_of(count, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows), spread
 
 
 def test_greedy_rows_penalties_bans_and_forced_tokens() -> None:
@@ -101,17 +121,25 @@ class Noted:
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocab", "alone"),
-    [(1, 4096, True), (16, 4096, True), (17, 4096, False), (1, FEW_LOGITS, True), (1, FEW_LOGITS + 1, False)],
+    ("rows", "vocab", "temperature", "alone"),
+    [
+        (1, 4096, 0.8, True),
+        (51, 4096, 0.8, True),
+        (52, 4096, 0.8, False),
+        (512, 4096, 0.0, True),
+        (513, 4096, 0.0, False),
+        (1, LITTLE // RACE, 1.0, True),
+        (1, LITTLE // RACE + 1, 1.0, False),
+    ],
 )
-def test_few_logits_stay_on_the_thread_that_asks(rows: int, vocab: int, alone: bool) -> None:
+def test_few_logits_stay_on_the_thread_that_asks(rows: int, vocab: int, temperature: float, alone: bool) -> None:
     several, one = Noted(7), Noted(8)
-    found = Drawing(several, one).draw(range(rows), vocab, *[[0.0] * rows] * 5)
+    found = Drawing(several, one).draw(range(rows), vocab, [temperature] * rows, *[[0.0] * rows] * 4)
     assert found == [8 if alone else 7] * rows
     assert (several.calls, one.calls) == (int(not alone), int(alone))
 
 
-@pytest.mark.parametrize("count", [5, 16, 17, 40])
+@pytest.mark.parametrize("count", [5, 51, 52, 80])
 def test_on_either_side_the_winner_is_the_race_s(count: int) -> None:
     """By the formula, token by token in double precision: argmax of logit / temperature - log(-log u)."""
     vocab = 4096

@@ -3,7 +3,7 @@
 //
 // The winner is the token with the greatest  (logit - max) / temperature + gumbel,  gumbel = -log(E), E = -log(1 - u) and u a hash of
 // the row's key and the token.  As u <= E, a token whose u is not below exp of what it lacks to the best one so far has lost,
-// and no logarithm is taken for it.
+// and no logarithm is taken for it; where that is below the smallest u there is, not even the hash.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +15,35 @@
 
 namespace weft::WEFT_ISA {
 
-struct Candidate {
-    float logit;
-    int32_t id;
-};
-inline bool likelier(const Candidate& a, const Candidate& b) { return a.logit != b.logit ? a.logit > b.logit : a.id < b.id; }
+inline constexpr float ENDLESS = std::numeric_limits<float>::infinity(), NEVER_LOGIT = -ENDLESS;
+inline constexpr int64_t STRIP = 64;   // logits that are looked at together
+inline constexpr int64_t BLOCK = 512;  // logits whose weights are added up as floats
+inline constexpr float LEAST_LOG = -22.9f;  // of the smallest u, 2^-33
+inline constexpr uint64_t TOKEN_STEP = 0xD1342543DE82EF95u, MULTIPLY_1 = 0xBF58476D1CE4E5B9u, MULTIPLY_2 = 0x94D049BB133111EBu;
+
+typedef uint64_t vw __attribute__((vector_size(4 * WEFT_LANES)));  // half as many words of 64 bits
 
 WEFT_INLINE uint32_t hashed(uint64_t key, uint64_t id) {
-    uint64_t x = key + (id + 1) * 0xD1342543DE82EF95u;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    uint64_t x = key + (id + 1) * TOKEN_STEP;
+    x = (x ^ (x >> 30)) * MULTIPLY_1;
+    x = (x ^ (x >> 27)) * MULTIPLY_2;
     return static_cast<uint32_t>((x ^ (x >> 31)) >> 32);
+}
+WEFT_INLINE vw mixed(vw x) {
+    x = (x ^ (x >> 30)) * MULTIPLY_1;
+    x = (x ^ (x >> 27)) * MULTIPLY_2;
+    return x ^ (x >> 31);
+}
+template <int... I>
+WEFT_INLINE vu upper(vw a, vw b, std::integer_sequence<int, I...>) {
+    return WEFT_SHUFFLE(reinterpret_cast<vu>(a), reinterpret_cast<vu>(b), (2 * I + 1)...);
+}
+// The hashes of LANES tokens from `first` on.
+WEFT_INLINE vu hashes(uint64_t key, int64_t first) {
+    vw a;
+    for (int j = 0; j < LANES / 2; j++) a[j] = (static_cast<uint64_t>(j) + 1) * TOKEN_STEP;
+    a += key + static_cast<uint64_t>(first) * TOKEN_STEP;
+    return upper(mixed(a), mixed(a + LANES / 2 * TOKEN_STEP), Lanes{});
 }
 
 struct Race {
@@ -41,8 +59,29 @@ struct Race {
     }
 };
 
-inline constexpr float NEVER_LOGIT = -std::numeric_limits<float>::infinity();
-inline constexpr int64_t STRIP = 64;  // logits that are looked at together
+WEFT_INLINE bool any(vi where) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(where), reinterpret_cast<__m512i>(where)) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(reinterpret_cast<__m256>(where)) != 0;
+#else
+    int32_t found = 0;
+    for (int j = 0; j < LANES; j++) found |= where[j];
+    return found != 0;
+#endif
+}
+
+template <int... I>
+WEFT_INLINE vi numbered(std::integer_sequence<int, I...>) { return vi{I...}; }
+WEFT_INLINE vi lanes() { return numbered(Lanes{}); }
+
+// LANES logits from p on, of which there are `left`, and `beyond` in place of those that there are not.
+WEFT_INLINE vf logits_at(const float* p, int64_t left, float beyond = NEVER_LOGIT) {
+    if (left >= LANES) return load(p);
+    float last[LANES];
+    for (int64_t j = 0; j < LANES; j++) last[j] = j < left ? p[j] : beyond;
+    return load(last);
+}
 
 inline float most_of(const float* x, int64_t count) {
     vf found = all(NEVER_LOGIT);
@@ -53,149 +92,209 @@ inline float most_of(const float* x, int64_t count) {
     return most;
 }
 
-inline float inverse_of(const Draw& row) { return static_cast<float>(std::min(1.0 / row.temperature, 1e38)); }
+// The greatest logit and the first token that has it, -1 where something is no number, or the greatest one is not finite.
+inline int64_t likeliest(const Draw& row, float& most) {
+    int64_t at = 0;
+    vi strange = vi{};
+    most = NEVER_LOGIT;
+    for (int64_t first = 0; first < row.vocab; first += BLOCK) {
+        const int64_t stop = std::min(first + BLOCK, row.vocab);
+        vf found = all(NEVER_LOGIT);
+        for (int64_t i = first; i < stop; i += LANES) {
+            const vf x = logits_at(row.logits + i, stop - i);
+            strange |= x != x;
+            found = larger(x, found);
+        }
+        if (const float here = top(found); here > most) most = here, at = first;
+    }
+    if (any(strange) || !std::isfinite(most)) return -1;
+    return std::find(row.logits + at, row.logits + row.vocab, most) - row.logits;
+}
+
+inline float inverse_of(double temperature) { return static_cast<float>(std::min(1.0 / temperature, 1e38)); }
 
 // All tokens of at least `limit`.
 inline void race_all(const Draw& row, float most, double limit, Race& race) {
-    const float inverse = inverse_of(row);
+    const float inverse = inverse_of(row.temperature), floor = std::nextafter(static_cast<float>(limit), NEVER_LOGIT);
+    float share = 0.0f, least = 0.0f;
+    double told = -std::numeric_limits<double>::infinity();
     for (int64_t first = 0; first < row.vocab; first += STRIP) {
-        const int64_t count = row.vocab - first < STRIP ? row.vocab - first : STRIP;
-        float lacks[STRIP];
-        uint32_t bits[STRIP];
-        // A little too large, for the error of floats: whoever is near enters, and is looked at exactly.
-        const float share = static_cast<float>(std::exp(-race.best)) * 1.001f;
-        for (int64_t i = 0; i < count; i += LANES) {
-            float some[LANES];
-            const int64_t left = count - i < LANES ? count - i : LANES;
-            for (int64_t j = 0; j < LANES; j++) some[j] = j < left ? row.logits[first + i + j] : NEVER_LOGIT;
-            store(lacks + i, exponential((load(some) - most) * inverse) * share);
+        if (race.best != told) {
+            // A little too large, for the error of floats: whoever is near enters, and is looked at exactly.
+            told = race.best, share = static_cast<float>(std::exp(-told)) * 1.001f;
+            least = static_cast<float>(told) + LEAST_LOG - 0.01f;
         }
-        for (int64_t i = 0; i < STRIP; i++) bits[i] = hashed(row.key, static_cast<uint64_t>(first + i));
-        for (int64_t i = 0; i < count; i++)
-            if (static_cast<float>(bits[i] >> 8) * 0x1p-24f < lacks[i] && row.logits[first + i] >= limit)
-                race.enter(static_cast<int32_t>(first + i), row.logits[first + i]);
+        vf lacks[STRIP / LANES];
+        vi there = vi{};
+        for (int64_t i = 0; i < STRIP; i += LANES) {
+            const vf x = logits_at(row.logits + first + i, std::max<int64_t>(row.vocab - first - i, 0));
+            const vf d = (x - most) * inverse;
+            lacks[i / LANES] = select((x >= floor) & (d >= least), d, all(NEVER_LOGIT));
+            there |= (x >= floor) & (d >= least);
+        }
+        if (!any(there)) continue;
+        for (int64_t i = 0; i < STRIP; i += LANES) {
+            const vu bits = hashes(race.row.key, first + i);
+            const vf u = __builtin_convertvector(reinterpret_cast<vi>(bits >> 8), vf) * 0x1p-24f;
+            const vi enters = u < exponential(lacks[i / LANES]) * share;
+            if (!any(enters)) continue;
+            for (int64_t j = i; j < i + LANES && first + j < row.vocab; j++)
+                if (enters[j - i] && row.logits[first + j] >= limit) race.enter(static_cast<int32_t>(first + j), row.logits[first + j]);
+        }
     }
 }
 
-// Tokens whose logit is at least `limit`.
-inline void gather_from(const Draw& row, float limit, std::vector<Candidate>& found) {
-    found.clear();
-    for (int64_t first = 0; first < row.vocab; first += STRIP) {
-        const int64_t count = row.vocab - first < STRIP ? row.vocab - first : STRIP;
-        if (most_of(row.logits + first, count) < limit) continue;
-        for (int64_t i = first; i < first + count; i++)
-            if (row.logits[i] >= limit) found.push_back({row.logits[i], static_cast<int32_t>(i)});
+inline constexpr int LEVELS = 8;
+inline constexpr int64_t FEW = 1024;
+inline constexpr int MOST_LOOKS = 8;
+
+// What numbers weigh that lack at most as much as each level to the greatest one, by exp, and how many they are.
+struct Levels {
+    float lack[LEVELS];
+    double weight[LEVELS];
+    int64_t count[LEVELS];
+
+    void weigh(const float* x, int64_t all_of_them, float most, float inverse) {
+        std::fill_n(weight, LEVELS, 0.0);
+        std::fill_n(count, LEVELS, 0);
+        for (int64_t first = 0; first < all_of_them; first += BLOCK) {
+            const int64_t stop = std::min(first + BLOCK, all_of_them);
+            vf added[LEVELS]{};
+            vi counted[LEVELS]{};
+            for (int64_t i = first; i < stop; i += LANES) {
+                const int64_t left = stop - i;
+                const vf d = (logits_at(x + i, left) - most) * inverse, e = exponential(d);
+                for (int l = 0; l < LEVELS; l++) {
+                    const vi in = d >= -lack[l];
+                    added[l] += select(in, e, vf{});
+                    counted[l] -= in;
+                }
+                if (left < LANES) counted[LEVELS - 1][0] -= static_cast<int32_t>(LANES - left);  // what fills up lacks all
+            }
+            for (int l = 0; l < LEVELS; l++) weight[l] += sum(added[l]), count[l] += sum(counted[l]);
+        }
     }
+};
+
+// The greatest and the smallest of some numbers.
+struct Span {
+    float greatest, least;
+};
+inline Span span(const float* x, int64_t count) {
+    vf greatest = all(NEVER_LOGIT), least = all(ENDLESS);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vf here = logits_at(x + i, count - i, *x);
+        greatest = larger(here, greatest), least = here < least ? here : least;
+    }
+    return {top(greatest), -top(-least)};
 }
 
-// The k-th greatest logit.  The k-th greatest of the strips' greatest ones is none of the k - 1 greatest of all: from it on they are
-// all gathered.
-inline float kth(const Draw& row, int64_t k, std::vector<float>& strips, std::vector<Candidate>& found) {
-    strips.clear();
+// Those of x that are wanted, to p and behind it, where LANES are written; how many they are.
+WEFT_INLINE int64_t put(float* p, vf x, vi wanted) {
+#if defined(__AVX512F__)
+    const __mmask16 which = _mm512_test_epi32_mask(reinterpret_cast<__m512i>(wanted), reinterpret_cast<__m512i>(wanted));
+    store(p, reinterpret_cast<vf>(_mm512_maskz_compress_ps(which, reinterpret_cast<__m512>(x))));
+    return __builtin_popcount(which);
+#else
+    float values[LANES];
+    int32_t in[LANES], count = 0;
+    store(values, x);
+    std::memcpy(in, &wanted, sizeof in);
+    for (int j = 0; j < LANES; j++) p[count] = values[j], count -= in[j];
+    return count;
+#endif
+}
+
+// The numbers in x that `in` holds for, into `some`, which may be x; how many they are.
+template <class In>
+inline int64_t gather(const float* x, int64_t count, float* some, const In& in) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vf here = logits_at(x + i, count - i);
+        vi wanted = in(here);
+        if (count - i < LANES) wanted &= lanes() < static_cast<int32_t>(count - i);
+        if (any(wanted)) kept += put(some + kept, here, wanted);
+    }
+    return kept;
+}
+
+// Of the greatest of `count` numbers, as many as together weigh top_p of all, or as are top_k (0: no such bound), the smallest one.  The
+// level in which that is reached is parted again and again, until it holds few, which are sorted.  some: memory, which may be x.
+inline float smallest_kept(const float* x, int64_t count, float most, double temperature, double top_p, int64_t top_k, float* some) {
+    const float inverse = top_k ? 1.0f : inverse_of(temperature);
+    Levels levels{{0.25f, 0.5f, 1.0f, 2.0f, 4.0f, 8.0f, 16.0f, ENDLESS}, {}, {}};
+    double total = 0.0, before = 0.0;  // of all; of those that are greater than x
+    int64_t ahead = 0;                 // how many those are
+    const auto reached = [&](double weight, int64_t number) { return top_k ? number >= top_k : weight >= top_p * total; };
+    for (int look = 0; look < MOST_LOOKS && (look == 0 || count > FEW); look++) {
+        levels.weigh(x, count, most, inverse);
+        if (look == 0) total = levels.weight[LEVELS - 1];
+        int l = 0;
+        while (l < LEVELS - 1 && !reached(before + levels.weight[l], ahead + levels.count[l])) l++;
+        const float low = l ? levels.lack[l - 1] : -1.0f, high = levels.lack[l];
+        if (l) before += levels.weight[l - 1], ahead += levels.count[l - 1];
+        count = gather(x, count, some, [&](vf here) {
+            const vf d = (here - most) * inverse;
+            return (d < -low) & (d >= -high);
+        });
+        x = some;
+        const Span all_of_them = span(x, count);
+        if (all_of_them.greatest == all_of_them.least) return all_of_them.least;
+        const float nearest = (most - all_of_them.greatest) * inverse, farthest = (most - all_of_them.least) * inverse;
+        for (int i = 0; i < LEVELS - 1; i++)
+            levels.lack[i] = nearest + std::min(farthest - nearest, 100.0f) * static_cast<float>(i + 1) / LEVELS;
+        levels.lack[LEVELS - 1] = ENDLESS;
+    }
+    if (x != some) std::copy_n(x, count, some);
+    std::sort(some, some + count, std::greater<float>());
+    for (int64_t i = 0; i < count; i++) {
+        before += std::exp((static_cast<double>(some[i]) - most) / temperature);
+        if (reached(before, ahead + i + 1)) return some[i];
+    }
+    return count ? some[count - 1] : most;
+}
+
+// A number that at least k of a row are not below, for k that are no more than its strips.
+inline float floor_of(const Draw& row, int64_t k, float* some) {
+    int64_t strips = 0;
     for (int64_t first = 0; first < row.vocab; first += STRIP)
-        strips.push_back(most_of(row.logits + first, row.vocab - first < STRIP ? row.vocab - first : STRIP));
-    float limit = NEVER_LOGIT;
-    if (k <= static_cast<int64_t>(strips.size())) {
-        std::nth_element(strips.begin(), strips.begin() + (k - 1), strips.end(), std::greater<float>());
-        limit = strips[static_cast<size_t>(k - 1)];
-    }
-    gather_from(row, limit, found);
-    std::nth_element(found.begin(), found.begin() + (k - 1), found.end(), likelier);
-    return found[static_cast<size_t>(k - 1)].logit;
+        some[strips++] = most_of(row.logits + first, row.vocab - first < STRIP ? row.vocab - first : STRIP);
+    if (k > strips) return NEVER_LOGIT;
+    std::nth_element(some, some + (k - 1), some + strips, std::greater<float>());
+    return some[k - 1];
 }
 
-// The sum of exp((x - most) / temperature).
-inline double weight_of_all(const Draw& row, float most) {
-    const float inverse = inverse_of(row);
-    double total = 0.0;
-    for (int64_t first = 0; first < row.vocab; first += STRIP) {
-        const int64_t count = row.vocab - first < STRIP ? row.vocab - first : STRIP;
-        vf added = vf{};
-        for (int64_t i = 0; i < count; i += LANES) {
-            float some[LANES];
-            for (int64_t j = 0; j < LANES; j++) some[j] = i + j < count ? row.logits[first + i + j] : NEVER_LOGIT;
-            added += exponential((load(some) - most) * inverse);
-        }
-        total += sum(added);
-    }
-    return total;
-}
-
-// The smallest logit of the likeliest ones that together reach top_p of `total`.  found: candidates, of which none that is kept is
-// missing; they come out in another order.
-inline double nucleus(const Draw& row, double most, double total, std::vector<Candidate>& found) {
-    double before = 0.0;
-    auto sorted = found.begin();
-    for (int64_t step = 256; sorted != found.end(); step *= 8) {
-        const auto stop = found.end() - sorted > step ? sorted + step : found.end();
-        if (stop != found.end()) std::nth_element(sorted, stop, found.end(), likelier);
-        std::sort(sorted, stop, likelier);
-        for (; sorted != stop; ++sorted) {
-            if (before >= row.top_p && sorted != found.begin()) return (sorted - 1)->logit;
-            before += std::exp((static_cast<double>(sorted->logit) - most) / row.temperature) / total;
-        }
-    }
-    return found.empty() ? most : found.back().logit;
-}
-
-// Whether something is no number.
-inline bool strange(const float* x, int64_t count) {
-    vi found = vi{};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        const vf some = load(x + i);
-        found |= some != some;
-    }
-    int32_t any = 0;
-    for (int j = 0; j < LANES; j++) any |= found[j];
-    for (; i < count; i++) any |= x[i] != x[i];
-    return any != 0;
-}
-
-// -1 where the greatest logit is no finite number.
-inline int64_t draw_one(const Draw& row, std::vector<Candidate>& found, std::vector<float>& strips) {
-    const float most = most_of(row.logits, row.vocab);
-    if (!std::isfinite(most) || strange(row.logits, row.vocab)) return -1;
-    if (row.temperature == 0.0) return std::find(row.logits, row.logits + row.vocab, most) - row.logits;
+// -1 where the greatest logit is no finite number.  some: as many floats as logits, and LANES more.
+inline int64_t draw_one(const Draw& row, float* some) {
+    float most;
+    const int64_t first = likeliest(row, most);
+    if (first < 0 || row.temperature == 0.0) return first;
     double limit = -std::numeric_limits<double>::infinity();
     if (row.min_p > 0.0) limit = static_cast<double>(most) + row.temperature * std::log(row.min_p);
-    Race race{row, most};
-    const bool cuts = row.top_k > 0 && row.top_k < row.vocab;
-    if (!cuts && row.top_p >= 1.0) {
-        for (int64_t i = 0; i < row.vocab; i++)
-            if (row.logits[i] == most) {
-                race.enter(static_cast<int32_t>(i), most);
-                break;
-            }
-        race_all(row, most, limit, race);
-        return race.winner;
-    }
-    if (cuts) {
-        const float last = kth(row, row.top_k, strips, found);
+    const float* x = row.logits;
+    int64_t count = row.vocab;
+    const auto keep = [&](float least) { count = gather(row.logits, row.vocab, some, [least](vf here) { return here >= least; }), x = some; };
+    if (row.top_k > 0 && row.top_k < row.vocab) {
+        keep(floor_of(row, row.top_k, some));
+        const float last = smallest_kept(x, count, most, row.temperature, 1.0, row.top_k, some);
         limit = std::max(limit, static_cast<double>(last));
-        std::erase_if(found, [&](const Candidate& c) { return c.logit < last; });
-        if (row.top_p < 1.0) {
-            double total = 0.0;
-            for (const Candidate& c : found) total += std::exp((static_cast<double>(c.logit) - most) / row.temperature);
-            limit = std::max(limit, nucleus(row, most, total, found));
-        }
-    } else {
-        // What each weighs less than this weighs too little together to reach into the nucleus.
-        const double total = weight_of_all(row, most), spare = (1.0 - row.top_p) * total / static_cast<double>(row.vocab) * 0.99;
-        const double least = spare > 0.0 ? most + row.temperature * std::log(spare) : -std::numeric_limits<double>::infinity();
-        gather_from(row, std::nextafter(static_cast<float>(least), NEVER_LOGIT), found);
-        limit = std::max(limit, nucleus(row, most, total, found));
+        if (row.top_p < 1.0) keep(last);
     }
-    for (const Candidate& c : found)
-        if (c.logit >= limit) race.enter(c.id, c.logit);
+    if (row.top_p < 1.0) limit = std::max(limit, static_cast<double>(smallest_kept(x, count, most, row.temperature, row.top_p, 0, some)));
+    Race race{row, most};
+    race.enter(static_cast<int32_t>(first), most);
+    race_all(row, most, limit, race);
     return race.winner;
 }
 
 // The token of each row, one row a thread.
 inline void draw(const Draw* rows, int64_t count, int64_t* ids, Share share) {
-    std::vector<Candidate> found;
-    std::vector<float> strips;
-    for (int64_t i = share.index; i < count; i += share.count) ids[i] = draw_one(rows[i], found, strips);
+    std::vector<float> more;
+    for (int64_t i = share.index; i < count; i += share.count) {
+        const int64_t needed = rows[i].vocab + LANES;
+        if (needed > SCRATCH) more.resize(static_cast<size_t>(needed));
+        ids[i] = draw_one(rows[i], needed > SCRATCH ? more.data() : share.scratch);
+    }
 }
 
 }  // namespace weft::WEFT_ISA

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-FEW_LOGITS = 1 << 16
-"""A thread draws from so many in some 0.2 ms at most; to wake another one takes 0.1 ms, for each draw of a draft's guesses."""
+LITTLE = 1 << 21
+"""Work that one thread does in some 0.1 ms, which it takes to wake another one: the greatest of so many logits, or a race of a
+tenth of them."""
+RACE = 10
 
 
 class Drawing:
@@ -17,6 +19,8 @@ class Drawing:
 
     def draw(self, logits: Sequence[int], vocab: int, *laws: Sequence[float]) -> list[int]:
         """Of rows of logits at these addresses, by their temperatures, top_k, top_p, min_p and keys of noise."""
-        program = self._alone if len(logits) * vocab <= FEW_LOGITS else self._program
+        temperatures = laws[0]
+        work = vocab * sum(RACE if t else 1 for t in temperatures)
+        program = self._alone if work <= LITTLE else self._program
         found: list[int] = program.draw(logits, vocab, *laws)
         return found
