@@ -34,12 +34,13 @@ def beside(slot: str, name: str, case: Case, judged: dict[str, Any]) -> dict[str
     """By what the chart calls them: first come, first served, the policy, and the bound."""
     given = case.wanted
     route = "+least_loaded" if given.replicas > 1 else ""
+    plain = "+round_robin" if name == "least_loaded" else route  # it would be beside itself
     words = str(judged.get("arguments") or name).removeprefix("fcfs+")
     if slot == "schedule":
         words = stacked(name) if words == name else words
     elif slot == "cost":
         words = f"fcfs+cost={words}"
-    shown = {"fcfs" + route: f"fcfs{route}", name: words, "clairvoyant" + route: f"clairvoyant{route}"}
+    shown = {"fcfs" + plain: f"fcfs{plain}", name: words, "clairvoyant" + route: f"clairvoyant{route}"}
     return {label: priced(replace(given, cost="roofline"), policy) for label, policy in shown.items()}
 
 

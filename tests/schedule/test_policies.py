@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -173,6 +175,50 @@ def test_cache_aware_follows_what_was_computed_and_lets_nobody_starve() -> None:
 def test_batchllm_runs_group_by_group_the_longest_answers_first() -> None:
     # c has answers of 3 tokens, the others of 1, for prompts of equal length.
     assert shared("schedule=batchllm(prefix=8)", "abcabc") == [2, 5, 0, 3, 1, 4]
+    assert shared("schedule=fcfs", "abcabc") == [0, 1, 2, 3, 4, 5]
+
+
+Layers = tuple[int, int] | None
+
+
+def passes(policy: str, asks: Sequence[Ask], *, rows: int) -> list[dict[int, tuple[int, Layers]]]:
+    """(rows, layers) of every request in each step, of a model with four layers; None for all of them."""
+    parked = GroupSpec(name="parked", kind=GroupKind.PARKED, layers=(0,), entry_bytes=8, block_tokens=4)
+    limits = Limits(max_model_len=200, max_num_seqs=8, max_rows=rows, max_samples=8)
+    engine = Engine([*GROUPS, parked], 400, limits, build_stack([f"schedule={policy}"]), layers=4)
+    found, now = list[dict[int, tuple[int, Layers]]](), 0.0
+    for i, (at, prompt, output) in enumerate(asks):
+        items = (TokenItem(tuple(range(100 * i, 100 * i + prompt))),)
+        while now < at:
+            now = stepped(engine, now, found)
+        assert engine.add(RequestSpec(id=i, items=items, sampling=SamplingSpec(max_tokens=output)), now) == []
+    while engine.requests():
+        now = stepped(engine, now, found)
+    return found
+
+
+def stepped(engine: Engine, now: float, found: list[dict[int, tuple[int, Layers]]]) -> float:
+    plan, _ = engine.schedule(now)
+    found.append({w.request - 1: (len(w.tokens), w.layers) for w in plan.works})
+    engine.commit(now + 1, plan, facts(plan))
+    return now + 1
+
+
+def test_layered_takes_a_prompt_through_groups_of_layers_beside_decodes() -> None:
+    """The paper's figure: a decode waits for half a prompt's work and not for all of it, and a prompt reads each layer once."""
+    asks = [(0, 2, 6), (1, 12, 2)]
+    one = {0: (1, None)}
+    found = passes("layered(groups=2, least=4)", asks, rows=16)
+    # The first prompt is shorter than `least`; the second has its twelve rows in layers 0 and 1, then in 2 and 3, then decodes.
+    assert found == [{0: (2, None)}, one | {1: (12, (0, 2))}, one | {1: (12, (2, 4))}, one | {1: (1, None)}, one, one]
+    assert passes("layered(groups=4, least=4)", asks, rows=16)[1:5] == [one | {1: (12, (i, i + 1))} for i in range(4)]
+    assert passes("fcfs", asks, rows=16) == [{0: (2, None)}, one | {1: (12, None)}, one | {1: (1, None)}, one, one, one]
+    # Chunks with as much work in a step as two groups have read each of the four layers twice.
+    chunks = passes("fcfs", asks, rows=7)[1:3]
+    assert chunks == [one | {1: (6, None)}, one | {1: (6, None)}]
+    for policy, rows, times in (("layered(groups=2, least=4)", 16, 1), ("fcfs", 7, 2)):
+        read = [step[1][1] or (0, 4) for step in passes(policy, asks, rows=rows)[1:3]]
+        assert sum(stop - first for first, stop in read) == 4 * times
 
 
 CROWD = [(float(i // 3), 3 + 7 * (i % 5), 1 + (5 * i) % 11) for i in range(30)]
@@ -212,6 +258,22 @@ def test_everybody_gets_every_row_once(name: str) -> None:
         assert total != whole
     else:
         assert total == whole
+
+
+POLICIES = [
+    f"{slot}={name}"
+    for slot in ("schedule", "route", "place", "cost")
+    for name in names(slot)
+    if slot != "cost" or hasattr(lookup(slot, name), "claim")
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_is_a_file_of_40_to_150_lines(policy: str) -> None:
+    """Short enough to be read at one sitting beside another one, and long enough to say what it does and where it pays."""
+    slot, _, name = policy.partition("=")
+    lines = Path(inspect.getfile(lookup(slot, name))).read_text(encoding="utf8").count("\n")
+    assert 40 <= lines <= 150
 
 
 def test_every_policy_says_what_is_claimed_of_it_and_what_came_of_that() -> None:

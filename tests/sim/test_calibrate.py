@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from weft.bench.calibrate import Driver, Sample, Timings, fit, measure, nonnegative, write
+from weft.bench.calibrate import Driver, Sample, Timings, fit, measure, nonnegative, text
+from weft.cli.app import app
 from weft.cost.calibrated import Calibrated, line
 from weft.errors import EngineError
 from weft.exec.build import EngineConfig, build, prepare
@@ -42,7 +44,7 @@ def test_the_fit_finds_the_machine_although_a_tenth_of_the_steps_was_held_up(tmp
     assert found["sequence_s"] == pytest.approx(3e-5, rel=0.05)
     assert found["median_error"] < 0.02
     file = tmp_path / "c.json"
-    write(file, found, {"model": "x"})
+    file.write_text(text(found, {"model": "x"}))
     spec = prepare(EngineConfig(model=resolve(None))).spec
     price = Calibrated(file=str(file)).on(hardware("cpu2"), Model("m", spec, "float32").figures)
     for _ in range(20):
@@ -96,7 +98,7 @@ def test_the_host_s_part_is_taken_apart(tmp_path: Path) -> None:
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, rel=0.03), name
     file = tmp_path / "c.json"
-    write(file, found, {})
+    file.write_text(text(found, {}))
     spec = prepare(EngineConfig(model=resolve(None))).spec
     price = Calibrated(file=str(file)).on(hardware("cpu2"), Model("m", spec, "float32").figures)
     assert all(sum(price(s.load)) == pytest.approx(s.total_s, rel=0.03) for s in samples)
@@ -153,3 +155,24 @@ def test_a_live_engine_is_listened_to() -> None:
     told = json.loads(json.dumps(fit(samples)))
     assert told["steps"] == len(samples)
     assert told["rows"][0][1] > 0
+
+
+@pytest.mark.parametrize("out", ["missing/x.json", "."])
+def test_where_it_cannot_be_written_is_known_before_it_is_measured(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weft.bench.calibrate.measure", lambda *_: pytest.fail("minutes went by"))
+    done = CliRunner().invoke(app, ["calibrate", "--out", str(tmp_path / out)])
+    assert done.exit_code == 2, done.output
+    assert "--out" in done.output
+
+
+def test_a_calibration_that_comes_to_nothing_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> list[Sample]:
+        raise EngineError("the machine went to sleep")
+
+    monkeypatch.setattr("weft.bench.calibrate.measure", none)
+    done = CliRunner().invoke(app, ["calibrate", "--out", str(tmp_path / "x.json"), "--threads", "1"])
+    assert done.exit_code == 1
+    assert "went to sleep" in done.output
+    assert list(tmp_path.iterdir()) == []

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+from typer.testing import CliRunner
+
+from weft.cli.app import app
 from weft.errors import ConfigError
 from weft.sim.kinds import cluster_of
 from weft.sim.metrics import slo
@@ -83,6 +87,39 @@ def test_the_best_proportion_is_found() -> None:
     found = splits(wanted("fcfs", slo=slo("ttft=300ms,tpot=50ms")), "distserve", arrivals)
     assert [s.result["goodput"] for s in found] == sorted((s.result["goodput"] for s in found), reverse=True)
     assert {s.policy for s in found} == {"fcfs+distserve(prefill=1)", "fcfs+distserve(prefill=2)"}
+
+
+def test_the_best_proportion_is_found_by_the_command() -> None:
+    args = ["sim", "--trace", BASE.trace, "--slo", "ttft=300ms,tpot=50ms", "--json"]
+    done = CliRunner().invoke(app, [*args, "--proportions", "distserve", "--replicas", "4"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert {t["policy"] for t in told} == {f"fcfs+distserve(prefill={n})" for n in (1, 2, 3)}
+    goodput = [t["goodput"] for t in told]
+    assert goodput == sorted(goodput, reverse=True)
+    assert goodput[0] > goodput[-1]
+    # Two paces, beside another policy: the best of each pace stands first of it.
+    more = ["--proportions", "splitwise", "--replicas", "3", "--compare", "fcfs+least_loaded", "--rates", "1,2"]
+    told = json.loads(CliRunner().invoke(app, [*args, *more]).stdout)
+    assert [t["rate"] for t in told] == sorted(t["rate"] for t in told)
+    assert len(told) % 2 == 0
+    assert "fcfs+least_loaded" in {t["policy"] for t in told}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--proportions", "fcfs"], "there is no place=fcfs"),
+        (["--proportions", "semipd"], "no number of replicas is set aside for prompts; it is under: distserve"),
+        (["--proportions", "distserve"], "at least 2 replicas, got 1"),
+        (["--proportions", "epd", "--replicas", "2"], "epd needs more than 2 replicas"),
+        (["--proportions", "distserve", "--replicas", "3", "--policy", "fcfs+round_robin"], "leave out route=round_robin"),
+    ],
+)  # fmt: skip
+def test_what_has_no_proportions_is_refused(given: list[str], says: str) -> None:
+    done = CliRunner().invoke(app, ["sim", "--trace", BASE.trace, *given])
+    assert done.exit_code == 2, done.output
+    assert says in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(

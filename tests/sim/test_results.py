@@ -210,6 +210,30 @@ def test_a_policy_of_a_comparison_may_bring_its_cost() -> None:
             compare(wanted, (text,), (1.0,))
 
 
+def test_what_would_be_left_unused_is_named() -> None:
+    """Not taken and forgotten; several at a time."""
+    done = weft(
+        "sim",
+        "--replay",
+        "x",
+        "--policy",
+        "fair",
+        "--no-prefix-cache",
+        "--compare",
+        "fcfs",
+        "--proportions",
+        "distserve",
+    )
+    assert done.exit_code == 2
+    assert "would leave --policy, --no-prefix-cache, --compare, --proportions unused" in " ".join(done.output.split())
+
+
+def test_paces_alone_are_a_comparison() -> None:
+    told = json.loads(weft(*SMALL, "--rates", "0.5,2", "--json").stdout)
+    assert [(t["policy"], t["rate"]) for t in told] == [("fcfs", 0.5), ("fcfs", 2)]
+    assert told[0]["offered"] < told[1]["offered"]
+
+
 def test_policies_are_found_by_name() -> None:
     inside, outside = policies("layered(groups=2)+power_of_two(seed=3)")
     assert [str(p) for p in inside] == ["schedule=layered(groups=2)"]
@@ -235,7 +259,10 @@ def test_what_is_no_part_of_an_engine_is_not_taken_for_one(part: str) -> None:
      (*SMALL, "--cost", "fcfs"), (*SMALL, "--kv-blocks", "0"), (*SMALL, "--max-model-len", "99999999"),
      (*SMALL, "--requests", "0"), (*SMALL, "--time-scale", "1e-300"), (*SMALL, "--rate-scale", "1e9"),
      (*SMALL, "--devices", "1000000"), (*SMALL, "--kv-blocks", "99999999999"),
-     (*SMALL, "--compare", "fcfs", "--report", "/no/folder/x.html")],
+     (*SMALL, "--compare", "fcfs", "--report", "/no/folder/x.html"), (*SMALL, "--kv-kept", "bits=0.5"),
+     ("sim", "--peak", "4096", "--replicas", "2"), ("sim", "--peak", "4096", "--report", "x.html"),
+     ("sim", "--replay", "x", "--trace", "y"), ("sim", "--replay", "x", "--peak", "4096"),
+     ("sim", "--replay", "x", "--no-prefix-cache"), ("sim", "--replay", "x", "--rates", "1,2")],
     ids=lambda a: a[-1][-14:],
 )  # fmt: skip
 def test_what_cannot_be_simulated_is_said_in_a_sentence(args: tuple[str, ...]) -> None:

@@ -163,7 +163,7 @@ ACTIONS: tuple[Action, ...] = (
 )  # fmt: skip
 ENTRIES: tuple[Entry, ...] = (
     Made(
-        format=3, groups=GROUPS, blocks=9, limits={"max_rows": 8}, parts=("schedule=fcfs",), models=("target", "draft"), layers=2,
+        format=4, groups=GROUPS, blocks=9, limits={"max_rows": 8}, parts=("schedule=fcfs",), models=("target", "draft"), layers=2,
         vocab=7, share=False, settings=b"s", in_flight=2, reach={"draft": 4}, block_bytes=64,
         control=True,
     ),

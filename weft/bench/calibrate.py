@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -308,5 +307,6 @@ def nonnegative(basis: Sequence[Sequence[float]], wanted: Sequence[float]) -> li
     return [float(v) for v in x / scale]
 
 
-def write(path: Path, calibration: dict[str, Any], machine: dict[str, Any]) -> None:
-    path.write_text(json.dumps({**calibration, "machine": machine}, indent=1) + "\n", encoding="utf8")
+def text(calibration: dict[str, Any], machine: dict[str, Any]) -> str:
+    """What `cost=calibrated` reads."""
+    return json.dumps({**calibration, "machine": machine}, indent=1) + "\n"

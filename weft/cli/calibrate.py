@@ -14,6 +14,7 @@ import typer
 
 from weft.cli._flags import EngineFlags, Json, Model, engine_flags, source_of
 from weft.cli._terminal import loading, say, stderr
+from weft.cli._written import written
 from weft.errors import ConfigError
 
 
@@ -29,7 +30,7 @@ def calibrate(
     flags: EngineFlags,
 ) -> None:
     """Measure step times on this machine and fit a cost: weft sim --cost 'calibrated(file="FILE")'."""
-    from weft.bench.calibrate import fit, measure, write
+    from weft.bench.calibrate import fit, measure, text
     from weft.exec.build import build, prepare
 
     if rounds < 1:
@@ -38,13 +39,14 @@ def calibrate(
     source, name = source_of(model)
     setup = prepare(flags.config(source))
     setup.require_fit()
-    with loading(name) as progress:
-        runtime = build(setup, progress)
-    with _telling() as tell:
-        found = fit(measure(runtime, rounds, tell))
     machine = {"model": name, "dtype": setup.dtype, "threads": setup.threads, "ops": setup.ops["target"].ops,
                "isa": setup.ops["target"].isa, "processor": platform.processor() or platform.machine()}  # fmt: skip
-    write(out, found, machine)
+    with written("--out", out) as write:
+        with loading(name) as progress:
+            runtime = build(setup, progress)
+        with _telling() as tell:
+            found = fit(measure(runtime, rounds, tell))
+        write(text(found, machine))
     if json_:
         print(json.dumps({**found, "machine": machine}, indent=2))
     else:

@@ -6,15 +6,16 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from weft.cli._flags import Json, Plugins, spread
 from weft.cli._terminal import stderr, stdout
+from weft.cli._written import written
 from weft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class SimFlags:
     ] = None
     policy: Annotated[
         str,
-        _option("--policy", help="A schedule or a route; several with + between them. (fcfs)", metavar="NAME(ARGS)"),
+        _option(
+            "--policy", help="A schedule, route or placement; several with + between them. (fcfs)", metavar="NAME(ARGS)"
+        ),
     ] = "fcfs"
     hardware: Annotated[
         str, _option("--hardware", help="A device by name, or FILE.toml:NAME. (h100)", metavar="NAME")
@@ -49,7 +52,11 @@ class SimFlags:
     ] = "llama-3.1-8b"
     cost: Annotated[
         str,
-        _option("--cost", help="What prices a step: roofline, calibrated or table. (roofline)", metavar="NAME(ARGS)"),
+        _option(
+            "--cost",
+            help="What prices a step: roofline, calibrated, table, or a way to spread it. (roofline)",
+            metavar="NAME(ARGS)",
+        ),
     ] = "roofline"
     replicas: Annotated[int, _option("--replicas", help="Engines behind the router. (1)", metavar="N")] = 1
     devices: Annotated[
@@ -115,6 +122,26 @@ class SimFlags:
             encoder=self.encoder, encode=text_encoder(),
         )  # fmt: skip
 
+    def only(self, flag: str, used: Sequence[str], more: Sequence[str]) -> None:
+        """Raises ConfigError where a flag was given that would be left unused beside `flag`.  used: names of fields that are not.
+
+        more: flags that are no fields and were given.
+        """
+        hints = get_type_hints(SimFlags, include_extras=True)
+        given = [f.name for f in fields(self) if f.name not in used and getattr(self, f.name) != f.default]
+        # Typer keeps the first name that an annotation gives in the place of a default.
+        named = [str(hints[name].__metadata__[0].default) for name in given]
+        unused = [
+            *(name.partition("/")[-1] or name for name in named),
+            *more,
+        ]  # of --prefix-cache/--no-prefix-cache the second
+        if unused:
+            raise ConfigError(f"{flag} simulates no load, and would leave {', '.join(unused)} unused; leave that out")
+
+
+PEAK = ("peak", "kept", "hardware", "model", "devices", "block_tokens", "weight_bits")
+"""Fields that --peak reads."""
+
 
 def text_encoder() -> Callable[[str], list[int]]:
     """Text to ids by the bundled model's tokenizer, which is loaded when the first text comes."""
@@ -141,6 +168,14 @@ def sim(
     report: Annotated[
         Path | None, _option("--report", help="Write the comparison as a page with charts.", metavar="FILE.html")
     ] = None,
+    place: Annotated[
+        str | None,
+        _option(
+            "--proportions",
+            help="A placement: compare every number of replicas for prompts, the best first.",
+            metavar="NAME",
+        ),
+    ] = None,
     replay: Annotated[
         Path | None,
         _option(
@@ -157,32 +192,60 @@ def sim(
     differs.
     """
     from weft.registry import load_plugin
-    from weft.sim.report import page
-    from weft.sim.run import compare as simulate
-    from weft.sim.run import run, split
 
     for path in plugin or ():
         load_plugin(path)
+    several = {
+        "--compare": compare,
+        "--proportions": place,
+        "--rates": None if rates == "1" else rates,
+        "--report": report,
+    }
+    more = [flag for flag, given in several.items() if given is not None]
     if replay is not None:
+        flags.only("--replay", (), more)
         replayed(replay, json_)
-        return
-    if flags.peak is not None:
+    elif flags.peak is not None:
+        flags.only("--peak", PEAK, more)
         peaks(flags, json_)
-        return
-    wanted = flags.wanted()
-    if compare is None and report is None:
-        with _telling() as tell:
-            result, _ = run(wanted, tell)
-        if json_:
-            print(json.dumps(result, indent=2))
-        else:
-            console = stdout()
-            console.print(table({wanted.policy: result}, console.width))
-        return
-    if report is not None and not report.parent.is_dir():
-        raise ConfigError(f"--report {report}: there is no folder {report.parent}; make it, or name another file")
-    with _telling() as tell, _written(report) as write:
-        points = simulate(wanted, split(compare or wanted.policy, ","), numbers(rates), tell)
+    elif flags.kept is not None:
+        raise ConfigError(
+            "--kv-kept says what --peak keeps of KV; give it the length of a context with --peak, or leave it out"
+        )
+    elif more:
+        compared(flags.wanted(), compare, place, rates, report, json_)
+    else:
+        single(flags.wanted(), json_)
+
+
+def single(wanted: Wanted, json_: bool) -> None:
+    """Print what comes of one policy at the load's own pace."""
+    from weft.sim.run import run
+
+    with _telling() as tell:
+        result, _ = run(wanted, tell)
+    if json_:
+        print(json.dumps(result, indent=2))
+    else:
+        console = stdout()
+        console.print(table({wanted.policy: result}, console.width))
+
+
+def compared(
+    wanted: Wanted, compare: str | None, place: str | None, rates: str, report: Path | None, json_: bool
+) -> None:
+    """Print what comes of each policy, and of each proportion of a placement, at each pace; of these the best first."""
+    from weft.sim.placement import proportions
+    from weft.sim.report import page
+    from weft.sim.run import compare as simulate
+    from weft.sim.run import split
+
+    chosen = split(compare, ",") if compare is not None else []
+    chosen += proportions(wanted, place) if place is not None else []
+    with _telling() as tell, written("--report", report) as write:
+        points = simulate(wanted, chosen or [wanted.policy], numbers(rates), tell)
+        if place is not None:
+            points.sort(key=lambda p: (p.rate, -p.result["goodput"]))
         if report is not None:
             write(page(points, wanted))
     if json_:
@@ -195,34 +258,6 @@ def sim(
 
 CUT = 3
 """Exit status of a replay that found nothing different in a record that is cut."""
-
-
-@contextlib.contextmanager
-def _written(path: Path | None) -> Iterator[Callable[[str], None]]:
-    """What writes the report.  Raises ConfigError.
-
-    What can't be written is better known before hours of simulation than after, so the file is there at once; and it goes again,
-    where it was not there before, if nothing comes of the simulation.
-    """
-    if path is None:
-        yield lambda text: None
-        return
-    before = path.exists()
-
-    def write(text: str) -> None:
-        nonlocal before
-        path.write_text(text, encoding="utf8")
-        before = True
-
-    try:
-        path.touch()
-        yield write
-    except OSError as error:
-        raise ConfigError(f"--report {path} cannot be written: {error}") from None
-    finally:
-        if not before:
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def replayed(path: Path, json_: bool) -> None:

@@ -2,7 +2,9 @@
 
 Paper    Yang et al., Context Parallelism for Scalable Million-Token Inference, arXiv:2411.01783    (002-54)
 Rule     each rank has 1/N of the rows, pairs and entries; N - 1 times a block of K and V passes on, or of queries, whose
-         results go back to their owners at the end; whichever shows less beside the attention of a block
+         results go back to their owners at the end; whichever shows less beside the attention of a block.  With T new rows
+         behind P that are there, and g heads of queries for each of keys, queries have fewer bytes than K and V where
+         T / (T + P) < 2 / g: at g = 8 from three times as many rows there as new ones on
 Units    ranks: hosts, each of which has --devices
 Cost     each rank reads all weights
 Pays     for long prompts; a decode reads 1/N of its entries, and sends its query

@@ -5,8 +5,9 @@ Rule     as context parallelism, but queries pass on and the results of the bloc
          other direction of the link: N - 1 passes of queries, and one of results that nothing hides
 Units    ranks: devices in a ring
 Cost     each rank reads all weights
-Pays     with as many heads of keys as of queries: a block of queries is half of one of K and V.  With g queries for each key K
-         and V are 2/g of queries, and passing them on is cheaper from g > 2 on
+Pays     with as many heads of keys as of queries: a block of queries is half of one of K and V, so that where nothing is hidden N
+         passes take N / (2 N - 2) of the time of a ring of K and V, which is 1 for two ranks and 4/7 for eight.  With g
+         queries for each key K and V are 2/g of queries, and passing them on is cheaper from g > 2 on
 Differs  nothing is chosen: queries always pass on.  Causal work is taken as even
 Raises   ValueError for a share outside (0, 1] or ranks < 1
 """

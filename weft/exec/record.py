@@ -1,7 +1,9 @@
 """The record of an engine, in a file that only its owner can read: it holds prompts and answers.
 
-Entries of `types.record` in msgpack, each after its length in 4 bytes (JSON would lose log-probabilities of minus infinity).  The
-last one, `Ended`, is written by `close`: a record without it is cut, and `weft sim --replay` says where.
+Entries of `types.record` in msgpack (JSON would lose log-probabilities of minus infinity), each after its length in 4 bytes and
+before 4 bytes of checksum: the CRC-32 of all lengths and entries up to there, so that one that was changed, lost or moved is
+noticed at the next one at the latest.  The last one, `Ended`, is written by `close`: a record without it is cut, and `weft sim
+--replay` says where.
 
     tap(engine, path)      before its first request; whoever drives the engine need not know
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -34,7 +37,7 @@ class Record:
             path.chmod(MODE)
         except OSError as error:
             raise ConfigError(f"--record {path} cannot be written: {error}") from None
-        self._path, self._held, self._entries = path, bytearray(), 0
+        self._path, self._held, self._entries, self._sum = path, bytearray(), 0, 0
         self._turn = threading.Lock()
         self._encode = msgspec.msgpack.Encoder().encode
 
@@ -52,7 +55,10 @@ class Record:
         if self._file is None:
             return
         data = self._encode(entry)
-        self._held += len(data).to_bytes(4, "little") + data
+        data = len(data).to_bytes(4, "little") + data
+        self._sum = zlib.crc32(data, self._sum)
+        self._held += data
+        self._held += self._sum.to_bytes(4, "little")
         self._entries += 1
         if now:
             self._write(self._file)

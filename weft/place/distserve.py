@@ -6,7 +6,7 @@ Rule     `prefill` replicas compute prompts, first come, first served; each requ
 Units    prefill: replicas
 Cost     the KV of a prompt goes over a link once; every replica holds all weights
 Pays     where tokens must come evenly and prompts are long; where they need not, chunks beside decodes use every device better
-Differs  how many compute prompts is an argument (`weft.sim.placement` searches it by simulation); all replicas are alike, so
+Differs  how many compute prompts is an argument (`weft sim --proportions distserve` searches it); all replicas are alike, so
          degrees of parallelism are the same in both phases; KV is sent when the prompt is done, not pulled
 Raises   ValueError if prefill < 1
 """

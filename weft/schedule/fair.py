@@ -52,11 +52,7 @@ class Fair:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if (
-            not (self.prompt_cost > 0 and self.answer_cost > 0)
-            or self.most < 1
-            or not all(w > 0 for w in self.weights.values())
-        ):
+        if not all(x > 0 for x in (self.prompt_cost, self.answer_cost, *self.weights.values())) or self.most < 1:
             raise ValueError("costs and weights are above 0, and most is at least 1")
 
     def order(self, request: RequestView, now: float) -> tuple[float, ...]:
@@ -83,9 +79,7 @@ class Fair:
             self._left = self._counters.get(request.tenant, 0.0)
 
     def first(self, now: float) -> RequestView | None:
-        lines = self._least(1)
-        found = lines[0].first() if lines else None
-        return None if found is None else found[1]
+        return next((self._next(line)[1] for line in self._least(1)), None)
 
     def heads(self, most: int, now: float) -> Sequence[RequestView]:
         """As counters would rise with the prompts of those before; of the first lines alone (a tenant may have several)."""
@@ -94,8 +88,7 @@ class Fair:
 
         def key(i: int) -> tuple[int, float, float, int, int]:
             r = lines[i][-1]
-            counter = counters.setdefault(r.tenant, self._counters.get(r.tenant, 0.0))
-            return r.priority, counter, r.arrival, r.rid, i
+            return r.priority, counters.setdefault(r.tenant, self._counters.get(r.tenant, 0.0)), r.arrival, r.rid, i
 
         queue = sorted(map(key, range(len(lines))))
         while queue and len(found) < most:

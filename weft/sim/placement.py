@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from weft.errors import ConfigError
-from weft.registry import lookup
+from weft.registry import lookup, names
 from weft.sim.kinds import cluster_of
-from weft.sim.run import Wanted, setting
+from weft.sim.run import Wanted, policies, setting
 from weft.sim.workload import Arrival
 
 
@@ -27,10 +27,17 @@ def proportions(wanted: Wanted, place: str) -> list[str]:
 
     Raises ConfigError where there are too few replicas for both phases.
     """
+    inside = lookup("place", place)
+    if not hasattr(inside, "prefill"):
+        known = ", ".join(n for n in names("place") if hasattr(lookup("place", n), "prefill"))
+        raise ConfigError(f"under place={place} no number of replicas is set aside for prompts; it is under: {known}")
+    outside = policies(wanted.policy)[1]
+    if outside:
+        raise ConfigError(f"{place} decides which replica serves; leave out {' and '.join(map(str, outside.values()))}")
     if wanted.replicas < 2:
         raise ConfigError(f"two phases need at least 2 replicas, got {wanted.replicas}")
     found = []
-    coders = range(1, wanted.replicas) if hasattr(lookup("place", place), "encode") else (0,)
+    coders = range(1, wanted.replicas) if hasattr(inside, "encode") else (0,)
     for encode, prefill in itertools.product(coders, range(1, wanted.replicas)):
         policy = f"{wanted.policy}+{place}(prefill={prefill}" + (f", encode={encode})" if encode else ")")
         try:

@@ -5,6 +5,7 @@ Times and facts come from the record; what is compared are the plans, the preemp
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,14 +57,14 @@ class Entries:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cut: str | None = None
+        self._decode = msgspec.msgpack.Decoder(Entry).decode
         self._lines = self._read()
 
     def __iter__(self) -> Iterator[tuple[int, Entry]]:
         return self._lines
 
     def _read(self) -> Iterator[tuple[int, Entry]]:
-        decode = msgspec.msgpack.Decoder(Entry).decode
-        number, at = 0, 0
+        number = at = whole = 0
         try:
             with self.path.open("rb") as file:
                 while head := file.read(4):
@@ -71,13 +72,11 @@ class Entries:
                     size = int.from_bytes(head, "little")
                     if len(head) == 4 and size > MAX_ENTRY:
                         raise ConfigError(f"{self.path}: entry {number} would have {size} bytes; this is no record")
-                    if len(head) < 4 or len(data := file.read(size)) < size:
+                    if len(head) < 4 or len(data := file.read(size + 4)) < size + 4:
                         self.cut = f"entry {number}, which begins at byte {at:,}, is not there as a whole"
                         return
-                    try:
-                        entry = decode(data)
-                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                        raise ConfigError(f"{self.path}: entry {number} is none of a record: {error}") from None
+                    whole = zlib.crc32(data[:size], zlib.crc32(head, whole))
+                    entry = self._entry(number, at, data[:size], whole == int.from_bytes(data[size:], "little"))
                     if isinstance(entry, Ended):
                         if file.read(1):
                             raise ConfigError(
@@ -85,16 +84,32 @@ class Entries:
                             )
                         return
                     yield number, entry
-                    at += 4 + size
+                    at += 8 + size
         except OSError as error:
             raise ConfigError(f"the record {self.path} cannot be read: {error}") from None
         self.cut = f"it breaks off behind entry {number}, at byte {at:,}, and does not say that it ends there"
 
+    def _entry(self, number: int, at: int, data: bytes, right: bool) -> Entry:
+        """right: whether the checksum is.  The first entry is read in any case: it says its format, and old ones have no sums."""
+        try:
+            entry: Entry | None = self._decode(data) if right or number == 1 else None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ConfigError(f"{self.path}: entry {number} is none of a record: {error}") from None
+        if isinstance(entry, Made) and entry.format != FORMAT:
+            raise ConfigError(
+                f"{self.path}: the record has format {entry.format}, and this weft reads {FORMAT}; record anew with it, or "
+                "replay it with the weft that wrote it"
+            )
+        if entry is None or not right:
+            raise ConfigError(
+                f"{self.path}: entry {number}, which begins at byte {at:,}, is not what was written: its checksum is another "
+                "one. The file was changed, or something of it was lost, there or before; nothing can be said of its decisions"
+            )
+        return entry
+
 
 def engine_of(made: Made) -> Engine:
     """An engine made as a recorded one.  Raises ConfigError."""
-    if made.format != FORMAT:
-        raise ConfigError(f"the record has format {made.format}; this weft reads {FORMAT}")
     try:
         limits = Limits(**made.limits)
     except TypeError as error:

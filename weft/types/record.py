@@ -13,7 +13,7 @@ from weft.types.kv import GroupSpec
 from weft.types.plan import Plan
 from weft.types.result import StepResult
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Made(Struct, frozen=True, kw_only=True, tag="made"):
