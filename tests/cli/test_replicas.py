@@ -19,20 +19,31 @@ from tests.cli.test_faults import SMALL, Reader, body, health, streams, total, u
 ENGINES = ("--threads", "1", "--memory", "1400M", "--max-model-len", "512")
 
 
+LONG = "The old man walked along the shore, and he looked at the sea and at the ships that came from far away. " * 4
+
+
+def alike(i: int) -> dict[str, Any]:
+    """Requests whose prompts begin with the same blocks, so that a router that knows prefixes has something to go by."""
+    asked = body(i)
+    return asked | {"prompt": f"{LONG}{asked['prompt']}"}
+
+
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Reader]]:
     """What one engine answers."""
     with Serving(tmp_path_factory.mktemp("one"), "--port", "0", *SMALL) as server:
-        yield streams(server.url(), [body(i) for i in range(12)])
+        yield streams(server.url(), [alike(i) for i in range(12)])
 
 
-def test_two_engines_answer_as_one_and_survive_each_other(tmp_path: Path, calm: list[Reader]) -> None:
-    with Serving(tmp_path, "--port", "0", *ENGINES, "--replicas", "2", "--route", "round_robin") as server:
+@pytest.mark.parametrize("route", ["round_robin", "prefix_aware(slack=2)"])
+def test_two_engines_answer_as_one_and_survive_each_other(tmp_path: Path, calm: list[Reader], route: str) -> None:
+    """Each is killed while it answers; prefix_aware sends all to the first one until that has two sequences more."""
+    with Serving(tmp_path, "--port", "0", *ENGINES, "--replicas", "2", "--route", route) as server:
         url = server.url()
         told = health(url)
         pids = [engine["pid"] for engine in told["engines"]]
         assert len(set(pids)) == 2
-        asked = [body(i) for i in range(12)]
+        asked = [alike(i) for i in range(12)]
         assert [r.outcome() for r in streams(url, asked)] == [r.outcome() for r in calm]
 
         async def kill(readers: list[Reader]) -> None:
@@ -50,9 +61,6 @@ def test_two_engines_answer_as_one_and_survive_each_other(tmp_path: Path, calm: 
         assert "weft:engine_restarts_total 2" in figures
         assert "2 engines, each with 700.0 MiB of memory" in server.err.read_text()
         assert server.end(signal.SIGTERM) == 0
-
-
-LONG = "The old man walked along the shore, and he looked at the sea and at the ships that came from far away. " * 4
 
 
 def long(i: int) -> dict[str, Any]:

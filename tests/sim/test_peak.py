@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner
 
+from tools.charts import DEVICE, MODEL, PEAKS, alone, peaks
 from weft.cli.app import app
 from weft.errors import ConfigError
 from weft.sim.machines import hardware, model
@@ -56,6 +58,21 @@ def test_shares_of_kv_multiply_and_windows_end_the_quadratic_term() -> None:
     assert peak(hardware("a100"), near, 1000).kv_bytes == 100 * 245_760
     # 1 + ... + 100 pairs, then 100 for each of 900 rows.
     assert peak(hardware("a100"), near, 1000).prefill_s == pytest.approx((68e12 + 1_720_320 * 95_050) / 312e12)
+
+
+def test_the_chart_shows_the_limits_and_nothing_that_is_served_beats_them() -> None:
+    drawn = peaks()
+    assert PEAKS.read_text(encoding="utf8") == drawn, "python -m tools.charts writes it anew"
+    root = ElementTree.fromstring(drawn)
+    told = [e.text for e in root.iter("{http://www.w3.org/2000/svg}title")]
+    # llama-3.1-8b on an h100: 80 GB less 16.06 GB of weights hold 121 contexts of 4,000 tokens of 128 KiB, and 3 of 128,000.
+    assert {"limit: 121 at 4,000", "limit: 3 at 128k", "limit with a quarter of KV: 15 at 128k"} <= set(told)
+    for context in (4000, 128_000):
+        limit, served = peak(hardware(DEVICE), model(MODEL).figures, context), alone(context)
+        assert served["users"] <= limit.users
+        # 0.65 of the arithmetic, 0.4 of attention's, 0.8 of the memory, and the host: more time, and not many times as much.
+        assert limit.prefill_s / 0.65 < served["prefill_s"] < limit.prefill_s / 0.3
+        assert limit.decode_s / 0.8 < served["decode_s"] < 2 * limit.decode_s
 
 
 def test_a_known_model_s_figures() -> None:

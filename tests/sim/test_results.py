@@ -257,6 +257,7 @@ def test_what_is_no_part_of_an_engine_is_not_taken_for_one(part: str) -> None:
      (*SMALL, "--model", "x"), (*SMALL, "--replicas", "0"), (*SMALL, "--compare", "fcfs", "--rates", "0"),
      (*SMALL, "--duration", "1e-9"),
      (*SMALL, "--cost", "fcfs"), (*SMALL, "--kv-blocks", "0"), (*SMALL, "--max-model-len", "99999999"),
+     (*SMALL, "--max-model-len", "0"),
      (*SMALL, "--requests", "0"), (*SMALL, "--time-scale", "1e-300"), (*SMALL, "--rate-scale", "1e9"),
      (*SMALL, "--devices", "1000000"), (*SMALL, "--kv-blocks", "99999999999"),
      (*SMALL, "--compare", "fcfs", "--report", "/no/folder/x.html"), (*SMALL, "--kv-kept", "bits=0.5"),

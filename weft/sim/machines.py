@@ -202,6 +202,7 @@ def figures(
     )  # fmt: skip
     return Figures(
         name=name, layers=len(spec.layers), width=spec.width, dense_params=dense, head_params=spec.vocab * spec.width,
+        embed_params=0 if spec.tied else spec.vocab * spec.width,
         expert_params=expert, experts=0 if mixture is None else mixture.num, top_k=0 if mixture is None else mixture.top_k,
         weight_bytes=weight_bytes, kinds=kinds, block_bytes=block_bytes,
     )  # fmt: skip

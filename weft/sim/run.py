@@ -115,7 +115,7 @@ def setting(wanted: Wanted) -> Setting:
     """Everything by name looked up.  Raises ConfigError."""
     shape = model(wanted.model, block_tokens=wanted.block_tokens, weight_bits=wanted.weight_bits)
     inside, outside = policies(wanted.policy)
-    longest = wanted.max_model_len or shape.spec.max_positions
+    longest = shape.spec.max_positions if wanted.max_model_len is None else wanted.max_model_len
     if longest > shape.spec.max_positions:
         raise ConfigError(f"--max-model-len {longest} exceeds the {shape.spec.max_positions} of {shape.name}")
     limits = Limits(

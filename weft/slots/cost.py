@@ -88,6 +88,7 @@ class Figures:
     """A model in numbers.  bytes are those of its weights as they are stored.
 
     dense_params    parameters that every row meets, the output projection left out.  head_params: of that
+    embed_params    of the table of tokens, from which rows are looked up; 0 where it is the output projection, too
     expert_params   of one expert over all layers.  experts, top_k: in a layer, and how many a row goes to (0: no mixture)
     weight_bytes    of one parameter.  block_bytes: of one block of the KV pool
     """
@@ -97,6 +98,7 @@ class Figures:
     width: int
     dense_params: int
     head_params: int
+    embed_params: int = 0
     expert_params: int = 0
     experts: int = 0
     top_k: int = 0
@@ -113,7 +115,8 @@ class Figures:
     @property
     def stored_bytes(self) -> float:
         """All weights."""
-        return (self.dense_params + self.head_params + self.experts * self.expert_params) * self.weight_bytes
+        inside = self.dense_params + self.experts * self.expert_params
+        return (inside + self.head_params + self.embed_params) * self.weight_bytes
 
     def read_bytes(self, rows: int) -> float:
         """Weights that `rows` rows reach, the output projection left out: of a mixture those experts that are hit."""
