@@ -202,6 +202,20 @@ def test_shards_stay_in_the_folder(
         load(spec, inner)
 
 
+def test_a_tensor_that_stands_there_twice(tmp_path: Path, spec: DecoderSpec) -> None:
+    """Of two entries under one name a reader takes the first and another the last: what is checked must be what is read."""
+    entry = b'{"dtype":"F32","shape":[2],"data_offsets":[%d,%d]}'
+    text = b'{"a":' + entry % (0, 8) + b',"b":' + entry % (8, 16) + b',"a":' + entry % (0, 8) + b"}"
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(ConfigError, match="'a' stands there twice"):
+        load(spec, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
+    )
+    with pytest.raises(ConfigError, match="'a' stands there twice"):
+        load(spec, tmp_path)
+
+
 @pytest.mark.parametrize("index", ["[]", "{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "null"])
 def test_bad_index(index: str, tmp_path: Path, spec: DecoderSpec) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)

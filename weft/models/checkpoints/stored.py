@@ -72,7 +72,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, Stored]:
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise ConfigError(f"{index} has more than {MAX_INDEX_BYTES} bytes, which no index has")
-        names: Any = json.loads(index.read_bytes()).get("weight_map")
+        names: Any = json.loads(index.read_bytes(), object_pairs_hook=_once).get("weight_map")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{index} cannot be read as a JSON object: {error}") from None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
@@ -97,7 +97,7 @@ def _header(file: Path) -> dict[str, Stored]:
             names = list(checked.keys())
         with open(file, "rb") as handle:
             size = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(size))
+            header = json.loads(handle.read(size), object_pairs_hook=_once)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file ({error}); fetch it again") from None
     found = {}
@@ -106,6 +106,16 @@ def _header(file: Path) -> dict[str, Stored]:
         start, stop = entry["data_offsets"]
         dtype = (SAFETENSORS_DTYPES | PACKED_DTYPES).get(entry["dtype"], torch.uint8)
         found[name] = Stored(file, dtype, tuple(entry["shape"]), 8 + size + start, 8 + size + stop)
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header or an index.  Raises ValueError where a key stands there twice: readers differ in which one holds."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:100]!r} stands there twice")
+        found[name] = value
     return found
 
 
