@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from tests.cli.running import COMMAND, ROOT
 from tests.models.checkpoints import Checkpoint
 from tests.models.test_packed import config_of
+from tools.to_gguf import write as write_gguf
 from weft.cli.app import app
+from weft.conform.workload import PROSE
 from weft.convert.folder import copy_rest, made
 from weft.convert.write import Writer, convert
 from weft.errors import CapacityError, ConfigError
@@ -216,6 +223,64 @@ def test_a_short_text_is_refused(bundled: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "at least 512 tokens" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_nothing_is_calibrated_for_what_cannot_be_written(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes of reading a text would end in the same words."""
+    monkeypatch.setattr("weft.cli.convert.calibrated", lambda *_: pytest.fail("it calibrates first"))
+    text = tmp_path / "text"
+    text.write_text("Once upon a time. " * 500)
+    write_gguf(bundled, tmp_path / "x.gguf")
+    for model, words in (
+        (DENSE, "cannot part; choose another group"),
+        (DENSE.parent / "awq", "is quantized already"),
+        (tmp_path / "x.gguf", "is a GGUF file"),
+    ):
+        result = run(str(model), str(tmp_path / "out"), "--weights", "int4:128", "--awq", str(text))
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_ended_leaves_nothing(number: signal.Signals, bundled: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("\n".join(PROSE) * 20)
+    command = [
+        *COMMAND,
+        "convert",
+        str(bundled),
+        str(tmp_path / "out"),
+        "--weights",
+        "int4",
+        "--awq",
+        str(tmp_path / "text"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob(".out-*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert process.poll() is None
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode not in (0, -number), "it unwinds"
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_disk_that_fills_up(bundled: Path, tmp_path: Path) -> None:
+    """Files of at most 2 MiB: the weights take four."""
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20)); "
+    code = limit + "from weft.cli import main; sys.argv = ['weft', *sys.argv[1:]]; main()"
+    words = ["convert", str(bundled), str(tmp_path / "out"), "--weights", "int4"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "could not be written: File too large; nothing of it is left" in " ".join(done.stderr.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:

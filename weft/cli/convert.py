@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,21 +61,35 @@ def run(model: str, out: Path, form: WeightFormat, text: str | None) -> dict[str
     """The record of `weft convert --json`.  Raises ConfigError and CapacityError."""
     from weft.convert.folder import copy_rest, made, require_room
     from weft.convert.write import convert as write
+    from weft.convert.write import source_of
     from weft.exec.host import format_size
     from weft.hub import resolve
-    from weft.models import load_spec
     from weft.models.layout import parameters
 
     folder = resolve(model, progress=sys.stderr.isatty())
-    spec = load_spec(folder)
+    spec = source_of(folder, form).spec
     require_room(out, parameters(spec) * form.bits // 8 * 5 // 4, format_size)
-    with made(out) as draft:
+    with _unwound(), made(out) as draft:
         changes = None if text is None else calibrated(folder, form, text)
         left = copy_rest(folder, draft)
         with loading(f"{folder.name} into {form}", "converting", "converted") as progress:
             written = write(folder, draft, form, None if changes is None else changes.applied, progress)
     record: dict[str, Any] = {"model": str(folder), "out": str(out), "weights": str(form), "awq": text is not None}
     return record | written.as_json() | {"left_out": left}
+
+
+@contextlib.contextmanager
+def _unwound() -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, so that nothing half made stays."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def calibrated(folder: Path, form: WeightFormat, text: str) -> Changes:

@@ -30,6 +30,7 @@ from weft.models.formats import WeightFormat
 from weft.models.gguf.header import is_gguf
 from weft.models.layout import Part, quantized
 from weft.models.quantized import quantize
+from weft.models.spec import DecoderSpec
 
 Progress = Callable[[int, int], None]
 Apply = Callable[[Part, Tensor, int], Tensor]
@@ -95,12 +96,20 @@ class Writer:
             self._file.close()
 
 
-def convert(
-    folder: Path, out: Path, form: WeightFormat, apply: Apply | None = None, progress: Progress | None = None
-) -> Written:
-    """Write the tensors and config.json of `folder`, its matrices in `form`, into the empty folder `out`.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that can be converted.  few: the fused weights that are rounded.  parts: in the order of the files."""
 
-    Embedding, head and experts are matrices; routers, norms and biases stay as they are.  Memory: one tensor.
+    config: dict[str, Any]
+    spec: DecoderSpec
+    stored: Mapping[str, Stored]
+    parts: Sequence[Part]
+    few: Mapping[str, WeightFormat]
+
+
+def source_of(folder: Path, form: WeightFormat) -> Source:
+    """What is to be converted, by its headers alone.
+
     Raises ConfigError for a checkpoint that cannot be read, is quantized, or whose rows the groups don't divide.
     """
     if is_gguf(folder):
@@ -122,6 +131,19 @@ def convert(
                 f"{part.name} has rows of {part.shape[1]} inputs, which {form} cannot part; choose another group"
             )
     parts.sort(key=lambda part: (str(stored[part.name].file), stored[part.name].start))
+    return Source(config, spec, stored, parts, few)
+
+
+def convert(
+    folder: Path, out: Path, form: WeightFormat, apply: Apply | None = None, progress: Progress | None = None
+) -> Written:
+    """Write the tensors and config.json of `folder`, its matrices in `form`, into the empty folder `out`.
+
+    Embedding, head and experts are matrices; routers, norms and biases stay as they are.  Memory: one tensor.
+    Raises ConfigError as `source_of` does.
+    """
+    source = source_of(folder, form)
+    config, stored, parts, few = source.config, source.stored, source.parts, source.few
     total = sum(stored[part.name].stop - stored[part.name].start for part in parts)
     places: dict[str, str] = {}
     done = after = 0
@@ -138,7 +160,7 @@ def convert(
             places |= dict.fromkeys(names, file.name)
             after += writer.size
     _index(out, places, after)
-    config["quantization_config"] = entry(form, parts, few, spec.tied)
+    config["quantization_config"] = entry(form, parts, few, source.spec.tied)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
     rounded = sum(part.target in few for part in parts)
     return Written(rounded, len(parts) - rounded, total, after)
