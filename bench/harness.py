@@ -40,7 +40,7 @@ from weft.bench.limit import read_by, read_gb_s
 from weft.conform.code import code
 from weft.errors import ConfigError, EngineError
 from weft.exec.build import Setup
-from weft.exec.host import cpu_count
+from weft.exec.host import cpu_count, processor
 from weft.hub import resolve
 from weft.models import load_spec
 from weft.models.layout import parameters
@@ -365,12 +365,12 @@ def machine() -> dict[str, Any]:
     """Processor, cores that this process may use, and the versions that matter."""
     import torch
 
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf8", errors="replace").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "cores": cpu_count().cores, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "cpu": processor(),
+        "cores": cpu_count().cores,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _rounded(value: Any) -> Any:

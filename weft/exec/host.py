@@ -13,6 +13,7 @@ Sources: Linux Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst,
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -136,6 +137,14 @@ def cpu_count(proc: Path = PROC, cgroup: Path = CGROUP) -> CpuLimit:
         if quota_us is not None and quota_us > 0 and period_us:
             limits.append(CpuLimit(quota_us / period_us, f"cgroup v1 {_name(folder, cgroup)}"))
     return min(limits, key=lambda limit: limit.cores)
+
+
+def processor(proc: Path = PROC) -> str:
+    """What it calls itself; else its kind, such as x86_64."""
+    names = (
+        line.partition(":")[2].strip() for line in _read(proc / "cpuinfo").splitlines() if line[:10] == "model name"
+    )
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------- our own use
