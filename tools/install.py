@@ -74,12 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fingerprint(root: Path) -> str:
-    """Changes when the set-up would give something else: pins, requirements, kernels, this file, the place, the Python."""
-    digest = hashlib.sha256(f"{root} {platform.python_version()}".encode())
+    """Changes when the set-up would give something else: pins, requirements, kernels, this file, the place, the Python.
+
+    And once there is a compiler where there was none: the kernels can be built then.
+    """
+    digest = hashlib.sha256(f"{root} {platform.python_version()} {has_compiler()}".encode())
     kernels = sorted(path for path in (root / "weft" / "native").rglob("*") if path.suffix in KERNEL_SOURCES)
     for path in (*(root / name for name in ("pyproject.toml", "constraints.txt", "tools/install.py")), *kernels):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def has_compiler() -> bool:
+    """Whether there is something that may compile C++ (CMake looks for more)."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++"))
 
 
 def read_stamp(stamp: Path) -> dict[str, object]:

@@ -3,14 +3,15 @@
     python -m tools.sanitize [TESTS ...]        (default: tests/native)
 
 Builds the extension once more, with checks, in .cache/sanitized, and runs the tests in a process that loads that one.  A read or
-a write outside of an object, or an overflow, ends the run with its place in the source.  Needs g++ and what the package is built
-with.
+a write outside of an object, or an overflow, ends the run with its place in the source.  Needs g++, cmake and ninja beside the
+test tools.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,11 @@ def find(library: str) -> str:
 def main(tests: list[str]) -> int:
     if MARK in os.environ:
         return _run(os.environ[MARK], tests)
+    if absent := [tool for tool in ("g++", "cmake", "ninja") if shutil.which(tool) is None]:
+        print(
+            f"make sanitize builds the kernels, and there is no {', '.join(absent)} here: install it", file=sys.stderr
+        )
+        return 1
     BUILD.mkdir(parents=True, exist_ok=True)
     for command in (
         ["cmake", "-S", str(ROOT / "weft" / "native"), "-B", str(BUILD), "-G", "Ninja", "-DWEFT_SANITIZE=ON",

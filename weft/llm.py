@@ -10,6 +10,7 @@ Engine, executor and text are plain objects here; the scheduler, the sampling an
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +24,15 @@ from weft.front.port import EngineInfo
 from weft.front.text import ModelText, vocabulary_of
 from weft.hub import model_id, resolve
 from weft.jobs import Job, Progress, Prompt, listed, read_asides, read_prompt
+from weft.ops.choice import slower
 from weft.outputs import RequestOutput
 from weft.sampling import BeamSearchParams, SamplingParams
 from weft.types import Event, Finished, Rejected, Tokens
 
 if TYPE_CHECKING:
     from weft.exec.adapters import AdapterBook
+
+log = logging.getLogger("weft.llm")
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -52,6 +56,8 @@ def load(model: str | Path | None = None, **options: Any) -> tuple[Runtime, Mode
     """(built engine, its model's text side, served name) from the keywords of `LLM`."""
     config, name = configure(model, **options)
     setup = prepare(config)
+    if note := slower(setup.ops["target"], config.ops, setup.device):
+        log.warning("note: %s", note)
     assert isinstance(config.model, Path)
     text = ModelText.load(config.model, max_model_len=setup.limits.max_model_len, name=name)
     return build(setup, vocabulary=text.vocabulary, vocabulary_of=vocabulary_of), text, name

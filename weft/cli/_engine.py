@@ -336,14 +336,14 @@ def _shown(setup: Any, start: Start) -> Any:
     from weft.cli.plan import table
     from weft.exec.build import build
     from weft.exec.host import format_size
+    from weft.ops.choice import slower
 
     stderr().print(table(setup, start.name))
     setup.require_fit()
     if setup.plan.reason:
         say(f"note: {setup.plan.reason}")
-    fallback = setup.ops["target"].reason
-    if fallback and setup.device == "cpu" and start.options.get("ops") != "ref":
-        say(f"note: this model runs on plain PyTorch, which is slower: {fallback}")
+    if note := slower(setup.ops["target"], setup.config.ops, setup.device):
+        say(f"note: {note}")
     with loading(f"{format_size(setup.plan.weights_bytes)} of weights") as progress:
         return build(setup, progress, vocabulary=_vocabulary(start), vocabulary_of=_vocabulary_of)
 

@@ -38,6 +38,8 @@ class KernelsBuildHook(BuildHookInterface):  # type: ignore[misc,type-arg]
         except (OSError, subprocess.CalledProcessError) as error:
             output = getattr(error, "output", None) or str(error)
             print(f"weft's kernels were not built, so it will run on plain PyTorch:\n{output[-4000:]}", file=sys.stderr)
+            if version == "editable":  # what an earlier build left is of other sources, and would pass for this one's
+                (source / name).unlink(missing_ok=True)
             return
         if version == "editable":
             shutil.copy2(built, source / name)

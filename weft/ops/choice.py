@@ -51,6 +51,13 @@ def choose(wanted: str, isa: str, spec: DecoderSpec, dtype: str, device: str, fe
     return Choice("ref", reason=reason)
 
 
+def slower(choice: Choice, wanted: str, device: str) -> str:
+    """A sentence where a CPU has a model on the reference operations though nobody asked for them (`--ops`); else empty."""
+    if choice.panels or wanted == "ref" or device != "cpu":
+        return ""
+    return f"this model runs on plain PyTorch, which is slower: {choice.reason}"
+
+
 def _why_not(spec: DecoderSpec, dtype: str, device: str, few: bool) -> str:
     """What of a model the kernels do not compute, in a sentence; empty where they compute all of it."""
     if device != "cpu":
