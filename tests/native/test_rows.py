@@ -1,0 +1,53 @@
+"""A row has its bits whatever the number of rows: from 1 to 64, each one of them, in every format of weights and inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.harness import Rows
+from tests.native.machine import ISAS, MODULE, Machine, panels, product
+from tests.native.test_decoder import bench, prompt, spec
+from tests.native.test_products import FEW, random
+from weft.models.formats import WeightFormat
+from weft.models.kernels import INPUTS
+from weft.models.layout import quantized
+from weft.models.quantized import quantize
+
+MOST = 64
+MODELS: dict[str, dict[str, Any]] = {
+    "float32": {}, "bfloat16": {"dtype": "bfloat16"},
+    **{text: {"dtype": "bfloat16", "formats": text} for text in ("int8", "int8:32:zero", "int4", "int4:16:zero")},
+    **{f"{text}, inputs too": {"dtype": "bfloat16", "formats": text, "activations": "int8"} for text in ("int8", "int4")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("text", [torch.float32, torch.bfloat16, *FEW], ids=str)
+def test_of_a_product(isa: str, text: torch.dtype | str) -> None:
+    """Rows at the beginning and at the end of what is computed with them."""
+    machine, values = Machine(MODULE.Program(1, isa)), random(1, 40, 256) / 16
+    weight = values.to(text) if isinstance(text, torch.dtype) else quantize(values, WeightFormat.parse(text))
+    packed, x = panels(machine.program, weight), random(2, MOST, 256)
+    for inputs in INPUTS.values():
+        most = product(machine, x, packed, None, MOST, inputs)
+        for rows in range(1, MOST):
+            assert torch.equal(product(machine, x, packed, None, rows, inputs), most[:rows]), rows
+            assert torch.equal(product(machine, x[-rows:], packed, None, rows, inputs), most[-rows:]), rows
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_of_a_step(name: str) -> None:
+    """Logits of sequences that decode together are those of each one alone."""
+    options = dict(MODELS[name])
+    if text := options.pop("formats", ""):
+        options["formats"] = quantized(spec(), WeightFormat.parse(text))
+    made = bench("cpu", threads=2, **options)
+    prompts = [prompt(5 + i % 7, i) for i in range(MOST)]
+    made.run([Rows(f"s{i}", tokens, 0) for i, tokens in enumerate(prompts)], "last")
+    nexts = [Rows(f"s{i}", [i], len(tokens)) for i, tokens in enumerate(prompts)]
+    alone = torch.cat([made.run([one])[0] for one in nexts])
+    for count in range(2, MOST + 1):
+        assert torch.equal(torch.cat(made.run(nexts[:count])), alone[:count]), count
