@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -53,9 +54,9 @@ class Listener:
             assert self.changed.wait_for(ready, timeout_s), "nothing came"
 
 
-def start(executor: NullExecutor | None = None) -> tuple[EngineThread, Listener]:
+def start(executor: NullExecutor | None = None, *, foretell: bool = False) -> tuple[EngineThread, Listener]:
     engine = Engine(GROUPS, 64, Limits(max_model_len=64, max_num_seqs=4, max_rows=16, max_samples=8), vocab=32)
-    port = EngineThread(engine, executor or NullExecutor(GROUPS, vocab=32), SimpleNamespace())
+    port = EngineThread(engine, executor or NullExecutor(GROUPS, vocab=32), SimpleNamespace(), foretell=foretell)
     listener = Listener()
     port.subscribe(listener)
     return port, listener
@@ -82,6 +83,24 @@ def test_requests_finish_and_the_thread_goes_idle() -> None:
         assert port.stats.kv_blocks_referenced == 0
         assert port.stats.finished == 20
         assert port.error() is None
+    finally:
+        port.close()
+
+
+def test_what_is_foretold_of_prompts_is_how_far_they_are() -> None:
+    """Before each plan, of whoever has more to compute than one row; who only decodes costs a frame nothing."""
+    port, listener = start(foretell=True)
+    try:
+        port.send(request(1, tuple(range(30)) + (1,) * 15, max_tokens=6))
+        listener.wait(lambda: any(isinstance(e, Finished) for e in listener.events))
+        assert [f.behind for f in listener.frames if f.behind] == [((1, 0, 16),), ((1, 16, 32),), ((1, 32, 45),)]
+        port.send(request(2, (1, 2), max_tokens=50))
+        port.send(request(3, tuple(range(2, 32)) + (2,) * 10, max_tokens=2))
+        listener.wait(lambda: sum(isinstance(e, Finished) for e in listener.events) == 3)
+        told = [one for f in listener.frames for one in f.behind if one[0] == 3]
+        assert told[0][1] == 0
+        assert told[-1][2] == 40
+        assert all(before[2] == after[1] for before, after in pairwise(told))
     finally:
         port.close()
 

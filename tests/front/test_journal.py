@@ -52,8 +52,11 @@ class Executor(NullExecutor):
     """It dies of what `deadly` says, before the step has any result.  The log-probability of a prompt's token is its position."""
 
     deadly: Deadly | None = None
+    plan: Plan
+    """The last one."""
 
     def execute(self, plan: Plan) -> StepResult:
+        self.plan = plan
         if self.deadly is not None:
             firsts = {w.request: w for w in plan.works}
             known = {e.request: e.tokens[0] for e in plan.enter}
@@ -119,7 +122,7 @@ class World:
             self.frame(events, ())
             return
         plan, more = self.engine.schedule(0.0)
-        self.frame([*events, *more], self.engine.members(plan))
+        self.frame([*events, *more], self.engine.members(plan), self.engine.behind(plan))
         try:
             result = self.executor.execute(plan)
         except Dead:
@@ -128,10 +131,13 @@ class World:
         self.held = self.engine.commit(0.0, plan, result)
         self.engine.check()
 
-    def frame(self, events: Sequence[Event], members: tuple[int, ...]) -> None:
+    def frame(
+        self, events: Sequence[Event], members: tuple[int, ...], behind: tuple[tuple[int, int, int], ...] = ()
+    ) -> None:
         plan = None if members == self.told else members
         self.told = members
-        told, commands = self.journal.take(EngineFrame(events=tuple(events), plan=plan, taken=self.taken))
+        frame = EngineFrame(events=tuple(events), plan=plan, behind=behind, taken=self.taken)
+        told, commands = self.journal.take(frame)
         self.inbox += commands
         self.hear(told)
 

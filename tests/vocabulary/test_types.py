@@ -146,7 +146,7 @@ EVENTS: tuple[Event, ...] = (
     Rejected(1, "too long", "capacity", param="prompt", code="context_length_exceeded"),
 )
 SEEN = Seen(9, 8, 7, 6, 5, ((4, 3, 2),))
-FRAME = EngineFrame(events=EVENTS, stats=STATS, plan=(1, 2), making=(4,), taken=3, seen=SEEN)
+FRAME = EngineFrame(events=EVENTS, stats=STATS, plan=(1, 2), behind=((1, 0, 16),), making=(4,), taken=3, seen=SEEN)
 GROUPS = tuple(
     GroupSpec(
         name=kind.value, kind=kind, layers=(0, 3), entry_bytes=8, block_tokens=16, model="draft", heads=(1, 2),

@@ -163,6 +163,16 @@ class Engine(Sequences):
         """Ids of the requests that a plan in flight computes for, ascending."""
         return tuple(sorted({r.id for r, _ in self._flights[plan.step]}))
 
+    def behind(self, plan: Plan) -> tuple[tuple[int, int, int], ...]:
+        """Of a plan in flight, as `EngineFrame.behind`."""
+        if self._rows == len(plan.works):  # a row each: nobody is behind by more than a plan
+            return ()
+        flight = zip(self._flights[plan.step], plan.works, strict=True)
+        return tuple(
+            (r.id, r.computed[0], work.stop) for (r, _), work in flight
+            if len(r.context) - r.computed[0] > 1 and work.model == self.models[0]
+        )  # fmt: skip
+
     def commit(self, now: float, plan: Plan, result: StepResult) -> list[Event]:
         """Take in what a plan became.  Plans commit in the order in which they were made."""
         if plan.step != next(iter(self._flights), None):

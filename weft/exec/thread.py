@@ -301,12 +301,15 @@ class EngineThread:
             self._seen = self._look(plan) if self._watched else None
             if self.shadow is not None:
                 self.shadow.see(more)
-            self._emit([*events, *more], self._host_s, self.engine.members(plan))
+            self._emit([*events, *more], self._host_s, self.engine.members(plan), self.engine.behind(plan))
 
         return planned
 
-    def _emit(self, events: list[Event], host_s: float, members: tuple[int, ...] = ()) -> None:
-        """Make a snapshot of the figures, and a frame where there is news, or every step gives one.  members: of a plan."""
+    def _emit(
+        self, events: list[Event], host_s: float, members: tuple[int, ...] = (),
+        behind: tuple[tuple[int, int, int], ...] = (),
+    ) -> None:  # fmt: skip
+        """Make a snapshot of the figures, and a frame where there is news, or every step gives one.  members, behind: of it."""
         stats = msgspec.structs.replace(self.engine.stats, last_step_s=self._last_step, host_s=host_s)
         stats = self._grammars.counted(stats)
         if self.shadow is not None:
@@ -319,7 +322,9 @@ class EngineThread:
         self._planned = members
         making = self._grammars.news()
         self._sink(
-            EngineFrame(events=tuple(events), stats=stats, plan=plan, making=making, taken=self._taken, seen=seen)
+            EngineFrame(
+                events=tuple(events), stats=stats, plan=plan, behind=behind, making=making, taken=self._taken, seen=seen
+            )
         )
 
     def _at_rest(self) -> Seen:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from weft.front.still import Stillness
-from weft.types import Event, Finished, RequestSpec
+from weft.types import Adapted, Event, Finished, Rejected, RequestSpec
 
 MARK = "search="
 """A request with such a part is run by a program that is asked anew from the start, and finds the same."""
+MOST_EXCUSED = 4
+"""Deaths in a row on rows that an engine had computed before, after which these, too, speak against a request."""
 
 
 class Line:
@@ -24,12 +28,14 @@ class Line:
 
 class Entry:
     """A live request.  ids: the engine's ids that stand for it.  told: prompt log-probabilities that the front has; skip: how
-    many of those to come it has already.  died_at: how far it was at the last death.  strikes: deaths that it was part of without
-    any advance in between; alone: those with nobody else in the engine.  sent: whether an engine has had it.  begun: whether it
-    has had a turn.  passed: whether it has been tried alone."""
+    many of those to come it has already.  reached: rows of a context of its that an engine has told to be computed, at most.
+    died_at: how far it was at the last death.  strikes: deaths that it was part of without any advance in between; excused: those
+    that did not speak against it; alone: those with nobody else in the engine.  sent: whether an engine has had it.  begun:
+    whether it has had a turn.  passed: whether it has been tried alone."""
 
     __slots__ = (
-        "again", "alone", "begun", "died_at", "ids", "lines", "passed", "sent", "skip", "spec", "still", "strikes", "told",
+        "again", "alone", "begun", "died_at", "excused", "ids", "lines", "passed", "reached", "sent", "skip", "spec", "still",
+        "strikes", "told",
     )  # fmt: skip
 
     def __init__(self, spec: RequestSpec) -> None:
@@ -39,8 +45,9 @@ class Entry:
         self.ids: list[int] = []
         self.told = 0
         self.skip = 0
+        self.reached = 0
         self.died_at = -1
-        self.strikes = self.alone = 0
+        self.strikes = self.excused = self.alone = 0
         self.sent = self.passed = self.begun = False
         self.still = Stillness()
 
@@ -54,6 +61,34 @@ class Entry:
         return [Finished(self.spec.id, i, "error", error=text) for i, x in enumerate(self.lines) if not x.done]
 
     @property
+    def given(self) -> int:
+        """How much the front has of it."""
+        return self.told + sum(len(line.output) + line.done for line in self.lines)
+
+    @property
+    def known(self) -> int:
+        """Rows of its longest context that some engine has computed and lived."""
+        output = max(len(line.output) for line in self.lines)
+        return max(self.reached, sum(item.rows for item in self.spec.items) + output - 1 if output else 0)
+
+    @property
     def progress(self) -> int:
         """How far it is; it never falls."""
-        return self.told + sum(len(line.output) + line.done for line in self.lines)
+        return self.given + self.known
+
+    def suspected(self, stop: int) -> bool:
+        """Whether the death of an engine that was to compute its rows up to `stop` speaks against it.  Not where an engine has
+        done just that before, as behind every death all contexts are computed again; unless that goes on and on."""
+        if self.died_at != self.progress:
+            self.excused = 0
+        if stop > self.known or self.excused == MOST_EXCUSED:
+            return True
+        self.excused += 1
+        return False
+
+
+def renamed(event: Event, id: int, index: int | None) -> Event:
+    """An event of the engine under the front's names."""
+    if index is None or isinstance(event, Rejected | Adapted):
+        return structs.replace(event, id=id)
+    return structs.replace(event, id=id, index=index)

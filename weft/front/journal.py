@@ -11,10 +11,11 @@ prompt and its output so far (`RequestSpec.resumed`), under its own seed: the ne
     journal.overdue(now, limit)          (events, commands): requests that stand still among others are computed again
 
 Which request kills engines.  A request that was in the last plan of an engine that died is suspected when it was so at the
-death before, too, and had not advanced in between; so is one whose grammar was being made ready beside the steps.  Suspects run
-alone, one after another, each until it has advanced; one under which two more engines die fails, and nobody else does.  Those
-that passed and are suspected once more run alone to their ends; where they advance from death to death, something else kills the
-engines.
+death before, too, and had not advanced in between, by a token or by rows of its prompt; so is one whose grammar was being made
+ready beside the steps.  Rows that an engine has computed before, as contexts are computed again after each death, speak against
+nobody, unless that goes on.  Suspects run alone, one after another, each until it has advanced; one under which two more engines
+die fails, and nobody else does.  Those that passed and are suspected once more run alone to their ends; where they advance from
+death to death, something else kills the engines.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from msgspec import structs
 
 from weft.core import noise
-from weft.front.entry import MARK, Entry
+from weft.front.entry import MARK, Entry, renamed
 from weft.front.still import MOST_AGAIN
 from weft.types import (
     Adapted,
@@ -39,7 +40,6 @@ from weft.types import (
     Load,
     Noted,
     Preempted,
-    Rejected,
     RequestSpec,
     Seen,
     Tokens,
@@ -48,6 +48,8 @@ from weft.types import (
 
 OWN_IDS = 1 << 40
 """The engine's ids from here on are the journal's; those below are the front's."""
+NEW = 1 << 62
+"""A row that no context has: nothing of it was computed before."""
 MOST_STRIKES = 4
 """Deaths without any advance, the last two of them alone, after which a request is given up."""
 MOST_ALONE = 32
@@ -64,6 +66,8 @@ class Journal:
         """By engine id: the request, and which of its sequences alone it stands for."""
         self._own = OWN_IDS
         self._plan: tuple[int, ...] = ()
+        self._stops: dict[int, int] = {}
+        """By engine id: up to where the last plan has rows, of those in it that are behind."""
         self._sent: deque[tuple[int, int]] = deque()
         """(number of the command, engine id) of requests that the engine has not taken in yet."""
         self._making: tuple[int, ...] = ()
@@ -144,7 +148,7 @@ class Journal:
         """A new engine is there: what it gets first.  stack: the server's parts, as slot=name(args)."""
         self._here = True
         self._again = any(part.startswith(MARK) for part in stack)
-        self._plan, self._making, self._count = (), (), 0
+        self._plan, self._making, self._stops, self._count = (), (), {}, 0
         self._sent.clear()
         again = []
         for change in self._adapters.values():
@@ -189,8 +193,12 @@ class Journal:
 
     def _suspected(self) -> set[Entry]:
         """Those of the last plan, and those that were sent to the engine and not taken in yet, or whose grammar it is at."""
-        ids = [*self._plan, *self._making, *(id for _, id in self._sent)]
-        return {self._routes[id][0] for id in ids if id in self._routes}
+        stops: dict[Entry, int] = {}
+        for id in (*self._plan, *self._making, *(id for _, id in self._sent)):
+            if id in self._routes:
+                entry = self._routes[id][0]
+                stops[entry] = max(stops.get(entry, 0), self._stops.get(id, NEW))
+        return {entry for entry, stop in stops.items() if entry.suspected(stop)}
 
     def _given_up(self, reason: str) -> Iterator[Event]:
         """Answers to what was asked about adapters, where engine after engine died before it gave one: all would."""
@@ -234,6 +242,11 @@ class Journal:
             for entry in fresh:
                 entry.begun = True
             self.begun = tuple(entry.spec.id for entry in fresh)
+        self._stops = {id: stop for id, _, stop in frame.behind}
+        for id, rows, _ in frame.behind:
+            if id in self._routes:
+                entry = self._routes[id][0]
+                entry.reached = max(entry.reached, rows)
         while self._sent and self._sent[0][0] <= frame.taken:
             self._sent.popleft()
         if frame.making is not None:
@@ -249,7 +262,7 @@ class Journal:
                 entry, index = route
                 if isinstance(event, Preempted):
                     entry.still.wait()
-                told = event if event.id == entry.spec.id else _renamed(event, entry.spec.id, index)
+                told = event if event.id == entry.spec.id else renamed(event, entry.spec.id, index)
                 events += self._note(entry, told)
                 if not isinstance(told, Tokens | Preempted | Noted):
                     commands += self._ended(entry, event, told)
@@ -361,7 +374,7 @@ class Journal:
     def _send(self, entry: Entry) -> list[Command]:
         """Everything of a request that has not ended, as it goes on from where the front has it."""
         spec, again = entry.spec, entry.sent
-        if entry.progress:
+        if entry.given:
             # The client has something, so there is nothing left that could be late.
             spec = structs.replace(spec, ttft_s=None)
         entry.sent = True
@@ -403,10 +416,3 @@ class Journal:
     def _unroute(self, id: int) -> None:
         entry, _ = self._routes.pop(id)
         entry.ids.remove(id)
-
-
-def _renamed(event: Event, id: int, index: int | None) -> Event:
-    """An event of the engine under the front's names."""
-    if index is None or isinstance(event, Rejected | Adapted):
-        return structs.replace(event, id=id)
-    return structs.replace(event, id=id, index=index)

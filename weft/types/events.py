@@ -205,6 +205,8 @@ class EngineFrame(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the engine sends for each step: one frame, all events.
 
     plan: ids of the requests in the plan that is carried out next, where that is told; None while they are those told last.
+    behind: of those of them that have more to compute than the row of their newest token, (id, rows computed, rows once that plan
+    is carried out).
     making: ids of the requests whose grammar is made ready beside the steps; None likewise.  taken: commands that the engine had
     taken in by then.  seen: while somebody watches.
     """
@@ -212,6 +214,7 @@ class EngineFrame(Struct, frozen=True, kw_only=True, omit_defaults=True):
     events: tuple[Event, ...] = ()
     stats: EngineStats = EngineStats()
     plan: tuple[int, ...] | None = None
+    behind: tuple[tuple[int, int, int], ...] = ()
     making: tuple[int, ...] | None = None
     taken: int = 0
     seen: Seen | None = None
