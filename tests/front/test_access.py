@@ -128,6 +128,36 @@ def test_a_line_for_each_request(scripted: Make, text: ModelText, lines: Callabl
     assert BODY["prompt"] not in whole_log
 
 
+def test_no_address_makes_a_line_of_its_own(
+    scripted: Make, text: ModelText, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    """Nor a kind of trace; and an id that looks like a part of its route is the id."""
+    exporter = InMemorySpanExporter()
+    traces = OpenTelemetry(exporter)
+    plain = io.StringIO()
+    handler = logging.StreamHandler(plain)
+    logging.getLogger("weft.access").addHandler(handler)
+    try:
+        with served(scripted(answer), text, Access(traces)) as url:
+            for path in (
+                "/v1/x%0Aweft.access: forged%0D%1b[2J%E2%80%A8end",
+                "/v1/files/v1",
+                "/v1/responses/res/cancel",
+            ):
+                (httpx.post if path.endswith("cancel") else httpx.get)(url + path)
+            assert wait_until(lambda: len(of(lines())) >= 3)
+    finally:
+        logging.getLogger("weft.access").removeHandler(handler)
+    forged, file, response = of(lines())
+    assert forged["route"] == "/v1/x\ufffdweft.access: forged\ufffd\ufffd[2J\ufffdend"
+    assert (file["route"], response["route"]) == ("/v1/files/{id}", "/v1/responses/{id}/cancel")
+    assert len(plain.getvalue().splitlines()) == 3
+    traces.close()
+    spans = exporter.get_finished_spans()
+    assert {s.name for s in spans} == {"GET", "GET /v1/files/{id}", "POST /v1/responses/{id}/cancel"}
+    assert not any("forged" in s.to_json() for s in spans)
+
+
 def test_who_leaves_is_told_so(scripted: Make, text: ModelText, lines: Callable[[], list[dict[str, Any]]]) -> None:
     port = scripted(lambda spec, index: [])
     with served(port, text, Access()) as url:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import httpx
@@ -17,6 +19,8 @@ from starlette.applications import Starlette
 from tests.front.scripted import ScriptedPort
 from weft.errors import ConfigError
 from weft.front.app import create_app
+from weft.front.gate import Gate
+from weft.front.port import EngineState
 from weft.front.server import Server, bind, serve
 from weft.front.text import ModelText
 
@@ -141,6 +145,26 @@ def test_a_second_signal_does_not_wait(bundled: Path) -> None:
         assert "shutting down" in "\n".join(lines)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
+
+
+@pytest.mark.parametrize("when", ["loading", "draining"])
+def test_who_comes_too_early_or_too_late_hears_it_in_the_form_of_its_api(when: str) -> None:
+    """Anthropic's client knows 529 and its own object, as everywhere below its routes."""
+    gate = Gate(Future(), Starlette, EngineState)
+    if when == "draining":
+        gate.app, gate.draining = Starlette(), True
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(gate)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.post(path, json={}) for path in ("/v1/messages", "/v1/chat/completions")]
+
+    theirs, ours = asyncio.run(ask())
+    assert (ours.status_code, ours.json()["error"]["code"]) == (503, when)
+    assert theirs.status_code == 529
+    assert (theirs.json()["type"], theirs.json()["error"]["type"]) == ("error", "overloaded_error")
+    assert theirs.json()["error"]["message"] == ours.json()["error"]["message"]
+    assert theirs.headers["request-id"] == theirs.json()["request_id"]
 
 
 EARLY = """

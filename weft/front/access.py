@@ -28,11 +28,12 @@ LEFT = 499
 
 
 class Track:
-    """A request over HTTP.  began_s, ended_s: on the monotonic clock; wall_ns: since 1970, of the beginning.  generations: what
-    it asked the engine for, until it ended: work that goes on without a client is no part of it."""
+    """A request over HTTP.  began_s, ended_s: on the monotonic clock; wall_ns: since 1970, of the beginning.  known: whether it
+    came to a route, so that clients make up no names of traces.  generations: what it asked the engine for, until it ended: work
+    that goes on without a client is no part of it."""
 
     __slots__ = (
-        "began_s", "ended_s", "generations", "headers", "id", "method", "model", "path", "route", "status", "wall_ns",
+        "began_s", "ended_s", "generations", "headers", "id", "known", "method", "model", "path", "route", "status", "wall_ns",
     )  # fmt: skip
 
     def __init__(self, scope: Scope) -> None:
@@ -42,7 +43,7 @@ class Track:
         given = next((value for name, value in self.headers if name == b"x-request-id"), b"")
         self.id = given.decode() if ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         self.method, self.path = str(scope["method"]), str(scope["path"])
-        self.route = ""
+        self.route, self.known = "", False
         self.status = LEFT
         self.generations: list[Generation] = []
         self.model = ""
@@ -57,8 +58,11 @@ class Track:
         self.ended_s = time.monotonic()
         route = self.path
         for name, value in (scope.get("path_params") or {}).items():
-            route = route.replace(str(value), f"{{{name}}}")
-        self.route = route[:200]
+            at = route.find(f"/{value}", len("/v1/"))
+            route = f"{route[:at]}/{{{name}}}{route[at + 1 + len(value) :]}"
+        # A line is one line, whatever a client has put into its address.
+        self.route = "".join(c if c.isprintable() else "\ufffd" for c in route[:200])
+        self.known = "endpoint" in scope
 
     @property
     def requests(self) -> list[LiveRequest]:

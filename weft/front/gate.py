@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from weft.front.access import Access
 from weft.front.admission import KEY
 from weft.front.generation import Refused
+from weft.front.guard import form_of
 from weft.front.health import health, states_of
-from weft.front.openai.errors import error_response
 from weft.front.openai.services import Services
 from weft.front.page import is_page, serve_page
 from weft.front.port import EngineState
@@ -96,13 +96,12 @@ class Gate:
                 await health(self._state(), draining=self.draining)(scope, receive, send)
                 return
             if app is None:
-                await error_response(Refused("the model is being loaded; ask again", code="loading"))(
-                    scope, receive, send
-                )
+                refused = Refused("the model is being loaded; ask again", code="loading")
+                await form_of(scope["path"]).response(refused)(scope, receive, send)
                 return
             if scope["method"] != "GET":
-                error = Refused("the server is shutting down; ask another one, or later", code="draining")
-                await error_response(error)(scope, receive, send)
+                refused = Refused("the server is shutting down; ask another one, or later", code="draining")
+                await form_of(scope["path"]).response(refused)(scope, receive, send)
                 return
         assert app is not None
         if scope["type"] == "http":

@@ -67,12 +67,12 @@ class OpenTelemetry:
             return track.wall_ns + round(1e9 * (moment_s - track.began_s))
 
         assert track.ended_s is not None
-        record = track.record()
+        record = track.record() | ({} if track.known else {"route": None})
         carrier = {
             n.decode("latin1"): v.decode("latin1") for n, v in track.headers if n in (b"traceparent", b"tracestate")
         }
         root = self._tracer.start_span(
-            f"{track.method} {track.route}",
+            f"{track.method} {track.route}" if track.known else track.method,
             context=TraceContextTextMapPropagator().extract(carrier),
             kind=trace.SpanKind.SERVER,
             start_time=track.wall_ns,
