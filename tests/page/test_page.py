@@ -246,6 +246,23 @@ def test_chat_streams_and_tells_what_became_of_it(page: Any, url: str) -> None:
     assert refused.locator("[role=alert]").text_content().startswith("Temperature: ")
 
 
+def test_the_token_that_ends_an_answer_is_no_text(page: Any, url: str) -> None:
+    """It is there to look at, with what else could have come; what is read is the answer."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 300, "logprobs": True, "top_logprobs": 5}
+    for seed in range(9):
+        told = httpx.post(f"{url}/v1/chat/completions", json={**body, "seed": seed}, timeout=60).json()["choices"][0]
+        if told["finish_reason"] == "stop":
+            break
+    last = told["logprobs"]["content"][-1]
+    assert last["token"] not in told["message"]["content"]
+    page.locator("#logprobs").check()
+    answer = send(page, "Hi", seed=seed, max_tokens=300)
+    answer.locator("xpath=self::*[@data-state='done']").wait_for()
+    assert answer.locator(".tokens").text_content() == told["message"]["content"]
+    answer.locator(".token").last.hover()
+    assert page.locator("#alternatives .chosen").text_content().startswith(last["token"])
+
+
 def test_stop_frees_the_request(page: Any, url: str) -> None:
     def endless(route: Any) -> None:
         route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True}))

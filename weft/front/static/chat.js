@@ -226,7 +226,7 @@ class Turn {
     else if (this.reason === "length") told.push("cut at the longest answer");
     say(this.meta, told.join(" · ") || "an empty answer");
     this.element.dataset.state = how ?? "done";
-    this.tokens?.end();
+    this.tokens?.end(this.reason === "stop" ? this.content : null);
     if (this.moments) {
       this.element.append(h("details", { class: "what" }, h("summary", {}, "What became of it"), timeline(this.moments)));
     }

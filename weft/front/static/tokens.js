@@ -42,9 +42,15 @@ export class Tokens {
     }
   }
 
-  end() {
+  /** content: of an answer that the model ended, else null.  The token by which it did so is no part of the text. */
+  end(content) {
     const rest = this.decoder.decode();
-    if (rest) this.list.lastChild?.append(rest);
+    const last = this.list.lastChild;
+    if (rest) last?.append(rest);
+    if (last && content !== null && !content.endsWith(last.textContent)) {
+      last.textContent = "";
+      last.classList.add("ended");
+    }
   }
 
   move(event) {
