@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort, wait_until
 from weft.front.openai import batch_runner
+from weft.front.openai.calls import fresh_id
 from weft.front.store import Store, open_store
 from weft.front.store.batches import Batch, Cached, Counts, Used
 from weft.front.store.database import StoreFull
@@ -373,5 +375,26 @@ def test_a_result_that_does_not_fit_counts_nothing(tmp_path: Path) -> None:
 
     try:
         asyncio.run(run())
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("longest", [10, 40_000, 1 << 20])
+def test_lines_of_a_file_are_those_that_were_written(tmp_path: Path, longest: int) -> None:
+    """However they lie across the pieces in which it is stored; what is too long is cut, and so told."""
+    chance = random.Random(longest)
+    lines = [bytes(chance.choices(b"abc{}", k=k)) for k in (0, 1, 11, 32_767, 32_768, 32_769, 0, 70_000, 3, 200_000, 5)]
+    store = open_store(tmp_path)
+
+    async def through(data: bytes) -> list[bytes]:
+        upload = await store.files.begin("t", fresh_id("file-"), "a", "batch", None)
+        await upload.write(data)
+        file = await upload.finish()
+        return [line async for line in store.files.lines(file, longest)]
+
+    try:
+        for tail in (b"", b"\n"):
+            want = [line[: longest + 1] for line in lines]
+            assert asyncio.run(through(b"\n".join(lines) + tail)) == want
     finally:
         store.close()

@@ -112,6 +112,34 @@ def test_what_takes_too_long_is_given_up_and_others_go_on(tmp_path) -> None:
         slow.close()
 
 
+def test_a_checker_that_is_killed_from_outside_is_nobodys_fault(tmp_path) -> None:
+    """The same grammar is asked again in another process; who ends that, too, is refused, and may be right another time."""
+    mark, asked = tmp_path / "killed", tmp_path / "asked"
+    shot = Grammars(seconds=1.0, workers=1)
+    try:
+        shot._workers[0]._command[2] = str(tmp_path / "worker.py")
+        (tmp_path / "worker.py").write_text(
+            "import json, os, pathlib, sys\n"
+            f"mark, asked = pathlib.Path({str(mark)!r}), pathlib.Path({str(asked)!r})\n"
+            "while len(head := sys.stdin.buffer.read(4)) == 4:\n"
+            "    body = json.loads(sys.stdin.buffer.read(int.from_bytes(head, 'big')))\n"
+            "    with asked.open('a') as f: f.write('x')\n"
+            "    if body['source'] == 'deadly' or not mark.exists():\n"
+            "        mark.touch(); os.kill(os.getpid(), 9)\n"
+            "    sys.stdout.buffer.write((2).to_bytes(4, 'big') + b'{}'); sys.stdout.buffer.flush()\n"
+        )
+        shot.check(PART, Grammar("regex", "good"))
+        assert asked.read_text() == "xx"
+        for times in (2, 4):
+            with pytest.raises(RequestError, match="ended on this one"):
+                shot.check(PART, Grammar("regex", "deadly"))
+            assert asked.read_text() == "xx" + times * "x", "that is no verdict to be remembered"
+        shot.check(PART, Grammar("regex", "good"))
+        assert asked.read_text() == 6 * "x", "this one is"
+    finally:
+        shot.close()
+
+
 def test_memory_is_bounded() -> None:
     small = Grammars(seconds=10.0, memory_bytes=64 << 20, workers=1)
     try:

@@ -74,6 +74,27 @@ def test_a_conversation_goes_on_from_what_is_stored(client: openai.OpenAI, http:
         client.responses.create(model=MODEL, input="More", previous_response_id=second.id)
 
 
+def test_what_a_request_goes_on_from_is_bounded_in_bytes(
+    tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thoughts that a template does not write count for no token, and are read all the same with each that goes on from them."""
+    monkeypatch.setattr("weft.front.store.responses.MAX_CHAIN_BYTES", 100_000)
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "x" * 40_000}]}
+    said = [thought, {"role": "assistant", "content": "Well"}, {"role": "user", "content": "Hi"}]
+    statuses, before = [], None
+    with serving(
+        scripted(lambda spec, index: [65] * spec.sampling.max_tokens), text, store=open_store(tmp_path)
+    ) as url:
+        for _ in range(4):
+            body = {**ASK, "input": said, **({"previous_response_id": before} if before else {})}
+            answer = httpx.post(f"{url}/v1/responses", json=body)
+            statuses.append(answer.status_code)
+            before = answer.json().get("id")
+    assert statuses == [200, 200, 200, 400]
+    assert answer.json()["error"]["param"] == "previous_response_id"
+    assert "send it as input" in answer.json()["error"]["message"]
+
+
 def test_store_false_keeps_nothing(client: openai.OpenAI) -> None:
     said = client.responses.create(model=MODEL, input="Hello", max_output_tokens=3, store=False)
     assert said.store is False

@@ -59,7 +59,8 @@ class Grammars:
         if reply is None:
             reply = self._ask(request)
             with self._lock:
-                self._known[key] = reply
+                if reply.get("error") != "died":  # which may be nobody's fault
+                    self._known[key] = reply
                 if len(self._known) > MOST_KNOWN:
                     self._known.popitem(last=False)
         if reply:

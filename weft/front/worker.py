@@ -16,8 +16,8 @@ import msgspec
 
 from weft.errors import ConfigError
 
-ENDS = {-9: "time", -signal.SIGPROF: "time", -6: "memory"}
-"""What it means that a process ended by SIGKILL (its parent's), SIGPROF, or SIGABRT (a library that got no memory)."""
+ENDS = {-signal.SIGPROF: "time", -signal.SIGABRT: "memory"}
+"""What it means that a process ended by its own alarm, or by SIGABRT (a library that got no memory)."""
 
 
 class Worker:
@@ -44,11 +44,20 @@ class Worker:
 
     def ask(self, request: bytes) -> dict[str, Any]:
         """One request and its answer.  A process that is gone or late is ended: {"error", "message"} with error one of time,
-        memory and died."""
-        process = self._started()
+        memory and died; the last only where another process, too, ended on it: the first may have been killed from outside."""
+        reply = self._ask(request)
+        return self._ask(request) if reply.get("error") == "died" else reply
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
+        process, over = self._started(), threading.Event()
         assert process.stdin is not None
         assert process.stdout is not None
-        late = threading.Timer(self._seconds * 2 + 5.0, process.kill)  # the worker's own alarm comes first
+
+        def end() -> None:
+            over.set()
+            process.kill()
+
+        late = threading.Timer(self._seconds * 2 + 5.0, end)  # the worker's own alarm comes first
         late.daemon = True
         late.start()
         try:
@@ -63,7 +72,7 @@ class Worker:
         finally:
             late.cancel()
         code = self.close()
-        return {"error": ENDS.get(code or 0, "died"), "message": f"exit status {code}"}
+        return {"error": "time" if over.is_set() else ENDS.get(code or 0, "died"), "message": f"exit status {code}"}
 
     def close(self) -> int | None:
         """Kill and reap the process; its exit status."""

@@ -153,14 +153,17 @@ class FileStore:
 
     async def lines(self, file: File, longest: int) -> AsyncIterator[bytes]:
         """The contents by lines, without their ends.  A line longer than `longest` bytes comes cut to longest + 1."""
-        held = b""
+        held = bytearray()
         async for piece in self.pieces(file):
-            *whole, held = (held + piece).split(b"\n") if b"\n" in piece else [held + piece]
-            for line in whole:
-                yield line[: longest + 1]
-            held = held[: longest + 1]
+            *ends, rest = piece.split(b"\n")
+            for end in ends:
+                held += end
+                yield bytes(held[: longest + 1])
+                held = bytearray()
+            held += rest
+            del held[longest + 1 :]
         if held:
-            yield held
+            yield bytes(held)
 
 
 class Upload:

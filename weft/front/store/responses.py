@@ -30,6 +30,8 @@ CREATE TABLE responses (
 """
 MAX_CHAIN = 1000
 """Responses that one conversation may go back."""
+MAX_CHAIN_BYTES = 32 << 20
+"""What these may hold together, all of which is read for a request of a few bytes."""
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,10 +117,17 @@ class ResponseStore:
         def work(db: sqlite3.Connection) -> list[tuple[bytes, bytes, bytes | None, str | None]]:
             found: list[tuple[bytes, bytes, bytes | None, str | None]] = []
             at: str | None = id
+            size = 0
             while at is not None and len(found) <= MAX_CHAIN:
                 row = db.execute(
                     "SELECT items, body, request, previous FROM responses WHERE id = ? AND tenant = ?", (at, tenant)
                 ).fetchone()
+                size += len(row[0]) + len(row[1]) if row else 0
+                if size > MAX_CHAIN_BYTES:
+                    raise RequestError(
+                        f"the conversation that it goes on from has more than {MAX_CHAIN_BYTES} bytes; send it as input",
+                        param="previous_response_id",
+                    )
                 if row is None:
                     raise RequestError(
                         f"the response {at[:100]!r} is not stored here, or not any more"
