@@ -14,6 +14,7 @@ from bench.rivals.protocol import Loaded, Measured, main
 from weft.bench.decode import DecodeBench, decode, make_room, ready
 from weft.exec.build import EngineConfig, Runtime, Setup
 from weft.models.layout import stored_bytes, tensor_shapes
+from weft.types import SamplingSpec
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -49,7 +50,7 @@ class Weft:
 
     def measure(self, prompts: list[list[int]], new: int) -> Measured:
         assert self.runtime is not None
-        found = decode(self.runtime, prompts, new, self.ids)
+        found = decode(self.runtime, prompts, SamplingSpec(temperature=0.0, max_tokens=new), self.ids)
         steps_s = [times.total_s for times, _ in found.steps]
         return Measured(found.prefill_s, steps_s, [found.tokens[request] for request in sorted(found.tokens)])
 

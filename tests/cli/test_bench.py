@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,32 @@ def test_phases_are_pure_and_every_sequence_gets_its_tokens() -> None:
     bench = DecodeBench(batches=[5], prompt=20, new=4)
     config = EngineConfig(model=QWEN3, load="random", threads=1, max_rows=32)
     runtime, ready_s = ready(make_room(config, bench))
-    measured = phase(runtime, 5, 20, 4, 0, count(1), lambda _: None)
+    measured = phase(runtime, 5, bench, 0, count(1), lambda _: None)
     assert ready_s > 0
     assert len(measured.ttft_s) == 5
     assert max(measured.ttft_s) <= measured.prefill_s
     assert measured.ttft_s[0] < measured.ttft_s[-1], "100 prompt rows need several steps of 32"
     assert [tokens for _, tokens in measured.steps] == [5, 5, 5]
-    phase(runtime, 5, 20, 4, 0, count(6), lambda _: None)
+    phase(runtime, 5, bench, 0, count(6), lambda _: None)
     assert runtime.engine.stats.generation_tokens == 40
     assert runtime.engine.stats.prompt_tokens == 200, "the same prompts once more are computed once more"
     assert runtime.engine.stats.preemptions == 0
     assert runtime.engine.stats.kv_blocks_referenced == 0
+
+
+def test_tokens_are_drawn_from_the_law_that_is_asked_for() -> None:
+    greedy = DecodeBench(batches=[2], prompt=20, new=12)
+    runtime, _ = ready(make_room(EngineConfig(model=QWEN3, load="random", threads=1), greedy))
+    hot, narrow = (replace(greedy, temperature=5.0, top_p=top_p) for top_p in (1.0, 1e-9))
+    plain, drawn, cut = (
+        list(phase(runtime, 2, bench, 0, count(first), lambda _: None).tokens.values())
+        for first, bench in ((1, greedy), (11, hot), (21, narrow))
+    )
+    assert drawn != plain
+    assert cut == plain, "no other token is left"
+    for wrong in ({"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ConfigError, match=r"--temperature|--top-p"):
+            DecodeBench(batches=[1], **wrong)  # type: ignore[arg-type]
 
 
 def test_room_is_made_for_the_largest_batch_at_once() -> None:

@@ -2,7 +2,7 @@
 
 Each batch runs in two phases, so that neither figure holds a part of the other: every sequence is computed up to its first
 token and parked, then all of them are resumed and decode together.  Prompts are random and differ, nothing is shared, nothing
-ends early, and tokens are greedy.  A short run comes first and is not counted.
+ends early, and tokens are greedy unless a temperature is given.  A short run comes first and is not counted.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ Tick = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeBench:
-    """What to measure.  prompt, new: tokens of each sequence.  repeat: how often; medians are told."""
+    """What to measure.  prompt, new: tokens of each sequence.  repeat: how often; medians are told.  temperature, top_p: of the
+    law that tokens are drawn from."""
 
     batches: Sequence[int]
     prompt: int = 128
     new: int = 64
     repeat: int = 1
     seed: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.batches or min(self.batches) < 1:
@@ -50,6 +53,14 @@ class DecodeBench:
             raise ConfigError(f"--new must be at least 2, since the first token belongs to the prompt; got {self.new}")
         if self.repeat < 1:
             raise ConfigError(f"--repeat must be at least 1, got {self.repeat}")
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(f"--temperature must be from 0 (greedy) to 100, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
+
+    @property
+    def sampling(self) -> SamplingSpec:
+        return SamplingSpec(temperature=self.temperature, top_p=self.top_p, max_tokens=self.new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +138,11 @@ def run(
     """One record for each batch, in the order asked for; `limit` is measured last."""
     tell = tick or (lambda _: None)
     ids = count(1)
-    phase(runtime, max(bench.batches), min(bench.prompt, WARM_PROMPT), min(bench.new, WARM_NEW), bench.seed, ids, tell)
+    warm = replace(bench, prompt=min(bench.prompt, WARM_PROMPT), new=min(bench.new, WARM_NEW))
+    phase(runtime, max(bench.batches), warm, bench.seed, ids, tell)
     records = []
     for batch in bench.batches:
-        phases = [
-            phase(runtime, batch, bench.prompt, bench.new, bench.seed + turn, ids, tell) for turn in range(bench.repeat)
-        ]
+        phases = [phase(runtime, batch, bench, bench.seed + turn, ids, tell) for turn in range(bench.repeat)]
         records.append(_record(runtime, bench, batch, phases, name, ready_s))
     # Last, as it takes memory of its own that must not show in rss_peak_bytes.
     tell("the machine's bandwidth")
@@ -144,23 +154,23 @@ def run(
     return records
 
 
-def phase(runtime: Runtime, batch: int, prompt: int, new: int, seed: int, ids: Iterator[int], tell: Tick) -> Phase:
+def phase(runtime: Runtime, batch: int, bench: DecodeBench, seed: int, ids: Iterator[int], tell: Tick) -> Phase:
     """`decode` of random prompts."""
     draw, vocab = random.Random(seed), runtime.setup.spec.vocab
-    prompts = [[draw.randrange(vocab) for _ in range(prompt)] for _ in range(batch)]
-    return decode(runtime, prompts, new, ids, tell)
+    prompts = [[draw.randrange(vocab) for _ in range(bench.prompt)] for _ in range(batch)]
+    return decode(runtime, prompts, bench.sampling, ids, tell)
 
 
 def decode(
-    runtime: Runtime, prompts: Sequence[Sequence[int]], new: int, ids: Iterator[int], tell: Tick = lambda text: None
-) -> Phase:
-    """Compute the prompts up to their first tokens, then decode them together to their ends, `new` tokens each."""
+    runtime: Runtime, prompts: Sequence[Sequence[int]], sampling: SamplingSpec, ids: Iterator[int],
+    tell: Tick = lambda text: None,
+) -> Phase:  # fmt: skip
+    """Compute the prompts up to their first tokens, then decode them together to their ends, `max_tokens` each."""
     engine, executor, batch = runtime.engine, runtime.executor, len(prompts)
     began = time.perf_counter()
     for prompt in prompts:
-        sampling = SamplingSpec(temperature=0.0, max_tokens=new)
-        items = (TokenItem(tuple(prompt)),)
-        _refuse(engine.add(RequestSpec(id=next(ids), items=items, sampling=sampling), time.monotonic()))
+        items, id = (TokenItem(tuple(prompt)),), next(ids)
+        _refuse(engine.add(RequestSpec(id=id, items=items, sampling=sampling, seed=id), time.monotonic()))
     tokens: dict[int, list[int]] = {r.id: [] for r in engine.requests()}
     waiting = set(tokens)
     ttft_s: list[float] = []
@@ -232,6 +242,8 @@ def _record(
         "stack": [str(part) for part in setup.stack.parts],
         "prompt": bench.prompt,
         "new": bench.new,
+        "temperature": bench.temperature,
+        "top_p": bench.top_p,
         "steps": len(steps),
         "host_s_per_step": median(times.host_s for times, _ in steps),
         "forward_s_per_step": median(times.forward_s for times, _ in steps),

@@ -43,6 +43,10 @@ def decode(
     prompt: Annotated[int, typer.Option("--prompt", metavar="N", help="Prompt tokens of each sequence.")] = 128,
     new: Annotated[int, typer.Option("--new", metavar="N", help="Tokens that each sequence generates.")] = 64,
     repeat: Annotated[int, typer.Option("--repeat", metavar="N", help="Runs of each batch; medians are printed.")] = 1,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", help="Of the draws; 0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", metavar="P", help="Of the draws; 1 keeps every token.")] = 1.0,
     json_: Json = False,
     flags: EngineFlags,
 ) -> None:
@@ -51,7 +55,9 @@ def decode(
 
     if (model is None) == (shape is None):
         raise ConfigError("give one of --model and --shape, for example --shape qwen2.5-0.5b or --model bundled")
-    plan = DecodeBench(batches=batches(batch), prompt=prompt, new=new, repeat=repeat)
+    plan = DecodeBench(
+        batches=batches(batch), prompt=prompt, new=new, repeat=repeat, temperature=temperature, top_p=top_p
+    )
     refuse_flags(flags)
     flags.check()
     source, name = source_of(str(find_shape(shape)) if shape is not None else model)
