@@ -27,7 +27,9 @@ void handed_on(const Linear& up, const Linear& down, int64_t rows, Share share) 
     const auto size = [&](int64_t count) {
         return Rows<Halves>::size(up.weight, count, up.weight.k / Halves::INPUTS) + Rows<Halves>::size(down.weight, count, each);
     };
-    const int64_t high = block_rows(rows, each, most, size), wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
+    // Where the second product's words are too many for that cache, those of the first fill it: the second takes its own bit by bit.
+    const bool fits = BLOCK_WORDS / each >= FEWEST_ROWS;
+    const int64_t high = block_rows(rows, fits ? each : up.weight.k / Halves::INPUTS, most, size), wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
         const Block<Halves> block(up.weight, first, rows - first < high ? rows - first : high, most, share);
