@@ -15,6 +15,7 @@ import pytest
 from tests.front.conftest import MODEL, serving
 from tests.front.scripted import ScriptedPort, wait_until
 from weft.front.store import open_store
+from weft.front.store.database import StoreFull
 from weft.front.text import ModelText
 
 ASK: dict[str, Any] = {"model": MODEL, "input": "Hello there", "max_output_tokens": 8, "seed": 1, "ignore_eos": True}
@@ -211,6 +212,29 @@ def test_a_background_response_goes_on_at_the_next_start(
         path = f"{url}/v1/responses/{made['id']}"
         assert wait_until(lambda: httpx.get(path).json()["status"] == "incomplete")
         assert httpx.get(path).json()["created_at"] == made["created_at"]
+
+
+@pytest.mark.parametrize("how", ["another model", "another version", "a full disk"])
+def test_a_background_response_that_cannot_go_on_keeps_no_server_from_starting(
+    tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with serving(scripted(lambda spec, index: [65] * 3), text, store=open_store(tmp_path)) as url:
+        made = httpx.post(f"{url}/v1/responses", json={**ASK, "background": True}).json()
+    store = open_store(tmp_path)
+    request = {"input": 7} if how == "another version" else {**ASK, "model": "gone"}
+    change = "UPDATE responses SET request = ?", (json.dumps(request).encode(),)
+    store.responses._database.run_now(lambda db: db.execute(*change))
+
+    async def full(_: object) -> None:
+        raise StoreFull("no room")
+
+    if how == "a full disk":
+        monkeypatch.setattr(store.responses, "put", full)
+    port = scripted(lambda spec, index: [65] * spec.sampling.max_tokens)
+    with serving(port, text, store=store) as url:
+        told = httpx.get(f"{url}/v1/responses/{made['id']}").json()
+        assert told["status"] == ("queued" if how == "a full disk" else "failed")
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
 def test_the_oldest_go(tmp_path: Path, text: ModelText, scripted: Callable[..., ScriptedPort]) -> None:

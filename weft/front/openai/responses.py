@@ -5,6 +5,7 @@ Source of the shapes: OpenAI's API reference, "Responses".
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -21,6 +22,7 @@ from weft.front.openai.response_structs import NEUTRAL, ResponseRequest
 from weft.front.openai.service import Service
 from weft.front.openai.services import Services
 from weft.front.openai.structs import read
+from weft.front.store.database import StoreFull
 from weft.front.store.responses import Stored
 
 encode = msgspec.json.encode
@@ -110,14 +112,16 @@ async def resume(services: Services) -> None:
         return
     for row in await first.store.responses.unanswered():
         assert row.request is not None
-        request = msgspec.json.decode(row.request, type=ResponseRequest)
         told = msgspec.json.decode(row.body)
         try:
+            request = msgspec.json.decode(row.request, type=ResponseRequest)
             service = services.of(request.model or told["model"])
             run = await _prepare(service, request, row.tenant, body=row.request, row=row)
-        except RequestError as error:  # the model is another one now, or what it went on from has gone
+        except (RequestError, msgspec.DecodeError) as error:
+            # The model is another one now, what it went on from has gone, or another version of weft has written it.
             told |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
-            await first.store.responses.put(msgspec.structs.replace(row, body=encode(told), request=None))
+            with contextlib.suppress(StoreFull):  # then the next start finds it again
+                await first.store.responses.put(msgspec.structs.replace(row, body=encode(told), request=None))
             continue
         first.background.start(run)
 
