@@ -113,6 +113,28 @@ def test_a_draft_may_be_a_file(bundled: Path, bundled_gguf: Callable[..., Path])
         assert llm.generate(["The sea was"], params)[0].outputs[0].token_ids == want
 
 
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        ("Q8_0", "int4"),
+        ("Q8_0", "int8"),
+        ("Q4_0", "int8"),
+        ("Q4_1", "int4:128"),
+        ("Q5_1", "int8:16:zero"),
+        ("Q4_0", "int4"),
+    ],
+)
+def test_weights_of_few_bits_are_rounded_again(kind: str, weights: str, bundled_gguf: Callable[..., Path]) -> None:
+    """To what is asked for, whether it holds the file's numbers or not; on the kernels as the reference operations do it."""
+    found = []
+    for ops in ("cpu", "ref"):
+        with LLM(bundled_gguf(kind), weights=weights, ops=ops, threads=1, memory="600M", max_model_len=128) as llm:
+            found.append(
+                llm.generate(["The sea was"], SamplingParams(max_tokens=16, temperature=0))[0].outputs[0].token_ids
+            )
+    assert found[0] == found[1]
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"not a model" * 10)

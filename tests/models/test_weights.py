@@ -21,9 +21,11 @@ from tests.models.harness import Rows, bench_for
 from tests.models.test_parity import TOLERANCE, prompt
 from weft.errors import ConfigError
 from weft.models import load_spec
+from weft.models.checkpoints import readers
 from weft.models.decoder import build
 from weft.models.layout import PAD_ROWS, parameters, weights_bytes, workspace_bytes
 from weft.models.spec import DecoderSpec, kv_groups
+from weft.models.weights import dense
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -262,9 +264,24 @@ def test_random_weights_are_reproducible_and_ordinary(checkpoint: Callable[[str]
         assert logits[0].isfinite().all()
 
 
+def test_windows_are_put_together(
+    tmp_path: Path, spec: DecoderSpec, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few rows at a time, also of a number format that is converted, and of values off their alignment."""
+    save_file({name: t.half() if "mlp" in name else t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    wanted = load(spec, tmp_path).tensors
+    monkeypatch.setattr(readers, "DENSE_WINDOW", 200)
+    seen: list[tuple[int, int]] = []
+    found = load(spec, tmp_path, progress=lambda *numbers: seen.append(numbers)).tensors
+    assert len(seen) > 3 * len(tensors)
+    assert seen[-1][0] == seen[-1][1]
+    for name, tensor in wanted.items():
+        assert torch.equal(dense(found[name]), dense(tensor)), name
+
+
 @pytest.mark.serial
 def test_loading_peaks_at_the_weights(tmp_path: Path) -> None:
-    """A 240 MB checkpoint in two formats of file: the process never holds it twice."""
+    """A 240 MB checkpoint: the process never holds it twice, nor its largest tensor."""
     code = f"""
 import resource, sys, json, torch
 from pathlib import Path
@@ -284,11 +301,13 @@ else:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     load(folder, spec, views)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print((after - before) * 1024, memory.nbytes, max(v.nbytes for v in views.values()))
+    largest = max(p.shape[0] * p.shape[1] * 4 for p in families()["llama"].parts(spec) if len(p.shape) > 1)
+    print((after - before) * 1024, memory.nbytes, largest)
 """
     run = [sys.executable, "-c", code]
     subprocess.run([*run, "write"], check=True, timeout=120, cwd=ROOT)
     done = subprocess.run([*run, "read"], check=True, timeout=120, cwd=ROOT, capture_output=True, text=True)
     grown, weights, largest = map(int, done.stdout.split())
     assert weights > 200 << 20
-    assert grown < weights + largest + (16 << 20)
+    assert largest > 64 << 20
+    assert grown < weights + (40 << 20)

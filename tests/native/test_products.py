@@ -236,6 +236,14 @@ def test_floats_are_rounded_as_the_reference_rounds_them(machine: Machine, text:
 
 def test_panels_refuse_what_they_cannot_hold() -> None:
     program = MODULE.Program(1)
+    for own, given, held in (
+        ("int8", "int8", True), ("int8:32", "int8", True), ("int8", "int8:32", False), ("int8:32:zero", "int4", True),
+        ("int8", "int4", False), ("int4", "int8", False), ("int4:32:zero", "int4:16", False), ("int4", "int4:32:zero", False),
+    ):  # fmt: skip
+        assert empty(program, 16, 64, WeightFormat.parse(own)).holds(WeightFormat.parse(given)) is held, (own, given)
+    assert empty(program, 16, 64, torch.bfloat16).holds(WeightFormat.parse("int4"))
+    with pytest.raises(InvariantError, match="do not fit"):
+        empty(program, 16, 64, WeightFormat.parse("int8")).pack(quantize(random(1, 16, 64), WeightFormat.parse("int8:32")))
     with pytest.raises(InvariantError, match="do not fit"):
         empty(program, 16, 64, WeightFormat.parse("int4")).pack(quantize(random(1, 16, 64), WeightFormat.parse("int8")))
     with pytest.raises(InvariantError, match="do not fit"):

@@ -1,8 +1,8 @@
 """Weights: safetensors or GGUF read straight into one arena of fused tensors, or drawn at random.
 
-The checkpoint's files are mapped, each tensor is copied (and converted) to where the operations read it, and its pages are
-given back: the weights exist once, and loading peaks at their size plus one tensor's pages.  Quantized tensors of GGUF become
-numbers a few rows at a time.
+The checkpoint's files are mapped, some rows of a tensor after the other are copied (and converted) to where the operations read
+them, and their pages are given back: the weights exist once, and loading peaks at their size and a window of rows.  Tensors of
+few bits in safetensors are read whole.
 """
 
 from __future__ import annotations
@@ -162,6 +162,8 @@ def _fill(target: Any, part: Part, source: Tensor | Quantized, format: WeightFor
         assert part.expert is not None
         target = target.parts[part.expert]
     if isinstance(target, Panels):
+        if isinstance(source, Quantized) and not target.holds(source.format):
+            source = source.dequantized()  # what was asked for holds less, so that it is rounded again
         target.pack(source, part.first)
         return
     place = _place(target, part)

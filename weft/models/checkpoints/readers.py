@@ -25,8 +25,8 @@ from weft.models.spec import DecoderSpec
 if TYPE_CHECKING:
     from weft.models.checkpoints.files import Files
 
-WINDOW = 1 << 20
-"""Values that are made of quantized ones at a time."""
+WINDOW, DENSE_WINDOW = 1 << 20, 1 << 22
+"""Values that are made of quantized ones at a time; of dense ones that are read at a time."""
 Get = Callable[[str], Tensor]
 Sizes = tuple[int, ...]
 
@@ -59,13 +59,27 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows(Reader):
+class Dense(Reader):
+    """Reads a tensor of plain numbers a few rows at a time: never more of its pages are resident than those of a window."""
+
+    def pieces(self, files: Files) -> Iterator[tuple[Part, Tensor | Quantized, int]]:
+        where, tensor = files.stored[self.part.name], files.get(self.part.name)
+        row_bytes = (where.stop - where.start) // where.shape[0]
+        for first, last in blocks.windows(where.shape, DENSE_WINDOW, 1):
+            start, stop = first * row_bytes, last * row_bytes
+            part = replace(self.part, first=self.part.first + first, shape=(last - first, *where.shape[1:]))
+            yield part, tensor[first:last], stop - start
+            files.give_back(self.part.name, start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(Dense):
     """Reads a tensor of GGUF a few rows at a time."""
 
     def pieces(self, files: Files) -> Iterator[tuple[Part, Tensor | Quantized, int]]:
         where = files.stored[self.part.name]
         if where.type in blocks.PLAIN and not where.pairs:
-            yield from Reader.pieces(self, files)
+            yield from Dense.pieces(self, files)
             return
         row_bytes = (where.stop - where.start) // where.shape[0]
         for first, last in blocks.windows(where.shape, WINDOW, max(1, where.pairs)):
@@ -187,7 +201,7 @@ def _dense(folder: Path, part: Part, where: Stored) -> Reader:
         )
     if not where.dtype.is_floating_point:
         raise ConfigError(f"{folder} stores {part.name} in a number format that weft can't read as a weight")
-    return Reader(part, (part.name,), None, lambda get: get(part.name))
+    return Dense(part, (part.name,), None, lambda get: get(part.name))
 
 
 def _packed(folder: Path, part: Part, stored: Mapping[str, Stored], scheme: Scheme) -> Reader | None:

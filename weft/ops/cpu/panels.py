@@ -68,6 +68,14 @@ class Panels:
         start = first // PANEL * panel_bytes(width, format)
         return Panels(self.memory[start:], (outs - first, width), self.format, self.program, self.module)
 
+    def holds(self, given: WeightFormat) -> bool:
+        """Whether whole numbers of that format are kept as they are: at least as many bits, and groups as small or smaller."""
+        own, width = self.format, self.shape[1]
+        if isinstance(own, torch.dtype):
+            return True
+        alike = not own.symmetric or (own.bits, own.symmetric) == (given.bits, given.symmetric)
+        return own.bits >= given.bits and alike and own.groups(width) % given.groups(width) == 0
+
     def pack(self, source: Tensor | Quantized, first: int = 0) -> None:
         """Outputs [first, first + n) become the rows of `source` [n, K], rounded to nearest where they have to be rounded.
 
@@ -111,7 +119,7 @@ class Panels:
         """As they are, in a format that holds them: with as many bits or more, in groups as small or smaller."""
         own, given = self.format, source.format
         assert isinstance(own, WeightFormat)
-        if own.bits < given.bits or (own.symmetric and (own.bits, own.symmetric) != (given.bits, given.symmetric)):
+        if not self.holds(given):
             raise InvariantError(f"weights of {given} do not fit into {own}")
         scales, offsets = _told(source)
         if not own.symmetric and offsets is None:
