@@ -4,7 +4,7 @@
 
 Divergence from the model in float32 along the two novels that it was not trained on; AWQ is calibrated on other texts: a novel
 that it was trained on, and an encyclopedia.  Needs the shared data beside the checkout.  Writes
-bench/results/quantization.json.
+bench/results/quantization.json; with `--only` the other records stay as they were.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ TEXT = ROOT.parent / "shared" / "data" / "text"
 HELD_OUT = ("novels/Stevenson_Treasure_1883.txt", "novels/Doyle_Hound_1902.txt")
 CALIBRATION = {"a novel": "novels/Austen_Emma.txt", "an encyclopedia": "wikitext-2/valid.txt"}
 FORMATS = (
-    "int8", "int8:128", "int8:32", "int4:128", "int4:128:zero", "int4:64", "int4:32", "int4:32:zero", "int4:16",
+    "int8", "int8:128", "int8:32", "int8:32:zero", "int8:16",
+    "int4:128", "int4:128:zero", "int4:64", "int4:32", "int4:32:zero", "int4:16",
 )  # fmt: skip
-CALIBRATED = {"a novel": FORMATS[3:], "an encyclopedia": ("int4:32", "int4:128:zero")}
+CALIBRATED = {"a novel": ("int8:32", *FORMATS[5:]), "an encyclopedia": ("int4:32", "int4:128:zero")}
 LENGTH, WINDOWS, CALIBRATING = 512, 12, 32
 """Tokens of a window; windows of each novel; windows of a calibration text."""
 
@@ -75,17 +76,26 @@ def measure(only: str, tick: Any) -> Iterator[dict[str, Any]]:
                     yield record(name, "awq", calibration=text, bits=bits, calibration_s=took)
 
 
+def merged(result: dict[str, Any], only: str) -> dict[str, Any]:
+    """The file that is there, with the records that begin so replaced; those tell their own date and machine."""
+    path = RESULTS / "quantization.json"
+    kept = json.loads(path.read_text(encoding="utf8")) if path.is_file() else {**result, "records": []}
+    mine = [{**record, "date": result["date"], "cpu": result["machine"]["cpu"]} for record in result["records"]]
+    others = [record for record in kept["records"] if not record["weights"].startswith(only)]
+    first = next((i for i, record in enumerate(kept["records"]) if record["weights"].startswith(only)), len(others))
+    return {**kept, "records": [*others[:first], *mine, *others[first:]]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quantization", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print the records as JSON")
-    parser.add_argument("--only", default="", metavar="FORMAT", help="those that begin so; writes no file")
+    parser.add_argument("--only", default="", metavar="FORMAT", help="those that begin so")
     flags = parser.parse_args(argv)
     if not all((TEXT / name).is_file() for name in (*HELD_OUT, *CALIBRATION.values())):
         parser.exit(1, f"the texts are not there: {Path('shared/data/text')} beside the checkout\n")
     records = list(measure(flags.only, lambda text: print(text, file=sys.stderr, flush=True)))
     result = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(), "records": records}
-    if not flags.only:
-        write(RESULTS / "quantization.json", result)
+    write(RESULTS / "quantization.json", merged(result, flags.only) if flags.only else result)
     if flags.json:
         print(json.dumps(result, indent=2))
     else:
