@@ -243,7 +243,9 @@ def test_panels_refuse_what_they_cannot_hold() -> None:
         assert empty(program, 16, 64, WeightFormat.parse(own)).holds(WeightFormat.parse(given)) is held, (own, given)
     assert empty(program, 16, 64, torch.bfloat16).holds(WeightFormat.parse("int4"))
     with pytest.raises(InvariantError, match="do not fit"):
-        empty(program, 16, 64, WeightFormat.parse("int8")).pack(quantize(random(1, 16, 64), WeightFormat.parse("int8:32")))
+        empty(program, 16, 64, WeightFormat.parse("int8")).pack(
+            quantize(random(1, 16, 64), WeightFormat.parse("int8:32"))
+        )
     with pytest.raises(InvariantError, match="do not fit"):
         empty(program, 16, 64, WeightFormat.parse("int4")).pack(quantize(random(1, 16, 64), WeightFormat.parse("int8")))
     with pytest.raises(InvariantError, match="do not fit"):

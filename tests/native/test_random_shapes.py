@@ -1,8 +1,6 @@
-"""Every operation of the kernels beside `ops/ref` over random shapes: odd sizes, one row, and none; and whole decoders of random shape."""
+"""Every operation of the kernels but attention beside `ops/ref` over random shapes: odd sizes, one row, and none."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,18 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.models.harness import Bench, Rows, bench_for
 from tests.native.machine import ISAS, MODULE, Machine, panels
-from tests.native.test_decoder import CONFIG
-from weft.models.families import read
-from weft.models.spec import DecoderSpec
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.ref import basic, moe, rope
 
 EXAMPLES = settings(max_examples=30, deadline=None)
 COUNTS = st.sampled_from((0, 1, 1, 2, 3, 7, 16, 17, 33))
 """Rows."""
-MACHINES = st.builds(lambda isa, threads: Machine(MODULE.Program(threads, isa)), st.sampled_from(ISAS), st.integers(1, 2))
+MACHINES = st.builds(
+    lambda isa, threads: Machine(MODULE.Program(threads, isa)), st.sampled_from(ISAS), st.integers(1, 2)
+)
 UNTOUCHED = 7.0
 
 
@@ -66,7 +62,17 @@ def test_gates_and_what_reads_them(
     basic.linear(wanted, down, None, after, [(0, rows)])
     first, second = panels(machine.program, up), panels(machine.program, down)
     both, out, end = room(rows, 2 * inner), room(rows, inner), room(rows, outs)
-    given = (first.weight, x.data_ptr(), width, 0, both.data_ptr(), 2 * inner, out.data_ptr(), inner, ACTIVATIONS[activation])
+    given = (
+        first.weight,
+        x.data_ptr(),
+        width,
+        0,
+        both.data_ptr(),
+        2 * inner,
+        out.data_ptr(),
+        inner,
+        ACTIVATIONS[activation],
+    )
     machine.run(machine.program.gated_linear(*given, 0), rows)
     same(out, wanted, rows)
     machine.run(machine.program.mlp(*given, second.weight, 0, end.data_ptr(), outs, 0), rows)
@@ -159,7 +165,13 @@ def test_experts(machine: Machine, rows: int, num: int, data: st.DataObject) -> 
     first = program.route(mixture)
     program.gather(mixture)
     program.expert_gates(
-        [p.weight for p in ups], gathered.data_ptr(), width, both.data_ptr(), opened.data_ptr(), ACTIVATIONS[activation], 0
+        [p.weight for p in ups],
+        gathered.data_ptr(),
+        width,
+        both.data_ptr(),
+        opened.data_ptr(),
+        ACTIVATIONS[activation],
+        0,
     )
     program.expert_products([p.weight for p in downs], opened.data_ptr(), inner, results.data_ptr(), width, 0)
     last = program.combine(mixture)
@@ -171,46 +183,10 @@ def test_experts(machine: Machine, rows: int, num: int, data: st.DataObject) -> 
     assert (ids[rows:] == -5).all()
     same(shares, wanted_shares, rows)
     wanted = torch.empty(rows, width)
-    moe.experts(x[:rows], wanted_shares, wanted_ids, up, down, activation, wanted, lambda count: [(0, count)] if count else [])
+    moe.experts(
+        x[:rows], wanted_shares, wanted_ids, up, down, activation, wanted, lambda count: [(0, count)] if count else []
+    )
     same(out, wanted, rows, 2e-5)
-
-
-def shape(data: st.DataObject) -> DecoderSpec:
-    kv_heads, share = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
-    dim = 2 * data.draw(st.integers(3, 48))
-    while kv_heads * share * dim % 16:
-        dim += 2
-    return read({
-        **CONFIG, "hidden_size": 2 * data.draw(st.integers(4, 40)), "intermediate_size": 2 * data.draw(st.integers(1, 60)),
-        "num_attention_heads": kv_heads * share, "num_key_value_heads": kv_heads, "head_dim": dim,
-        "vocab_size": data.draw(st.integers(2, 150)), "tie_word_embeddings": data.draw(st.booleans()),
-    })  # fmt: skip
-
-
-def steps(made: Bench, lengths: list[int], chunk: int, vocab: int) -> list[Tensor]:
-    """Logits of every row of sequences of these lengths, a chunk of each in a step; those that are over leave."""
-    tokens = [torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
-    found: list[list[Tensor]] = [[] for _ in lengths]
-    for at in range(0, max(lengths), chunk):
-        here = [i for i, n in enumerate(lengths) if at < n]
-        works = [Rows(f"s{i}", tokens[i][at : at + chunk], at) for i in here]
-        for i, logits in zip(here, made.run(works), strict=True):
-            found[i].append(logits)
-    return [torch.cat(parts) for parts in found]
-
-
-@settings(max_examples=8, deadline=None)
-@given(st.data())
-def test_decoders(data: st.DataObject) -> None:
-    """Attention and what is stored for it, too: heads of odd sizes, sequences of one row and of several chunks of entries."""
-    spec = shape(data)
-    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
-    chunk, isa = data.draw(st.sampled_from((5, 31, 64, 200))), data.draw(st.sampled_from(ISAS))
-    how: dict[str, Any] = {"blocks": 64, "invariant": False}
-    wanted = steps(bench_for(spec, "random", ops="ref", **how), lengths, chunk, spec.vocab)
-    found = steps(bench_for(spec, "random", ops="cpu", isa=isa, **how), lengths, chunk, spec.vocab)
-    for theirs, ours in zip(wanted, found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=5e-5, atol=5e-5)
 
 
 def test_an_empty_batch_changes_no_stored_row_and_draws_nothing() -> None:
