@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,7 +90,8 @@ def queries(rows: int, dim: int, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("kind", STORES)
 @pytest.mark.parametrize(
     ("dim", "entries", "rows", "window", "cap"),
-    [(64, 333, 1, 0, 0.0), (64, 64, 5, 0, 30.0), (128, 200, 40, 70, 0.0), (96, 150, 3, 0, 0.0), (80, 97, 12, 33, 0.0), (256, 70, 2, 0, 0.0)],
+    [(64, 333, 1, 0, 0.0), (64, 64, 5, 0, 30.0), (128, 200, 40, 70, 0.0), (96, 150, 3, 0, 0.0), (80, 97, 12, 33, 0.0),
+     (256, 70, 2, 0, 0.0)],
 )  # fmt: skip
 def test_rows_beside_float64(
     machine: Machine, kind: str, dim: int, entries: int, rows: int, window: int, cap: float
@@ -110,7 +113,7 @@ def test_a_row_has_its_bits_whatever_stands_beside_it(isa: str, kind: str) -> No
     whole = stored.attend(Machine(MODULE.Program(1, isa)), q, positions)
     for threads, cuts in ((1, (0, 1, 2, 90)), (2, (0, 37, 90)), (3, (0, 89, 90))):
         machine = Machine(MODULE.Program(threads, isa))
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             assert torch.equal(
                 stored.attend(machine, q[start:stop].clone(), positions[start:stop].clone()), whole[start:stop]
             )

@@ -129,8 +129,8 @@ def test_a_product_reads_what_gates_open_as_if_it_had_been_written(
 @pytest.mark.parametrize("text", [torch.bfloat16, "int8", "int4:128"], ids=str)
 @pytest.mark.parametrize("inner", [2432, 5120, 6144])
 def test_blocks_of_rows_and_of_inputs_are_handed_on(machine: Machine, text: torch.dtype | str, inner: int) -> None:
-    """Several blocks, of all inputs and of parts of them, and a last one of another size; of the largest as many rows as the first
-    product fits."""
+    """Several blocks, of all inputs and of parts of them, and a last one of another size; of the largest
+    inner width as many rows as the first product fits."""
     _reads_what_opens(machine, text, text, 128, inner, "bfloat16", 205, (1, 60))
 
 

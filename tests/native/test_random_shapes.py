@@ -1,6 +1,8 @@
-"""Every operation of the kernels but attention beside `ops/ref` over random shapes: odd sizes, one row, and none."""
+"""Every operation of the kernels beside `ops/ref` over random shapes: odd sizes, one row, and none; and whole decoders."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.models.harness import Bench, Rows, bench_for
 from tests.native.machine import ISAS, MODULE, Machine, panels
+from tests.native.test_decoder import CONFIG
+from weft.models.families import read
+from weft.models.spec import DecoderSpec
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.ref import basic, moe, rope
 
@@ -187,6 +193,44 @@ def test_experts(machine: Machine, rows: int, num: int, data: st.DataObject) -> 
         x[:rows], wanted_shares, wanted_ids, up, down, activation, wanted, lambda count: [(0, count)] if count else []
     )
     same(out, wanted, rows, 2e-5)
+
+
+def shape(data: st.DataObject) -> DecoderSpec:
+    kv_heads, share = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    dim = 2 * data.draw(st.integers(3, 48))
+    while kv_heads * share * dim % 16:
+        dim += 2
+    return read({
+        **CONFIG, "hidden_size": 2 * data.draw(st.integers(4, 40)), "intermediate_size": 2 * data.draw(st.integers(1, 60)),
+        "num_attention_heads": kv_heads * share, "num_key_value_heads": kv_heads, "head_dim": dim,
+        "vocab_size": data.draw(st.integers(2, 150)), "tie_word_embeddings": data.draw(st.booleans()),
+    })  # fmt: skip
+
+
+def steps(made: Bench, lengths: list[int], chunk: int, vocab: int) -> list[Tensor]:
+    """Logits of every row of sequences of these lengths, a chunk of each in a step; those that are over leave."""
+    tokens = [torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    found: list[list[Tensor]] = [[] for _ in lengths]
+    for at in range(0, max(lengths), chunk):
+        here = [i for i, n in enumerate(lengths) if at < n]
+        works = [Rows(f"s{i}", tokens[i][at : at + chunk], at) for i in here]
+        for i, logits in zip(here, made.run(works), strict=True):
+            found[i].append(logits)
+    return [torch.cat(parts) for parts in found]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_decoders(data: st.DataObject) -> None:
+    """Attention and what is stored for it, too: heads of odd sizes, sequences of one row and of several chunks of entries."""
+    spec = shape(data)
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
+    chunk, isa = data.draw(st.sampled_from((5, 31, 64, 200))), data.draw(st.sampled_from(ISAS))
+    how: dict[str, Any] = {"blocks": 64, "invariant": False}
+    wanted = steps(bench_for(spec, "random", ops="ref", **how), lengths, chunk, spec.vocab)
+    found = steps(bench_for(spec, "random", ops="cpu", isa=isa, **how), lengths, chunk, spec.vocab)
+    for theirs, ours in zip(wanted, found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=5e-5, atol=5e-5)
 
 
 def test_an_empty_batch_changes_no_stored_row_and_draws_nothing() -> None:

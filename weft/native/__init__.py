@@ -1,6 +1,7 @@
 """The compiled kernels for CPUs (`src/`), or the reason why they are not there.
 
-They are built with the package (CMakeLists.txt).  Where no compiler was at hand the package works without them, on `weft.ops.ref`.
+They are built with the package (CMakeLists.txt).  Where no compiler was at hand the package works without
+them, on `weft.ops.ref`.
 """
 
 from __future__ import annotations

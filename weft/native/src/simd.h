@@ -31,7 +31,7 @@ WEFT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 // The first `count` values, and zeros.
 WEFT_INLINE vf some(const float* p, int64_t count) {
     vf found = vf{};
-    for (int64_t i = 0; i < count; i++) found[i] = p[i];
+    for (int64_t i = 0; i < LANES && i < count; i++) found[i] = p[i];
     return found;
 }
 WEFT_INLINE vu load_bits(const void* p) { return *reinterpret_cast<const vu_any*>(p); }
