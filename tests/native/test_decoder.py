@@ -84,15 +84,15 @@ def test_bits_do_not_depend_on_chunks_company_or_threads(isa: str, dtype: str) -
     assert torch.equal(together.run(works)[1][0], wanted[-1])
 
 
-def test_a_step_without_hooks_is_one_call_beside_the_vectors() -> None:
-    """What stands between the two is Python's one look at whether vectors replace embeddings."""
+def test_a_step_without_hooks_is_one_call() -> None:
     decoder = bench("cpu").decoder
     (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True, alone=True)
-    calls = [run for run in segment.runs if isinstance(run, Call)]
-    assert [isinstance(run, Call) for run in segment.runs] == [True, False, True]
-    # Behind those stand, for each layer, the operations of steps that look at what gates open, or add to them.
-    assert (calls[0].first, calls[0].stop) == (0, calls[1].first)
-    assert calls[1].stop == len(decoder.native.program) - 4 * len(decoder.spec.layers)
+    (call,) = segment.runs
+    # Behind it stand, for each layer, the operations of steps that look at what gates open, or add to them.
+    assert isinstance(call, Call)
+    assert (call.first, call.stop) == (0, len(decoder.native.program) - 4 * len(decoder.spec.layers))
+    (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True, alone=True, vectors=True)
+    assert [isinstance(run, Call) for run in segment.runs] == [True, False, True], "vectors replace embeddings"
 
 
 @pytest.mark.parametrize("isa", native.module().isas())

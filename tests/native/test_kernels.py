@@ -71,6 +71,47 @@ def test_sums_and_soft_caps(machine: Machine) -> None:
     assert torch.allclose(logits, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_operations_by_rows_follow_each_other_on_one_thread() -> None:
+    """Sum, norm, norm of heads, rope and the writing of keys, for which no thread waits for another: as one by one."""
+    heads, dim, rows, block = 3, 64, 250, 16
+    width = heads * dim
+    before, x, weight = torch.randn(rows, width), torch.randn(rows, width), torch.randn(width)
+    angles = torch.randn(rows, dim // 2)
+    cos, sin = angles.cos(), angles.sin()
+    positions = torch.arange(rows, dtype=torch.int32).resize_(256)
+    tables, first, lengths = torch.arange(16), torch.zeros(1, dtype=torch.int64), torch.tensor([rows])
+    slots = torch.arange(rows)
+    for isa in ISAS:
+        found = []
+        for threads, together in ((1, False), (3, True), (3, True), (2, True), (5, True)):
+            program, step = MODULE.Program(threads, isa), MODULE.Step()
+            hidden, normed, arena = before.clone(), torch.zeros(rows, width), torch.zeros(16 * block, 2 * width)
+            step.rows(rows, 0, 0, 0, 0, 0, 0, 0)
+            step.angles(0, cos.data_ptr(), sin.data_ptr())
+            step.place(
+                0, arena.data_ptr(), block * 8 * width, positions.data_ptr(), block, block, tables.data_ptr(), 16,
+                first.data_ptr(), lengths.data_ptr(), slots.data_ptr(), 0, 0,
+            )  # fmt: skip
+            at = [
+                program.add(hidden.data_ptr(), x.data_ptr(), width, width),
+                program.norm(
+                    hidden.data_ptr(), width, weight.data_ptr(), normed.data_ptr(), width, 1, width, 1e-6, False
+                ),
+                program.norm(
+                    normed.data_ptr(), width, weight.data_ptr(), normed.data_ptr(), width, heads, dim, 1e-6, False
+                ),
+                program.rope(normed.data_ptr(), width, heads, dim, dim // 2, 0),
+                program.store(0, normed.data_ptr(), hidden.data_ptr(), width, heads, dim, 0),
+            ]
+            for first_at, stop in [(at[0], at[-1] + 1)] if together else [(i, i + 1) for i in at]:
+                program.run(first_at, stop, step)
+            found.append((hidden, normed, arena))
+        for some in found[1:]:
+            for got, wanted in zip(some, found[0], strict=True):
+                assert torch.equal(got, wanted)
+        assert found[0][2].abs().sum() > 0
+
+
 def test_bad_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="this processor has no riscv"):
         MODULE.Program(1, "riscv")

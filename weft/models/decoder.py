@@ -90,7 +90,7 @@ class Decoder:
         self._head = head(self._material) if native is None else None
         self._fillings: list[Callable[[Step, int], None]] = []
         self._hooks: dict[tuple[Seam, int], list[Hook]] = {}
-        self._segments: dict[tuple[int, int, bool, bool, bool, bool], list[Segment]] = {}
+        self._segments: dict[tuple[int, int, *tuple[bool, ...]], list[Segment]] = {}
 
     @property
     def weights_bytes(self) -> int:
@@ -292,7 +292,9 @@ class Decoder:
         return Step(batch, pool, batch.tokens_T.shape[0], ropes, native=native)
 
     def _run(self, step: Step, first: int, stop: int, at_end: bool) -> None:
-        for segment in self._pieces(first, stop, at_end, step.batch.deltas is not None, step.dense, step.alone):
+        batch = step.batch
+        how = (batch.deltas is not None, step.dense, step.alone, batch.vectors is not None)
+        for segment in self._pieces(first, stop, at_end, *how):
             for run in segment.runs:
                 run(step)
             if segment.hook is not None:
@@ -320,10 +322,10 @@ class Decoder:
 
     def _pieces(
         self, first: int, stop: int, at_end: bool = True, adapted: bool = False, dense: bool = False,
-        alone: bool = False,
+        alone: bool = False, vectors: bool = False,
     ) -> list[Segment]:  # fmt: skip
         """The operations of a range of layers as segments, cut at hooked seams and nowhere else.  at_end: and the logits."""
-        key = (first, stop, at_end, adapted, dense, alone)
+        key = (first, stop, at_end, adapted, dense, alone, vectors)
         if key in self._segments:
             return self._segments[key]
         left_out = {Seam.LOGITS, *([Seam.INPUTS] if first else [])}
@@ -339,6 +341,8 @@ class Decoder:
             through = mine is op.through
             if dense and not alone:
                 runs.extend(op.others)
+            if vectors:
+                runs.extend(op.vectors)
             for hook in hooks:
                 segments.append(Segment(cpu.fused(runs), op, hook))
                 runs = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft.models.native_step import STORES, NativeStep, encoding
-from weft.models.operations import Material, Operation, Run, Seam, Step, attend, store
+from weft.models.operations import Material, Operation, Run, Seam, Step, attend, store, vectors
 from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.drawing import Drawing
@@ -151,7 +151,8 @@ def operations(m: Material, native: Native) -> list[Operation]:
     """The whole list, for a model that `weft.ops.choice` gives to the kernels."""
     hidden, logits = m.buffers["hidden"], m.buffers["logits"]
     last = len(m.spec.layers) - 1
-    found = [Operation(0, _embed(m, native), Seam.INPUTS, lambda step: (hidden[: step.rows],))]
+    seen = lambda step: (hidden[: step.rows],)
+    found = [Operation(0, _embed(m, native), Seam.INPUTS, seen, vectors=(vectors(m),))]
     for index, layer in enumerate(m.spec.layers):
         found += _attention(m, native, index, layer)
         found += _mlp(m, native, index, layer) if layer.experts is None else _experts(m, native, index, layer)
@@ -185,14 +186,9 @@ def head(m: Material, native: Native) -> list[Run]:
 def _embed(m: Material, native: Native) -> tuple[Run, ...]:
     hidden, table = m.buffers["hidden"], m.tensors["embed"]
     assert isinstance(table, Panels)
-    index = native.program.embed(table.weight, m.spec.embedding_scale, hidden.data_ptr(), hidden.stride(0))
-
-    def vectors(step: Step) -> None:
-        if step.batch.vectors is not None:
-            rows, values = step.batch.vectors
-            hidden[: step.rows].index_copy_(0, rows, values)
-
-    return native.call(index), vectors
+    return (
+        native.call(native.program.embed(table.weight, m.spec.embedding_scale, hidden.data_ptr(), hidden.stride(0))),
+    )
 
 
 def _product(m: Material, native: Native, index: int, x: Tensor, layer: LayerSpec, name: str, out: Tensor) -> Operation:

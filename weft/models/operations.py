@@ -97,6 +97,7 @@ class Operation:
     dense: what runs in its place where the kernels compute attention.  others: what runs after that for sequences whose
     attention a technique computes, or is summed up.
     through: what runs in place of this operation and the next, where no hook stands between them and the batch has no adapters.
+    vectors: what runs after it where the batch has vectors in the place of tokens.
     """
 
     layer: int
@@ -107,6 +108,7 @@ class Operation:
     dense: tuple[Run, ...] | None = None
     others: tuple[Run, ...] = ()
     through: tuple[Run, ...] | None = None
+    vectors: tuple[Run, ...] = ()
 
     def chosen(self, hooked: bool, adapted: bool, dense: bool) -> tuple[Run, ...]:
         """What it consists of in such a step; hooked: whether a hook stands after it."""
@@ -144,7 +146,7 @@ def operations(m: Material) -> list[Operation]:
     """The whole list.  Raises ConfigError for a layer that no operation computes."""
     hidden, logits = m.buffers["hidden"], m.buffers["logits"]
     last = len(m.spec.layers) - 1
-    found = [Operation(0, (_embed(m),), Seam.INPUTS, lambda step: (hidden[: step.rows],))]
+    found = [Operation(0, (_embed(m),), Seam.INPUTS, lambda step: (hidden[: step.rows],), vectors=(vectors(m),))]
     for index, layer in enumerate(m.spec.layers):
         if layer.attention != "softmax":
             raise ConfigError(f"layer {index} asks for {layer.attention} attention, which weft can't run yet")
@@ -162,9 +164,18 @@ def _embed(m: Material) -> Run:
     def run(step: Step) -> None:
         out = m.buffers["hidden"][: step.rows]
         m.ops.embed(step.batch.tokens_T, m.tensors["embed"], m.spec.embedding_scale, out)
-        if step.batch.vectors is not None:
-            rows, values = step.batch.vectors
-            out.index_copy_(0, rows, values.to(out.dtype))
+
+    return run
+
+
+def vectors(m: Material) -> Run:
+    """Vectors in the place of embeddings, for a batch that has some."""
+
+    def run(step: Step) -> None:
+        assert step.batch.vectors is not None
+        rows, values = step.batch.vectors
+        out = m.buffers["hidden"][: step.rows]
+        out.index_copy_(0, rows, values.to(out.dtype))
 
     return run
 

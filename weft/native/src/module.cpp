@@ -44,14 +44,14 @@ int64_t norm(Program& p, uintptr_t x, int64_t x_stride, uintptr_t weight, uintpt
     const Norm a{at<float>(x), at<float>(weight), at<float>(out), x_stride, out_stride, heads, width, eps};
     return p.add([&kernels = p.kernels(), a, picked](Step& s, Share share) {
         kernels.norm(a, picked ? s.wanted : s.rows, share);
-    });
+    }, !picked);
 }
 
 int64_t rope(Program& p, uintptr_t x, int64_t stride, int heads, int dim, int pairs, size_t angles) {
     const Rope a{at<float>(x), stride, heads, dim, pairs};
     return p.add([&kernels = p.kernels(), a, angles](Step& s, Share share) {
         kernels.rope(a, s.angles[angles].cos, s.angles[angles].sin, s.rows, share);
-    });
+    }, true);
 }
 
 int64_t gated(Program& p, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t inner, int activation) {
@@ -86,7 +86,7 @@ int64_t mlp(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, uin
 int64_t add(Program& p, uintptr_t into, uintptr_t x, int64_t stride, int64_t width) {
     return p.add([&kernels = p.kernels(), to = at<float>(into), from = at<float>(x), stride, width](Step& s, Share share) {
         kernels.add(to, from, stride, width, s.rows, share);
-    });
+    }, true);
 }
 
 int64_t softcap(Program& p, uintptr_t x, int64_t width, float cap) {
@@ -98,7 +98,7 @@ int64_t softcap(Program& p, uintptr_t x, int64_t width, float cap) {
 int64_t embed(Program& p, const Weight& table, float scale, uintptr_t out, int64_t stride) {
     return p.add([&kernels = p.kernels(), table, scale, to = at<float>(out), stride](Step& s, Share share) {
         kernels.embed(table, s.tokens, scale, to, stride, s.rows, share);
-    });
+    }, true);
 }
 
 int64_t pick(Program& p, uintptr_t x, int64_t stride, uintptr_t out, int64_t width) {
@@ -214,7 +214,7 @@ NB_MODULE(_native, m) {
             const Attend a = attend_of(0, 0, 0, 0, kv_heads, kv_heads, dim, 1, 0, layer);
             return p.add([&kernels = p.kernels(), a, group, keys = at<float>(k), values = at<float>(v), stride](Step& s, Share share) {
                 kernels.store(a, s.places[group], keys, values, stride, s.rows, share);
-            });
+            }, true);
         })
         .def("attend", [](Program& p, size_t group, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads,
                           int kv_heads, int dim, float scale, float softcap, int layer) {
@@ -247,7 +247,7 @@ NB_MODULE(_native, m) {
         .def("expert_products", &expert_products)
         .def("expert_gates", &expert_gates)
         .def("combine", [](Program& p, const Experts& a) {
-            return p.add([a](Step& s, Share share) { combine(a, s, share); });
+            return p.add([a](Step& s, Share share) { combine(a, s, share); }, true);
         })
         .def("draw", [](Program& p, const std::vector<uintptr_t>& logits, int64_t vocab, const std::vector<double>& temperature,
                         const std::vector<int64_t>& top_k, const std::vector<double>& top_p, const std::vector<double>& min_p,

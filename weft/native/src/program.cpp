@@ -20,8 +20,9 @@ void Program::run(int64_t first, int64_t stop, Step& step) {
     if (first < 0 || stop > size() || first > stop) throw std::out_of_range("no such operations");
     pool_.run([&](Share share) {
         for (int64_t at = first; at < stop; at++) {
-            if (at > first) pool_.meet();
-            operations_[static_cast<size_t>(at)](step, share);
+            const Listed& mine = operations_[static_cast<size_t>(at)];
+            if (at > first && !(mine.by_rows && operations_[static_cast<size_t>(at) - 1].by_rows)) pool_.meet();
+            mine.run(step, share);
         }
     });
 }

@@ -66,11 +66,13 @@ class Program {
     Program(int threads, const std::string& isa);
     using Operation = std::function<void(Step&, Share)>;
 
-    int64_t add(Operation operation) {
-        operations_.push_back(std::move(operation));
+    // by_rows: whether each thread reads and writes nothing but its own of the step's rows, as `Share::range` parts them one by one.
+    int64_t add(Operation operation, bool by_rows = false) {
+        operations_.push_back({std::move(operation), by_rows});
         return static_cast<int64_t>(operations_.size()) - 1;
     }
-    // Operations [first, stop), each by all threads, none before the one before it has ended.
+    // Operations [first, stop), each by all threads, none before the one before it has ended; but those by rows that follow each other
+    // are one to a thread, whose rows are still in its caches: sum and norm, norms of heads, rope and the writing of keys and values.
     void run(int64_t first, int64_t stop, Step& step);
     // What each entry of a group's tables gets of the attention of rows that count.
     void weigh(const Attend& a, size_t group, const Weigh& to, const Step& step);
@@ -85,7 +87,11 @@ class Program {
   private:
     const Kernels* kernels_;
     Pool pool_;
-    std::vector<Operation> operations_;
+    struct Listed {
+        Operation run;
+        bool by_rows;
+    };
+    std::vector<Listed> operations_;
 
   public:
     std::atomic<int64_t> taken{0};

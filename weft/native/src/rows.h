@@ -22,17 +22,18 @@ inline void norm_one(const float* x, const float* weight, float* out, int width,
 
 inline void norm(const Norm& a, int64_t rows, Share share) {
     int64_t from, to;
-    share.range(rows * a.heads, 1, from, to);
-    for (int64_t i = from; i < to; i++) {
-        const int64_t row = i / a.heads, head = i % a.heads * a.width;
-        norm_one(a.x + row * a.x_stride + head, a.weight, a.out + row * a.out_stride + head, a.width, a.eps);
-    }
+    share.range(rows, 1, from, to);
+    for (int64_t row = from; row < to; row++)
+        for (int head = 0; head < a.heads; head++) {
+            const int64_t at = head * a.width;
+            norm_one(a.x + row * a.x_stride + at, a.weight, a.out + row * a.out_stride + at, a.width, a.eps);
+        }
 }
 
 inline void rope(const Rope& a, const float* cos, const float* sin, int64_t rows, Share share) {
     int64_t from, to;
-    share.range(rows * a.heads, 1, from, to);
-    for (int64_t i = from; i < to; i++) {
+    share.range(rows, 1, from, to);
+    for (int64_t i = from * a.heads; i < to * a.heads; i++) {
         const int64_t row = i / a.heads;
         float* left = a.x + row * a.stride + i % a.heads * a.dim;
         float* right = left + a.pairs;
