@@ -292,9 +292,8 @@ class Decoder:
         return Step(batch, pool, batch.tokens_T.shape[0], ropes, native=native)
 
     def _run(self, step: Step, first: int, stop: int, at_end: bool) -> None:
-        batch = step.batch
-        how = (batch.deltas is not None, step.dense, step.alone, batch.vectors is not None)
-        for segment in self._pieces(first, stop, at_end, *how):
+        adapted, vectors = step.batch.deltas is not None, step.batch.vectors is not None
+        for segment in self._pieces(first, stop, at_end, adapted, step.dense, step.alone, vectors):
             for run in segment.runs:
                 run(step)
             if segment.hook is not None:
