@@ -43,9 +43,10 @@ from weft.exec.host import peak_rss_bytes
 from weft.hub import resolve
 model, options, batch, prompt, new = json.loads(sys.argv[1])
 source = Path(model) if model else resolve(None)
-setup = make_room(EngineConfig(model=source, **options), DecodeBench(batches=[batch], prompt=prompt, new=new))
+bench = DecodeBench(batches=[batch], prompt=prompt, new=new)
+setup = make_room(EngineConfig(model=source, **options), bench)
 runtime, _ = ready(setup)
-phase(runtime, batch, prompt, new, 0, count(1), lambda text: None)
+phase(runtime, batch, bench, 0, count(1), lambda text: None)
 plan = setup.plan
 print(json.dumps({"rss_peak_bytes": peak_rss_bytes(), "weights_bytes": plan.weights_bytes, "kv_bytes": plan.kv_bytes}))
 """

@@ -285,7 +285,10 @@ def test_the_feed_counts_as_the_metrics_do(url: str, watcher: Watcher, port: Eng
 
 def test_shared_blocks_are_seen(url: str, watcher: Watcher) -> None:
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(complete, url, LONG, max_tokens=300, seed=i, weft=None) for i in range(2)]
+        # The second comes when the first has its prompt computed: of two that enter in one step neither finds anything.
+        jobs = [pool.submit(complete, url, LONG, max_tokens=600, seed=0, weft=None)]
+        watcher.until(lambda f: any(r["output_tokens"] for r in f["requests"] if r["state"] != "finished"))
+        jobs.append(pool.submit(complete, url, LONG, max_tokens=300, seed=1, weft=None))
         watcher.until(lambda f: any(refs == 2 and owner for _, refs, owner in watcher.blocks))
         live = {r["id"] for r in watcher.frames[-1]["requests"]}
         assert {owner for _, refs, owner in watcher.blocks if refs} <= live
