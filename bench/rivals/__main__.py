@@ -15,7 +15,8 @@ from typing import Any
 from bench.harness import machine, write
 from bench.rivals import plan as plans
 from bench.rivals import report, rows
-from bench.rivals.measure import Group, interruptible, measure
+from bench.rivals.measure import Group, measure
+from weft.cli._terminal import unwinding
 from weft.errors import EngineError
 
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         plan = plans.parse(given)
-        with interruptible():
+        with unwinding():
             groups, absent = measure(plan, plans.rivals(), Teller())
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)

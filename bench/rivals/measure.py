@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -179,21 +179,6 @@ def checked(found: Mapping[str, Any], cell: Cell) -> Turn:
     if not found["steps_s"]:
         raise RivalError("in no step did every sequence get one token, so there is nothing to time")
     return Turn(found["prefill_s"], median(found["steps_s"]), [tokens[0] for tokens in found["tokens"]])
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM ends this as Ctrl-C does, so that no driver is left behind."""
-    import signal
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def ratios(mine: Sequence[float], theirs: Sequence[float]) -> float | None:

@@ -186,9 +186,9 @@ def test_an_interrupted_run_leaves_no_driver_behind(tmp_path: Path) -> None:
     path.write_text(STUB.format(prepare="time.sleep(600)", measure="pass"), encoding="utf8")
     script = (
         "import sys; from pathlib import Path\n"
-        "from bench.rivals.measure import interruptible\n"
+        "from weft.cli._terminal import unwinding\n"
         "from bench.rivals.process import Driver\n"
-        f"with interruptible(), Driver('slow', [sys.executable, {str(path)!r}], Path({str(tmp_path / 'slow.log')!r})) as d:\n"
+        f"with unwinding(), Driver('slow', [sys.executable, {str(path)!r}], Path({str(tmp_path / 'slow.log')!r})) as d:\n"
         "    print(d.process.pid, flush=True)\n"
         f"    d.ask({{'do': 'prepare', **{WHERE!r}}}, 600)\n"
     )

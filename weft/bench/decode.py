@@ -18,10 +18,11 @@ from typing import Any
 
 from weft.bench.limit import read_by, read_gb_s
 from weft.core.ledger import blocks_for
-from weft.errors import CapacityError, ConfigError
+from weft.errors import CapacityError, ConfigError, RequestError
 from weft.exec.build import EngineConfig, Progress, Runtime, Setup, build, prepare, with_limits
 from weft.exec.host import format_size, peak_rss_bytes
 from weft.exec.thread import StepTimes, step
+from weft.sampling import SamplingParams
 from weft.types import Event, Preempted, Rejected, RequestSpec, SamplingSpec, TokenItem, Tokens
 
 SHAPES = Path(__file__).resolve().parents[2] / "bench" / "shapes"
@@ -53,10 +54,10 @@ class DecodeBench:
             raise ConfigError(f"--new must be at least 2, since the first token belongs to the prompt; got {self.new}")
         if self.repeat < 1:
             raise ConfigError(f"--repeat must be at least 1, got {self.repeat}")
-        if not 0.0 <= self.temperature <= 100.0:
-            raise ConfigError(f"--temperature must be from 0 (greedy) to 100, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
+        try:
+            SamplingParams(temperature=self.temperature, top_p=self.top_p)
+        except RequestError as error:
+            raise ConfigError(f"--{str(error.param).replace('_', '-')}: {error}") from None
 
     @property
     def sampling(self) -> SamplingSpec:

@@ -145,3 +145,17 @@ def level(given: str | None, usual: str = "warning") -> str:
     if wanted not in LEVELS:
         raise ConfigError(f"the log level is one of {', '.join(LEVELS)}, got {wanted!r}")
     return wanted
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """SIGTERM ends this as Ctrl-C does, so that nothing half made, and no process, is left behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

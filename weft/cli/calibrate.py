@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ def calibrate(
     """Measure step times on this machine and fit a cost: weft sim --cost 'calibrated(file="FILE")'."""
     from weft.bench.calibrate import fit, measure, text
     from weft.exec.build import build, prepare
+    from weft.exec.host import processor
 
     if rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, got {rounds}")
@@ -40,7 +40,7 @@ def calibrate(
     setup = prepare(flags.config(source))
     setup.require_fit()
     machine = {"model": name, "dtype": setup.dtype, "threads": setup.threads, "ops": setup.ops["target"].ops,
-               "isa": setup.ops["target"].isa, "processor": platform.processor() or platform.machine()}  # fmt: skip
+               "isa": setup.ops["target"].isa, "processor": processor()}  # fmt: skip
     with written("--out", out) as write:
         with loading(name) as progress:
             runtime = build(setup, progress)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weft.cli._flags import MODEL_HELP, Json
-from weft.cli._terminal import loading, say, stdout
+from weft.cli._terminal import loading, say, stdout, unwinding
 from weft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,27 +66,13 @@ def run(model: str, out: Path, form: WeightFormat, text: str | None) -> dict[str
     folder = resolve(model, progress=sys.stderr.isatty())
     spec = source_of(folder, form).spec
     require_room(out, parameters(spec) * form.bits // 8 * 5 // 4, format_size)
-    with _unwound(), made(out) as draft:
+    with unwinding(), made(out) as draft:
         changes = None if text is None else calibrated(folder, form, text)
         left = copy_rest(folder, draft)
         with loading(f"{folder.name} into {form}", "converting", "converted") as progress:
             written = write(folder, draft, form, None if changes is None else changes.applied, progress)
     record: dict[str, Any] = {"model": str(folder), "out": str(out), "weights": str(form), "awq": text is not None}
     return record | written.as_json() | {"left_out": left}
-
-
-@contextlib.contextmanager
-def _unwound() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, so that nothing half made stays."""
-
-    def end(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def calibrated(folder: Path, form: WeightFormat, text: str) -> Changes:

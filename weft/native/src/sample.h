@@ -245,7 +245,6 @@ inline float smallest_kept(const float* x, int64_t count, float most, double tem
             levels.lack[i] = nearest + std::min(farthest - nearest, 100.0f) * static_cast<float>(i + 1) / LEVELS;
         levels.lack[LEVELS - 1] = ENDLESS;
     }
-    if (x != some) std::copy_n(x, count, some);
     std::sort(some, some + count, std::greater<float>());
     for (int64_t i = 0; i < count; i++) {
         before += std::exp((static_cast<double>(some[i]) - most) / temperature);
