@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +257,19 @@ def test_batches_of_bench() -> None:
 def test_module_and_script_are_one_command() -> None:
     assert COMMAND[1:] == ["-m", "weft"]
     assert weft("--version").stdout == f"weft {__version__}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_something_is_imported_ends_with_the_status_that_was_given(number: int, tmp_path: Path) -> None:
+    """Imports run text as code (dataclasses do), and CPython remembers a KeyboardInterrupt that leaves such text."""
+    (tmp_path / "ended.py").write_text(
+        "import signal, sys\n"
+        "from weft.cli._terminal import unwinding\n"
+        "try:\n"
+        "    with unwinding():\n"
+        f"        exec('signal.raise_signal({int(number)})')\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "ended"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1

@@ -147,15 +147,25 @@ def level(given: str | None, usual: str = "warning") -> str:
     return wanted
 
 
+class Ended(KeyboardInterrupt):
+    """A signal asked the command to end.
+
+    Not KeyboardInterrupt itself: where that leaves an `exec` of text (every dataclass is made by one, so most imports have some),
+    CPython notes it for good and ends the process by SIGINT after all, whatever status it was given
+    (`run_eval_code_obj`, `Py_RunMain`).
+    """
+
+
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
     """SIGTERM ends this as Ctrl-C does, so that nothing half made, and no process, is left behind."""
 
     def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise Ended
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
