@@ -206,6 +206,75 @@ def test_an_absolute_target_goes_by_origin_too(url: str) -> None:
         assert status(talk(url, data.encode())) == want
 
 
+def chunked(data: bytes = json.dumps(TEXT).encode(), line: bytes = b"") -> bytes:
+    """A body of one chunk; line: what follows the size in its line."""
+    return b"%x%s\r\n%s\r\n0\r\n\r\n" % (len(data), line, data)
+
+
+CHUNKS = "Transfer-Encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        head(3, extra=CHUNKS) + chunked(),
+        head(None, extra=f"{CHUNKS}Content-Length: 3\r\n") + chunked(),
+        head(3, path="/v1/messages", extra=CHUNKS) + chunked(),
+        head(5, path="/", extra=CHUNKS).replace(b"POST", b"GET") + b"0\r\n\r\n",
+        head(5, path="/health", extra=CHUNKS).replace(b"POST", b"GET") + b"0\r\n\r\n",
+        head("2\r\nContent-Length: 3") + b"{}",
+        head("2, 3") + b"{}",
+        head("+2") + b"{}",
+        head(None, extra="Transfer-Encoding: gzip, chunked\r\n") + chunked(),
+        head(None, extra="Transfer-Encoding: chunked, chunked\r\n") + chunked(),
+        head(None, extra=CHUNKS * 2) + chunked(),
+        head(2, extra="Transfer-Encoding: identity\r\n") + b"{}",
+        head(None, extra="Transfer-Encoding: \x0bchunked\r\n") + chunked(),
+        head(None, extra="Content-Length : 2\r\n") + b"{}",
+        head(None, extra="Content Length: 2\r\n") + b"{}",
+        head(2, extra="X: a\rTransfer-Encoding: chunked\r\n") + b"{}",
+        head(2).replace(b"\r\n", b"\r\n X: y\r\n", 1) + b"{}",
+        head(None, extra=CHUNKS) + chunked().replace(b"\r\n", b"\n"),
+        head(None, extra=CHUNKS) + chunked(line=b";x=\n"),
+        head(None, extra=CHUNKS) + chunked().replace(b"}\r\n", b"}xx"),
+        head(None, extra=CHUNKS) + b"0x" + chunked(),
+    ],
+)
+def test_a_body_of_two_ends_is_no_request_and_what_follows_none_either(url: str, data: bytes) -> None:
+    """Whoever stands before the server may see another end, and send somebody else's request behind it (smuggling)."""
+    with connect(url) as sock:
+        sock.sendall(data + b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        got = b""
+        try:
+            while chunk := sock.recv(65536):  # until the server has closed
+                got += chunk
+        except ConnectionResetError:
+            pass
+    assert status(got) == 400
+    assert b"connection: close" in got.lower()
+    assert b'"version"' not in got
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        head(None, extra=CHUNKS) + chunked(),
+        head(None, extra=CHUNKS) + chunked(line=b";a=b"),
+        head(None, extra="Transfer-Encoding:\r\n Chunked\r\n") + chunked(),  # folded (RFC 9112, 5.2): read as one line
+        head(None, extra=CHUNKS) + chunked()[:-2] + b"Content-Length: 3\r\n\r\n",  # a trailer is no head
+        head("{0}\r\nContent-Length: {0}".format(len(json.dumps(TEXT)))) + json.dumps(TEXT).encode(),
+    ],
+)
+def test_a_body_of_one_end_has_one(url: str, data: bytes) -> None:
+    with connect(url) as sock:
+        sock.sendall(data + b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        got = b""
+        while b'{"version":' not in got:
+            got += sock.recv(65536)
+    assert status(got) == 200
+    assert got.count(b"HTTP/1.1 200 OK") == 2
+
+
 def test_bodies_are_limited_before_they_are_held(scripted: Make, text: ModelText) -> None:
     port = scripted(lambda spec, index: [5] * 100)
     with serving(port, text, max_body=10_000) as address:

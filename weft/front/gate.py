@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from weft.front.access import Access
 from weft.front.admission import KEY
 from weft.front.generation import Refused
-from weft.front.guard import form_of
+from weft.front.guard import form_of, framed_twice
 from weft.front.health import health, states_of
 from weft.front.openai.services import Services
 from weft.front.page import is_page, serve_page
@@ -88,6 +88,9 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self.app
+        if scope["type"] == "http" and (error := framed_twice(scope)):
+            await form_of(scope["path"]).response(error, {"connection": "close"})(scope, receive, send)
+            return
         if scope["type"] == "http" and is_page(scope["path"]):
             await self.page(scope, receive, send)
             return

@@ -224,6 +224,16 @@ class Rooted:
         await self.app(scope, receive, send)
 
 
+def framed_twice(scope: Scope) -> RequestError | None:
+    """Why a request with two ends is refused: a proxy that goes by the other one would take what follows for something else.
+
+    h11 refuses every other doubt about where a body ends, and goes by the chunks here (RFC 9112, 6.1).
+    """
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+        return RequestError("a body has a Content-Length or comes in chunks, not both; leave one of the headers out")
+    return None
+
+
 def given_key(scope: Scope) -> bytes:
     """The key of a request, by OpenAI's header or by Anthropic's; empty where there is none."""
     for name, value in scope["headers"]:
