@@ -52,6 +52,54 @@ def test_text_is_whole_however_tokens_are_grouped(scripted: Make, text: ModelTex
     assert client.open_requests == 0
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_has_gathered_is_read_in_parts_and_others_have_their_turn(
+    scripted: Make, text: ModelText, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a slow reader's answer: the rest would be parsed in one go otherwise, and hold up everybody's stream."""
+    monkeypatch.setattr("weft.front.generation.TURN_CHARS", 100)
+    ids = ids_of(text) * 9
+    port = scripted(lambda spec, index: ids, group=100)
+
+    async def slow() -> tuple[dict[int, list[Delta]], int]:
+        turns, over, taken = 0, False, 0
+
+        async def other() -> None:
+            nonlocal turns
+            while not over:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async with await Client(port, text).start(
+            Prompt(ids=[1], params=SamplingParams(max_tokens=len(ids), n=n))
+        ) as made:
+            while made.open:
+                await asyncio.sleep(0.01)
+            beside, parts = asyncio.create_task(other()), dict[int, list[Delta]]()
+            while deltas := await made.take():
+                taken += 1
+                assert sum(len(delta.text) for delta in deltas) <= 100
+                for delta in deltas:
+                    parts.setdefault(delta.index, []).append(delta)
+            over = True
+            await beside
+        assert turns >= taken - 1
+        return parts, taken
+
+    found, taken = asyncio.run(slow())
+    assert taken >= n * len(STORY) * 9 // 100
+    assert sorted(found) == list(range(n))
+    for deltas in found.values():
+        assert "".join(delta.text for delta in deltas) == STORY * 9
+        assert [id for delta in deltas for id in delta.token_ids] == ids
+        assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+        assert [delta.cached_tokens for delta in deltas] == [0] * (len(deltas) - 1) + [3]
+        told = 0
+        for delta in deltas:
+            assert delta.first == told
+            told += len(delta.token_ids)
+
+
 @pytest.mark.parametrize("group", [1, 3, 1000])
 @pytest.mark.parametrize(
     ("stop", "want"), [("there", "Once upon a time "), (["zzz", "e w"], "Once upon a time ther"), ("é. 你", None)]

@@ -24,6 +24,7 @@ import httpx
 import pytest
 
 from tests.cli.running import Serving
+from tests.gguf.forge import model
 
 KEY, OTHER, ADMIN = "sesame", "poppy", "cumin"
 """Of two clients and of who runs the server."""
@@ -34,10 +35,10 @@ STREAM = {"prompt": "Once upon a time", "max_tokens": 3500, "ignore_eos": True, 
 
 
 class Attacked:
-    """folder: its --data-dir."""
+    """folder: its --data-dir.  model: the one that streams beside an attack, where there are several."""
 
-    def __init__(self, process: Serving, url: str, folder: Path) -> None:
-        self.process, self.url, self.folder = process, url, folder
+    def __init__(self, process: Serving, url: str, folder: Path, model: str | None = None) -> None:
+        self.process, self.url, self.folder, self.model = process, url, folder, model
         self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
 
     def post(self, path: str, body: Any = None, **more: Any) -> httpx.Response:
@@ -50,14 +51,16 @@ class Attacked:
         return [pid for pid in tree(self.process.process.pid) if not _is_worker(pid)]
 
     @contextlib.contextmanager
-    def attacked(self) -> Iterator[None]:
-        pids = self.pids
+    def attacked(self, *lost: int) -> Iterator[None]:
+        """lost: processes that the attack itself ends."""
+        pids = [pid for pid in self.pids if pid not in lost]
         memory, sockets = resident(pids), listening(pids)
         with self._stream() as gap:
             yield
         assert self.process.process.poll() is None
         assert self.pids == pids, "a process of the server has gone"
-        assert self.http.get("/health").status_code == 200
+        query = {} if self.model is None else {"model": self.model}
+        assert self.http.get("/health", params=query).status_code == 200
         assert gap[0] <= GAP_S, f"the stream beside it stood still for {gap[0]:.3f} s"
         assert resident(pids) - memory <= GROWTH_BYTES
         assert listening(pids) == sockets
@@ -77,9 +80,10 @@ class Attacked:
 
         def read() -> None:
             headers = {"authorization": f"Bearer {KEY}"}
+            body = STREAM if self.model is None else {**STREAM, "model": self.model}
             while not over.is_set():
                 with httpx.stream(
-                    "POST", f"{self.url}/v1/completions", json=STREAM, headers=headers, timeout=60
+                    "POST", f"{self.url}/v1/completions", json=body, headers=headers, timeout=60
                 ) as answer:
                     for _ in answer.iter_lines():
                         came.append(time.perf_counter())
@@ -106,16 +110,21 @@ def own(late: list[tuple[float, float]], start: float, stop: float) -> float:
     return sum(max(0.0, min(b, stop) - max(a, start)) for a, b in late)
 
 
-def tree(pid: int) -> list[int]:
-    """The process and all below it."""
-    parents: dict[int, int] = {}
+def parents() -> dict[int, int]:
+    """Of each process of this machine the one that made it."""
+    found: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = [pid]
+                found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
+def tree(pid: int) -> list[int]:
+    """The process and all below it."""
+    of, found = parents(), [pid]
     for one in found:
-        found += sorted(child for child, parent in parents.items() if parent == one)
+        found += sorted(child for child, parent in of.items() if parent == one)
     return found
 
 
@@ -153,6 +162,14 @@ def listening(pids: list[int]) -> set[str]:
     return found
 
 
+def warmed(made: Attacked, prompts: int = 6) -> Attacked:
+    """The KV pool is planned memory: all of it, or a good part, is touched before growth is measured."""
+    for number in range(prompts):
+        body = {"prompt": [300 + number, *[301] * 4000], "max_tokens": 1}
+        assert made.post("/v1/completions", body).status_code == 200
+    return made
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
     folder = tmp_path_factory.mktemp("attacked")
@@ -182,20 +199,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         while made.http.get("/health").status_code != 200:  # where it answers before the model is loaded
             assert time.monotonic() < until
             time.sleep(0.05)
-        for number in range(6):  # the KV pool is planned memory: all of it is touched before growth is measured
-            body = {"prompt": [300 + number, *[301] * 4000], "max_tokens": 1}
-            assert made.post("/v1/completions", body).status_code == 200
-        yield made
+        yield warmed(made)
         made.http.close()
         assert process.end(signal.SIGTERM) == 0
         log = process.err.read_text() + process.out.read_text()
         assert not [key for key in (KEY, OTHER, ADMIN) if key in log], "a key was logged"
 
 
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Attacked, Path]]:
+    """A server of the bundled model and of one in a GGUF file, and that file.  The first streams beside an attack."""
+    path = model().write(tmp_path / "other.gguf")
+    flags = ("--port", "0", "--threads", "1", "--memory", "1000M", "--data-dir", str(tmp_path / "data"))
+    with Serving(tmp_path, "bundled", str(path), *flags) as process:
+        made = warmed(Attacked(process, process.url(), tmp_path / "data", "weft-tiny"), prompts=1)
+        yield made, path
+        made.http.close()
+        assert process.end(signal.SIGTERM) == 0
+        assert "Traceback" not in process.err.read_text()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gaps and memory are measured: these tests run alone."""
     for item in items:
-        if "server" in getattr(item, "fixturenames", ()) and item.path.parent == Path(__file__).parent:
+        if {"server", "pair"} & set(getattr(item, "fixturenames", ())) and item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.serial)
 
 

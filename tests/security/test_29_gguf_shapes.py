@@ -1,16 +1,19 @@
 """Row 29: dimensions of a GGUF file whose product wraps in 32 or 64 bits are multiplied without wrapping, and held to the file.
 
-A file is no request: what would be served is read as `weft serve` reads it, before anything is laid out.
+Read as `weft serve` reads them, served beside a running server, and put in the place of a model that runs.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
 import pytest
 
 from tests.gguf.forge import string
+from tests.security.conftest import Attacked
+from tests.security.files import fails_alone, refused
 from weft.errors import ConfigError
 from weft.models.gguf.header import read
 
@@ -46,3 +49,20 @@ def test_shape_times_type_is_what_is_read(tmp_path: Path) -> None:
         (tmp_path / "x.gguf").write_bytes(tensor(dims, kind))
         with pytest.raises(ConfigError):
             read(tmp_path / "x.gguf")
+
+
+def test_a_server_does_not_begin_with_them(tmp_path: Path, server: Attacked) -> None:
+    """Neither alone nor beside a good model; a server that runs does not notice."""
+    path = tmp_path / "x.gguf"
+    with server.attacked():
+        for dims in WRAPS[::3]:
+            path.write_bytes(tensor(dims))
+            assert "ends at byte" in refused(tmp_path, str(path))
+        assert "ends at byte" in refused(tmp_path, "bundled", str(path))
+
+
+def test_a_running_server_lives_on_without_the_model(pair: tuple[Attacked, Path], tmp_path: Path) -> None:
+    server, path = pair
+    (tmp_path / "new").write_bytes(tensor((1 << 32, 1 << 32)))
+    os.replace(tmp_path / "new", path)
+    fails_alone(server, "other", "ends at byte")

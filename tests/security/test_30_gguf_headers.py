@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.gguf.forge import ARRAY, STRING, U32, Forge, model, string
+from tests.security.conftest import Attacked
+from tests.security.files import fails_alone, refused
 from weft.errors import ConfigError
 from weft.front.text import ModelText
 from weft.models import load_spec
@@ -86,3 +89,23 @@ def test_noise(tmp_path: Path, seed: int) -> None:
         except ConfigError:
             pass
     assert time.monotonic() - began < 60
+
+
+def test_a_server_does_not_begin_with_them(tmp_path: Path, server: Attacked) -> None:
+    path = tmp_path / "x.gguf"
+    twice = Forge([("a", U32, 1), ("a", U32, 1)]).bytes()
+    with server.attacked():
+        for data in [*lies()[-9::2], twice, b"GGUF"]:
+            path.write_bytes(data)
+            assert str(path) in refused(tmp_path, str(path))
+        assert str(path) in refused(tmp_path, "bundled", str(path))
+
+
+def test_a_running_server_lives_on_without_the_model(pair: tuple[Attacked, Path], tmp_path: Path) -> None:
+    """A string of 2^62 bytes in the place of the first key's."""
+    server, path = pair
+    data = bytearray(path.read_bytes())
+    data[24:32] = struct.pack("<Q", 1 << 62)
+    (tmp_path / "new").write_bytes(data)
+    os.replace(tmp_path / "new", path)
+    fails_alone(server, "other", "the length of a metadata key is 4611686018427387904")

@@ -39,6 +39,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_HEADER_BYTES = 16 << 20
 """Room in a file of tensors for what is not tensors."""
+MAX_DIMS = 8
 SLOT = "adapt"
 
 
@@ -269,8 +270,8 @@ def _tensor(path: str, name: str, entry: Mapping[str, Any]) -> Tensor:
         raise ConfigError(
             f"{path}: {name[:200]} is stored as {entry['dtype']}, which weft can't read; it reads {known}"
         )
-    if not entry["data"]:
-        return torch.empty(entry["shape"])
+    if not entry["data"] or len(entry["shape"]) > MAX_DIMS:  # beside a zero, other sizes may be what torch can't hold
+        raise ConfigError(f"{path}: {name[:200]} has no values or more than {MAX_DIMS} dimensions; fetch it again")
     tensor = torch.frombuffer(entry["data"], dtype=dtype).view(entry["shape"]).float()
     if not bool(tensor.isfinite().all()):
         raise ConfigError(f"{path}: {name[:200]} has values that are no finite numbers; the adapter is damaged")

@@ -68,6 +68,10 @@ class Prompt:
     ttft_s: float | None = 0.0
 
 
+TURN_CHARS = 1 << 12
+"""Text of one generation that is read in one turn of the event loop: parsers of calls take some microseconds for a character."""
+
+
 class Delta(msgspec.Struct, kw_only=True):
     """What a sequence got since the last delta.
 
@@ -87,6 +91,22 @@ class Delta(msgspec.Struct, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     cached_tokens: int = 0
+
+
+def _beyond(delta: Delta, room: int) -> Delta | None:
+    """Cut a delta's text behind `room` characters; what it leaves for the next, with how it ends."""
+    if len(delta.text) <= room:
+        return None
+    rest = Delta(
+        index=delta.index,
+        text=delta.text[room:],
+        first=delta.first + len(delta.token_ids),
+        finish_reason=delta.finish_reason,
+        stop_reason=delta.stop_reason,
+        cached_tokens=delta.cached_tokens,
+    )
+    delta.text, delta.finish_reason, delta.stop_reason, delta.cached_tokens = delta.text[:room], None, None, 0
+    return rest
 
 
 class LiveSequence:
@@ -171,6 +191,7 @@ class Generation:
         self.cancelled = False
         self._forget = forget
         self._wake = asyncio.Event()
+        self._more = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -190,8 +211,13 @@ class Generation:
     async def take(self) -> list[Delta]:
         """Wait for news, then everything new, at most one delta per sequence.  Empty: all sequences have ended.
 
+        Of much text at once, as it gathers while a reader is slow, a part: whoever reads it does so on the event loop, and
+        others have their turn before the next part.
+
         Raises RequestError, CapacityError or another EngineError when the engine refused or failed.
         """
+        if self._more:
+            await asyncio.sleep(0)
         while not self.due:
             if self.error is not None:
                 raise self.error
@@ -199,12 +225,20 @@ class Generation:
                 return []
             self._wake.clear()
             await self._wake.wait()
-        deltas = []
+        deltas: list[Delta] = []
+        room, taken = TURN_CHARS, 0
         for sequence in self.due:
-            if sequence.delta is not None:
-                deltas.append(sequence.delta)
-                sequence.delta = None
-        self.due.clear()
+            if room <= 0:
+                break
+            if (delta := sequence.delta) is not None:
+                sequence.delta = _beyond(delta, room)
+                deltas.append(delta)
+                if sequence.delta is not None:
+                    break
+                room -= len(delta.text)
+            taken += 1
+        del self.due[:taken]
+        self._more = bool(self.due)
         return deltas
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
