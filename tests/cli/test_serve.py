@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.cli.running import READY, Serving, weft
@@ -226,3 +227,19 @@ def test_the_curl_line_suits_the_model() -> None:
     assert '"prompt": ' in curl("http://h:1", "m", chat=False)
     assert "WEFT_API_KEY" in curl("http://h:1", "m", chat=False, key=True)
     assert "'\"'\"'" in curl("http://h:1", "it's", chat=True), "a name with a quote is still one shell word"
+
+
+def test_with_a_log_of_json_stderr_has_nothing_else(tmp_path: Path) -> None:
+    """The plan, progress, requests, and the one sentence of a command that can't run."""
+    with Serving(tmp_path, "--port", "0", "--threads", "1", "--log-format", "json", "--max-model-len", "256") as serving:
+        assert httpx.post(f"{serving.url()}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        taken = weft("serve", "--port", serving.url().rpartition(":")[2], "--log-format", "json", WEFT_HOME=str(tmp_path))
+        assert serving.end(signal.SIGTERM) == 0
+        records = [json.loads(line) for line in serving.err.read_text().splitlines()]
+    told = [record["message"] for record in records if "message" in record]
+    for beginning in ("memory plan of weft-tiny: {", "loading ", "loaded ", "try:  curl "):
+        assert [one for one in told if one.startswith(beginning)], beginning
+    assert [record for record in records if record.get("route") == "/v1/completions"]
+    assert taken.returncode == 2
+    assert "is taken" in json.loads(taken.stderr)["message"]
+    assert json.loads(taken.stderr)["level"] == "error"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import select
 import signal
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 
 from msgspec import Struct
 
-from weft.cli._terminal import loading, log, say, stderr
+from weft.cli._terminal import in_json, loading, log, say, stderr
 from weft.errors import CapacityError, ConfigError, EngineError
 from weft.exec.record import Record, tap
 from weft.exec.thread import EngineThread, settle
@@ -333,12 +334,15 @@ def _free(record: str) -> Path:
 
 def _shown(setup: Any, start: Start) -> Any:
     """A built engine, with its plan and progress on stderr."""
-    from weft.cli.plan import table
+    from weft.cli.plan import as_json, table
     from weft.exec.build import build
     from weft.exec.host import format_size
     from weft.ops.choice import slower
 
-    stderr().print(table(setup, start.name))
+    if in_json():
+        say(f"memory plan of {start.name}: {json.dumps(as_json(setup, start.name))}")
+    else:
+        stderr().print(table(setup, start.name))
     setup.require_fit()
     if setup.plan.reason:
         say(f"note: {setup.plan.reason}")

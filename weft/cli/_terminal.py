@@ -66,15 +66,25 @@ def stdout() -> Console:
     return Console(highlight=False) if sys.stdout.isatty() else Console(width=200)
 
 
+def in_json() -> bool:
+    """Whether stderr has lines of JSON and nothing else."""
+    return any(isinstance(handler.formatter, JSONLines) for handler in logging.getLogger().handlers)
+
+
 def say(text: str) -> None:
-    """One line on stderr, as it is."""
-    print(text, file=sys.stderr, flush=True)
+    """One line on stderr, as it is; a record where stderr has lines of JSON."""
+    if in_json():
+        logging.getLogger("weft.cli").info("%s", text)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def complain(text: str) -> None:
     """One sentence on stderr that says what went wrong."""
     sentence = " ".join(text.split())
-    if sys.stderr.isatty():
+    if in_json():
+        logging.getLogger("weft.cli").error("%s", sentence)
+    elif sys.stderr.isatty():
         stderr().print("[bold red]error:[/]", end=" ")
         say(sentence)
     else:
@@ -89,7 +99,7 @@ def loading(name: str, doing: str = "loading", done_: str = "loaded", *, bytes_:
     bytes_: whether what is counted are bytes.
     """
     began = time.monotonic()
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not in_json():
         from rich.progress import (
             BarColumn,
             DownloadColumn,
