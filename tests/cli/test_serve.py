@@ -231,9 +231,13 @@ def test_the_curl_line_suits_the_model() -> None:
 
 def test_with_a_log_of_json_stderr_has_nothing_else(tmp_path: Path) -> None:
     """The plan, progress, requests, and the one sentence of a command that can't run."""
-    with Serving(tmp_path, "--port", "0", "--threads", "1", "--log-format", "json", "--max-model-len", "256") as serving:
+    with Serving(
+        tmp_path, "--port", "0", "--threads", "1", "--log-format", "json", "--max-model-len", "256"
+    ) as serving:
         assert httpx.post(f"{serving.url()}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
-        taken = weft("serve", "--port", serving.url().rpartition(":")[2], "--log-format", "json", WEFT_HOME=str(tmp_path))
+        taken = weft(
+            "serve", "--port", serving.url().rpartition(":")[2], "--log-format", "json", WEFT_HOME=str(tmp_path)
+        )
         assert serving.end(signal.SIGTERM) == 0
         records = [json.loads(line) for line in serving.err.read_text().splitlines()]
     told = [record["message"] for record in records if "message" in record]

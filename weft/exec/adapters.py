@@ -271,7 +271,10 @@ def _tensor(path: str, name: str, entry: Mapping[str, Any]) -> Tensor:
             f"{path}: {name[:200]} is stored as {entry['dtype']}, which weft can't read; it reads {known}"
         )
     if not entry["data"] or len(entry["shape"]) > MAX_DIMS:  # beside a zero, other sizes may be what torch can't hold
-        raise ConfigError(f"{path}: {name[:200]} has no values or more than {MAX_DIMS} dimensions; fetch it again")
+        raise ConfigError(
+            f"{path}: {name[:200]} has the shape {str(list(entry['shape']))[:100]}, which has no values or more than {MAX_DIMS} "
+            "dimensions; fetch it again"
+        )
     tensor = torch.frombuffer(entry["data"], dtype=dtype).view(entry["shape"]).float()
     if not bool(tensor.isfinite().all()):
         raise ConfigError(f"{path}: {name[:200]} has values that are no finite numbers; the adapter is damaged")
