@@ -27,7 +27,7 @@ FORMATS = (
     "int8", "int8:128", "int8:32", "int8:32:zero", "int8:16",
     "int4:128", "int4:128:zero", "int4:64", "int4:32", "int4:32:zero", "int4:16",
 )  # fmt: skip
-CALIBRATED = {"a novel": ("int8:32", *FORMATS[5:]), "an encyclopedia": ("int4:32", "int4:128:zero")}
+CALIBRATED = {"a novel": ("int8", "int8:32", *FORMATS[5:]), "an encyclopedia": ("int4:32", "int4:128:zero")}
 LENGTH, WINDOWS, CALIBRATING = 512, 12, 32
 """Tokens of a window; windows of each novel; windows of a calibration text."""
 

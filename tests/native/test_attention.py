@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.native.machine import ISAS, MODULE, Machine
+from weft.ops.ref.attention import merge
 
 BLOCK, KV_HEADS, EACH = 16, 2, 3
 STORES = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -46,14 +47,31 @@ class Stored:
 
     def attend(self, machine: Machine, q: Tensor, positions: Tensor, window: int = 0, cap: float = 0.0) -> Tensor:
         """q: [rows, KV_HEADS * EACH * D]."""
+        return self.attend_and_sum(machine, q, positions, window, cap)[0]
+
+    def attend_and_sum(
+        self,
+        machine: Machine,
+        q: Tensor,
+        positions: Tensor,
+        window: int = 0,
+        cap: float = 0.0,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and log-sum-exp [rows, heads].  bias: of each entry, float32 [entries]."""
         step, rows = MODULE.Step(), len(q)
-        out = torch.full_like(q, 7.0)
+        out, lse = torch.full_like(q, 7.0), torch.full((rows, KV_HEADS * EACH), 7.0)
+        by_block = torch.full((len(self.table) * BLOCK,), float("nan"))
+        if bias is not None:
+            places = self.table[torch.arange(self.entries) // BLOCK] * BLOCK + torch.arange(self.entries) % BLOCK
+            by_block[places] = bias
         bounds, first = torch.tensor([0, rows]), torch.zeros(1, dtype=torch.int64)
         lengths, slots = torch.tensor([self.entries]), torch.full((rows,), -1)
         step.rows(rows, 0, 0, 0, positions.data_ptr(), bounds.data_ptr(), 0, 0)
         step.place(
             0, self.arena.data_ptr(), self.arena.stride(0), self.held.data_ptr(), BLOCK, BLOCK, self.table.data_ptr(),
             len(self.table), first.data_ptr(), lengths.data_ptr(), slots.data_ptr(), window, STORES[self.kind],
+            0 if bias is None else by_block.data_ptr(),
         )  # fmt: skip
         heads = KV_HEADS * EACH
         step.plan(0, [0], 0, 0, heads, KV_HEADS, self.dim, machine.program.threads)
@@ -69,18 +87,26 @@ class Stored:
             self.dim**-0.5,
             cap,
             0,
+            lse.data_ptr(),
         )
         machine.program.run(index, index + 1, step)
-        return out
+        return out, lse
 
     def wanted(self, q: Tensor, positions: Tensor, window: int = 0, cap: float = 0.0) -> Tensor:
+        return self.wanted_and_sum(q, positions, window, cap)[0]
+
+    def wanted_and_sum(
+        self, q: Tensor, positions: Tensor, window: int = 0, cap: float = 0.0, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         rows = q.double().view(len(q), KV_HEADS, EACH, self.dim)
         scores = torch.einsum("rghd,egd->rghe", rows, self.exact[:, 0]) * self.dim**-0.5
         scores = cap * torch.tanh(scores / cap) if cap else scores
+        scores = scores if bias is None else scores + bias
         gap = positions[:, None] - torch.arange(self.entries)
         hidden = (gap < 0) | ((gap >= window) if window else torch.zeros_like(gap, dtype=torch.bool))
-        weights = torch.softmax(scores.masked_fill(hidden[:, None, None], float("-inf")), -1)
-        return torch.einsum("rghe,egd->rghd", weights, self.exact[:, 1]).reshape(len(q), -1)
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+        mixed = torch.einsum("rghe,egd->rghd", torch.softmax(scores, -1), self.exact[:, 1]).reshape(len(q), -1)
+        return mixed, torch.logsumexp(scores, -1).flatten(1)
 
 
 def queries(rows: int, dim: int, seed: int = 1) -> Tensor:
@@ -99,11 +125,64 @@ def test_rows_beside_float64(
     stored, q = Stored(kind, entries, dim), queries(rows, dim)
     positions = torch.arange(entries - rows, entries)
     gap = (stored.attend(machine, q, positions, window, cap) - stored.wanted(q, positions, window, cap)).abs()
-    rounded = machine.program.isa in PAIRS[kind]
-    # Pairs of bfloat16 keep 8 digits of queries and weights; those of whole numbers 15.
-    most, mean = (3e-2, 3e-3) if rounded and kind == "bfloat16" else (1e-3, 1e-4) if rounded else (2e-5, 2e-6)
+    most, mean = closeness(machine, kind)
     assert gap.max() < most
     assert gap.mean() < mean
+
+
+def closeness(machine: Machine, kind: str) -> tuple[float, float]:
+    """The most that a value may be off, and the mean of that."""
+    rounded = machine.program.isa in PAIRS[kind]
+    # Pairs of bfloat16 keep 8 digits of queries and weights; those of whole numbers 15.
+    return (3e-2, 3e-3) if rounded and kind == "bfloat16" else (1e-3, 1e-4) if rounded else (2e-5, 2e-6)
+
+
+@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize(
+    ("entries", "rows", "window", "cap"), [(333, 1, 0, 0.0), (64, 5, 0, 30.0), (200, 40, 70, 0.0), (1, 1, 0, 0.0)]
+)
+def test_biases_of_entries_and_the_sum_that_is_handed_out(
+    machine: Machine, kind: str, entries: int, rows: int, window: int, cap: float
+) -> None:
+    """An entry that stands for n merged ones has the bias log n; one with -inf is not there."""
+    stored, q = Stored(kind, entries, 64), queries(rows, 64)
+    positions = torch.arange(entries - rows, entries)
+    make = torch.Generator().manual_seed(5)
+    bias = torch.randint(1, 9, (entries,), generator=make).float().log()
+    if entries > 100:
+        bias[torch.randperm(entries, generator=make)[: entries // 3]] = float("-inf")
+        bias[entries - rows :] = 0.5  # each row sees some entry
+    for given in (None, bias):
+        out, lse = stored.attend_and_sum(machine, q, positions, window, cap, given)
+        wanted, sums = stored.wanted_and_sum(q, positions, window, cap, given)
+        most, mean = closeness(machine, kind)
+        assert (out - wanted).abs().max() < most
+        assert (out - wanted).abs().mean() < mean
+        assert (lse - sums).abs().max() < most
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_results_over_parts_merge_by_their_sums(machine: Machine, kind: str) -> None:
+    """What two sets of entries give apart, each with the others at -inf, is by `ref.attention.merge` what all give together."""
+    stored, q, positions = Stored(kind, 150, 64), queries(3, 64), torch.arange(147, 150)
+    first = torch.rand(150, generator=torch.Generator().manual_seed(2)) < 0.5
+    first[:140] = True  # some chunks hold nothing of the second set
+    parts = [torch.zeros(150).masked_fill(hidden, float("-inf")) for hidden in (first, ~first)]
+    found = [stored.attend_and_sum(machine, q, positions, bias=part) for part in parts]
+    heads = KV_HEADS * EACH
+    out, lse = merge([part[0].view(3, heads, 64) for part in found], [part[1] for part in found])
+    whole, sums = stored.attend_and_sum(machine, q, positions)
+    most, _ = closeness(machine, kind)
+    assert (out.reshape(3, -1) - whole).abs().max() < most
+    assert (lse - sums).abs().max() < most
+
+
+def test_a_row_that_sees_nothing_has_the_sum_of_nothing(machine: Machine) -> None:
+    stored, q = Stored("float32", 70, 64), queries(1, 64)
+    nothing = torch.full((70,), float("-inf"))
+    out, lse = stored.attend_and_sum(machine, q, torch.tensor([69]), bias=nothing)
+    assert (out == 0).all()
+    assert (lse == float("-inf")).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)

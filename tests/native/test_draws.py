@@ -64,6 +64,26 @@ def test_what_thresholds_keep_of_many_is_what_sorting_keeps(isa: str, law: tuple
         assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows), spread
 
 
+LARGE = [(0.8, 0, 0.95, 0.0), (1.0, 0, 0.3, 0.0), (3.0, 0, 0.9999, 0.0), (1.0, 50_000, 1.0, 0.0), (1.0, 50_000, 0.9, 0.0),
+         (0.7, 40_000, 0.5, 0.001)]  # fmt: skip
+"""Laws over so many tokens that a part of them says first about where the threshold will be."""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("law", LARGE, ids=str)
+def test_thresholds_among_very_many_also_where_a_part_misleads(isa: str, law: tuple[float, int, float, float]) -> None:
+    program = MODULE.Program(1, isa)
+    temperature, top_k, top_p, min_p = law
+    logits = logits_of(6, 70_000, 2.5, 3)
+    logits[2] = logits[2].sort(descending=True).values
+    logits[3].view(-1, 1000)[:] -= 9.0 * (torch.arange(70) % 3)[:, None]
+    places = torch.arange(70_000) // 64 % 16
+    logits[4][places == 0] -= 30.0  # what a part of every sixteen strips would hold
+    logits[5][places == 0] += 30.0
+    rows = rows_of(6, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows)
+
+
 def test_greedy_rows_penalties_bans_and_forced_tokens() -> None:
     program = MODULE.Program(1)
     logits = logits_of(5, 300, 2.0, 5)

@@ -136,6 +136,8 @@ void score(const Attend& a, const Place& place, const Queries& queries, int rows
         if (a.softcap > 0)
             for (int v = first; v < stop; v += LANES)
                 store(mine + v, a.softcap * hyperbolic_tangent(load(mine + v) / a.softcap));
+        if (place.bias)
+            for (int v = first; v < stop; v += LANES) store(mine + v, load(mine + v) + load(from.bias + v));
         if (!clear) hide(queries, m / each, from, place.window, mine);
     }
 }
@@ -201,8 +203,10 @@ void one_chunk(const Attend& a, const Place& place, const Queries& queries, cons
     }
 }
 
-inline void write(const Attend& a, int kv_head, int64_t row, int head, float total, const float* mixed) {
-    float* out = a.out + row * a.out_stride + (kv_head * (a.heads / a.kv_heads) + head) * a.dim;
+inline void write(const Attend& a, int kv_head, int64_t row, int head, float most, float total, const float* mixed) {
+    head += kv_head * (a.heads / a.kv_heads);
+    float* out = a.out + row * a.out_stride + head * a.dim;
+    if (a.lse) a.lse[row * a.heads + head] = total == 0 ? NEVER : most + std::log(total);
     const float share = total > 0 ? 1.0f / total : 0.0f;
     for (int d = 0; d < a.dim; d++) out[d] = mixed[d] * share;
 }
@@ -295,7 +299,7 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
         float mixed[MAX_DIM];
         mixed_of(m, mixed);
         const int h = m / (item.rows * each), r = m / each % item.rows;
-        write(a, item.kv_head + h, rows[item.first + r], m % each, state.total[m], mixed);
+        write(a, item.kv_head + h, rows[item.first + r], m % each, state.most[m], state.total[m], mixed);
     }
 }
 
@@ -327,7 +331,7 @@ inline void merge(const Attend& a, const Joined* list, int64_t count, const int6
                 for (; d < a.dim; d++) mixed[d] = joined(all(mixed[d]), before[h], all(next[d]), now[h])[0];
             }
         }
-        for (int head = 0; head < each; head++) write(a, one.kv_head, one.row, head, state.total[head], state.mixed + head * a.dim);
+        for (int head = 0; head < each; head++) write(a, one.kv_head, one.row, head, state.most[head], state.total[head], state.mixed + head * a.dim);
     }
 }
 

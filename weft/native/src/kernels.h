@@ -141,6 +141,7 @@ struct Place {
     const int64_t* slots = nullptr;   // [T]
     int64_t table_width = 0;
     int64_t window = 0;  // 0 for all
+    const float* bias = nullptr;  // [blocks, positions_stride], what is added to the scores of an entry behind the soft cap; null for none
 };
 
 // Some rows of the batch with a kv head, or a few that follow each other, over chunks [chunk, chunk_stop) as `sequence` has them: rows
@@ -167,6 +168,7 @@ struct Attend {
     int heads, kv_heads, dim;
     float scale, softcap;  // softcap 0 for none
     int layer;             // among those of its KV group, in whose blocks all keys of a layer come first, then its values
+    float* lse = nullptr;  // [T, heads], log-sum-exp of each row's scores, -inf where it sees nothing; or null
 };
 
 struct Seen {

@@ -179,13 +179,15 @@ NB_MODULE(_native, m) {
         })
         .def("place", [](Step& s, size_t group, uintptr_t arena, int64_t block_bytes, uintptr_t positions,
                          int64_t positions_stride, int block_tokens, uintptr_t tables, int64_t table_width, uintptr_t first,
-                         uintptr_t lengths, uintptr_t slots, int64_t window, int stored) {
+                         uintptr_t lengths, uintptr_t slots, int64_t window, int stored, uintptr_t bias) {
             if (s.places.size() <= group) s.places.resize(group + 1), s.attending.resize(group + 1);
             if (stored < 0 || stored > static_cast<int>(Format::I8)) throw std::invalid_argument("no such rows");
             s.places[group] = Place{at<char>(arena), at<int32_t>(positions), block_bytes, positions_stride, block_tokens,
                                     static_cast<Format>(stored), at<int64_t>(tables), at<int64_t>(first), at<int64_t>(lengths), at<int64_t>(slots),
-                                    table_width, window};
-        })
+                                    table_width, window, at<float>(bias)};
+        }, nb::arg("group"), nb::arg("arena"), nb::arg("block_bytes"), nb::arg("positions"), nb::arg("positions_stride"),
+           nb::arg("block_tokens"), nb::arg("tables"), nb::arg("table_width"), nb::arg("first"), nb::arg("lengths"), nb::arg("slots"),
+           nb::arg("window"), nb::arg("stored"), nb::arg("bias") = 0)
         .def("plan", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t shared, int64_t chunks, int heads,
                         int kv_heads, int dim, int threads) {
             s.plan(group, sequences, at<int64_t>(shared), chunks, heads, kv_heads, dim, threads);
@@ -217,10 +219,12 @@ NB_MODULE(_native, m) {
             }, true);
         })
         .def("attend", [](Program& p, size_t group, uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads,
-                          int kv_heads, int dim, float scale, float softcap, int layer) {
-            const Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, layer);
+                          int kv_heads, int dim, float scale, float softcap, int layer, uintptr_t lse) {
+            Attend a = attend_of(q, q_stride, out, out_stride, heads, kv_heads, dim, scale, softcap, layer);
+            a.lse = at<float>(lse);
             return p.add([&p, a, group](Step& s, Share share) { p.attend(a, group, s.attending[group], s, share); });
-        })
+        }, nb::arg("group"), nb::arg("q"), nb::arg("q_stride"), nb::arg("out"), nb::arg("out_stride"), nb::arg("heads"),
+           nb::arg("kv_heads"), nb::arg("dim"), nb::arg("scale"), nb::arg("softcap"), nb::arg("layer"), nb::arg("lse") = 0)
         .def("attend_sparse", [](Program& p, Step& s, size_t plan, size_t group, uintptr_t visible, int64_t blocks, int64_t block,
                                  uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_stride, int heads, int kv_heads, int dim,
                                  float scale, float softcap, int layer) {

@@ -34,17 +34,22 @@ WEFT_INLINE vw mixed(vw x) {
     x = (x ^ (x >> 27)) * MULTIPLY_2;
     return x ^ (x >> 31);
 }
+// The upper halves of words, a's and b's in turn.
 template <int... I>
-WEFT_INLINE vu upper(vw a, vw b, std::integer_sequence<int, I...>) {
-    return WEFT_SHUFFLE(reinterpret_cast<vu>(a), reinterpret_cast<vu>(b), (2 * I + 1)...);
+WEFT_INLINE vu paired(vw a, vw b, std::integer_sequence<int, I...>) {
+    return WEFT_SHUFFLE(reinterpret_cast<vu>(a), reinterpret_cast<vu>(b), ((I & 1 ? LANES : 0) + (I | 1))...);
 }
-// The hashes of LANES tokens from `first` on.
-WEFT_INLINE vu hashes(uint64_t key, int64_t first) {
-    vw a;
-    for (int j = 0; j < LANES / 2; j++) a[j] = (static_cast<uint64_t>(j) + 1) * TOKEN_STEP;
-    a += key + static_cast<uint64_t>(first) * TOKEN_STEP;
-    return upper(mixed(a), mixed(a + LANES / 2 * TOKEN_STEP), Lanes{});
-}
+// Of LANES tokens, what goes into their hashes: of every other one, and of those between.
+struct Seeds {
+    vw even, odd;
+
+    WEFT_INLINE static Seeds of(uint64_t key, vi ids) {
+        const vw both = reinterpret_cast<vw>(ids);
+        return {((both & UINT32_MAX) + 1) * TOKEN_STEP + key, ((both >> 32) + 1) * TOKEN_STEP + key};
+    }
+    WEFT_INLINE void next(int64_t tokens) { even += static_cast<uint64_t>(tokens) * TOKEN_STEP, odd += static_cast<uint64_t>(tokens) * TOKEN_STEP; }
+    WEFT_INLINE vu hashes() const { return paired(mixed(even), mixed(odd), Lanes{}); }
+};
 
 struct Race {
     const Draw& row;
@@ -83,95 +88,75 @@ WEFT_INLINE vf logits_at(const float* p, int64_t left, float beyond = NEVER_LOGI
     return load(last);
 }
 
-inline float most_of(const float* x, int64_t count) {
-    vf found = all(NEVER_LOGIT);
+// `look` (vector, place) at `count` numbers, SIDES vectors of which do not wait for each other; what fills up the last is -inf.
+inline constexpr int SIDES = 4;
+template <class Look>
+WEFT_INLINE void each_vector(const float* x, int64_t count, const Look& look) {
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) found = larger(load(x + i), found);
-    float most = top(found);
-    for (; i < count; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    for (; i + SIDES * LANES <= count; i += SIDES * LANES)
+        for (int side = 0; side < SIDES; side++) look(load(x + i + side * LANES), side);
+    for (; i < count; i += LANES) look(logits_at(x + i, count - i), 0);
+}
+
+inline float most_of(const float* x, int64_t count) {
+    vf found[SIDES];
+    std::fill_n(found, SIDES, all(NEVER_LOGIT));
+    each_vector(x, count, [&](vf here, int side) { found[side] = larger(here, found[side]); });
+    return top(larger(larger(found[0], found[1]), larger(found[2], found[3])));
 }
 
 // The greatest logit and the first token that has it, -1 where something is no number, or the greatest one is not finite.
 inline int64_t likeliest(const Draw& row, float& most) {
     int64_t at = 0;
-    vi strange = vi{};
+    vi strange[SIDES]{};  // the greatest magnitudes, as words: those of what is no number are greater than infinity's
     most = NEVER_LOGIT;
     for (int64_t first = 0; first < row.vocab; first += BLOCK) {
-        const int64_t stop = std::min(first + BLOCK, row.vocab);
-        vf found = all(NEVER_LOGIT);
-        for (int64_t i = first; i < stop; i += LANES) {
-            const vf x = logits_at(row.logits + i, stop - i);
-            strange |= x != x;
-            found = larger(x, found);
-        }
-        if (const float here = top(found); here > most) most = here, at = first;
+        vf found[SIDES];
+        std::fill_n(found, SIDES, all(NEVER_LOGIT));
+        each_vector(row.logits + first, std::min(BLOCK, row.vocab - first), [&](vf here, int side) {
+            const vi magnitude = reinterpret_cast<vi>(here) & INT32_MAX;
+            strange[side] = magnitude > strange[side] ? magnitude : strange[side];
+            found[side] = larger(here, found[side]);
+        });
+        if (const float here = top(larger(larger(found[0], found[1]), larger(found[2], found[3]))); here > most) most = here, at = first;
     }
-    if (any(strange) || !std::isfinite(most)) return -1;
+    for (const vi& some : strange)
+        if (any(some > 0x7F800000)) return -1;
+    if (!std::isfinite(most)) return -1;
     return std::find(row.logits + at, row.logits + row.vocab, most) - row.logits;
 }
 
 inline float inverse_of(double temperature) { return static_cast<float>(std::min(1.0 / temperature, 1e38)); }
 
-// All tokens of at least `limit`.
-inline void race_all(const Draw& row, float most, double limit, Race& race) {
-    const float inverse = inverse_of(row.temperature), floor = std::nextafter(static_cast<float>(limit), NEVER_LOGIT);
-    float share = 0.0f, least = 0.0f;
-    double told = -std::numeric_limits<double>::infinity();
-    for (int64_t first = 0; first < row.vocab; first += STRIP) {
-        if (race.best != told) {
-            // A little too large, for the error of floats: whoever is near enters, and is looked at exactly.
-            told = race.best, share = static_cast<float>(std::exp(-told)) * 1.001f;
-            least = static_cast<float>(told) + LEAST_LOG - 0.01f;
-        }
-        vf lacks[STRIP / LANES];
-        vi there = vi{};
-        for (int64_t i = 0; i < STRIP; i += LANES) {
-            const vf x = logits_at(row.logits + first + i, std::max<int64_t>(row.vocab - first - i, 0));
-            const vf d = (x - most) * inverse;
-            lacks[i / LANES] = select((x >= floor) & (d >= least), d, all(NEVER_LOGIT));
-            there |= (x >= floor) & (d >= least);
-        }
-        if (!any(there)) continue;
-        for (int64_t i = 0; i < STRIP; i += LANES) {
-            const vu bits = hashes(race.row.key, first + i);
-            const vf u = __builtin_convertvector(reinterpret_cast<vi>(bits >> 8), vf) * 0x1p-24f;
-            const vi enters = u < exponential(lacks[i / LANES]) * share;
-            if (!any(enters)) continue;
-            for (int64_t j = i; j < i + LANES && first + j < row.vocab; j++)
-                if (enters[j - i] && row.logits[first + j] >= limit) race.enter(static_cast<int32_t>(first + j), row.logits[first + j]);
-        }
-    }
-}
+inline constexpr int LEVELS = 4;
+inline constexpr int64_t FEW = 64;
+inline constexpr int MOST_LOOKS = 12;
+inline constexpr int64_t LARGE = 1 << 15, SAMPLED = 16;
+inline constexpr float NEAR = 0.25f;  // of what is found in a part to what holds for all: most of the time
 
-inline constexpr int LEVELS = 8;
-inline constexpr int64_t FEW = 1024;
-inline constexpr int MOST_LOOKS = 8;
-
-// What numbers weigh that lack at most as much as each level to the greatest one, by exp, and how many they are.
+// What is found out about the numbers that lack at most as much as each level to the greatest one: how many they are, or else what they
+// weigh by exp.
+template <bool COUNT>
 struct Levels {
     float lack[LEVELS];
-    double weight[LEVELS];
-    int64_t count[LEVELS];
+    double found[LEVELS];
 
     void weigh(const float* x, int64_t all_of_them, float most, float inverse) {
-        std::fill_n(weight, LEVELS, 0.0);
-        std::fill_n(count, LEVELS, 0);
+        std::fill_n(found, LEVELS, 0.0);
         for (int64_t first = 0; first < all_of_them; first += BLOCK) {
             const int64_t stop = std::min(first + BLOCK, all_of_them);
-            vf added[LEVELS]{};
-            vi counted[LEVELS]{};
+            std::conditional_t<COUNT, vi, vf> added[LEVELS]{};
             for (int64_t i = first; i < stop; i += LANES) {
-                const int64_t left = stop - i;
-                const vf d = (logits_at(x + i, left) - most) * inverse, e = exponential(d);
-                for (int l = 0; l < LEVELS; l++) {
-                    const vi in = d >= -lack[l];
-                    added[l] += select(in, e, vf{});
-                    counted[l] -= in;
+                const vf d = (logits_at(x + i, stop - i) - most) * inverse;
+                if constexpr (COUNT) {
+                    for (int l = 0; l < LEVELS; l++) added[l] -= d >= -lack[l];
+                    if (stop - i < LANES) added[LEVELS - 1][0] -= static_cast<int32_t>(LANES - stop + i);  // what fills up lacks all
+                } else {
+                    const vf e = exponential(d);
+                    for (int l = 0; l < LEVELS; l++) added[l] += select(d >= -lack[l], e, vf{});
                 }
-                if (left < LANES) counted[LEVELS - 1][0] -= static_cast<int32_t>(LANES - left);  // what fills up lacks all
             }
-            for (int l = 0; l < LEVELS; l++) weight[l] += sum(added[l]), count[l] += sum(counted[l]);
+            for (int l = 0; l < LEVELS; l++) found[l] += sum(added[l]);
         }
     }
 };
@@ -196,6 +181,7 @@ WEFT_INLINE int64_t put(float* p, vf x, vi wanted) {
     store(p, reinterpret_cast<vf>(_mm512_maskz_compress_ps(which, reinterpret_cast<__m512>(x))));
     return __builtin_popcount(which);
 #else
+    if (!any(wanted)) return 0;
     float values[LANES];
     int32_t in[LANES], count = 0;
     store(values, x);
@@ -208,31 +194,44 @@ WEFT_INLINE int64_t put(float* p, vf x, vi wanted) {
 // The numbers in x that `in` holds for, into `some`, which may be x; how many they are.
 template <class In>
 inline int64_t gather(const float* x, int64_t count, float* some, const In& in) {
-    int64_t kept = 0;
-    for (int64_t i = 0; i < count; i += LANES) {
+    int64_t kept = 0, i = 0;
+    for (; i + SIDES * LANES <= count; i += SIDES * LANES) {
+        vf here[SIDES];
+        vi wanted[SIDES], any_of_them{};
+        for (int side = 0; side < SIDES; side++) {
+            here[side] = load(x + i + side * LANES), wanted[side] = in(here[side]);
+            any_of_them |= wanted[side];
+        }
+        if (!any(any_of_them)) continue;
+        for (int side = 0; side < SIDES; side++) kept += put(some + kept, here[side], wanted[side]);
+    }
+    for (; i < count; i += LANES) {
         const vf here = logits_at(x + i, count - i);
-        vi wanted = in(here);
-        if (count - i < LANES) wanted &= lanes() < static_cast<int32_t>(count - i);
-        if (any(wanted)) kept += put(some + kept, here, wanted);
+        kept += put(some + kept, here, in(here) & (lanes() < static_cast<int32_t>(count - i)));
     }
     return kept;
 }
 
-// Of the greatest of `count` numbers, as many as together weigh top_p of all, or as are top_k (0: no such bound), the smallest one.  The
-// level in which that is reached is parted again and again, until it holds few, which are sorted.  some: memory, which may be x.
-inline float smallest_kept(const float* x, int64_t count, float most, double temperature, double top_p, int64_t top_k, float* some) {
-    const float inverse = top_k ? 1.0f : inverse_of(temperature);
-    Levels levels{{0.25f, 0.5f, 1.0f, 2.0f, 4.0f, 8.0f, 16.0f, ENDLESS}, {}, {}};
-    double total = 0.0, before = 0.0;  // of all; of those that are greater than x
-    int64_t ahead = 0;                 // how many those are
-    const auto reached = [&](double weight, int64_t number) { return top_k ? number >= top_k : weight >= top_p * total; };
+// Of the greatest of `count` numbers, as many as together weigh top_p of all or, where they are COUNTed, as are top_k, the smallest one.
+// The level in which that is reached is parted again and again, until it holds few, which are sorted.  some: memory, which may be x.
+template <bool COUNT>
+inline float smallest_kept(const float* x, int64_t count, float most, double temperature, double wanted, float* some) {
+    const float inverse = COUNT ? 1.0f : inverse_of(temperature);
+    Levels<COUNT> levels{{1.0f, 4.0f, 10.0f, ENDLESS}, {}};
+    if (count > LARGE && x != some) {  // one part of many says about where it will be
+        int64_t taken = 0;
+        for (int64_t i = 0; i + STRIP <= count; i += STRIP * SAMPLED, taken += STRIP) std::memcpy(some + taken, x + i, STRIP * 4);
+        const float near = (most - smallest_kept<COUNT>(some, taken, most, temperature, COUNT ? wanted / SAMPLED : wanted, some)) * inverse;
+        levels.lack[1] = near - NEAR, levels.lack[2] = near + NEAR;
+    }
+    double before = 0.0;  // of those that are greater than x
     for (int look = 0; look < MOST_LOOKS && (look == 0 || count > FEW); look++) {
         levels.weigh(x, count, most, inverse);
-        if (look == 0) total = levels.weight[LEVELS - 1];
+        if (!COUNT && look == 0) wanted *= levels.found[LEVELS - 1];
         int l = 0;
-        while (l < LEVELS - 1 && !reached(before + levels.weight[l], ahead + levels.count[l])) l++;
+        while (l < LEVELS - 1 && before + levels.found[l] < wanted) l++;
         const float low = l ? levels.lack[l - 1] : -1.0f, high = levels.lack[l];
-        if (l) before += levels.weight[l - 1], ahead += levels.count[l - 1];
+        if (l) before += levels.found[l - 1];
         count = gather(x, count, some, [&](vf here) {
             const vf d = (here - most) * inverse;
             return (d < -low) & (d >= -high);
@@ -247,10 +246,68 @@ inline float smallest_kept(const float* x, int64_t count, float most, double tem
     }
     std::sort(some, some + count, std::greater<float>());
     for (int64_t i = 0; i < count; i++) {
-        before += std::exp((static_cast<double>(some[i]) - most) / temperature);
-        if (reached(before, ahead + i + 1)) return some[i];
+        before += COUNT ? 1.0 : std::exp((static_cast<double>(some[i]) - most) / temperature);
+        if (before >= wanted) return some[i];
     }
     return count ? some[count - 1] : most;
+}
+
+// All tokens of at least `limit`.  Of a block of which few can win these are put together first, since hashes cost most.
+inline void race_all(const Draw& row, float most, double limit, Race& race) {
+    const float inverse = inverse_of(row.temperature), floor = std::nextafter(static_cast<float>(limit), NEVER_LOGIT);
+    float share = 0.0f, least = 0.0f, lacks[BLOCK + LANES], names[BLOCK + LANES];
+    double told = -std::numeric_limits<double>::infinity();
+    const auto run = [&](vf lack, vi ids, const Seeds& seeds, vi in) {
+        const vf u = __builtin_convertvector(reinterpret_cast<vi>(seeds.hashes() >> 8), vf) * 0x1p-24f;
+        const vi enters = (u < exponential(lack) * share) & in;
+        if (!any(enters)) return;
+        for (int j = 0; j < LANES; j++)
+            if (enters[j] && row.logits[ids[j]] >= limit) race.enter(ids[j], row.logits[ids[j]]);
+    };
+    int64_t there = 0;  // of the block before
+    for (int64_t first = 0; first < row.vocab; first += BLOCK) {
+        if (race.best != told) {
+            // A little too large, for the error of floats: whoever is near enters, and is looked at exactly.
+            told = race.best, share = static_cast<float>(std::exp(-told)) * 1.001f;
+            least = static_cast<float>(told) + LEAST_LOG - 0.01f;
+        }
+        const bool many = there > BLOCK * 3 / 4;
+        const int64_t stop = std::min(first + BLOCK, row.vocab);
+        there = 0;
+        const vi ids = lanes() + static_cast<int32_t>(first);
+        vi counted{};
+        Seeds seeds = Seeds::of(row.key, ids);
+        for (int64_t i = first; i < stop; i += SIDES * LANES) {
+            vf lack[SIDES];
+            vi in[SIDES], some{};
+            for (int side = 0; side < SIDES; side++) {
+                const vf x = logits_at(row.logits + i + side * LANES, std::max<int64_t>(stop - i - side * LANES, 0));
+                lack[side] = (x - most) * inverse, in[side] = (x >= floor) & (lack[side] >= least);
+                some |= in[side];
+            }
+            if (!any(some)) continue;
+            for (int side = 0; side < SIDES; side++) {
+                const vi mine = ids + static_cast<int32_t>(i - first + side * LANES);
+                if (many) {
+                    Seeds theirs = seeds;
+                    theirs.next(i - first + side * LANES);
+                    run(lack[side], mine, theirs, in[side]);
+                    counted -= in[side];
+                } else {
+                    put(names + there, reinterpret_cast<vf>(mine), in[side]);
+                    there += put(lacks + there, lack[side], in[side]);
+                }
+            }
+        }
+        if (many) {
+            there = sum(counted);
+            continue;
+        }
+        for (int64_t i = 0; i < there; i += LANES) {
+            const vi found = reinterpret_cast<vi>(load(names + i));
+            run(load(lacks + i), found, Seeds::of(row.key, found), lanes() < static_cast<int32_t>(there - i));
+        }
+    }
 }
 
 // A number that at least k of a row are not below, for k that are no more than its strips.
@@ -275,11 +332,11 @@ inline int64_t draw_one(const Draw& row, float* some) {
     const auto keep = [&](float least) { count = gather(row.logits, row.vocab, some, [least](vf here) { return here >= least; }), x = some; };
     if (row.top_k > 0 && row.top_k < row.vocab) {
         keep(floor_of(row, row.top_k, some));
-        const float last = smallest_kept(x, count, most, row.temperature, 1.0, row.top_k, some);
+        const float last = smallest_kept<true>(x, count, most, row.temperature, static_cast<double>(row.top_k), some);
         limit = std::max(limit, static_cast<double>(last));
         if (row.top_p < 1.0) keep(last);
     }
-    if (row.top_p < 1.0) limit = std::max(limit, static_cast<double>(smallest_kept(x, count, most, row.temperature, row.top_p, 0, some)));
+    if (row.top_p < 1.0) limit = std::max(limit, static_cast<double>(smallest_kept<false>(x, count, most, row.temperature, row.top_p, some)));
     Race race{row, most};
     race.enter(static_cast<int32_t>(first), most);
     race_all(row, most, limit, race);

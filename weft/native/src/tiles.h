@@ -17,6 +17,7 @@ inline constexpr int MIX_ROWS = LANES == 16 ? 8 : 5, MIX_VECTORS = 2;
 struct Entries {
     const char* rows[CHUNK];  // of the block of each entry, at its offset; entries that do not exist stand for one that does
     int32_t positions[CHUNK];
+    alignas(64) float bias[CHUNK];  // of entries that exist, where the place has biases
     int32_t lowest, highest;
     int64_t start;     // its first entry, counted from the sequence's entry 0
     int low, high;     // of those that exist
@@ -36,7 +37,10 @@ inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t 
     found.highest = -1;
     for (int e = found.low; e < found.high; table++, offset = 0) {
         const char* row = place.arena + *table * place.block_bytes + offset * row_bytes;
-        const int32_t* position = place.positions + *table * place.positions_stride + offset;
+        const int64_t at = *table * place.positions_stride + offset;
+        const int32_t* position = place.positions + at;
+        if (place.bias)
+            for (int64_t i = 0; i < place.block_tokens - offset && e + i < found.high; i++) found.bias[e + i] = place.bias[at + i];
         for (; e < found.high && offset < place.block_tokens; e++, offset++, row += row_bytes, position++) {
             found.rows[e] = row;
             found.positions[e] = *position;
@@ -48,6 +52,7 @@ inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t 
         for (int e = from; e < to; e++) {
             found.rows[e] = found.rows[found.low];
             found.positions[e] = INT32_MAX;
+            found.bias[e] = 0.0f;
         }
     };
     fill(0, found.low);
