@@ -54,6 +54,7 @@ WHY: dict[str, str] = {
     "it is 0.51 times. One host with whole attention takes 12.8 times as long (the paper: up to 9.2)",
     "megatron": "A step of decodes reads a stage's weights once for each of its parts. Of prompts alone (2,000 tokens "
     "each, of which a step holds one or two) two devices have 1.29 times the tokens of one",
-    "flexllm": "At this pace requests alone keep the device busy almost all the time; at their own pace 0.75 is trained",
+    "flexllm": "At this pace requests alone keep the device busy almost all the time; at their own pace 0.75 is trained "
+    "beside the first 800 of them, and 0.68 over the whole hour",
 }
 """By policy: what other runs of the same simulator say of the reason."""

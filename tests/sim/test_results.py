@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -197,6 +201,23 @@ def test_a_comparison_is_a_page_by_itself(tmp_path: Path) -> None:
         assert title in text
     assert text.count("<svg") >= 16
     assert "nan" not in text.lower().replace("tenant", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_comparison_that_is_ended_leaves_no_empty_page(tmp_path: Path, number: signal.Signals) -> None:
+    page = tmp_path / "r.html"
+    load = "poisson(rate=4, requests=100000)"
+    command = [sys.executable, "-m", "weft", "sim", "--trace", load, "--compare", "fcfs,fair", "--report", str(page)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while not page.exists():
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        time.sleep(0.2)  # within the simulation
+        process.send_signal(number)
+        assert process.wait(30) not in (0, -number)
+    assert not page.exists()
 
 
 def test_a_policy_of_a_comparison_may_bring_its_cost() -> None:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from weft.cli._terminal import unwinding
 from weft.errors import ConfigError
 
 
@@ -37,7 +38,8 @@ def written(flag: str, path: Path | None) -> Iterator[Callable[[str], None]]:
     except OSError as error:
         raise ConfigError(f"{flag} {path} cannot be written: {error}") from None
     try:
-        yield write
+        with unwinding():
+            yield write
     finally:
         if not before:
             with contextlib.suppress(OSError):
