@@ -1,7 +1,7 @@
 """`Client`: prompts in, text out, over an `EnginePort`.  Between the HTTP routes (or `weft.LLM`) and the engine.
 
-It lives on one event loop.  The engine's thread hands over one frame per step with one `call_soon_threadsafe`; its
-tokens become text here, at once, since a stop string must be found before the engine computes much beyond it.  What a
+It lives on one event loop.  The engine's thread hands over one frame per step with one `call_soon_threadsafe` (`Relay`);
+its tokens become text here, at once, since a stop string must be found before the engine computes much beyond it.  What a
 slow reader has not taken yet is merged into one delta per sequence, so memory is bounded by the request's own length.
 """
 
@@ -32,6 +32,7 @@ from weft.front.grammars import PARAM, held, holder, shared_grammars
 from weft.front.live import Live
 from weft.front.metrics import Metrics
 from weft.front.port import EnginePort
+from weft.front.relay import Relay
 from weft.front.text import ModelText
 from weft.front.timeline import Timeline
 from weft.types import (
@@ -89,6 +90,7 @@ class Client:
         self.adapters: dict[str, Adapted] = {a.name: a for a in port.info.adapters}
         """What is loaded, by name."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._relay: Relay[EngineFrame] | None = None
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -231,17 +233,13 @@ class Client:
             self.port.send(Cancel(request.id))
             self._gone(request)
         self._watch = None
-        self._loop = loop
+        self._loop, self._relay = loop, Relay(loop, self._on_frame)
         self.port.subscribe(self._sink)
 
     def _sink(self, frame: EngineFrame) -> None:
         """On the engine's thread."""
-        loop = self._loop
-        if (frame.events or frame.plan or frame.seen is not None) and loop is not None:
-            try:
-                loop.call_soon_threadsafe(self._on_frame, frame)
-            except RuntimeError:  # the loop was closed in the meantime: nobody is left to tell
-                pass
+        if (frame.events or frame.plan or frame.seen is not None) and self._relay is not None:
+            self._relay.put(frame)
 
     def _on_frame(self, frame: EngineFrame) -> None:
         now = self._clock()

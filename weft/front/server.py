@@ -7,6 +7,7 @@ import errno
 import math
 import signal
 import socket
+import sys
 import ssl
 import threading
 import time
@@ -23,6 +24,8 @@ from weft.front.gate import Gate
 from weft.front.guard import Addressed, Rooted
 
 MAX_HEADER_BYTES = 64 << 10
+SWITCH_S = 0.001
+"""After which a thread that hears an engine gets Python's lock from a busy event loop: it needs it several times for a frame."""
 BACKLOG = 2048
 ACCEPTED = 64
 """Connections that are taken at once, before streams have their turn again."""
@@ -131,6 +134,7 @@ class Server:
 
     def run(self) -> None:
         """Serve.  Raises ConfigError when the application does not start, or what kept the engine from being built."""
+        sys.setswitchinterval(SWITCH_S)
         try:
             with _signals(self._server.handle_exit):
                 self._server.run(sockets=[self._sock])

@@ -66,12 +66,20 @@ def completion_logprobs(
 ) -> CompletionLogprobs:
     """`logprobs` of a completion choice, with the offset of each token in the choice's text."""
     out = CompletionLogprobs(text_offset=list(offsets))
+    names: dict[int, str] = {}  # of a whole prompt the same tokens come again and again
+
+    def name(token: int) -> str:
+        found = names.get(token)
+        if found is None:
+            found = names[token] = completion_token(tokenizer, token)
+        return found
+
     for entry in entries:
-        out.tokens.append(completion_token(tokenizer, entry.token))
+        out.tokens.append(name(entry.token))
         out.token_logprobs.append(finite(entry.logprob))
         top: dict[str, float] = {}
         for token, logprob in entry.top:
-            top.setdefault(completion_token(tokenizer, token), finite(logprob))
+            top.setdefault(name(token), finite(logprob))
         top.setdefault(out.tokens[-1], finite(entry.logprob))  # OpenAI always reports the chosen token
         out.top_logprobs.append(top)
     return out
