@@ -7,8 +7,8 @@ import errno
 import math
 import signal
 import socket
-import sys
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
