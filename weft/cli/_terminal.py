@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import ConfigError
+from weft.front.signals import signals
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -173,9 +174,5 @@ def unwinding() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Ended
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

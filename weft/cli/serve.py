@@ -21,6 +21,7 @@ from weft.cli._store import StoreFlags
 from weft.cli._terminal import level, log, say
 from weft.cli._watch import WatchFlags
 from weft.errors import ConfigError, EngineError
+from weft.front.signals import signals
 
 if TYPE_CHECKING:
     from weft.front.access import Access
@@ -154,9 +155,5 @@ def _ended_by_signals() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise SystemExit(0)
 
-    kept = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals(end):
         yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -29,7 +29,7 @@ class Relay(Generic[T]):
         """Whether the loop will look at the items.  Taken back before it does, so that none is left."""
 
     def put(self, item: T) -> None:
-        """From one thread."""
+        """From any thread."""
         self._items.append(item)
         if self._due and not self._loop.is_closed():
             return

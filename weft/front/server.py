@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
-import signal
 import socket
 import ssl
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +19,7 @@ from weft.errors import ConfigError
 from weft.front.connection import Patience, connection
 from weft.front.gate import Gate
 from weft.front.guard import Addressed, Rooted
+from weft.front.signals import signals
 
 MAX_HEADER_BYTES = 64 << 10
 SWITCH_S = 0.001
@@ -136,7 +134,8 @@ class Server:
         """Serve.  Raises ConfigError when the application does not start, or what kept the engine from being built."""
         sys.setswitchinterval(SWITCH_S)
         try:
-            with _signals(self._server.handle_exit):
+            # Also before uvicorn takes them itself, and after: one that came in between would be lost.
+            with signals(self._server.handle_exit):
                 self._server.run(sockets=[self._sock])
         except SystemExit:
             raise ConfigError("the HTTP application did not start; the log says why") from None
@@ -201,17 +200,3 @@ class _Uvicorn(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.cut()
         await super().shutdown(sockets)
-
-
-@contextlib.contextmanager
-def _signals(take: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Give signals to `take` also before uvicorn does so itself, and after: one that came in between would be lost."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
