@@ -36,7 +36,7 @@ from weft.models.layout import quantized
 from weft.models.quantized import Quantized, quantize
 
 DENSE = Path(__file__).parents[1] / "models" / "packed" / "dense"
-FORMATS = ("int8", "int8:16:zero", "int4", "int4:0", "int4:16:zero", "int4:32:zero")
+FORMATS = ("int8", "int8:16:zero", "int4", "int4:32:float", "int4:0", "int4:16:zero", "int4:32:zero")
 
 
 def read_back(folder: Path) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def test_shards_keep_their_names(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["int8", "int4", "int4:16:zero"])
+@pytest.mark.parametrize("text", ["int8", "int4", "int4:32:float", "int4:16:zero"])
 def test_compressed_tensors_reads_the_same(text: str, tmp_path: Path) -> None:
     """What transformers with compressed-tensors made of such a checkpoint (tests/models/packed/make.py): float16 products."""
     convert(DENSE, tmp_path, WeightFormat.parse(text))

@@ -30,11 +30,11 @@ from weft.models.quantized import Quantized
 PACKED = Path(__file__).parent / "packed"
 FORMATS = {
     "awq": "int4:32:zero",
-    "gptq": "int4",
+    "gptq": "int4:32:float",
     "gptq-zeros": "int4:64:zero",
     "gptq-8": "int8",
     "gptq-v2": "int4:32:zero",
-    "packed": "int4",
+    "packed": "int4:32:float",
     "packed-zeros": "int4:16:zero",
     "packed-rows": "int4:0:zero",
     "packed-8": "int8",

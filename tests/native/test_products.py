@@ -113,7 +113,10 @@ def test_embedding_is_the_weights_row(machine: Machine) -> None:
 
 # ---------------------------------------------------------------------------------------------- few bits
 
-FEW = ("int8", "int8:32", "int8:16:zero", "int8:0:zero", "int4", "int4:128", "int4:32:zero", "int4:0", "int4:16:zero")
+FEW = (
+    "int8", "int8:32", "int8:16:zero", "int8:0:zero",
+    "int4", "int4:16", "int4:128", "int4:32:float", "int4:32:zero", "int4:0", "int4:16:zero",
+)  # fmt: skip
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -149,33 +152,39 @@ def test_a_product_of_few_bits_is_right_whatever_stands_beside_its_row(
 
 
 def test_instruction_sets_agree_about_whole_numbers() -> None:
-    """Sums of bytes are exact, so that only the last steps of each group may differ."""
-    weight, x = quantize(random(3, 64, 512), WeightFormat.parse("int4")), random(4, 20, 512)
-    found = []
-    for isa in ISAS:
-        machine = Machine(MODULE.Program(2, isa))
-        found.append(product(machine, x, panels(machine.program, weight), None, 20, INPUTS["int8"]))
-    assert all(torch.allclose(one, found[0], rtol=1e-5, atol=1e-5) for one in found)
+    """Sums of bytes are exact, so that only the last steps of each group may differ, of nested scales those of a row: none."""
+    for text in ("int4:32:float", "int4", "int4:128"):
+        weight, x = quantize(random(3, 64, 512), WeightFormat.parse(text)), random(4, 20, 512)
+        found = []
+        for isa in ISAS:
+            machine = Machine(MODULE.Program(2, isa))
+            found.append(product(machine, x, panels(machine.program, weight), None, 20, INPUTS["int8"]))
+        if weight.format.nested:
+            assert all(torch.equal(one, found[0]) for one in found)
+        else:
+            assert all(torch.allclose(one, found[0], rtol=1e-5, atol=1e-5) for one in found)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_the_largest_values_do_not_overflow(machine: Machine, inputs: str) -> None:
-    for text in ("int8", "int4", "int8:128:zero"):
+    for text, step, value in (
+        ("int8", 1.0, 255), ("int4", 15.0, 15), ("int4", 15.0, 0), ("int4", -15.0, 0), ("int4:128", -15.0, 0), ("int8:128:zero", 1.0, 255),
+    ):  # fmt: skip
         format = WeightFormat.parse(text)
-        top = torch.full((16, 8192), format.levels - 1, dtype=torch.uint8)
-        scales = torch.ones(16, format.groups(8192))
+        top = torch.full((16, 8192), value, dtype=torch.uint8)
+        scales = torch.full((16, format.groups(8192)), step)
         weight = assembled(top, scales, None if format.symmetric else torch.zeros_like(scales), format)
         packed = panels(machine.program, weight)
-        for sign in (1.0, -1.0):
-            x = torch.full((3, 8192), sign)
-            found = product(machine, x, packed, None, 3, INPUTS[inputs])
+        for sign, rows in ((1.0, 3), (-1.0, 3), (-1.0, 20)):
+            x = torch.full((rows, 8192), sign)
+            found = product(machine, x, packed, None, rows, INPUTS[inputs])
             assert torch.allclose(found, x @ weight.dequantized().t(), rtol=1e-5)
 
 
 def test_a_long_prompt_has_the_bits_of_its_rows_alone(machine: Machine) -> None:
     """Rows in several blocks, inputs in several stretches and blocks, tiles of rows that are not alike, and panels left over."""
     x = random(8, 450, 4864)
-    for format in (torch.bfloat16, WeightFormat.parse("int8"), WeightFormat.parse("int4:128:zero")):
+    for format in (torch.bfloat16, *map(WeightFormat.parse, ("int8", "int4", "int4:128:zero"))):
         packed = panels(machine.program, random(9, 70, 4864) * 0.01, format)
         for inputs in ("bfloat16", "int8"):
             most = product(machine, x, packed, None, 450, INPUTS[inputs])
@@ -243,6 +252,7 @@ def test_panels_refuse_what_they_cannot_hold() -> None:
     for own, other, held in (
         ("int8", "int8", True), ("int8:32", "int8", True), ("int8", "int8:32", False), ("int8:32:zero", "int4", True),
         ("int8", "int4", False), ("int4", "int8", False), ("int4:32:zero", "int4:16", False), ("int4", "int4:32:zero", False),
+        ("int4", "int4:64", True), ("int4:32:float", "int4", True), ("int4", "int4:32:float", False),
     ):  # fmt: skip
         assert empty(program, 16, 64, WeightFormat.parse(own)).holds(WeightFormat.parse(other)) is held, (own, other)
     assert empty(program, 16, 64, torch.bfloat16).holds(WeightFormat.parse("int4"))
@@ -261,6 +271,10 @@ def test_panels_refuse_what_they_cannot_hold() -> None:
         (0, 16, 64, 3, 48, False),
         (0, 16, 64, 2, 0, False),
         (0, 16, 64, 1, 32, False),
+        (0, 16, 64, 2, 32, False, True),
+        (0, 16, 64, 3, 64, False, True),
+        (0, 16, 64, 3, 32, True, True),
+        (0, 16, 64, 3, 8, False, True),
     ):
         with pytest.raises(ValueError, match="inputs"):
             MODULE.Weight(*bad)

@@ -23,6 +23,7 @@ from weft.errors import ConfigError
 from weft.models import load_config
 from weft.models.checkpoints.files import Files
 from weft.models.checkpoints.readers import readers
+from weft.models.checkpoints.scheme import NESTED, SCALES
 from weft.models.checkpoints.stored import INDEX, SINGLE, Stored, catalogue, compare
 from weft.models.checkpoints.unpack import packed
 from weft.models.families import families, read
@@ -161,6 +162,8 @@ def convert(
             after += writer.size
     _index(out, places, after)
     config["quantization_config"] = entry(form, parts, few, source.spec.tied)
+    if form.nested:
+        config[SCALES] = NESTED
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")
     rounded = sum(part.target in few for part in parts)
     return Written(rounded, len(parts) - rounded, total, after)

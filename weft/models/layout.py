@@ -153,11 +153,13 @@ def panel_bytes(width: int, format: int | WeightFormat) -> int:
     """Bytes of one panel of rows of `width` inputs, whose values have so many bytes or such a format.
 
     Behind the values stand the scales, and the offsets of a format that has them: float16, or float32 where all of a row shares
-    them; whole lines (`Weight` in native/src/kernels.h).
+    them; or a line of the rows' scales and a byte for each group's multiple; whole lines (`Weight` in native/src/kernels.h).
     """
     if isinstance(format, int):
         return PANEL * width * format
     groups = format.groups(width)
+    if format.nested and groups > 1:
+        return PANEL * width * format.bits // 8 + ALIGN_BYTES + -(-groups * PANEL // ALIGN_BYTES) * ALIGN_BYTES
     scale = PANEL * (2 if groups > 1 else 4) * (1 if format.symmetric else 2)
     return PANEL * width * format.bits // 8 + -(-groups * scale // ALIGN_BYTES) * ALIGN_BYTES
 

@@ -3,7 +3,8 @@
     w[n, k] = scale[n, g] * value[n, k] + offset[n, g]        g = k // group
 
 A symmetric format keeps no offsets: they are -2^(bits - 1) times the scales.  Scales and offsets are float16, in units of a
-power of two that the weight has for all of them, so that small ones keep their digits.
+power of two that the weight has for all of them, so that small ones keep their digits.  A nested format has scales that are
+whole multiples of one for each n, m[n, g] S[n] with |m| at most 15; S has 7 digits, so that all of these are float16 too.
 
 Legend.  N: outputs.  K: inputs.  G: groups, K / group.
 """
@@ -11,18 +12,22 @@ Legend.  N: outputs.  K: inputs.  G: groups, K / group.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from weft.models.formats import WeightFormat
+from weft.models.formats import MULTIPLES, WeightFormat
 
-__all__ = ["Quantized", "WeightFormat", "assembled", "offset_grid", "quantize", "symmetric_grid"]
+__all__ = ["Quantized", "WeightFormat", "assembled", "multiples", "nested", "offset_grid", "quantize", "symmetric_grid"]
 
 SCALE_EXPONENT = 7
 """The largest scale of a weight is stored as a number of about 2 to this power."""
 _NOTHING = torch.empty(0, 0, dtype=torch.uint8)
+_DIGITS = 7
+"""Binary digits of a row's scale in a nested format: with those of a multiple they are the 11 of float16."""
+_LEAST = 2.0**-22
+"""Four times the smallest float16: nested scales are exact in units twice as large, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,31 @@ def assembled(values: Tensor, scales: Tensor, offsets: Tensor | None, format: We
 
 def symmetric_grid(largest: Tensor, format: WeightFormat) -> Quantized:
     """A grid without values for groups whose value of the largest magnitude is `largest`, float32 [N, G]."""
-    return assembled(_NOTHING, -largest / (format.levels // 2), None, format)
+    grid = assembled(_NOTHING, -largest / (format.levels // 2), None, format)
+    return replace(grid, scales=nested(grid.scales)) if format.nested else grid
+
+
+def nested(scales: Tensor) -> Tensor:
+    """The nearest whole multiples of one scale for each row, none of them 0 but for 0, float16 [N, G] as `scales`.
+
+    The largest of a row is MULTIPLES times that scale, by which it is known again (`multiples`).  Groups whose scale becomes smaller
+    lose a little of their largest value, and the others are finer: rounded up, scales leave four times as much more error.
+    """
+    wide = scales.float()
+    top = wide.abs().amax(-1, keepdim=True)
+    fraction, exponent = torch.frexp(top / MULTIPLES)
+    base = torch.ldexp((fraction * 2**_DIGITS).ceil(), exponent - _DIGITS)
+    base = (base / _LEAST).ceil() * _LEAST  # changes rows alone whose weights are a millionth of the largest
+    times = (wide.abs() / torch.where(base == 0, 1.0, base)).round_().clamp_(1, MULTIPLES)
+    times = torch.where((wide.abs() == top) & (top > 0), float(MULTIPLES), times)
+    return (base * times * wide.sign()).to(torch.float16)
+
+
+def multiples(scales: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(whole numbers, float32 [N, G], and the scale [N, 1] of each row that they multiply) of nested scales; None where not nested."""
+    base = scales.float().abs().amax(-1, keepdim=True) / MULTIPLES
+    times = (scales.float() / torch.where(base == 0, 1.0, base)).round_()
+    return (times, base) if torch.equal(times * base, scales.float()) else None
 
 
 def offset_grid(low: Tensor, high: Tensor, format: WeightFormat) -> Quantized:

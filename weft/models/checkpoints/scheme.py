@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from weft.errors import ConfigError
@@ -22,6 +22,9 @@ MAX_REPEATS = 4
 AWQ_VERSIONS = ("gemm", "GEMM")
 PACKINGS = ("pack-quantized", "int-quantized")
 KNOWN = "awq, gptq, compressed-tensors"
+SCALES = "weft_scales"
+"""What weft adds to the config.json of a checkpoint that it wrote in a nested format, beside `quantization_config`."""
+NESTED = "nested"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,12 @@ def scheme(config: Mapping[str, Any]) -> Scheme | None:
             f"the checkpoint is quantized with {method[:100]!r} (config.json: quantization_config.quant_method), which "
             f"weft can't read; it reads {KNOWN}; use one of those versions of the checkpoint, or the unquantized one"
         )
-    return read(entry)
+    given = read(entry)
+    if config.get(SCALES) != NESTED:
+        return given
+    if any(rule.format.bits != 4 or not rule.format.symmetric for rule in given.rules):
+        raise ConfigError(f"config.json: {SCALES} is {NESTED}, which goes with symmetric weights of 4 bits alone; remove it")
+    return replace(given, rules=tuple(Rule(r.targets, replace(r.format, nested=r.format.group > 0)) for r in given.rules))
 
 
 def matches(pattern: str, module: str, kind: str, loose: bool) -> bool:

@@ -5,6 +5,7 @@
 // panel gives VALUES / INPUTS words of each output.
 #pragma once
 
+#include "nested.h"
 #include "rounded.h"
 
 namespace weft::WEFT_ISA {
@@ -16,13 +17,29 @@ WEFT_INLINE void settle_dots(const Weight& w, const Part& part, int64_t group, c
     for (int p = 0; p < P; p++)
         for (int v = 0; v < PARTS; v++) {
             const char* mine = panel_of<P>(w, part.panel, part.far, p);
-            __builtin_prefetch(mine + part.next + w.line_bytes() + group * w.scale_stride());
+            __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
             const vf scale = scales<W>(w, mine, group, v), fine = scale * D::template unit<W>();
             const vf offset = OFFSETS ? offsets<W>(w, mine, group, v) + scale * D::template half<W>() : vf{};
             for (int r = 0; r < R; r++) {
                 totals[r][p][v] += D::floats(found[r][p][v]) * fine;
                 if (OFFSETS) totals[r][p][v] += offset * static_cast<float>(sums[r * stride + group]);
             }
+        }
+}
+
+// totals += found times the multiples of one group.
+template <class D, int R, int P>
+WEFT_INLINE void settle_nested(const Weight& w, const Part& part, int64_t group, const typename D::Total (&found)[R][P][PARTS],
+                               typename D::Total (&totals)[R][P][PARTS]) {
+    for (int p = 0; p < P; p++)
+        for (int v = 0; v < PARTS; v++) {
+            const char* mine = panel_of<P>(w, part.panel, part.far, p);
+            if (group % 4 == 0) __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
+            const vi times = multiples(w, mine, group, v);
+            if (w.group <= SHORT_GROUP)
+                for (int r = 0; r < R; r++) totals[r][p][v] = add_times(totals[r][p][v], found[r][p][v], times);
+            else
+                for (int r = 0; r < R; r++) totals[r][p][v] += found[r][p][v] * times;
         }
 }
 
@@ -91,6 +108,10 @@ WEFT_INLINE void hand_on(const Linear& a, const Part& part, const vf (&totals)[R
 }
 #endif
 
+// Whether sums stay whole until a row's scale comes.
+template <class D, class W, bool OFFSETS>
+inline constexpr bool NESTS = std::is_same_v<D, Bytes> && std::is_same_v<W, I4> && !OFFSETS;
+
 template <class D, class W, bool OFFSETS, int R, int P>
 void dot_tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
@@ -100,7 +121,31 @@ void dot_tile(const Linear& a, const Part& part) {
     vf totals[R][P][PARTS];
     const int64_t words = part.lines * EACH;
     if (part.cold) ask_to_write<R, P>(a, part);
-    if (W::SCALED && w.grouped()) {
+    if (NESTS<D, W, OFFSETS> && w.nested) {
+        if constexpr (NESTS<D, W, OFFSETS>) {
+            const int64_t step = w.group / D::INPUTS;
+            typename D::Total whole[R][P][PARTS];
+            fetch<R, P>(a, part, totals);
+            for (int r = 0; r < R; r++)
+                for (int p = 0; p < P; p++)
+                    for (int v = 0; v < PARTS; v++) whole[r][p][v] = reinterpret_cast<vi>(totals[r][p][v]);
+            for (int64_t first = 0; first < words; first += step) {
+                const int64_t group = part.line * EACH / step + first / step;
+                typename D::Total total[R][P][PARTS];
+                for (int r = 0; r < R; r++)
+                    for (int p = 0; p < P; p++)
+                        for (int v = 0; v < PARTS; v++) total[r][p][v] = D::start(sums[r * groups + group]);
+                add_words<D, W, R, P>(w, part, first, step, total);
+                settle_nested<D, R, P>(w, part, group, total, whole);
+            }
+            for (int p = 0; p < P; p++)
+                for (int v = 0; v < PARTS; v++) {
+                    const vf scale = row_scales(w, panel_of<P>(w, part.panel, part.far, p), v);
+                    for (int r = 0; r < R; r++)
+                        totals[r][p][v] = part.end ? D::floats(whole[r][p][v]) * scale : reinterpret_cast<vf>(whole[r][p][v]);
+                }
+        }
+    } else if (W::SCALED && w.grouped()) {
         const int64_t step = w.group / D::INPUTS;
         fetch<R, P>(a, part, totals);
         for (int64_t first = 0; first < words; first += step) {
@@ -160,13 +205,19 @@ inline constexpr int64_t FEWEST_ROWS = 60;          // for which weights are wor
 
 // Panels [from, to), or gates and what they open, times rows that are rounded: stretches of inputs whose weights stay in the first
 // cache, in blocks whose rows stay in the second.  between: of R * P * PANEL floats for each tile, what is added up so far.
-template <class D, class W, bool OFFSETS>
+// T: what tiles read, W or, of nested scales, the bytes that a stretch of it is made for all of them, in `widened`.
+template <class D, class W, bool OFFSETS, class T = W>
 void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count, int64_t most, int64_t from, int64_t to, bool paired,
-              float* between, int32_t* handed = nullptr) {
+              float* between, int32_t* handed = nullptr, char* widened = nullptr) {
     constexpr int EACH = W::VALUES / D::INPUTS;
+    constexpr bool WIDE = !std::is_same_v<W, T>;
     const Weight& w = a.weight;
+    Linear read = a;
+    [[maybe_unused]] int32_t row_sums[ROW_BLOCK];
+    if constexpr (WIDE)
+        for (int64_t r = 0; r < count; r++) row_sums[r] = T::HALF / W::HALF * rows.sum(r, w.groups());
     const int64_t each = w.k / D::INPUTS, tiles = (count + most - 1) / most, group = w.grouped() ? w.group / D::INPUTS : EACH;
-    const int64_t near = tiles == 1 ? each : group > NEAR_WORDS ? group : NEAR_WORDS / group * group;
+    const int64_t near = tiles == 1 && !WIDE ? each : group > NEAR_WORDS ? group : NEAR_WORDS / group * group;
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = BLOCK_WORDS / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
@@ -176,12 +227,23 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
         for (int64_t p = from, panels = 1; p < to; p += panels / unit) {
             panels = p + wide / unit <= to ? wide : unit;
             for (int64_t begin = input; begin < stop; begin += stretch) {
-                const int64_t end = begin + stretch < stop ? begin + stretch : stop;
+                const int64_t end = begin + stretch < stop ? begin + stretch : stop, lines = (end - begin) / EACH;
+                Part whole;
+                whole.paired = paired, whole.end = end == each;
+                whole.place(w, p, panels, begin / EACH, lines);
+                Part seen = whole;
+                if constexpr (WIDE) {
+                    read.weight = Weight{widened, w.n, (end - begin) * D::INPUTS, Format::I8, (end - begin) * D::INPUTS};
+                    seen.place(read.weight, 0, panels, 0, end - begin);
+                    seen.n = whole.n, seen.far = (panels / 2) * read.weight.panel_bytes();
+                    widen(w, whole, panels, widened, read.weight.panel_bytes());
+                }
                 for (int64_t t = 0; t < tiles; t++) {
                     const int64_t top = count * t / tiles, tall = count * (t + 1) / tiles - top;
-                    Part part{.x = reinterpret_cast<const float*>(rows.words + top * each + begin * tall), .sums = rows.sums + top * w.groups()};
-                    part.scales = rows.scales + top, part.paired = paired, part.row = first + top, part.end = end == each;
-                    part.place(w, p, panels, begin / EACH, (end - begin) / EACH);
+                    Part part = seen;
+                    part.x = reinterpret_cast<const float*>(rows.words + top * each + begin * tall);
+                    part.sums = WIDE ? reinterpret_cast<const float*>(row_sums + top) : rows.sums + top * w.groups();
+                    part.scales = rows.scales + top, part.row = first + top;
                     // Between blocks sums wait where results go, between stretches nearby.
                     const Sums out{a.out + part.row * a.out_stride + part.n, a.out_stride, paired ? w.n / 2 : panels / 2 * PANEL};
                     const Sums here{between + top * panels * PANEL, panels * PANEL, panels / 2 * PANEL};
@@ -189,24 +251,30 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
                     part.to = end < stop ? here : out;
                     part.cold = tiles > 1 && end == stop;
                     if (handed) part.handed = handed + top * (a.gate.inner / D::INPUTS);
-                    if (t > 0) {  // what comes after these lines, a share of it with each tile but the first
-                        const int64_t shares = (tiles - 1 + panels - 1) / panels, share = t - 1;
-                        const char* after = end < stop ? part.panel + end / EACH * LINE_BYTES : part.panel + part.next + input / EACH * LINE_BYTES;
-                        part.each = (LINE_BYTES + shares - 1) / shares;
-                        part.later = after + (share / shares ? part.far : 0) + share % shares * part.lines * part.each;
+                    if (const int64_t sharing = WIDE ? tiles : tiles - 1, share = WIDE ? t : t - 1; share >= 0) {
+                        // What comes after these lines, a share of it with each tile but one that reads them from memory itself.
+                        const int64_t shares = (sharing + panels - 1) / panels;
+                        const char* after = whole.panel + (end < stop ? end / EACH * LINE_BYTES : whole.next + input / EACH * LINE_BYTES);
+                        part.each = (lines * LINE_BYTES + shares * part.lines - 1) / (shares * part.lines);
+                        part.later = after + (share / shares ? whole.far : 0) + share % shares * part.lines * part.each;
                     }
                     const int high = static_cast<int>(tall);
-                    const Tile run = panels == 1             ? dot_tile_of<D, W, OFFSETS, 1, TILE_ROWS>(high)
-                                     : panels == TILE_PANELS ? dot_tile_of<D, W, OFFSETS, TILE_PANELS, TILE_ROWS>(high)
-                                                             : dot_tile_of<D, W, OFFSETS, FEW_PANELS, 2>(high);
-                    run(a, part);
+                    const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, TILE_ROWS>(high)
+                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, TILE_ROWS>(high)
+                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, 2>(high);
+                    run(read, part);
                 }
             }
         }
     }
 }
 
-// Rows of a tile, at most.
+// Rows of a tile, at most; of nested scales where `rows` are enough to make bytes of them, as of bytes.
+inline constexpr int64_t WIDENED_ROWS = 17;
+template <class W>
+WEFT_INLINE bool widens(const Linear& a, int64_t rows) {
+    return std::is_same_v<W, I4> && a.weight.nested && a.inputs == Inputs::INT8 && rows >= WIDENED_ROWS;
+}
 template <class W>
 WEFT_INLINE int64_t tile_rows(const Weight& w) {
     return w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
@@ -251,7 +319,8 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
     const Weight& w = a.weight;
     const bool paired = a.gate.out != nullptr;
     const int64_t panels = (w.n + PANEL - 1) / PANEL / (paired ? 2 : 1), unit = (rows <= 2 ? FEW_PANELS : TILE_PANELS) / (paired ? 2 : 1);
-    const int64_t each = w.k / D::INPUTS, most = tile_rows<W>(w);
+    const bool wide = NESTS<D, W, OFFSETS> && widens<W>(a, rows);
+    const int64_t each = w.k / D::INPUTS, most = wide ? TILE_ROWS : tile_rows<W>(w);
     const int64_t high = block_rows(rows, each, most, [&](int64_t count) { return Rows<D>::size(w, count, each); });
     const int factor = OFFSETS ? 1 : -W::HALF;  // what weights have too much
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
@@ -259,6 +328,11 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
         const Block<D> block(w, first, rows - first < high ? rows - first : high, most, share);
         block.template round<W>(a, share, factor);
         each_share(a, share, panels, unit, !block.own || rows == block.count, [&](int64_t from, int64_t to) {
+            if constexpr (NESTS<D, W, OFFSETS>)
+                if (wide) {
+                    char* widened = reinterpret_cast<char*>(share.scratch + INPUTS_SCRATCH);
+                    return multiply<D, W, OFFSETS, I8>(a, block.rows, first, block.count, most, from, to, paired, between, nullptr, widened);
+                }
             multiply<D, W, OFFSETS>(a, block.rows, first, block.count, most, from, to, paired, between);
         });
         if (!block.own) share.meet();  // before somebody writes the next rows there

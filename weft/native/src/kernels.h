@@ -7,7 +7,8 @@
 //     I8    [N / 16][K / 4][16][4]      I4    [N / 16][K / 8][16][8]
 // Whole numbers are unsigned; behind the lines of a panel stand its scales, and its offsets where it has them: weight =
 // scale * value + offset, without offsets scale * (value - half).  A group of inputs has them as float16 ([groups][16], both
-// side by side), a whole row as float32.  In a word of I4, nibble 2 i is input i and nibble 2 i + 1 is input 4 + i.
+// side by side), a whole row as float32.  Nested scales are whole multiples of one for the row: float32 [16], then signed bytes
+// [groups][16], at most 15, so that 4 bits times such a multiple are 8.  In a word of I4, nibble 2 i is input i and nibble 2 i + 1 is input 4 + i.
 // An output is one chain of additions over K in ascending order, so its bits do not depend on the rows beside it.
 #pragma once
 
@@ -45,14 +46,16 @@ struct Weight {
     Format format;
     int64_t group = 0;
     bool offsets = false;
+    bool nested = false;  // of I4 in groups, without offsets
 
     WEFT_SHARED int64_t groups() const { return group ? k / group : 0; }
     WEFT_SHARED bool grouped() const { return group && group < k; }
     WEFT_SHARED int64_t line_bytes() const { return k / values_of_line(format) * LINE_BYTES; }
-    WEFT_SHARED int64_t scale_stride() const { return (grouped() ? 32 : 64) * (offsets ? 2 : 1); }
+    WEFT_SHARED int64_t scale_stride() const { return nested ? PANEL : (grouped() ? 32 : 64) * (offsets ? 2 : 1); }
     WEFT_SHARED int64_t panel_bytes() const {
-        return line_bytes() + (groups() * scale_stride() + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES;
+        return scales_at() + (groups() * scale_stride() + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES;
     }
+    WEFT_SHARED int64_t scales_at() const { return line_bytes() + (nested ? LINE_BYTES : 0); }  // of the groups, in a panel
     WEFT_SHARED const char* panel(int64_t index) const { return static_cast<const char*>(panels) + index * panel_bytes(); }
 };
 

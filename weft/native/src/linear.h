@@ -152,7 +152,7 @@ WEFT_INLINE void settle(const Weight& w, const Part& part, int64_t group, const 
     for (int p = 0; p < P; p++)
         for (int v = 0; v < PARTS; v++) {
             const char* mine = panel_of<P>(w, part.panel, part.far, p);
-            __builtin_prefetch(mine + part.next + w.line_bytes() + group * w.scale_stride());
+            __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
             const vf scale = scales<W>(w, mine, group, v), fine = scale * (1.0f / W::UNIT);
             const vf offset = w.offsets ? offsets<W>(w, mine, group, v) + scale * static_cast<float>(W::HALF) : vf{};
             for (int r = 0; r < R; r++) {

@@ -30,12 +30,13 @@ int64_t linear(Program& p, const Weight& weight, uintptr_t x, int64_t x_stride, 
 }
 
 // A weight in panels at an address; group as in `Weight`.
-Weight weight_of(uintptr_t panels, int64_t n, int64_t k, int format, int64_t group, bool offsets) {
+Weight weight_of(uintptr_t panels, int64_t n, int64_t k, int format, int64_t group, bool offsets, bool nested) {
     if (format < 0 || format > 3 || n < 1 || k < 1 || k > MOST_INPUTS) throw std::invalid_argument("no such weight");
-    const Weight w{at<void>(panels), n, k, static_cast<Format>(format), group, offsets};
+    const Weight w{at<void>(panels), n, k, static_cast<Format>(format), group, offsets, nested};
     const bool whole = w.format == Format::I8 || w.format == Format::I4;
     if (k % values_of_line(w.format) || whole != (group > 0)) throw std::invalid_argument("inputs do not fill lines");
     if (whole && (k % group || group % 8 || group > k)) throw std::invalid_argument("groups of inputs do not fill rows");
+    if (nested && (w.format != Format::I4 || !w.grouped() || offsets || group % 16)) throw std::invalid_argument("inputs whose scales do not nest");
     return w;
 }
 
@@ -153,9 +154,11 @@ Attend attend_of(uintptr_t q, int64_t q_stride, uintptr_t out, int64_t out_strid
 NB_MODULE(_native, m) {
     m.doc() = "Kernels for CPUs.  Addresses are of memory that the caller keeps; see weft/ops/cpu.";
     nb::class_<Weight>(m, "Weight")
-        .def("__init__", [](Weight* self, uintptr_t panels, int64_t n, int64_t k, int format, int64_t group, bool offsets) {
-            new (self) Weight(weight_of(panels, n, k, format, group, offsets));
-        }, nb::arg("panels"), nb::arg("n"), nb::arg("k"), nb::arg("format"), nb::arg("group") = 0, nb::arg("offsets") = false)
+        .def("__init__", [](Weight* self, uintptr_t panels, int64_t n, int64_t k, int format, int64_t group, bool offsets,
+                            bool nested) {
+            new (self) Weight(weight_of(panels, n, k, format, group, offsets, nested));
+        }, nb::arg("panels"), nb::arg("n"), nb::arg("k"), nb::arg("format"), nb::arg("group") = 0, nb::arg("offsets") = false,
+           nb::arg("nested") = false)
         .def_prop_ro("panel_bytes", &Weight::panel_bytes);
     nb::class_<Experts>(m, "Experts")
         .def("__init__", [](Experts* self, uintptr_t router, int64_t router_stride, uintptr_t shares, uintptr_t ids, uintptr_t x,

@@ -32,6 +32,20 @@ WEFT_INLINE vi dot4(vi total, vu weights, vi inputs) {
 #endif
 }
 
+// total + small * times, both of 16 bits with a sign.
+WEFT_INLINE vi add_times(vi total, vi small, vi times) {
+#if defined(__AVX512VNNI__)
+    return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(small),
+                                                    reinterpret_cast<__m512i>(times & 0xffff)));
+#elif defined(__AVX512BW__)
+    return total + reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(small), reinterpret_cast<__m512i>(times & 0xffff)));
+#elif defined(__AVX2__)
+    return total + reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(small), reinterpret_cast<__m256i>(times & 0xffff)));
+#else
+    return total + small * times;
+#endif
+}
+
 // The largest magnitude; NaN where a value is not finite.
 inline float largest(const float* x, int64_t count) {
     vf most = vf{}, odd = vf{};

@@ -8,6 +8,7 @@
 namespace weft::WEFT_ISA {
 
 inline constexpr int PARTS = PANEL / LANES;  // vectors of a panel
+inline constexpr float MULTIPLES = 15.0f;    // the largest multiple of a row's nested scales
 
 // `value(word, i)`: input i of a line as floats, out of the words of LANES outputs; whole numbers come less their half, and
 // UNIT times too large, which their scales put right.
@@ -57,10 +58,19 @@ struct I4 {
     static WEFT_INLINE vu quad(vu word, int i) { return (i ? word >> 4 : word) & 0x0f0f0f0fu; }
 };
 
+// Of nested scales: those of LANES outputs, and what one group's are of them.
+WEFT_INLINE vf row_scales(const Weight& w, const char* panel, int part) {
+    return load(reinterpret_cast<const float*>(panel + w.line_bytes()) + part * LANES);
+}
+WEFT_INLINE vi multiples(const Weight& w, const char* panel, int64_t group, int part) {
+    return load_bytes(panel + w.scales_at() + group * w.scale_stride() + part * LANES);
+}
+
 // Scales of one group of a panel, LANES outputs from `part` on, and their offsets less what the scales put right.
 template <class W>
 WEFT_INLINE vf scales(const Weight& w, const char* panel, int64_t group, int part) {
-    const char* at = panel + w.line_bytes() + group * w.scale_stride();
+    const char* at = panel + w.scales_at() + group * w.scale_stride();
+    if (std::is_same_v<W, I4> && w.nested) return row_scales(w, panel, part) * __builtin_convertvector(multiples(w, panel, group, part), vf);
     return w.grouped() ? half(reinterpret_cast<const uint16_t*>(at) + part * LANES)
                        : load(reinterpret_cast<const float*>(at) + part * LANES);
 }
@@ -154,14 +164,25 @@ WEFT_INLINE void put_row(const Weight& w, char* panel, int64_t lane, const uint8
 
 // Scales of one output, and its offsets if there are any; each stands for `repeat` groups.
 WEFT_INLINE void put_scales(const Weight& w, char* panel, int64_t lane, const float* scales, const float* offsets, int64_t repeat) {
-    char* to = panel + w.line_bytes();
+    char* to = panel + w.scales_at();
+    const int64_t count = w.groups() / repeat;
+    if (w.nested) {
+        float most = 0.0f;
+        for (int64_t given = 0; given < count; given++) most = std::fmax(most, std::fabs(scales[given]));
+        const float row = most / MULTIPLES;
+        reinterpret_cast<float*>(panel + w.line_bytes())[lane] = row;
+        for (int64_t g = 0; g < w.groups(); g++) {
+            const float times = row > 0.0f ? scales[g / repeat] / row : 0.0f;
+            to[g * PANEL + lane] = static_cast<char>(static_cast<int8_t>(std::lrintf(times)));
+        }
+        return;
+    }
     const int64_t stride = w.offsets ? w.scale_stride() / 2 : w.scale_stride();
     const auto put_one = [&](float x) {
         if (w.grouped()) reinterpret_cast<uint16_t*>(to)[lane] = half_of(x);
         else reinterpret_cast<float*>(to)[lane] = x;
         to += stride;
     };
-    const int64_t count = w.groups() / repeat;
     for (int64_t given = 0; given < count; given++)
         for (int64_t turn = 0; turn < repeat; turn++) {
             put_one(scales[given]);
@@ -198,7 +219,9 @@ inline float cell(const Weight& w, const char* panel, int64_t lane, int64_t inpu
         std::memcpy(&word, panel + (input / 8 * PANEL + lane) * 4, 4);
         value = static_cast<int>(word >> 4 * nibble(static_cast<int>(input % 8)) & 15), half = 8;
     }
-    const char* scales = panel + w.line_bytes() + input / w.group * w.scale_stride();
+    const char* scales = panel + w.scales_at() + input / w.group * w.scale_stride();
+    if (w.nested)
+        return reinterpret_cast<const float*>(panel + w.line_bytes())[lane] * static_cast<float>(static_cast<int8_t>(scales[lane]) * (value - half));
     const auto number = [&](const char* p) {
         return w.grouped() ? half_one(reinterpret_cast<const uint16_t*>(p)[lane]) : reinterpret_cast<const float*>(p)[lane];
     };

@@ -3,8 +3,8 @@
     float32     [N / 16][K][16]                 bfloat16    [N / 16][K / 2][16][2]
     int8        [N / 16][K / 4][16][4]          int4        [N / 16][K / 8][16][8]
 
-Behind the lines of a panel of whole numbers stand its scales and its offsets (`Weight` in native/src/kernels.h).  One copy
-serves a single row and a long prompt alike.  Legend.  N: outputs.  K: inputs.  G: groups of inputs.
+Behind the lines of a panel of whole numbers stand its scales and its offsets, or the outputs' scales and the groups' multiples of
+them (`Weight` in native/src/kernels.h).  One copy serves a single row and a long prompt alike.  Legend.  N: outputs.  K: inputs.  G: groups of inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from weft.errors import ConfigError, InvariantError
 from weft.models.layout import PANEL, panel_bytes
-from weft.models.quantized import Quantized, WeightFormat, offset_grid, symmetric_grid
+from weft.models.quantized import Quantized, WeightFormat, multiples, offset_grid, symmetric_grid
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 """Number formats that panels have, and what the kernels call them (`Format` in native/src/kernels.h)."""
@@ -56,8 +56,9 @@ class Panels:
             return self.module.Weight(self.memory.data_ptr(), outs, width, FORMATS[self.format])
         group = self.format.group or width
         return self.module.Weight(
-            self.memory.data_ptr(), outs, width, BITS[self.format.bits], group, not self.format.symmetric
-        )
+            self.memory.data_ptr(), outs, width, BITS[self.format.bits], group, not self.format.symmetric,
+            self.format.nested and group < width,
+        )  # fmt: skip
 
     def rows(self, first: int) -> Panels:
         """Outputs from `first` on, a multiple of PANEL."""
@@ -74,6 +75,7 @@ class Panels:
         if isinstance(own, torch.dtype):
             return True
         alike = not own.symmetric or (own.bits, own.symmetric) == (given.bits, given.symmetric)
+        alike &= given.nested or not own.nested
         return own.bits >= given.bits and alike and own.groups(width) % given.groups(width) == 0
 
     def pack(self, source: Tensor | Quantized, first: int = 0) -> None:
@@ -122,6 +124,11 @@ class Panels:
         if not self.holds(given):
             raise InvariantError(f"weights of {given} do not fit into {own}")
         scales, offsets = _told(source)
+        if own.nested and multiples(source.scales) is None:
+            raise ConfigError(
+                "a weight's scales are not whole multiples of one for each row, though config.json says that they are "
+                "nested (weft_scales); remove that entry"
+            )
         if not own.symmetric and offsets is None:
             offsets = scales * -(given.levels // 2)
         _sound(scales, offsets)

@@ -1,0 +1,52 @@
+// Weights of 4 bits whose scales are whole multiples of one for each row: sums of whole numbers are exact until a row's scale comes, so
+// that it is free where the multiples come in.  Few rows multiply a group's sum; where several tiles read the same weights, these are
+// made bytes once, and the tiles are those of 8 bits.  Included by the files of the instruction sets.
+//
+// What can be gained by it (QServe, arXiv:2405.04532, keeps such scales too): a float scale for each group and row costs a conversion
+// and a product for eight products of bytes.
+#pragma once
+
+#include "linear.h"
+#include "narrow.h"
+#include "weights.h"
+
+namespace weft::WEFT_ISA {
+
+// Inputs whose sum with 4 bits has 16: 32 * 8 * 127 < 2^15.
+inline constexpr int64_t SHORT_GROUP = 32;
+
+typedef uint16_t v16 __attribute__((vector_size(4 * WEFT_LANES)));
+WEFT_INLINE vu times_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret_cast<v16>(x) * reinterpret_cast<v16>(y)); }
+
+// Lines [first, first + count) of a panel of I4 as twice as many of I8, and a line of the rows' scales behind them.  A value times its
+// multiple stands as (value - 8) * multiple + 128.  Where that is negative, 15 - value is multiplied, so that no byte borrows of another.
+inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64_t count, char* out) {
+    const int64_t step = w.group / I4::VALUES;
+    for (int v = 0; v < PARTS; v++) {
+        auto* to = reinterpret_cast<float*>(out) + v * LANES;
+        const char* from = panel + first * LINE_BYTES + v * LANES * 4;
+        for (int64_t done = 0; done < count; done += step) {
+            const vi times = multiples(w, panel, (first + done) / step, v);
+            const vu turned = reinterpret_cast<vu>(times >> 31), size = (reinterpret_cast<vu>(times) ^ turned) - turned;
+            const vu both = size | size << 16, start = 128u - 8u * size + (size & turned), each = start | start << 8, bias = each | each << 16;
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < step; i++, from += LINE_BYTES, to += 2 * PANEL) {
+                const vu word = load_bits(from) ^ turned;
+                for (int j = 0; j < I4::QUADS; j++)
+                    store(to + j * PANEL, reinterpret_cast<vf>(times_halves(I4::quad(word, j), both) + bias));
+            }
+        }
+        store(to, row_scales(w, panel, v));
+    }
+}
+
+// The lines of `part`, of each of its panels one after the other, `apart` bytes from each other.
+inline void widen(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart) {
+    for (int64_t p = 0; p < panels; p++) {
+        const int64_t half = panels / 2, second = half && p >= half;
+        widen_lines(w, part.panel + (second ? part.far + (p - half) * w.panel_bytes() : p * w.panel_bytes()), part.line, part.lines,
+                    out + p * apart);
+    }
+}
+
+}  // namespace weft::WEFT_ISA
