@@ -101,8 +101,8 @@ def run(name: str, command: Sequence[str]) -> Outcome:
 
 
 def environment() -> dict[str, str]:
-    """Where Python is told to keep no bytecode, it keeps some all the same: tests start some hundred commands, and each of them would
-    compile weft anew, as would each process that collects tests."""
+    """Where Python is told to keep no bytecode, it does so all the same: tests start some hundred commands, each of which would
+    compile weft anew."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
