@@ -10,7 +10,7 @@ from functools import cache
 def code(source: str, without: tuple[str, ...] = ()) -> bytes:
     """A file without comments, and without the docstrings of the file, its classes and functions.
 
-    without: names whose assignments at the file's head are left out too.  Kept in memory: every pair of techniques asks for two files.
+    without: names whose assignments at the file's head are left out too.  Kept, since many pairs of techniques ask for it.
     """
     tree = ast.parse(source)
     tree.body = [node for node in tree.body if not (isinstance(node, ast.Assign) and _names(node) & set(without))]
