@@ -109,7 +109,8 @@ def along(draft: str, accept: str, count: int = 24, new: int = 240) -> Sequence[
     return written(runtime, [prompts[i % 4] for i in range(count)], range(40, 40 + count), sampling, Places())
 
 
-SLOW = ("dyspec, race", "dyspec, rejection")
+SLOW = ("dyspec, race", "dyspec, rejection", "paths, rejection", "paths, spectr")
+"""The laws of these are also those of `test_trees.py`, which counts out joint ones of rejection and of SpecTr."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in SLOW else n for n in CASES])
