@@ -121,12 +121,13 @@ def test_guesses_stand_as_often_as_the_laws_predict(name: str) -> None:
     texts = along(draft, accept)
     stood, predicted, wrong = list[bool](), list[float](), 0
     for text, seed in texts:
-        for place, (p, q) in zip(text[2], pairs(target, small, text, 0.8), strict=True):
+        both = pairs(target, small, text, 0.8)
+        for place, (p, q) in zip(text[2], both, strict=True):
             if place.first:
                 stood.append(place.stood)
                 predicted.append(predict(p, q, rng))
         if accept == "race" or name == "paths, rejection":
-            wrong += slips(target, small, text, seed, 0.8, weighs=accept != "race")
+            wrong += slips(target, small, text, seed, 0.8, weighs=accept != "race", both=both)
     assert len(stood) > 2000
     assert wrong == 0
     assert np.mean(stood) == pytest.approx(np.mean(predicted), abs=0.02)
