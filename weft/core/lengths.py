@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,18 +52,22 @@ def promising(
     best, chosen, rows_s = least, list[tuple[float, int, int]](), dict[int, float]()
     for longest in range(1, max(most) + 1):
         some = [x for x in worth if x[1] <= longest]
-        tokens, rows, all_tokens = float(size), size, size - sum(less for less, _, _ in some)
+        tokens = list(accumulate((-less for less, _, _ in some), initial=float(size)))
+        rows = list(accumulate((2 * k + 1 if soft and soft[i] else 1 for _, k, i in some), initial=size))
         draft_s = guess_s * passes(longest, tree=bool(trees) and all(trees)) + guess_s * any(early)
-        for taken, (less, k, i) in enumerate(some, 1):
-            tokens -= less
-            rows += 2 * k + 1 if soft and soft[i] else 1
-            if rows not in rows_s:
-                rows_s[rows] = costs(rows, beside) or math.inf
-            step_s = max(rows_s[rows], draft_s) if beside else rows_s[rows] + draft_s
-            if (rate := tokens / step_s) > best:
+        taken = 1
+        while taken < len(tokens):
+            if rows[taken] not in rows_s:
+                rows_s[rows[taken]] = costs(rows[taken], beside) or math.inf
+            target_s = rows_s[rows[taken]]
+            step_s = max(target_s, draft_s) if beside else target_s + draft_s
+            if (rate := tokens[taken] / step_s) > best:
                 best, chosen = rate, some[:taken]
-            elif all_tokens <= best * step_s < math.inf:
-                break  # more rows never cost less, but for few that nobody has seen
+            elif step_s == math.inf and not beside:
+                break  # so many rows have no price, and no more have one
+            elif step_s < math.inf:  # more rows never cost less: what could win has more tokens than this
+                taken = max(taken, bisect_right(tokens, best * step_s) - 1)
+            taken += 1
     wants = [0] * len(hopes)
     for _, k, i in chosen:
         wants[i] = max(wants[i], k)
