@@ -1,4 +1,5 @@
-"""What a step takes, learnt from steps: seconds by rows, for each class of batch size and for all of them together.
+"""What a step takes, learnt from steps: seconds by rows, for each class of batch size and for all of them together; and what a
+draft takes for its guesses.
 
 Times are level * shape: what the machine does to all steps alike is the level's, what rows cost beside each other the shape's.
 A class of batch sizes has both of its own, since the keys and values that are read differ.  What a class has not seen yet is
@@ -37,6 +38,12 @@ PATIENCE, MOST = 64, 1024
 """Steps for which guessing that did not bring what it promised is left alone, the first time, and at most."""
 FEW = 4
 """So many first times count by their least."""
+
+PRIOR = 4.0
+HOPE = 0.6
+"""How often a guess of a draft that nobody has tried is thought to stand."""
+CATCHING_UP = 16
+"""Tokens that a second model is thought to catch up with in the time of one guess, until that was seen."""
 
 Points = tuple[Sequence[float], Sequence[float], int]
 """Rows, ascending, their shape, and the class of the fewest."""
@@ -206,3 +213,26 @@ class Prices:
         if there is None or edge is None or here is None:
             return self.own(rows, beside)
         return edge * there / here
+
+
+@dataclass(slots=True)
+class Pool:
+    """What is known of one draft.  guess_s: by class of batch size.  row_s: of a token that its model catches up with.  beside:
+    whether it guessed while the target computed when it last did."""
+
+    stood: float = HOPE * PRIOR
+    tried: float = PRIOR
+    guess_s: dict[int, Mean] = field(default_factory=dict)
+    row_s: Mean = field(default_factory=Mean)
+    on: int = -1
+    """Guesses that the newest decision gave to its sequences at most; -1 before the first."""
+    beside: bool = False
+
+    def guess(self, size: int) -> float:
+        """Seconds of a guess; of the nearest class where this one was never seen, 0 where none was."""
+        if not self.guess_s:
+            return 0.0
+        return self.guess_s[min(self.guess_s, key=lambda c: abs(math.log(c / size)))].value
+
+    def row(self, size: int) -> float:
+        return self.row_s.value if self.row_s.count else self.guess(size) / CATCHING_UP
