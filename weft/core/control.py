@@ -222,7 +222,10 @@ class Control:
         guess_s = max(pool.guess(size) for pool in pools)
         least = (STAYS if was else AGAIN) + ragged
         drafts = [r.stack["draft"] for r, _, _, _ in mine]
-        kinds = {id(d): (hasattr(d, "soft"), hasattr(d, "early"), Trait.TREE_MASK in d.traits.needs) for d in drafts}
+        kinds = {
+            key: (hasattr(d, "soft"), hasattr(d, "early"), Trait.TREE_MASK in d.traits.needs)
+            for key, d in {id(d): d for d in drafts}.items()
+        }
         soft, early, trees = zip(*(kinds[id(d)] for d in drafts), strict=True)
         beside = all(pool.beside for pool in pools)
         most = [most for _, _, _, most in mine]
