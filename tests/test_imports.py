@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -79,18 +80,15 @@ def parse(name: str, source: str, *, package: bool = False) -> Module:
     return Module(name, ast.parse(source), package)
 
 
-def modules() -> list[Module]:
-    found = []
+def modules() -> Iterator[Module]:
     for path in sorted((ROOT / "weft").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         package = parts[-1] == "__init__"
-        found.append(
-            parse(".".join(parts[:-1] if package else parts), path.read_text(encoding="utf8"), package=package)
-        )
-    return found
+        yield parse(".".join(parts[:-1] if package else parts), path.read_text(encoding="utf8"), package=package)
 
 
-def imports(module: Module) -> Iterator[Import]:
+@lru_cache(1)
+def imports(module: Module) -> tuple[Import, ...]:
     """Every import statement, relative ones resolved; `from a import b` gives a.b, which may be a module or a name."""
 
     def visit(node: ast.AST, at_load: bool, types_only: bool) -> Iterator[Import]:
@@ -111,7 +109,7 @@ def imports(module: Module) -> Iterator[Import]:
                 typed = types_only or (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"))
                 yield from visit(child, inner, typed)
 
-    yield from visit(module.tree, True, False)
+    return tuple(visit(module.tree, True, False))
 
 
 def outside(module: Module, names: frozenset[str], *, at_load_only: bool = False) -> list[str]:
@@ -244,11 +242,22 @@ RULES = (
 )
 
 
+@cache
+def everywhere() -> dict[str, list[str]]:
+    """Complaints of each rule over all of weft/, each file of which is parsed once."""
+    complaints: dict[str, list[str]] = {rule.__name__: [] for rule in RULES}
+    count = 0
+    for module in modules():
+        count += 1
+        for rule in RULES:
+            complaints[rule.__name__] += rule(module)
+    assert count > 5, "weft/ was not found"
+    return complaints
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_holds_everywhere(rule) -> None:
-    found = modules()
-    assert len(found) > 5, "weft/ was not found"
-    complaints = [c for module in found for c in rule(module)]
+    complaints = everywhere()[rule.__name__]
     assert not complaints, "\n".join(complaints)
 
 

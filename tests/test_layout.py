@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ def sources() -> Iterator[tuple[str, str]]:
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf8")
 
 
+@lru_cache(1)
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def long_file(name: str, source: str) -> list[str]:
     limit = TEST_FILE_LINES if name.startswith("tests/") else FILE_LINES
     lines = source.count("\n")
@@ -31,7 +37,7 @@ def long_file(name: str, source: str) -> list[str]:
 
 def long_function(name: str, source: str) -> list[str]:
     complaints = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if lines > FUNCTION_LINES:
@@ -41,13 +47,13 @@ def long_function(name: str, source: str) -> list[str]:
 
 def silent_module(name: str, source: str) -> list[str]:
     empty = name.endswith("__init__.py") and not source.strip()
-    return [] if empty or ast.get_docstring(ast.parse(source)) else [f"{name}: the module has no docstring"]
+    return [] if empty or ast.get_docstring(parsed(source)) else [f"{name}: the module has no docstring"]
 
 
 def empty_name(name: str, source: str) -> list[str]:
     stem = Path(name).stem
     complaints = [f"{name}: a file named {stem}"] if stem in ("utils", "util", "helpers", "misc", "common") else []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.ClassDef) and EMPTY_NAMES.search(node.name):
             complaints.append(f"{name}:{node.lineno}: class {node.name} says nothing")
     return complaints
@@ -63,7 +69,7 @@ def idle_test(name: str, source: str) -> list[str]:
         return []
     return [
         f"{name}:{node.lineno}: {node.name} asserts nothing"
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and node.name.startswith("test")
         and not any(isinstance(x, ast.Assert | ast.Raise | ast.With | ast.Call) for b in node.body for x in ast.walk(b))
@@ -73,11 +79,22 @@ def idle_test(name: str, source: str) -> list[str]:
 RULES = (long_file, long_function, silent_module, empty_name, unfinished, idle_test)
 
 
+@cache
+def everywhere() -> dict[str, list[str]]:
+    """Complaints of each rule over all sources, each of which is parsed once."""
+    complaints: dict[str, list[str]] = {rule.__name__: [] for rule in RULES}
+    count = 0
+    for name, source in sources():
+        count += 1
+        for rule in RULES:
+            complaints[rule.__name__] += rule(name, source)
+    assert count > 10, "the sources were not found"
+    return complaints
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_rule_holds_everywhere(rule) -> None:
-    found = list(sources())
-    assert len(found) > 10, "the sources were not found"
-    complaints = [c for name, source in found for c in rule(name, source)]
+    complaints = everywhere()[rule.__name__]
     assert not complaints, "\n".join(complaints)
 
 

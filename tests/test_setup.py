@@ -339,6 +339,12 @@ def test_nothing_may_skip_for_want_of_shared_data_that_is_there(tmp_path: Path) 
     assert outcome.skips == {"needs a GPU": 1}
 
 
+def test_tests_run_with_bytecode_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert small_run(tmp_path, "tests").ok
+    assert list((tmp_path / "repo" / "tests" / "__pycache__").glob("test_small*.pyc"))
+
+
 def test_record_of_the_long_tests(tmp_path: Path) -> None:
     outcome = small_run(tmp_path, "long")
     found = checks.record([outcome])

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -92,11 +93,17 @@ def run(name: str, command: Sequence[str]) -> Outcome:
         return Outcome(name, code == 0, time.monotonic() - started)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        code = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT).returncode
+        code = subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, env=environment()).returncode
         outcome = Outcome(name, code in (0, NO_TESTS), time.monotonic() - started)
         if report.exists():
             read_report(report.read_text(encoding="utf8"), outcome)
     return outcome
+
+
+def environment() -> dict[str, str]:
+    """Where Python is told to keep no bytecode, it does so all the same: tests start some hundred commands, each of which would
+    compile weft anew."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def read_report(xml: str, outcome: Outcome) -> None:

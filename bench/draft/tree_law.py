@@ -163,15 +163,24 @@ def k_seq(p: Law, tokens: Sequence[int], q: Law) -> float:
 # ---------------------------------------------------------------------------------------------- one by one
 
 
-def slips(target: Any, draft: Any, text: Any, seed: int, temperature: float, *, weighs: bool) -> int:
+def slips(
+    target: Any,
+    draft: Any,
+    text: Any,
+    seed: int,
+    temperature: float,
+    *,
+    weighs: bool,
+    both: list[tuple[Law, Law]] | None = None,
+) -> int:
     """Places that are not what their noise makes of the two laws.  Ties within `bench.draft.law.TIE` count for either.
 
     Under the race: guesses that are not the first of the draft's race in their order, a token that does not win the target's.
     weighs: rejection of guesses that were drawn alike (`draft=paths`): first places, a draw that is not the i-th path's own, one
-    that stood and should have fallen, or fell and should have stood.
+    that stood and should have fallen, or fell and should have stood.  both: what `pairs` gives, where it is known.
     """
     found = 0
-    for place, (p, q) in zip(text[2], pairs(target, draft, text, temperature), strict=True):
+    for place, (p, q) in zip(text[2], both or pairs(target, draft, text, temperature), strict=True):
         if weighs and not place.first:
             continue
         own = [noise.side_seed(seed, DRAFT + 1 + i) for i in range(len(place.guesses))]

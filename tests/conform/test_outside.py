@@ -57,11 +57,11 @@ def test_a_new_file_is_live_simulated_listed_and_tested(tmp_path: Path, clean_re
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("slot", starters())
-def test_every_beginning_passes_its_own_tests(slot: str, tmp_path: Path, clean_registry: None) -> None:
+def test_every_beginning_passes_its_own_tests(lab: Lab, slot: str, tmp_path: Path, clean_registry: None) -> None:
     path = tmp_path / "fresh_one.py"
     path.write_text(begin(slot, "fresh_one"))
     load_plugin(path)
-    wrong = [f"{r.test}: {r.text}" for r in conform(Lab(), slot, "fresh_one") if not r.ok]
+    wrong = [f"{r.test}: {r.text}" for r in conform(lab, slot, "fresh_one") if not r.ok]
     assert wrong == []
 
 

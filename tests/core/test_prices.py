@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from weft.core.lengths import LEAST, promising
 from weft.core.prices import Costs, Prices
 
 MS = 1e-3
@@ -92,3 +95,30 @@ def test_guessing_that_did_not_keep_its_promise_is_left_alone_each_time_for_long
         costs.seconds.add(30 * MS)  # 1.17
     assert costs.kept(4, 1.06)
     assert costs.patience == 64
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_of_all_guesses_in_the_order_of_their_worth_as_many_are_taken_as_promise_most(seed: int) -> None:
+    """Every longest length and every number of guesses, one after the other; most of them are left out where it is decided."""
+    rnd = random.Random(seed)
+    size, guess_s = rnd.choice((1, 3, 8, 16)), rnd.choice((0.0, 0.5 * MS))
+    costs = Costs()
+    for rows in range(size, 3 * size + 2, rnd.choice((1, 3))):
+        costs.add(rows, (10 + rnd.choice((0.05, 0.4)) * rows) * MS)
+    hopes = [rnd.choice((0.0, 0.3, rnd.random())) for _ in range(size)]
+    most = [rnd.choice((1, 4, 8)) for _ in range(size)]
+    prices = Prices(costs, costs)
+    found, least = [0] * size, 1.05 * size / (prices(size) or 1.0)
+    best = least
+    for longest in range(1, 9):
+        worth = sorted(
+            (-(a**k), k, i) for i, a in enumerate(hopes) for k in range(1, min(longest, most[i]) + 1) if a**k > LEAST
+        )
+        for n in range(1, len(worth) + 1):
+            step_s = prices(size + n)
+            rate = 0.0 if step_s is None else (size - sum(x for x, _, _ in worth[:n])) / (step_s + longest * guess_s)
+            if rate > best * (1 + 1e-12):
+                best, found = rate, [sum(j == i for _, _, j in worth[:n]) for i in range(size)]
+    chosen, rate = promising(hopes, most, size, prices, guess_s, least)
+    assert rate == pytest.approx(best, rel=1e-9)
+    assert chosen == found

@@ -263,7 +263,10 @@ def test_the_memory_plan_has_the_heads() -> None:
     assert both.weights_bytes == alone.weights_bytes
 
 
-@pytest.fixture(scope="module", params=[("ref", "float32"), ("cpu", "float32"), ("cpu", "bfloat16")], ids=" ".join)
+MACHINES = [("ref", "float32"), ("cpu", "float32"), ("cpu", "bfloat16")]
+
+
+@pytest.fixture(scope="module", params=MACHINES, ids=" ".join)
 def machine(request: pytest.FixtureRequest) -> Runtime:
     ops, dtype = request.param
     return build(prepare(config(ops=ops, dtype=dtype)))
@@ -283,6 +286,9 @@ def specs(ids: list[int]) -> list[RequestSpec]:
     ]
 
 
+@pytest.mark.parametrize(
+    "machine", [pytest.param(MACHINES[0], marks=pytest.mark.long), *MACHINES[1:]], ids=" ".join, indirect=True
+)
 @pytest.mark.parametrize(
     ("part", "limits"),
     [
@@ -359,7 +365,7 @@ OPENINGS = (
     ("accept", "temperature"),
     [
         pytest.param("race", 0.8, id="race"),
-        pytest.param("rejection", 1.0, id="rejection"),
+        pytest.param("rejection", 1.0, id="rejection", marks=pytest.mark.long),
         pytest.param("race", 0.0, id="greedy"),
     ],
 )

@@ -235,6 +235,7 @@ def worse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("machine", [pytest.param("ref", marks=pytest.mark.long), "cpu"], indirect=True)
 def test_more_guesses_stand_and_tokens_stay(machine: Runtime, worse: Path) -> None:
     """The same requests again, with heads that were spoilt: a fifth more guesses stand in the end; a second run is the same."""
     ids = Tokenizer.load(resolve(None)).encode(STORY, add_special=False)

@@ -86,7 +86,7 @@ def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: fl
     ("part", "accept"),
     [
         ("ngram(shortest=1, guesses=3)", "race"),
-        ("trie(shortest=1, share=0.0)", "race"),
+        pytest.param("trie(shortest=1, share=0.0)", "race", marks=pytest.mark.long),
         pytest.param("hierarchy(shortest=1)", "race", marks=pytest.mark.long),
         pytest.param("ngram(shortest=1, guesses=3)", "rejection", marks=pytest.mark.long),
         ("jacobi(window=3)", "rejection"),

@@ -109,7 +109,8 @@ def along(draft: str, accept: str, count: int = 24, new: int = 240) -> Sequence[
     return written(runtime, [prompts[i % 4] for i in range(count)], range(40, 40 + count), sampling, Places())
 
 
-SLOW = ("dyspec, race", "dyspec, rejection")
+SLOW = ("dyspec, race", "dyspec, rejection", "paths, rejection", "paths, spectr")
+"""The laws of these are also those of `test_trees.py`, which counts out joint ones of rejection and of SpecTr."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in SLOW else n for n in CASES])
@@ -120,12 +121,13 @@ def test_guesses_stand_as_often_as_the_laws_predict(name: str) -> None:
     texts = along(draft, accept)
     stood, predicted, wrong = list[bool](), list[float](), 0
     for text, seed in texts:
-        for place, (p, q) in zip(text[2], pairs(target, small, text, 0.8), strict=True):
+        both = pairs(target, small, text, 0.8)
+        for place, (p, q) in zip(text[2], both, strict=True):
             if place.first:
                 stood.append(place.stood)
                 predicted.append(predict(p, q, rng))
         if accept == "race" or name == "paths, rejection":
-            wrong += slips(target, small, text, seed, 0.8, weighs=accept != "race")
+            wrong += slips(target, small, text, seed, 0.8, weighs=accept != "race", both=both)
     assert len(stood) > 2000
     assert wrong == 0
     assert np.mean(stood) == pytest.approx(np.mean(predicted), abs=0.02)

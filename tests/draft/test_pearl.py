@@ -360,7 +360,9 @@ class Firsts:
         return result
 
 
-@pytest.mark.parametrize(("accept", "temperature"), [("race", 0.8), ("rejection", 1.0), ("race", 0.0)])
+@pytest.mark.parametrize(
+    ("accept", "temperature"), [("race", 0.8), pytest.param("rejection", 1.0, marks=pytest.mark.long), ("race", 0.0)]
+)
 def test_each_trial_is_what_its_noise_makes_of_the_two_laws(accept: str, temperature: float) -> None:
     """Guesses that were kept, and then each token that was written in the place of the target's: what was guessed there and
     whether it stands follow from both laws, which `transformers` reads, and the noise of the place."""

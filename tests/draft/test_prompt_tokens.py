@@ -200,6 +200,7 @@ def ids() -> list[int]:
     return Tokenizer.load(resolve(None)).encode(STORY, add_special=False)
 
 
+@pytest.mark.parametrize("machine", ["cpu", pytest.param("ref", marks=pytest.mark.long)], indirect=True)
 @pytest.mark.parametrize(
     "limits",
     [{}, {"blocks": 14, "max_rows": 24, "max_num_seqs": 6}, {"max_guesses": 2, "max_samples": 9, "max_num_seqs": 7}],
@@ -317,7 +318,9 @@ OPENINGS = (
 )
 
 
-@pytest.mark.parametrize(("accept", "temperature"), [("race", 0.8), ("rejection", 1.0), ("race", 0.0)])
+@pytest.mark.parametrize(
+    ("accept", "temperature"), [("race", 0.8), pytest.param("rejection", 1.0, marks=pytest.mark.long), ("race", 0.0)]
+)
 def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: float) -> None:
     """Some 3,000 trials, of which chance alone moves the rate by 0.008; `transformers` reads the same texts."""
     tokenizer = Tokenizer.load(resolve(None))

@@ -21,6 +21,8 @@ from weft.models.spec import kv_groups
 from weft.models.weights import dense
 from weft.types import GroupKind
 
+pytestmark = pytest.mark.usefixtures("ops")
+
 
 @pytest.fixture(params=["llama", "gemma2", "qwen3_moe"])
 def bench(request: pytest.FixtureRequest, checkpoint: Callable[[str], Checkpoint]) -> Bench:

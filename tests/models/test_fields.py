@@ -22,6 +22,7 @@ from weft.errors import ConfigError
 from weft.models import load_spec
 from weft.models.spec import DecoderSpec, ExpertSpec, LayerSpec, RopeSpec
 
+pytestmark = pytest.mark.usefixtures("ops")
 Change = Callable[[Any], dict[str, Any]]
 
 MUTATIONS: dict[tuple[type, str], tuple[str, Change]] = {

@@ -17,6 +17,8 @@ from weft.models.families import read
 from weft.models.spec import DecoderSpec
 from weft.types import GroupKind
 
+pytestmark = pytest.mark.usefixtures("ops")
+
 
 def tokens_of(vocab: int, length: int, seed: int) -> list[int]:
     return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -43,11 +43,6 @@ FORMATS = {
 UP = "model.layers.0.mlp.up_proj"
 
 
-@pytest.fixture(autouse=True)
-def ops() -> None:
-    """No decoder runs here: one time is enough."""
-
-
 def config_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf8"))
     return found

@@ -13,6 +13,7 @@ from tests.models.checkpoints import VARIANTS, Checkpoint
 from tests.models.harness import Bench, Rows, bench_for
 from weft.models import load_spec
 
+pytestmark = pytest.mark.usefixtures("ops")
 LENGTH = 100
 """Tokens of a prompt: past twice the window (24) and three times the rope scalings' original length (32)."""
 TOLERANCE = 1e-4

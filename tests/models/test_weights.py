@@ -109,6 +109,7 @@ def test_values_off_their_alignment(tmp_path: Path, spec: DecoderSpec, tensors: 
     assert torch.equal(found["head"], tensors["lm_head.weight"])
 
 
+@pytest.mark.usefixtures("ops")
 def test_leftovers_that_mean_nothing_are_allowed(tmp_path: Path, checkpoint: Callable[[str], Checkpoint]) -> None:
     """Old checkpoints store rope frequencies; some with tied embeddings store the projection a second time."""
     reference = checkpoint("llama_bias_tied")
@@ -252,6 +253,7 @@ def test_pickle_files_are_never_opened(tmp_path: Path, spec: DecoderSpec) -> Non
 # ---------------------------------------------------------------------------------------------- random weights
 
 
+@pytest.mark.usefixtures("ops")
 def test_random_weights_are_reproducible_and_ordinary(checkpoint: Callable[[str], Checkpoint]) -> None:
     for name in ("llama_bias_tied", "gemma2", "qwen3_moe"):
         spec = load_spec(checkpoint(name).folder)

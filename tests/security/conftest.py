@@ -206,17 +206,29 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         assert not [key for key in (KEY, OTHER, ADMIN) if key in log], "a key was logged"
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[tuple[Attacked, Path]]:
-    """A server of the bundled model and of one in a GGUF file, and that file.  The first streams beside an attack."""
-    path = model().write(tmp_path / "other.gguf")
-    flags = ("--port", "0", "--threads", "1", "--memory", "1000M", "--data-dir", str(tmp_path / "data"))
-    with Serving(tmp_path, "bundled", str(path), *flags) as process:
-        made = warmed(Attacked(process, process.url(), tmp_path / "data", "weft-tiny"), prompts=1)
-        yield made, path
+SPOILT = 3
+"""Tests that take `pair`."""
+
+
+@pytest.fixture(scope="session")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Attacked, list[Path]]]:
+    """A server of the bundled model, which streams beside an attack, and of one in each of some GGUF files; and those."""
+    folder = tmp_path_factory.mktemp("several")
+    paths = [model().write(folder / f"other{number}.gguf") for number in range(SPOILT)]
+    flags = ("--port", "0", "--threads", "1", "--memory", "2000M", "--data-dir", str(folder / "data"))
+    with Serving(folder, "bundled", *map(str, paths), *flags) as process:
+        made = warmed(Attacked(process, process.url(), folder / "data", "weft-tiny"), prompts=1)
+        yield made, paths
         made.http.close()
         assert process.end(signal.SIGTERM) == 0
         assert "Traceback" not in process.err.read_text()
+
+
+@pytest.fixture
+def pair(several: tuple[Attacked, list[Path]]) -> tuple[Attacked, Path]:
+    """A server of the bundled model and of one in a GGUF file, and that file, which no other test has or gets."""
+    server, paths = several
+    return server, paths.pop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -65,4 +65,4 @@ def test_a_running_server_lives_on_without_the_model(pair: tuple[Attacked, Path]
     server, path = pair
     (tmp_path / "new").write_bytes(tensor((1 << 32, 1 << 32)))
     os.replace(tmp_path / "new", path)
-    fails_alone(server, "other", "ends at byte")
+    fails_alone(server, path.stem, "ends at byte")

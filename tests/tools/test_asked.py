@@ -21,6 +21,13 @@ SHAPE = Shape(layers=1, width=32, heads=2, kv_heads=1, head_dim=16, intermediate
 SMALL = Course(asked=12, minutes=5.0, steps=3, seed=4)
 
 
+@pytest.fixture(scope="module")
+def requests(shared: Callable[[str], Path], bundled: Path) -> Requests:
+    """All texts are tokenized for them, which takes longest here."""
+    data = shared("data")
+    return Requests(data, Mixture(Corpus(data), AutoTokenizer.from_pretrained(bundled)))
+
+
 def test_answers_alone_are_learnt_from_the_states_that_they_were_drawn_from() -> None:
     """Rows of 5 and 3 tokens, answers of 2 and 1: learnt is what the tokens before each answer's say, and nothing behind."""
     states = torch.arange(3.0)[:, None].bfloat16()
@@ -47,11 +54,8 @@ def test_every_answer_comes_once_before_any_comes_again() -> None:
 
 
 def test_a_run_repeats_and_its_states_are_the_teachers(
-    shared: Callable[[str], Path], bundled: Path, teacher: LlamaForCausalLM, tmp_path: Path
+    requests: Requests, bundled: Path, teacher: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    data = shared("data")
-    mixture = Mixture(Corpus(data), AutoTokenizer.from_pretrained(bundled))
-    requests = Requests(data, mixture)
     rows = material(tmp_path, teacher, bundled, requests, SMALL, lambda _: None)
     again = material(tmp_path, teacher, bundled, requests, SMALL, lambda text: pytest.fail(text))
     assert [row.ids for row in again] == [row.ids for row in rows]
@@ -74,10 +78,12 @@ def test_a_run_repeats_and_its_states_are_the_teachers(
         assert torch.equal(one, other)
 
 
-def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(shared: Callable[[str], Path], bundled: Path) -> None:
+def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(
+    requests: Requests, shared: Callable[[str], Path], bundled: Path
+) -> None:
     data = shared("data")
     corpus, tokenizer = Corpus(data), AutoTokenizer.from_pretrained(bundled)
-    asks = Requests(data, Mixture(corpus, tokenizer)).draw(1500, 0)
+    asks = requests.draw(1500, 0)
     assert max(map(len, asks)) <= LONGEST
     assert sum(tokenizer.decode(ask).startswith("<|user|>") for ask in asks) > 900
     asked = " ".join(" ".join(tokenizer.decode(ask).split()) for ask in asks)

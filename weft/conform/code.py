@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from functools import cache
 
 
-def code(source: str, without: Collection[str] = ()) -> bytes:
+@cache
+def code(source: str, without: tuple[str, ...] = ()) -> bytes:
     """A file without comments, and without the docstrings of the file, its classes and functions.
 
-    without: names whose assignments at the file's head are left out too.
+    without: names whose assignments at the file's head are left out too.  Kept, since many pairs of techniques ask for it.
     """
     tree = ast.parse(source)
     tree.body = [node for node in tree.body if not (isinstance(node, ast.Assign) and _names(node) & set(without))]

@@ -24,7 +24,10 @@ promised, more than `ALONE` sequences do without for a while, each time for long
 
 A sequence that gets no guesses is not followed by the second model.  It is probed now and then: of the time that goes by, `SHARE`
 may be lost to probes, what they gained counted back; and as much again, of the rest of its answer, to catching up where each
-token of that is dear, at distances that double.
+token of that is dear, at distances that double.  A draft that has nothing to say costs what asking it takes (`ASKED`).
+
+What was chosen stands while the same sequences decode, nothing was guessed that had been tried, and no probe can be paid for:
+such steps are not looked at one sequence after the other (`_stands`).
 
 Of a tree a is what its guesses brought, over the power of their number with which that grows (`lengths.gain`).
 """
@@ -33,17 +36,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from weft.core.lengths import TREE, passes, promising
-from weft.core.prices import WORST, Costs, Mean, Prices, size_class
+from weft.core.prices import PRIOR, WORST, Costs, Mean, Pool, Prices, size_class
 from weft.core.request import Pace, Request
 from weft.traits import Trait
 from weft.types import Plan, StepResult, Work, WorkResult
 
-EVERY = 4
-"""Steps between two decisions about a batch of one size."""
+EVERY, WAIT = 4, 16
+"""Steps between two decisions about a batch of one size; the same where nobody has guesses and nothing was tried since the last,
+and steps at most until it is asked again whether a probe can be paid for."""
 AGAIN, STAYS = 1.1, 1.05
 """What guessing must promise, of plain decoding's speed, to be turned on again, and to stay on.  The lengths that promise most
 are those whose times came out too short."""
@@ -58,42 +62,15 @@ LOOKS, SOON, LATE = 0.005, 16, 256
 SHARE = 0.01
 PROBE = 2
 """Guesses of a probe."""
-WAIT = 16
-"""Steps at most until it is asked again whether a probe can be paid for."""
+ASKED = 8
+"""Where a draft that is probed has nothing to say, so many times what asking took are counted: choosing whom to ask and planning
+take longer than what is timed, and a third of `SHARE` is enough for silence."""
 FAR = 32
 """Tokens at the least that a sequence is behind when dear catching up is paid from the rest of its answer."""
-PRIOR = 4.0
 OWN, ALL = 0.96, 0.99
 """What a trial leaves of those before it: of the sequence's own, and of all sequences of a draft."""
-HOPE = 0.6
-"""How often a guess of a draft that nobody has tried is thought to stand."""
-CATCHING_UP = 16
-"""Tokens that a second model is thought to catch up with in the time of one guess, until that was seen."""
 SAVES = 0.25
 """Catching up may cost so much of the time that guesses could save over the rest of the answer."""
-
-
-@dataclass(slots=True)
-class Pool:
-    """What is known of one draft.  guess_s: by class of batch size.  row_s: of a token that its model catches up with.  beside:
-    whether it guessed while the target computed when it last did."""
-
-    stood: float = HOPE * PRIOR
-    tried: float = PRIOR
-    guess_s: dict[int, Mean] = field(default_factory=dict)
-    row_s: Mean = field(default_factory=Mean)
-    on: int = -1
-    """Guesses that the newest decision gave to its sequences at most; -1 before the first."""
-    beside: bool = False
-
-    def guess(self, size: int) -> float:
-        """Seconds of a guess; of the nearest class where this one was never seen, 0 where none was."""
-        if not self.guess_s:
-            return 0.0
-        return self.guess_s[min(self.guess_s, key=lambda c: abs(math.log(c / size)))].value
-
-    def row(self, size: int) -> float:
-        return self.row_s.value if self.row_s.count else self.guess(size) / CATCHING_UP
 
 
 @dataclass(slots=True)
@@ -134,8 +111,14 @@ class Control:
         self._poor = self._fresh = 0
         """Steps in which no probe can be paid for; sequences that were met since the last decision."""
         self.chosen = Chosen()
-        self._token_s = 0.0
-        """Of plain decoding, for each token, when that was last looked at."""
+        self._token_s = self._plain_s = 0.0
+        """Of plain decoding, for each token and each step, when that was last looked at."""
+        self._ran: list[Request] = []
+        """Who ran at the last choice, where all of them decode and it may stand; else nobody."""
+        self._wanted, self._all, self._quiet = 0, False, False
+        """Guesses that it allowed; whether to everyone; whether the newest step has none, as the one before it."""
+        self._tried = True
+        """Whether the last decision gave guesses, or some were tried since."""
 
     # ------------------------------------------------------------------ decisions
 
@@ -145,9 +128,13 @@ class Control:
         Not asked where no live request has a draft, nor told of steps then: both cost time for each sequence.
         """
         self._step += 1
+        ran = list(running)
+        self._quiet = False
+        if self._stands(ran):
+            return
         mine: list[tuple[Request, Pace, Pool, int]] = []
         size = 0
-        for r in running:
+        for r in ran:
             size += r.decoding
             if not r.guessed or r.link is not None:
                 continue
@@ -159,15 +146,38 @@ class Control:
                 mine.append((r, pace, self._pool(draft), min(int(draft.guesses), self.most)))
         if mine and self._timed:
             self._age += 1
-            if size_class(size) != self._size or self._age >= EVERY:
+            if size_class(size) != self._size or self._age >= self._often:
                 self._size, self._age, self._poor, self._fresh = size_class(size), 0, 0, 0
                 self._decide(mine, size)
+                self._tried = any(pace.want for _, pace, _, _ in mine)
             self._probe(mine, size)
         elif self._silent:
             for _, pace, _, most in mine:
                 pace.want = most
+        wants = [pace.want for _, pace, _, _ in mine]
+        self._wanted, self._all = sum(wants), all(wants)
         self.chosen.sequences += len(mine)
-        self.chosen.guesses += sum(pace.want for _, pace, _, _ in mine)
+        self.chosen.guesses += self._wanted
+        steady = len(mine) == size == len(ran) and self._timed and not self._looking
+        self._ran = ran if steady and not any(pace.probing for _, pace, _, _ in mine) else []
+
+    @property
+    def _often(self) -> int:
+        """Steps between two decisions now."""
+        return EVERY if self._tried or self._fresh else WAIT
+
+    def _stands(self, ran: list[Request]) -> bool:
+        """Whether to choose anew would change nothing: then only what is counted goes on."""
+        if not self._ran or self._age + 1 >= self._often or not (self._poor or self._all) or self._ran != ran:
+            return False
+        self._age += 1
+        if not self._all:
+            self._poor -= 1
+            self.credit += SHARE * self._plain_s
+        self._quiet = not self._wanted
+        self.chosen.sequences += len(ran)
+        self.chosen.guesses += self._wanted
+        return True
 
     def meet(self, r: Request) -> Pace:
         """The pace of a sequence; of a new one, that which the last decision gave to others of its draft, as long as the batch is
@@ -185,7 +195,10 @@ class Control:
         return r.pace
 
     def _prices(self, size: int) -> Prices:
-        return Prices(self._costs.setdefault(size_class(size), Costs()), self._every)
+        kind = size_class(size)
+        if kind not in self._costs:
+            self._costs[kind] = Costs()
+        return Prices(self._costs[kind], self._every)
 
     def _decide(self, mine: Sequence[tuple[Request, Pace, Pool, int]], size: int) -> None:
         prices, was = self._prices(size), self._looking or any(pace.want for _, pace, _, _ in mine)
@@ -195,24 +208,30 @@ class Control:
         if plain is None or self._looking:  # what plain decoding takes has to be known first
             for _, pace, _, _ in mine:
                 pace.want = 0
-            prices.own.looked, self._age = prices.own.steps, EVERY
+            prices.own.looked, self._age = prices.own.steps, WAIT
             return
         ragged = RAGGED * math.log2(size)
         kept, hopes = size <= ALONE or prices.own.kept(size, 1 + ragged), list[float]()
         for r, pace, pool, _ in mine:
             a = self.hope(pace, pool) if kept else 0.0
-            saves_s = a * plain / size * max(0, r.limit - len(r.context))
-            hopes.append(0.0 if self._behind(r) * pool.row(size) > SAVES * saves_s else a)
-        guess_s = max(pool.guess(size) for _, _, pool, _ in mine)
+            if behind := self._behind(r):
+                saves_s = a * plain / size * max(0, r.limit - len(r.context))
+                a = 0.0 if behind * pool.row(size) > SAVES * saves_s else a
+            hopes.append(a)
+        pools = {id(pool): pool for _, _, pool, _ in mine}.values()
+        guess_s = max(pool.guess(size) for pool in pools)
         least = (STAYS if was else AGAIN) + ragged
-        soft = [hasattr(r.stack["draft"], "soft") for r, _, _, _ in mine]
-        early = [hasattr(r.stack["draft"], "early") for r, _, _, _ in mine]
-        trees = [Trait.TREE_MASK in r.stack["draft"].traits.needs for r, _, _, _ in mine]
-        beside = all(pool.beside for _, _, pool, _ in mine)
+        drafts = [r.stack["draft"] for r, _, _, _ in mine]
+        kinds = {
+            key: (hasattr(d, "soft"), hasattr(d, "early"), Trait.TREE_MASK in d.traits.needs)
+            for key, d in {id(d): d for d in drafts}.items()
+        }
+        soft, early, trees = zip(*(kinds[id(d)] for d in drafts), strict=True)
+        beside = all(pool.beside for pool in pools)
         most = [most for _, _, _, most in mine]
         wants, rate = promising(hopes, most, size, prices, guess_s, least * size / plain, soft, early, beside, trees)
         self._gain = rate * plain / size
-        for pool in {id(pool): pool for _, _, pool, _ in mine}.values():
+        for pool in pools:
             pool.on = 0
         for want, (_, pace, pool, _) in zip(wants, mine, strict=True):
             self.chosen.off += pace.want > want == 0
@@ -225,6 +244,7 @@ class Control:
             return
         prices = self._prices(size)
         plain = prices(size)
+        self._plain_s = plain or 0.0
         off = [] if plain is None or self._poor else [x for x in mine if not x[1].want]
         if plain is not None and (off or (self._poor and not all(x[1].want for x in mine))):
             self.credit += SHARE * plain
@@ -276,12 +296,18 @@ class Control:
         return min(0.995, (pace.stood + PRIOR * pool.stood / pool.tried) / (pace.tried + PRIOR))
 
     def _pool(self, draft: Any) -> Pool:
-        return self._pools.setdefault(type(draft).__name__, Pool())
+        name = type(draft).__name__
+        if name not in self._pools:
+            self._pools[name] = Pool()
+        return self._pools[name]
 
     # ------------------------------------------------------------------ facts
 
     def observe(self, plan: Plan, requests: Sequence[Request], result: StepResult) -> None:
         """Learn from a step.  requests: of each work of the plan."""
+        if self._quiet and plan.rows == plan.samples == len(plan.works) == len(self._ran):
+            self._plainly(result, plan.rows)
+            return
         rows = size = following = proposed = wanted = tokens = 0
         lent = 0.0
         pools: dict[int, Pool] = {}
@@ -304,8 +330,9 @@ class Control:
                 proposed, pool.beside = max(proposed, room[work.request] - work.guesses + 1), beside
             else:
                 proposed = max(proposed, len(fact.draft))
-            if r.pace.probing and not (fact.draft or early):
-                self.credit, self._poor, r.pace.lent = self.credit + r.pace.lent, 0, 0.0  # it had nothing to say
+            if r.pace.probing and not (fact.draft or early):  # it had nothing to say
+                asked_s = min(ASKED * result.draft_s, WAIT * SHARE * self._plain_s)
+                self.credit, self._poor, r.pace.lent = self.credit + r.pace.lent - asked_s, 0, 0.0
             if work.guesses or early:
                 self._trial(r.pace, pool, work, fact, early)
                 if work.guesses and not (r.pace.want and not r.pace.probing):
@@ -315,6 +342,8 @@ class Control:
         if self._silent or not size:
             return
         self._timed = True
+        if not decodes:
+            self._ran = []
         if decodes:
             own = self._prices(size).own
             for costs in (own, self._every):
@@ -332,6 +361,17 @@ class Control:
             tree = any(fact.parents for fact in result.works)
             self._drafted(pool, size_class(size), passes(proposed, tree=tree), following - 2 * size, draft_s)
 
+    def _plainly(self, result: StepResult, rows: int) -> None:
+        """Learn from a step in which each of so many sequences had one row and no guesses."""
+        target_s = result.forward_s + result.sample_s - result.draft_s
+        self._silent = target_s <= 0
+        if self._silent:
+            return
+        own = self._prices(rows).own
+        for costs in (own, self._every):
+            costs.add(rows, target_s, result.beside_s > 0)
+        own.plain_s.add(target_s)
+
     def _bill(self, seconds: float, size: int, lent: float) -> None:
         """A probe has made its guesses, or they were verified: it costs what the step took beyond plain decoding, and what it was
         thought to cost is given back, once that is known."""
@@ -341,6 +381,7 @@ class Control:
 
     def _trial(self, pace: Pace, pool: Pool, work: Work, fact: WorkResult, early: bool) -> None:
         """early: and the token that a draft wrote in the place of the target's own, which fell where no guesses follow it."""
+        self._tried = True
         stood = gained = len(fact.tokens) - 1
         tried = float(work.guesses**TREE if work.parents else min(stood + 1, work.guesses))
         if early and stood == work.guesses:

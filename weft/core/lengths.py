@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,23 +39,35 @@ def promising(
     whose rows have soft tokens behind them.  early: whose draft writes behind guesses that are not verified yet; beside: while
     they are.  trees: whose guesses stand beside each other, too; their hope is what `gain` makes of it.
     """
-    worth = sorted(
-        (-more, k, i) for i, a in enumerate(hopes) for k in range(1, most[i] + 1)
-        if (more := _more(a, k, bool(early and early[i]), bool(trees and trees[i]))) > LEAST
-    )  # fmt: skip
+    adds: dict[tuple[float, int, bool, bool], list[tuple[float, int]]] = {}
+    """What each guess brings and which it is, by all that this is reckoned from: many sequences are hoped the same of."""
+    worth: list[tuple[float, int, int]] = []
+    for i, a in enumerate(hopes):
+        kind = a, most[i], bool(early and early[i]), bool(trees and trees[i])
+        if kind not in adds:
+            found = ((-_more(a, k, *kind[2:]), k) for k in range(1, most[i] + 1)) if a else ()
+            adds[kind] = [(less, k) for less, k in found if less < -LEAST]
+        worth += [(less, k, i) for less, k in adds[kind]]
+    worth.sort()
     best, chosen, rows_s = least, list[tuple[float, int, int]](), dict[int, float]()
     for longest in range(1, max(most) + 1):
         some = [x for x in worth if x[1] <= longest]
-        tokens, rows = float(size), size
+        tokens = list(accumulate((-less for less, _, _ in some), initial=float(size)))
+        rows = list(accumulate((2 * k + 1 if soft and soft[i] else 1 for _, k, i in some), initial=size))
         draft_s = guess_s * passes(longest, tree=bool(trees) and all(trees)) + guess_s * any(early)
-        for taken, (more, k, i) in enumerate(some, 1):
-            tokens -= more
-            rows += 2 * k + 1 if soft and soft[i] else 1
-            if rows not in rows_s:
-                rows_s[rows] = costs(rows, beside) or math.inf
-            step_s = max(rows_s[rows], draft_s) if beside else rows_s[rows] + draft_s
-            if (rate := tokens / step_s) > best:
+        taken = 1
+        while taken < len(tokens):
+            if rows[taken] not in rows_s:
+                rows_s[rows[taken]] = costs(rows[taken], beside) or math.inf
+            target_s = rows_s[rows[taken]]
+            step_s = max(target_s, draft_s) if beside else target_s + draft_s
+            if (rate := tokens[taken] / step_s) > best:
                 best, chosen = rate, some[:taken]
+            elif step_s == math.inf and not beside:
+                break  # so many rows have no price, and no more have one
+            elif step_s < math.inf:  # more rows never cost less: what could win has more tokens than this
+                taken = max(taken, bisect_right(tokens, best * step_s) - 1)
+            taken += 1
     wants = [0] * len(hopes)
     for _, k, i in chosen:
         wants[i] = max(wants[i], k)

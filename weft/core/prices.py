@@ -1,4 +1,5 @@
-"""What a step takes, learnt from steps: seconds by rows, for each class of batch size and for all of them together.
+"""What a step takes, learnt from steps: seconds by rows, for each class of batch size and for all of them together; and what a
+draft takes for its guesses.
 
 Times are level * shape: what the machine does to all steps alike is the level's, what rows cost beside each other the shape's.
 A class of batch sizes has both of its own, since the keys and values that are read differ.  What a class has not seen yet is
@@ -38,8 +39,14 @@ PATIENCE, MOST = 64, 1024
 FEW = 4
 """So many first times count by their least."""
 
-Points = tuple[Sequence[float], Sequence[float]]
-"""Rows, ascending, and their shape."""
+PRIOR = 4.0
+HOPE = 0.6
+"""How often a guess of a draft that nobody has tried is thought to stand."""
+CATCHING_UP = 16
+"""Tokens that a second model is thought to catch up with in the time of one guess, until that was seen."""
+
+Points = tuple[Sequence[float], Sequence[float], int]
+"""Rows, ascending, their shape, and the class of the fewest."""
 
 
 def size_class(n: int) -> int:
@@ -87,7 +94,7 @@ class Costs:
     seconds: Mean = field(default_factory=Mean)
     barred: int = 0
     patience: int = PATIENCE
-    _points: dict[int, Points] = field(default_factory=dict)
+    _points: dict[bool, Points] = field(default_factory=dict)
 
     def add(self, rows: int, seconds: float, beside: bool = False) -> None:
         self.steps += 1
@@ -139,13 +146,13 @@ class Costs:
 
     def top(self, beside: bool = False) -> float:
         """Most rows whose time is believed; 0 where none is."""
-        rows, _ = self._curve(beside)
+        rows = self._curve(beside)[0]
         return rows[-1] if rows else 0.0
 
     def __call__(self, rows: float, beside: bool = False) -> float | None:
         """Expected seconds; None where so few rows, or none, are known.  beside: with a draft, as far as that was ever seen."""
-        at, shape = self._curve(beside)
-        if not at or size_class(math.floor(rows)) < size_class(math.ceil(at[0])):
+        at, shape, least = self._curve(beside)
+        if not at or size_class(math.floor(rows)) < least:
             return None
         i = bisect_left(at, rows)
         if i < len(at) and (at[i] == rows or i == 0):
@@ -164,20 +171,23 @@ class Costs:
         return self.level * (value + slope * (rows - low))
 
     def _curve(self, beside: bool) -> Points:
-        """What is believed, made monotone: more rows never cost less."""
-        sign = -1 if beside and self.beside else 1
-        if sign not in self._points:
-            keys = sorted((self.at[sign * k], self.shape[sign * k]) for k in (self.beside if sign < 0 else self.known))
+        """What is believed, made monotone: more rows never cost less.  Made when it is asked for, not in every step."""
+        found = self._points.get(beside)
+        if found is None:
+            keys = self.beside if beside else []
+            sign = -1 if keys else 1
             shape, most = [], 0.0
-            for _, s in keys:
+            points = sorted((self.at[sign * k], self.shape[sign * k]) for k in keys or self.known)
+            for _, s in points:
                 most = max(most, s)
                 shape.append(most)
-            self._points[sign] = [x for x, _ in keys], shape
-        return self._points[sign]
+            at = [x for x, _ in points]
+            found = self._points[beside] = at, shape, size_class(math.ceil(at[0])) if at else 0
+        return found
 
     def _believed(self, key: int) -> bool:
         count, at = self.seen[key]
-        return self.steps - at <= min(STALE, STALE >> 4 << count)
+        return self.steps - at <= (STALE if count > 3 else STALE >> 4 << count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +196,43 @@ class Prices:
 
     own: Costs
     every: Costs
+    _edges: dict[tuple[bool, int, int], tuple[float | None, float | None]] = field(default_factory=dict, compare=False)
+    """What the most rows that the class has seen cost there, and anywhere, as of so many steps."""
 
     def __call__(self, rows: float, beside: bool = False) -> float | None:
         top = self.own.top(beside)
         if not top:
             return self.every(rows, beside)
-        there = None if rows <= top else self.every(rows, beside)
-        edge, here = self.own(top, beside), self.every(top, beside)
+        if rows <= top:
+            return self.own(rows, beside)
+        now = beside, self.own.steps, self.every.steps
+        if now not in self._edges:
+            self._edges[now] = self.own(top, beside), self.every(top, beside)
+        edge, here = self._edges[now]
+        there = self.every(rows, beside)
         if there is None or edge is None or here is None:
             return self.own(rows, beside)
         return edge * there / here
+
+
+@dataclass(slots=True)
+class Pool:
+    """What is known of one draft.  guess_s: by class of batch size.  row_s: of a token that its model catches up with.  beside:
+    whether it guessed while the target computed when it last did."""
+
+    stood: float = HOPE * PRIOR
+    tried: float = PRIOR
+    guess_s: dict[int, Mean] = field(default_factory=dict)
+    row_s: Mean = field(default_factory=Mean)
+    on: int = -1
+    """Guesses that the newest decision gave to its sequences at most; -1 before the first."""
+    beside: bool = False
+
+    def guess(self, size: int) -> float:
+        """Seconds of a guess; of the nearest class where this one was never seen, 0 where none was."""
+        if not self.guess_s:
+            return 0.0
+        return self.guess_s[min(self.guess_s, key=lambda c: abs(math.log(c / size)))].value
+
+    def row(self, size: int) -> float:
+        return self.row_s.value if self.row_s.count else self.guess(size) / CATCHING_UP

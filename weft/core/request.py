@@ -225,9 +225,9 @@ class Request:
 
         start: of the step's rows.  Soft tokens follow rows behind the prompt alone, and where what they say can still be a guess.
         """
-        draft, end = self.stack["draft"], len(self.context)
-        if not self.guessed or self.link is not None:
+        if not self.guessed or self.link is not None or (self.pace is not None and not self.pace.want):
             return 0, 0
+        draft, end = self.stack["draft"], len(self.context)
         most = min(int(draft.guesses) if self.pace is None else self.pace.want, limits.max_guesses)
         left = limits.max_model_len - end - guesses
         if hasattr(draft, "exits"):

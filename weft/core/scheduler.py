@@ -262,7 +262,7 @@ class Scheduler(Membership):
             behind = [
                 (len(r.context) - r.planned[m], r.rid, r)
                 for r in self.running.values()
-                if not (r.in_flight or r.single) and self.follows(r) and (r.pace is None or r.pace.want)
+                if not (r.in_flight or r.single) and (r.pace is None or r.pace.want) and self.follows(r)
             ]
             for lag, _, r in sorted(behind):
                 if lag or r.rid in d.sampled:

@@ -98,11 +98,13 @@ class Ahead:
         self._reader = reader
         self.name, self._decoder, self._gather, self._run = name, decoder, gather, forward
         self.program = decoder.program
-        self._kept = torch.tensor(decoder.spec.kept, dtype=torch.int64)
-        told = {w.request: fact.tokens for w, fact in zip(works, results, strict=True) if w.model != name and w.samples}
         self.followers: dict[int, Follower] = {}
         self._behind: dict[int, Follower] = {}
         """Those with rows that no pass has computed yet."""
+        if all(work.model != name for work in works):
+            return  # nobody is followed where nobody guesses
+        self._kept = torch.tensor(decoder.spec.kept, dtype=torch.int64)
+        told = {w.request: fact.tokens for w, fact in zip(works, results, strict=True) if w.model != name and w.samples}
         for i, work in enumerate(works):
             if work.model == name and (requests is None or work.request in requests):
                 more = told.get(work.request, ())
@@ -125,7 +127,8 @@ class Ahead:
 
     def settle(self, results: list[WorkResult]) -> None:
         """Compute what nobody asked for, and say how far each sequence came."""
-        self.compute([])
+        if self._behind:
+            self.compute([])
         for f in self.followers.values():
             results[f.at] = msgspec.structs.replace(results[f.at], rows=len(f.ids))
 

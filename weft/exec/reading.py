@@ -99,7 +99,8 @@ class Reading:
 
     def settle(self, work: Work, path: Sequence[int], logits_NV: Tensor) -> None:
         """Of the guesses' rows, those of `path` stand.  logits_NV: that the work was sampled from."""
-        if getattr(self._mirror.sequences[work.request].stack["draft"], "logits", False):
+        draft = self._mirror.sequences[work.request].stack["draft"]
+        if getattr(draft, "logits", False) and heard(draft, work.want):
             self._logits[work.request] = logits_NV[[0, *(1 + j for j in path)]].float()
         found = self._rows.get(work.request)
         if found is not None and work.guesses:
