@@ -25,7 +25,7 @@ HELD_OUT = ("novels/Stevenson_Treasure_1883.txt", "novels/Doyle_Hound_1902.txt")
 CALIBRATION = {"a novel": "novels/Austen_Emma.txt", "an encyclopedia": "wikitext-2/valid.txt"}
 FORMATS = (
     "int8", "int8:128", "int8:32", "int8:32:zero", "int8:16",
-    "int4:128", "int4:128:zero", "int4:64", "int4:32", "int4:32:zero", "int4:16",
+    "int4:128", "int4:128:zero", "int4:64", "int4:32", "int4:32:float", "int4:32:zero", "int4:16", "int4:16:float",
 )  # fmt: skip
 CALIBRATED = {"a novel": ("int8", "int8:32", *FORMATS[5:]), "an encyclopedia": ("int4:32", "int4:128:zero")}
 LENGTH, WINDOWS, CALIBRATING = 512, 12, 32
@@ -64,7 +64,8 @@ def measure(only: str, tick: Any) -> Iterator[dict[str, Any]]:
         if name.startswith(only):
             form = WeightFormat.parse(name)
             judged.put(form)
-            bits = form.bits + (16 if form.symmetric else 32) * form.groups(spec.width) / spec.width
+            each = 8 if form.nested else 16 if form.symmetric else 32
+            bits = form.bits + (each * form.groups(spec.width) + (32 if form.nested else 0)) / spec.width
             yield record(name, "nearest", bits=bits)
             for text, formats in CALIBRATED.items():
                 if name in formats:

@@ -168,7 +168,8 @@ def test_instruction_sets_agree_about_whole_numbers() -> None:
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_the_largest_values_do_not_overflow(machine: Machine, inputs: str) -> None:
     for text, step, value in (
-        ("int8", 1.0, 255), ("int4", 15.0, 15), ("int4", 15.0, 0), ("int4", -15.0, 0), ("int4:128", -15.0, 0), ("int8:128:zero", 1.0, 255),
+        ("int8", 1.0, 255), ("int8:128:zero", 1.0, 255),
+        ("int4", 15.0, 15), ("int4", 15.0, 0), ("int4", -15.0, 0), ("int4:128", -15.0, 0),
     ):  # fmt: skip
         format = WeightFormat.parse(text)
         top = torch.full((16, 8192), value, dtype=torch.uint8)
@@ -184,7 +185,8 @@ def test_the_largest_values_do_not_overflow(machine: Machine, inputs: str) -> No
 def test_a_long_prompt_has_the_bits_of_its_rows_alone(machine: Machine) -> None:
     """Rows in several blocks, inputs in several stretches and blocks, tiles of rows that are not alike, and panels left over."""
     x = random(8, 450, 4864)
-    for format in (torch.bfloat16, *map(WeightFormat.parse, ("int8", "int4", "int4:128:zero"))):
+    formats: list[torch.dtype | WeightFormat] = [WeightFormat.parse(text) for text in ("int8", "int4", "int4:128:zero")]
+    for format in (torch.bfloat16, *formats):
         packed = panels(machine.program, random(9, 70, 4864) * 0.01, format)
         for inputs in ("bfloat16", "int8"):
             most = product(machine, x, packed, None, 450, INPUTS[inputs])

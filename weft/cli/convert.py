@@ -32,7 +32,7 @@ def convert(
         typer.Option(
             "--weights",
             metavar="FORMAT",
-            help="int8 or int4; with a group, int4:64; with offsets, int4:64:zero.",
+            help="int8 or int4; with a group, int4:64; with offsets, int4:64:zero; with float scales, int4:64:float.",
             show_default=False,
         ),
     ],

@@ -20,8 +20,8 @@ class WeightFormat:
     """bits: 8 or 4.  group: inputs that share a scale, 0 for all of an output's.  symmetric: whether there are no offsets.
 
     nested: whether the scales of an output's groups are whole multiples, MULTIPLES at most, of one scale of the output; of 4 bits
-    in groups, without offsets.  Four bits times such a multiple are eight, so that products of 8 bits compute them exactly (two-level
-    scales: QServe, arXiv:2405.04532).
+    in groups, without offsets.  Four bits times such a multiple are eight, so that products of 8 bits compute them exactly
+    (two-level scales: QServe, arXiv:2405.04532).
     """
 
     bits: int
@@ -31,11 +31,14 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
-        """From `int8`, `int4`, `int4:128`, `int4:128:zero` (with offsets) or `int4:128:float` (not nested).  Raises ConfigError."""
+        """From `int8`, `int4`, `int4:128`, `int4:128:zero` (with offsets) or `int4:128:float` (not nested).
+
+        Raises ConfigError.
+        """
         match = re.fullmatch(r"int(8|4)(?::(\d{1,6}))?(:zero|:float)?", text)
         if match is None:
             raise ConfigError(
-                f"--weights is int8 or int4, with a group such as int4:32 or int4:128:zero, got {text[:100]!r}"
+                f"--weights is int8 or int4, with a group such as int4:32, int4:128:zero or int4:32:float, got {text[:100]!r}"
             )
         bits = int(match[1])
         group = DEFAULT_GROUP[bits] if match[2] is None else int(match[2])

@@ -84,8 +84,9 @@ def symmetric_grid(largest: Tensor, format: WeightFormat) -> Quantized:
 def nested(scales: Tensor) -> Tensor:
     """The nearest whole multiples of one scale for each row, none of them 0 but for 0, float16 [N, G] as `scales`.
 
-    The largest of a row is MULTIPLES times that scale, by which it is known again (`multiples`).  Groups whose scale becomes smaller
-    lose a little of their largest value, and the others are finer: rounded up, scales leave four times as much more error.
+    The largest of a row is MULTIPLES times that scale, by which it is known again (`multiples`).  Groups whose scale becomes
+    smaller lose a little of their largest value, and all others are finer: where scales are rounded up, the squared error of
+    normal weights grows by 11 %, and so by 2.
     """
     wide = scales.float()
     top = wide.abs().amax(-1, keepdim=True)
@@ -98,7 +99,7 @@ def nested(scales: Tensor) -> Tensor:
 
 
 def multiples(scales: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(whole numbers, float32 [N, G], and the scale [N, 1] of each row that they multiply) of nested scales; None where not nested."""
+    """(whole numbers [N, G], the scale [N, 1] of each row that they multiply), float32; None of scales that are not nested."""
     base = scales.float().abs().amax(-1, keepdim=True) / MULTIPLES
     times = (scales.float() / torch.where(base == 0, 1.0, base)).round_()
     return (times, base) if torch.equal(times * base, scales.float()) else None

@@ -80,8 +80,12 @@ def scheme(config: Mapping[str, Any]) -> Scheme | None:
     if config.get(SCALES) != NESTED:
         return given
     if any(rule.format.bits != 4 or not rule.format.symmetric for rule in given.rules):
-        raise ConfigError(f"config.json: {SCALES} is {NESTED}, which goes with symmetric weights of 4 bits alone; remove it")
-    return replace(given, rules=tuple(Rule(r.targets, replace(r.format, nested=r.format.group > 0)) for r in given.rules))
+        raise ConfigError(
+            f"config.json: {SCALES} is {NESTED}, which goes with symmetric weights of 4 bits alone; remove it"
+        )
+    return replace(
+        given, rules=tuple(Rule(r.targets, replace(r.format, nested=r.format.group > 0)) for r in given.rules)
+    )
 
 
 def matches(pattern: str, module: str, kind: str, loose: bool) -> bool:

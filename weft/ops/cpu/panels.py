@@ -3,8 +3,10 @@
     float32     [N / 16][K][16]                 bfloat16    [N / 16][K / 2][16][2]
     int8        [N / 16][K / 4][16][4]          int4        [N / 16][K / 8][16][8]
 
-Behind the lines of a panel of whole numbers stand its scales and its offsets, or the outputs' scales and the groups' multiples of
-them (`Weight` in native/src/kernels.h).  One copy serves a single row and a long prompt alike.  Legend.  N: outputs.  K: inputs.  G: groups of inputs.
+Behind the lines of a panel of whole numbers stand its scales and its offsets, or the outputs' scales and the groups' multiples
+of them (`Weight` in native/src/kernels.h).  One copy serves a single row and a long prompt alike.
+
+Legend.  N: outputs.  K: inputs.  G: groups of inputs.
 """
 
 from __future__ import annotations
