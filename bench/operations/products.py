@@ -11,7 +11,7 @@ WIDTH, INNER = 896, 4864
 """Of Qwen2.5-0.5B."""
 SHAPES = {"qkv": (1152, WIDTH), "gate_up": (2 * INNER, WIDTH), "down": (WIDTH, INNER)}
 """Outputs and inputs of the products of a layer; the head's is that of `gate_up` many times over."""
-FORMATS = ("float32", "bfloat16", "int8", "int8:32", "int4:32", "int4:128:zero")
+FORMATS = ("float32", "bfloat16", "int8", "int8:32", "int4:32", "int4:32:float", "int4:128:zero")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)
 MIXTURE = (1024, 512, 32, 4)
 """Of the mixture that rivals are measured on: its width, an expert's inner width, experts, and those of a row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from tests.models.test_packed import config_of
 from tools.to_gguf import write as write_gguf
 from weft.cli.app import app
 from weft.conform.workload import PROSE
+from weft.convert import write
 from weft.convert.folder import copy_rest, made
 from weft.convert.write import Writer, convert
 from weft.errors import CapacityError, ConfigError
+from weft.exec.build import EngineConfig, build, prepare
 from weft.models.checkpoints.files import Files
 from weft.models.checkpoints.readers import fused, readers
-from weft.models.checkpoints.scheme import scheme
+from weft.models.checkpoints.scheme import NESTED, SCALES, scheme
 from weft.models.checkpoints.stored import catalogue
 from weft.models.families import families, read
 from weft.models.formats import WeightFormat
@@ -79,6 +82,29 @@ def test_read_back_it_is_what_rounding_gives(text: str, tmp_path: Path) -> None:
     assert check_against(load_file(DENSE / "model.safetensors"), found, form) == written.rounded == 8
     assert isinstance(found["model.embed_tokens.weight"], Quantized)
     assert written.kept == 3
+
+
+def test_rows_that_are_next_to_nothing_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are rounded some at a time, in units of their own, and read in those of the whole, where small ones lose digits."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    tensors = load_file(DENSE / "model.safetensors")
+    weight = tensors["model.layers.0.mlp.up_proj.weight"].float()
+    weight[64:] *= 0.02
+    weight[70:80] *= torch.logspace(-4, -7, 10)[:, None]
+    tensors["model.layers.0.mlp.up_proj.weight"] = weight.bfloat16()
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({**json.loads((DENSE / "config.json").read_text()), SCALES: NESTED}))
+    monkeypatch.setattr(write, "CHUNK", 64 * weight.shape[1])
+    convert(source, out, WeightFormat.parse("int4"))
+    runtime = build(prepare(EngineConfig(model=out, ops="cpu")))
+    found = runtime.decoder.tensors["0.gate_up"].unpacked()[-len(weight) :]
+    assert ((found - weight).abs() <= weight.abs().amax(1, keepdim=True) / 4).all()
+    shutil.rmtree(out)
+    out.mkdir()
+    convert(source, out, WeightFormat.parse("int8"))
+    assert SCALES not in json.loads((out / "config.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["llama_bias_tied", "gemma2", "qwen3_moe", "qwen2"])

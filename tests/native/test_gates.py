@@ -16,7 +16,7 @@ from weft.models.quantized import quantize
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.panels import Panels
 
-FORMATS = (torch.float32, torch.bfloat16, "int8", "int8:0:zero", "int4:16:zero", "int4:128")
+FORMATS = (torch.float32, torch.bfloat16, "int8", "int8:0:zero", "int4:16:zero", "int4:128:float", "int4")
 
 
 def pack(machine: Machine, seed: int, outs: int, width: int, text: torch.dtype | str) -> Panels:
@@ -86,7 +86,10 @@ def test_a_long_prompt_has_the_bits_of_its_rows_alone(machine: Machine) -> None:
     """Inputs in several stretches and blocks, between which sums wait: nearby, and where the product would go."""
     for width in (1536, 4864):
         x = random(8, 450, width)
-        for format in (torch.bfloat16, WeightFormat.parse("int8"), WeightFormat.parse("int4:128:zero")):
+        formats: list[torch.dtype | WeightFormat] = [
+            WeightFormat.parse(text) for text in ("int8", "int4", "int4:128:zero")
+        ]
+        for format in (torch.bfloat16, *formats):
             weight = panels(machine.program, random(9, 96, width) * 0.02, format)
             for inputs in ("bfloat16", "int8"):
                 most = together(machine, x, weight, None, 450, inputs, "silu")

@@ -195,6 +195,19 @@ def test_a_long_prompt_has_the_bits_of_its_rows_alone(machine: Machine) -> None:
                 assert torch.equal(found, most[first : first + rows])
 
 
+@pytest.mark.parametrize("outs", [70, 96])
+def test_a_block_of_one_row_has_the_bits_of_the_row_alone(machine: Machine, outs: int) -> None:
+    """Inputs so many that blocks have 60 rows: the sixth has one, with four panels in its tiles."""
+    x, packed = (
+        random(10, 301, 10240),
+        panels(machine.program, random(11, outs, 10240) * 0.01, WeightFormat.parse("int4")),
+    )
+    most = product(machine, x, packed, None, 301, INPUTS["int8"])
+    for first, rows in ((0, 17), (239, 2), (300, 1)):
+        found = product(machine, x[first:], packed, None, rows, INPUTS["int8"])
+        assert torch.equal(found, most[first : first + rows])
+
+
 def test_strange_inputs_show_in_their_own_row_alone(machine: Machine) -> None:
     packed = panels(machine.program, quantize(random(5, 20, 64), WeightFormat.parse("int8")))
     x = random(6, 5, 64)

@@ -235,7 +235,8 @@ def _limit(changes: Changes, spec: DecoderSpec, key: str, weight: Tensor, inputs
 def clipped(weight: Tensor, own: Tensor, form: WeightFormat) -> Tensor:
     """Limits [N, G] of rows [N, K] with the least squared error of each group's part of the outputs.
 
-    own [G, size, size]: products of the inputs within each group.
+    own [G, size, size]: products of the inputs within each group.  In a nested format the row's scale shrinks with all of its
+    groups while they are tried, and in the end with the largest of them alone.
     """
     grouped = weight.view(weight.shape[0], own.shape[0], -1)
     largest = grouped.abs().amax(-1)

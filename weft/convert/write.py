@@ -162,6 +162,7 @@ def convert(
             after += writer.size
     _index(out, places, after)
     config["quantization_config"] = entry(form, parts, few, source.spec.tied)
+    config.pop(SCALES, None)
     if form.nested:
         config[SCALES] = NESTED
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf8")

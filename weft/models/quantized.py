@@ -26,8 +26,10 @@ SCALE_EXPONENT = 7
 _NOTHING = torch.empty(0, 0, dtype=torch.uint8)
 _DIGITS = 7
 """Binary digits of a row's scale in a nested format: with those of a multiple they are the 11 of float16."""
-_LEAST = 2.0**-22
-"""Four times the smallest float16: nested scales are exact in units twice as large, too."""
+_STEP = 2.0**-24
+"""The smallest float16."""
+_LEAST = 4 * _STEP
+"""Of a row's scale in a nested format: it is exact in units four times as large, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ def multiples(scales: Tensor) -> tuple[Tensor, Tensor] | None:
     """(whole numbers [N, G], the scale [N, 1] of each row that they multiply), float32; None of scales that are not nested."""
     base = scales.float().abs().amax(-1, keepdim=True) / MULTIPLES
     times = (scales.float() / torch.where(base == 0, 1.0, base)).round_()
-    return (times, base) if torch.equal(times * base, scales.float()) else None
+    # Rows a millionth the size of the largest lose digits where scales were written in other units than they are read in.
+    return (times, base) if bool(((times * base - scales.float()).abs() <= _STEP).all()) else None
 
 
 def offset_grid(low: Tensor, high: Tensor, format: WeightFormat) -> Quantized:

@@ -55,7 +55,7 @@ WEFT_INLINE void add_word(const vu (&weight)[P][PARTS], const int32_t* x, typena
 }
 
 // Adds the products of `words` words to `result`.  Each tile makes its words out of lines itself: to write them down once for all tiles
-// of a block costs more, with 3 tiles as with 24.
+// of a block costs more, with 3 tiles as with 24, where a group's sums are settled all the same (of nested scales they are not).
 template <class D, class W, int R, int P>
 WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int64_t words, typename D::Total (&result)[R][P][PARTS]) {
     constexpr int EACH = W::VALUES / D::INPUTS;
@@ -269,12 +269,14 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
     }
 }
 
-// Rows of a tile, at most; of nested scales where `rows` are enough to make bytes of them, as of bytes.
+// Whether nested weights are made bytes for so many rows, at least.
 inline constexpr int64_t WIDENED_ROWS = 17;
+static_assert(FEW_PANELS * (NEAR_WORDS + 2) * LINE_BYTES <= SUMS_SCRATCH * 4);
 template <class W>
 WEFT_INLINE bool widens(const Linear& a, int64_t rows) {
     return std::is_same_v<W, I4> && a.weight.nested && a.inputs == Inputs::INT8 && rows >= WIDENED_ROWS;
 }
+// Rows of a tile, at most.
 template <class W>
 WEFT_INLINE int64_t tile_rows(const Weight& w) {
     return w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
@@ -330,7 +332,8 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
         each_share(a, share, panels, unit, !block.own || rows == block.count, [&](int64_t from, int64_t to) {
             if constexpr (NESTS<D, W, OFFSETS>)
                 if (wide) {
-                    char* widened = reinterpret_cast<char*>(share.scratch + INPUTS_SCRATCH);
+                    const auto at = reinterpret_cast<uintptr_t>(share.scratch + INPUTS_SCRATCH);
+                    char* widened = reinterpret_cast<char*>((at + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES);
                     return multiply<D, W, OFFSETS, I8>(a, block.rows, first, block.count, most, from, to, paired, between, nullptr, widened);
                 }
             multiply<D, W, OFFSETS>(a, block.rows, first, block.count, most, from, to, paired, between);

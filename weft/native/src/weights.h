@@ -173,7 +173,7 @@ WEFT_INLINE void put_scales(const Weight& w, char* panel, int64_t lane, const fl
         reinterpret_cast<float*>(panel + w.line_bytes())[lane] = row;
         for (int64_t g = 0; g < w.groups(); g++) {
             const float times = row > 0.0f ? scales[g / repeat] / row : 0.0f;
-            to[g * PANEL + lane] = static_cast<char>(static_cast<int8_t>(std::lrintf(times)));
+            to[g * PANEL + lane] = static_cast<char>(std::lrintf(std::fmax(-MULTIPLES, std::fmin(times, MULTIPLES))));
         }
         return;
     }
