@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -110,6 +111,22 @@ def test_operations_by_rows_follow_each_other_on_one_thread() -> None:
             for got, wanted in zip(some, found[0], strict=True):
                 assert torch.equal(got, wanted)
         assert found[0][2].abs().sum() > 0
+
+
+@pytest.mark.skipif(not {"avx512_bf16", "avx512_vnni"} <= {*ISAS}, reason="this processor has no products of bfloat16")
+def test_products_of_bfloat16_are_taken_where_they_are_faster_than_those_of_floats() -> None:
+    """Two numbers in a word: half as many instructions, which some processors take more than twice as long for."""
+    program, took = MODULE.Program(1, "avx512_bf16"), {"float32": math.inf, "bfloat16": math.inf}
+    for _ in range(20):
+        for kind, turns in (("float32", 40_000), ("bfloat16", 20_000)):
+            began = time.perf_counter()
+            program.arithmetic(turns, {"float32": 0, "bfloat16": 2}[kind])
+            took[kind] = min(took[kind], time.perf_counter() - began)
+    ratio = took["bfloat16"] / took["float32"]
+    assert ISAS.index("avx512_vnni") < 2 > ISAS.index("avx512_bf16")
+    assert MODULE.Program(1).isa == ISAS[0]
+    if not 0.8 < ratio < 1.25:  # else either will do
+        assert (ISAS[0] == "avx512_bf16") == (ratio < 1), ratio
 
 
 def test_bad_calls_are_refused() -> None:

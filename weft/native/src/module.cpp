@@ -304,8 +304,7 @@ NB_MODULE(_native, m) {
     m.attr("CHUNK") = CHUNK;
     m.def("isas", [] {
         std::vector<std::string> found;
-        for (auto* find : TABLES)
-            if (const Kernels* table = find()) found.emplace_back(table->name);
+        for (const Kernels* table : tables()) found.emplace_back(table->name);
         return found;
     });
 }

@@ -1,6 +1,8 @@
 #include "program.h"
 
 #include <algorithm>
+#include <chrono>
+#include <utility>
 
 namespace weft {
 
@@ -12,7 +14,37 @@ const Kernels* required(const std::string& isa) {
     return found;
 }
 
+// Seconds of so much arithmetic in registers, the best of some.
+double took(const Kernels& kernels, int64_t turns, int kind) {
+    double best = 1e9;
+    for (int i = 0; i < 7; i++) {
+        const auto began = std::chrono::steady_clock::now();
+        if (kernels.arithmetic(turns, kind) < 0) return 0;
+        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    }
+    return best;
+}
+
+// Some processors have products of bfloat16 that take longer than those of the same numbers as floats (a Xeon of 2023: twice as
+// long; a Zen 5: half): there inputs stay floats, whose results are nearer too.
+bool halves_pay(const Kernels& kernels) {
+    constexpr int64_t TURNS = 1000;  // some 10 us
+    return took(kernels, TURNS, 2) < 2 * took(kernels, TURNS, 0);  // a turn multiplies twice as many
+}
+
 }  // namespace
+
+const std::vector<const Kernels*>& tables() {
+    static const std::vector<const Kernels*> found = [] {
+        std::vector<const Kernels*> there;
+        for (auto* find : {kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_portable})
+            if (const Kernels* table = find()) there.push_back(table);
+        if (there.front() == kernels_avx512_bf16() && there.size() > 1 && there[1] == kernels_avx512_vnni() && !halves_pay(*there.front()))
+            std::swap(there[0], there[1]);
+        return there;
+    }();
+    return found;
+}
 
 Program::Program(int threads, const std::string& isa) : kernels_(required(isa)), pool_(threads) {}
 

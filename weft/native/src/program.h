@@ -12,16 +12,13 @@
 
 namespace weft {
 
-// Best first.
-inline constexpr const Kernels* (*TABLES[])() = {kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_portable};
+// What this processor has, best first.
+const std::vector<const Kernels*>& tables();
 
+// null where it has no such; auto: the best.
 inline const Kernels* kernels_named(const std::string& name) {
-    if (name == "auto") {
-        for (auto* find : TABLES)
-            if (const Kernels* found = find()) return found;
-    }
-    for (auto* find : TABLES)
-        if (const Kernels* found = find(); found && found->name == name) return found;
+    for (const Kernels* found : tables())
+        if (name == "auto" || found->name == name) return found;
     return nullptr;
 }
 
