@@ -126,15 +126,14 @@ class Panels:
         if not self.holds(given):
             raise InvariantError(f"weights of {given} do not fit into {own}")
         scales, offsets = _told(source)
+        if not own.symmetric and offsets is None:
+            offsets = scales * -(given.levels // 2)
         _sound(scales, offsets)
         if own.nested and own.groups(self.shape[1]) > 1 and multiples(source.scales) is None:
             raise ConfigError(
                 "a weight's scales are not whole multiples of one for each row, though config.json says that they are "
                 "nested (weft_scales); remove that entry"
             )
-        if not own.symmetric and offsets is None:
-            offsets = scales * -(given.levels // 2)
-            _sound(scales, offsets)
         values = source.values.contiguous()
         self.program.pack_values(
             self.weight, values.data_ptr(), scales.data_ptr(), 0 if offsets is None else offsets.data_ptr(),
