@@ -70,7 +70,7 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
     const char* panels[P];
     for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
     for (int64_t line = begin; line < end; line++) {
-        if (later) __builtin_prefetch(later, 0, 2), later += part.each;
+        if (later) ask_for_later<P>(part, later);
         else ask_for<P>(panels, line, lines, part.next);
         vu raw[P][PARTS];
         for (int p = 0; p < P; p++)
@@ -126,6 +126,7 @@ void dot_tile(const Linear& a, const Part& part) {
             const int64_t step = w.group / D::INPUTS;
             typename D::Total whole[R][P][PARTS];
             fetch<R, P>(a, part, totals);
+            for (int p = 0; p < P; p++) __builtin_prefetch(panel_of<P>(w, part.panel, part.far, p) + part.next + w.line_bytes());
             for (int r = 0; r < R; r++)
                 for (int p = 0; p < P; p++)
                     for (int v = 0; v < PARTS; v++) whole[r][p][v] = reinterpret_cast<vi>(totals[r][p][v]);
@@ -251,13 +252,9 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
                     part.to = end < stop ? here : out;
                     part.cold = tiles > 1 && end == stop;
                     if (handed) part.handed = handed + top * (a.gate.inner / D::INPUTS);
-                    if (const int64_t sharing = WIDE ? tiles : tiles - 1, share = WIDE ? t : t - 1; share >= 0) {
-                        // What comes after these lines, a share of it with each tile but one that reads them from memory itself.
-                        const int64_t shares = (sharing + panels - 1) / panels;
-                        const char* after = whole.panel + (end < stop ? end / EACH * LINE_BYTES : whole.next + input / EACH * LINE_BYTES);
-                        part.each = (lines * LINE_BYTES + shares * part.lines - 1) / (shares * part.lines);
-                        part.later = after + (share / shares ? whole.far : 0) + share % shares * part.lines * part.each;
-                    }
+                    // A tile that reads its lines from memory itself asks for those after them too.
+                    const char* after = end < stop ? whole.panel + end / EACH * LINE_BYTES : whole.panel + whole.next + input / EACH * LINE_BYTES;
+                    part.ask_later(after, whole.far, lines * LINE_BYTES, WIDE ? t : t - 1, WIDE ? tiles : tiles - 1);
                     const int high = static_cast<int>(tall);
                     const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, TILE_ROWS>(high)
                                      : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, TILE_ROWS>(high)

@@ -47,8 +47,9 @@ struct Part {
     bool paired = false;          // whether those halves are gates and what they open
     const float* opened = nullptr;  // those lines as floats, [inputs, panels * PANEL], where several tiles read them
     const float* scales = nullptr;  // of the tile's rows, where they are of 8 bits
-    const char* later = nullptr;    // what a later tile reads, `each` bytes for a line of this one's, which no longer come from memory
-    int64_t each = 0;
+    // What a later tile reads of its panels, which lie `apart`: `each` bytes for a line of this one's, which no longer come from memory.
+    const char* later = nullptr;
+    int64_t each = 0, apart = 0;
     bool cold = false;              // whether what it writes is in no cache: rows of a result lie far from each other
     int32_t* handed = nullptr;      // where what gates open goes as words of the next product's inputs (mlp.h), [words, R]
 
@@ -57,6 +58,12 @@ struct Part {
         panel = w.panel(p), n = p * PANEL, line = from_line, lines = count;
         far = paired ? w.n / (2 * PANEL) * w.panel_bytes() : panels / 2 * w.panel_bytes();
         next = (paired ? panels / 2 : panels) * w.panel_bytes();
+    }
+    // The share-th of `shares` equal parts of what a later tile reads, `bytes` from `after` on of each of its panels.
+    WEFT_INLINE void ask_later(const char* after, int64_t distance, int64_t bytes, int64_t share, int64_t shares) {
+        if (share < 0) return;
+        each = (bytes + shares * lines - 1) / (shares * lines);
+        later = after + share * lines * each, apart = distance;
     }
 };
 
@@ -73,6 +80,13 @@ template <int P>
 WEFT_INLINE void ask_for(const char* const (&panels)[P], int64_t line, int64_t lines, int64_t next) {
     const int64_t at = line + AHEAD / (P > 1 ? P : 2), more = at < lines ? at * LINE_BYTES : next + (at - lines) * LINE_BYTES;
     for (int p = 0; p < P; p++) __builtin_prefetch(panels[p] + more);
+}
+
+template <int P>
+WEFT_INLINE void ask_for_later(const Part& part, const char*& later) {
+    __builtin_prefetch(later, 0, 2);
+    if (P > 1) __builtin_prefetch(later + part.apart, 0, 2);
+    later += part.each;
 }
 
 // Asks for the lines that a tile will write, before it computes: else each store waits until its line is there, an eighth of the
@@ -167,8 +181,7 @@ template <class W, int P>
 void open_lines(const Weight& w, const Part& part, float* out) {
     const char* panels[P];
     for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
-    for (int64_t at = 0; at < part.lines; at++) {
-        ask_for<P>(panels, part.line + at, w.k / W::VALUES, part.next);
+    for (int64_t at = 0; at < part.lines; at++)
         for (int p = 0; p < P; p++)
             for (int v = 0; v < PARTS; v++) {
                 const vu word = load_bits(panels[p] + (part.line + at) * LINE_BYTES + v * LANES * 4);
@@ -176,7 +189,6 @@ void open_lines(const Weight& w, const Part& part, float* out) {
                 for (int i = 0; i < W::VALUES; i++)
                     store(out + ((at * W::VALUES + i) * P + p) * PANEL + v * LANES, W::value(word, i));
             }
-    }
 }
 
 // OPENED: whether the weights come as floats.
@@ -187,6 +199,7 @@ void tile(const Linear& a, const Part& part) {
     for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
     vf totals[R][P][PARTS];
     fetch<R, P>(a, part, totals);
+    [[maybe_unused]] const char* later = part.later;
     const bool grouped = W::SCALED && w.grouped();
     const int64_t step = grouped ? w.group / W::VALUES : part.lines;
     for (int64_t first = 0; first < part.lines; first += step) {
@@ -197,6 +210,7 @@ void tile(const Linear& a, const Part& part) {
         for (int64_t line = first; line < first + step; line++) {
             const float* x = part.x + line * W::VALUES * R;
             if (!OPENED) ask_for<P>(panels, part.line + line, w.k / W::VALUES, part.next);
+            else ask_for_later<P>(part, later);
             vu words[P][PARTS];
             for (int p = 0; p < P && !OPENED; p++)
                 for (int v = 0; v < PARTS; v++)
@@ -338,6 +352,9 @@ void linear_panels(const Linear& a, int64_t rows, Share share, int64_t from, int
                 if (W::VALUES > 1 && count > OPENED_TILES * TILE_ROWS && panels == TILE_PANELS) {
                     if (top == 0) open_lines<W, TILE_PANELS>(w, part, opened);
                     part.opened = opened;
+                    const int64_t next = end < wide ? (input + end) / W::VALUES * LINE_BYTES : part.next + input / W::VALUES * LINE_BYTES;
+                    const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS, mine = (top * tiles + count - 1) / count;
+                    part.ask_later(part.panel + next, part.far, part.lines * LINE_BYTES, mine, tiles);
                     return tile_of<W, TILE_PANELS, TILE_ROWS, true>(tall)(a, part);
                 }
                 const Tile run = panels == 1             ? tile_of<W, 1, TILE_ROWS>(tall)

@@ -17,23 +17,24 @@ inline constexpr int64_t SHORT_GROUP = 32;
 
 typedef uint16_t v16 __attribute__((vector_size(4 * WEFT_LANES)));
 WEFT_INLINE vu times_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret_cast<v16>(x) * reinterpret_cast<v16>(y)); }
+WEFT_INLINE vu plus_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret_cast<v16>(x) + reinterpret_cast<v16>(y)); }
 
 // Lines [first, first + count) of a panel of I4 as twice as many of I8, and a line of the rows' scales behind them.  A value times its
-// multiple stands as (value - 8) * multiple + 128.  Where that is negative, 15 - value is multiplied, so that no byte borrows of another.
+// multiple stands as (value - 8) * multiple + 128, which a byte holds whatever the sign, so that two of them make a whole number of 16
+// bits that is right by itself: what the lower one borrows in between, it gives back.
 inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64_t count, char* out) {
     const int64_t step = w.group / I4::VALUES;
     for (int v = 0; v < PARTS; v++) {
         auto* to = reinterpret_cast<float*>(out) + v * LANES;
         const char* from = panel + first * LINE_BYTES + v * LANES * 4;
         for (int64_t done = 0; done < count; done += step) {
-            const vi times = multiples(w, panel, (first + done) / step, v);
-            const vu turned = reinterpret_cast<vu>(times >> 31), size = (reinterpret_cast<vu>(times) ^ turned) - turned;
-            const vu both = size | size << 16, start = 128u - 8u * size + (size & turned), each = start | start << 8, bias = each | each << 16;
+            const vu times = reinterpret_cast<vu>(multiples(w, panel, (first + done) / step, v));
+            const vu both = times << 16 | (times & 0xffffu), start = (128u - 8u * times) * 257u, bias = start << 16 | (start & 0xffffu);
 #pragma GCC unroll 4
             for (int64_t i = 0; i < step; i++, from += LINE_BYTES, to += 2 * PANEL) {
-                const vu word = load_bits(from) ^ turned;
+                const vu word = load_bits(from);
                 for (int j = 0; j < I4::QUADS; j++)
-                    store(to + j * PANEL, reinterpret_cast<vf>(times_halves(I4::quad(word, j), both) + bias));
+                    store(to + j * PANEL, reinterpret_cast<vf>(plus_halves(times_halves(I4::quad(word, j), both), bias)));
             }
         }
         store(to, row_scales(w, panel, v));

@@ -206,39 +206,66 @@ inline void pack_values(const Weight& w, const Values& v, int64_t n, int64_t fir
     }
 }
 
-// The value of one output and one input, as the format has it.
-inline float cell(const Weight& w, const char* panel, int64_t lane, int64_t input) {
-    const int64_t at = (input / values_of_line(w.format) * PANEL + lane) * values_of_line(w.format) + input % values_of_line(w.format);
-    if (w.format == Format::F32) return reinterpret_cast<const float*>(panel)[at];
-    if (w.format == Format::BF16) return widen_one(reinterpret_cast<const uint16_t*>(panel)[at]);
-    int value, half;
-    if (w.format == Format::I8) {
-        value = reinterpret_cast<const uint8_t*>(panel)[at], half = 128;
-    } else {
-        uint32_t word;
-        std::memcpy(&word, panel + (input / 8 * PANEL + lane) * 4, 4);
-        value = static_cast<int>(word >> 4 * nibble(static_cast<int>(input % 8)) & 15), half = 8;
+// Value i of a word, a whole number with what it has too much.
+template <class W>
+WEFT_INLINE float number(uint32_t word, int i) {
+    if (std::is_same_v<W, F32>) {
+        float found;
+        std::memcpy(&found, &word, 4);
+        return found;
     }
-    const char* scales = panel + w.scales_at() + input / w.group * w.scale_stride();
-    if (w.nested)
-        return reinterpret_cast<const float*>(panel + w.line_bytes())[lane] * static_cast<float>(static_cast<int8_t>(scales[lane]) * (value - half));
-    const auto number = [&](const char* p) {
-        return w.grouped() ? half_one(reinterpret_cast<const uint16_t*>(p)[lane]) : reinterpret_cast<const float*>(p)[lane];
-    };
-    const float scale = number(scales);
-    if (!w.offsets) return scale * static_cast<float>(value - half);
-    return std::fma(scale, static_cast<float>(value), number(scales + w.scale_stride() / 2));
+    if (std::is_same_v<W, BF16>) return widen_one(static_cast<uint16_t>(word >> 16 * i));
+    return static_cast<float>(std::is_same_v<W, I8> ? word >> 8 * i & 255u : word >> 4 * nibble(i) & 15u);
+}
+
+// The values of one output, times `by`.
+template <class W>
+inline void open_row(const Weight& w, const char* panel, int64_t lane, float by, float* out) {
+    const int64_t groups = W::SCALED ? w.groups() : 1, lines = w.k / W::VALUES / groups;
+    const char* at = panel + lane * 4;
+    for (int64_t g = 0; g < groups; g++) {
+        float scale = 1.0f, times = 1.0f, offset = 0.0f;
+        if constexpr (W::SCALED) {
+            const char* scales = panel + w.scales_at() + g * w.scale_stride();
+            const auto stored = [&](const char* p) {
+                return w.grouped() ? half_one(reinterpret_cast<const uint16_t*>(p)[lane]) : reinterpret_cast<const float*>(p)[lane];
+            };
+            if (w.nested) {
+                scale = reinterpret_cast<const float*>(panel + w.line_bytes())[lane];
+                times = static_cast<float>(static_cast<int8_t>(scales[lane]));
+            } else {
+                scale = stored(scales);
+            }
+            if (w.offsets) offset = stored(scales + w.scale_stride() / 2);
+        }
+        for (int64_t line = 0; line < lines; line++, at += LINE_BYTES, out += W::VALUES) {
+            uint32_t word;
+            std::memcpy(&word, at, 4);
+#pragma GCC unroll 8
+            for (int i = 0; i < W::VALUES; i++) {
+                const float value = number<W>(word, i);
+                if constexpr (W::SCALED) out[i] = (w.offsets ? std::fma(scale, value, offset) : scale * (times * (value - W::HALF))) * by;
+                else out[i] = value * by;
+            }
+        }
+    }
 }
 
 // out [T, k] = rows `tokens` of the weight, times scale; a negative token gets row 0.
 inline void embed(const Weight& w, const int64_t* tokens, float scale, float* out, int64_t stride, int64_t rows, Share share) {
     int64_t from, to;
     share.range(rows, 1, from, to);
-    for (int64_t row = from; row < to; row++) {
-        const int64_t token = tokens[row] < 0 ? 0 : tokens[row];
-        const char* panel = w.panel(token / PANEL);
-        float* mine = out + row * stride;
-        for (int64_t i = 0; i < w.k; i++) mine[i] = cell(w, panel, token % PANEL, i) * scale;
+    const auto open = [&]<class W>(W) {
+        for (int64_t row = from; row < to; row++) {
+            const int64_t token = tokens[row] < 0 ? 0 : tokens[row];
+            open_row<W>(w, w.panel(token / PANEL), token % PANEL, scale, out + row * stride);
+        }
+    };
+    switch (w.format) {
+        case Format::F32: return open(F32{});
+        case Format::BF16: return open(BF16{});
+        case Format::I8: return open(I8{});
+        case Format::I4: return open(I4{});
     }
 }
 
