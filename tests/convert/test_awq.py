@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +13,19 @@ import torch
 from tests.convert.test_convert import read_back
 from tests.models.checkpoints import Checkpoint
 from weft.conform.workload import PROSE
-from weft.convert import awq
-from weft.convert.awq import Changes, Inputs, calibrate, clipped, gather, search
+from weft.convert import awq, write
+from weft.convert.awq import Changes, Inputs, calibrate, clipped, gather, scaled, search
 from weft.convert.judge import Judged, law
 from weft.convert.passes import Along, windows
 from weft.convert.write import convert
 from weft.front.text import ModelText
 from weft.models import load_spec
 from weft.models.formats import WeightFormat
-from weft.models.quantized import quantize
+from weft.models.layout import Part
+from weft.models.quantized import extremes, multiples, quantize
 
 INT4 = WeightFormat(4, 32)
+NESTED = WeightFormat.parse("int4")
 STORY = """There was once a miller who had three sons, and when he died he left them nothing but the mill, a donkey and a cat. The
 eldest took the mill, the second the donkey, and the youngest had to be content with the cat. He sat down by the road and said to
 himself that his brothers could earn their bread together, but that he, when he had eaten his cat and made a muff of its skin,
@@ -72,6 +76,45 @@ def test_limits_are_the_best_of_their_grid() -> None:
                 errors[float(limit)] = float((mine @ (q - w)).pow(2).sum())
             assert float(found[n, g]) == pytest.approx(min(errors, key=lambda key: errors[key]))
     assert bool((found < weight.view(6, 2, 32).abs().amax(-1)).any())
+
+
+def test_nested_scales_are_the_best_of_their_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's scale and its groups' multiples together: all of them tried one by one; rounding gives those that were meant."""
+    monkeypatch.setattr(awq, "SHRINKS", (1.0, 0.9, 0.8))
+    torch.manual_seed(3)
+    weight, x = torch.randn(5, 96) * torch.tensor([1.0, 0.4, 0.1]).repeat_interleave(32), torch.randn(100, 96)
+    weight[1] *= 3
+    weight[0, 32:64] *= 2.6
+    weight[2, 70] = 4.0
+    weight[3, :64] = 0
+    weight[4] = 0
+    grams = torch.stack([part.t() @ part for part in x.split(32, 1)])
+
+    def error(w: torch.Tensor, largest: torch.Tensor | None) -> float:
+        moved = (quantize(w, NESTED, largest).dequantized() - w).view(3, 32)
+        return float(torch.einsum("gk,gkl,gl->", moved, grams, moved))
+
+    found = scaled(weight, grams, NESTED)
+    told = multiples(quantize(weight, NESTED, found).scales)
+    assert told is not None
+    assert not bool(found[4].any())
+    meant = 15 * found[:4] / found[:4].abs().amax(1, keepdim=True)
+    torch.testing.assert_close(told[0][:4], -meant, rtol=0, atol=1e-3)
+    for n in range(4):
+        w = weight[n : n + 1]
+        own = extremes(w.view(1, 3, 32))
+        at, top = int(own.abs().argmax()), float(own.abs().max())
+        errors = {}
+        for i in range(3):
+            base = top * (1 - i / 10) / 15
+            least = [math.ceil(abs(value) / base) for value in own[0].tolist()]
+            near = [[15] if g == at else {min(15, max(1, least[g] + d)) for d in range(-4, 4)} for g in range(3)]
+            for times in itertools.product(*near):
+                errors[i, times] = error(w, own.sign() * torch.tensor(times) * base)
+        step, times = min(errors, key=lambda key: errors[key])
+        assert float(found[n].abs().max()) == pytest.approx(top * (1 - step / 10)), n
+        assert error(w, found[n : n + 1]) == pytest.approx(errors[step, times], rel=1e-3)
+        assert errors[step, times] < 0.95 * error(w, None)
 
 
 def test_inputs_are_those_of_the_products(bundled: Path, text: ModelText) -> None:
@@ -160,7 +203,8 @@ def test_norms_of_16_bits_are_rounded_first(bundled: Path, text: ModelText, monk
     torch.testing.assert_close(law(changed, found[0]), law(plain, found[0]), rtol=1e-4, atol=1e-4)
 
 
-def test_divergence_is_less_than_of_rounding(bundled: Path, text: ModelText) -> None:
+@pytest.mark.parametrize("form", [INT4, NESTED], ids=str)
+def test_divergence_is_less_than_of_rounding(bundled: Path, text: ModelText, form: WeightFormat) -> None:
     """Calibrated on one text, judged on another.  (On held-out novels: bench/quantization.py.)"""
     spec = load_spec(bundled)
     plain, changed = Along(bundled, spec, 256), Along(bundled, spec, 256)
@@ -169,29 +213,42 @@ def test_divergence_is_less_than_of_rounding(bundled: Path, text: ModelText) -> 
     laws = [law(plain, window) for window in prose]
     judged.put(None)
     assert judged.compare(laws, prose)["kl"] < 1e-9
-    judged.put(INT4)
+    judged.put(form)
     nearest = judged.compare(laws, prose)
     calibration = windows(text.tokenizer.encode(STORY, add_special=False), 128, 4)
-    judged.put(INT4, calibrate(plain, calibration, INT4, judged.norm_dtypes))
+    judged.put(form, calibrate(plain, calibration, form, judged.norm_dtypes))
     chosen = judged.compare(laws, prose)
-    assert chosen["kl"] < 0.85 * nearest["kl"]
+    assert chosen["kl"] < 0.7 * nearest["kl"]
     judged.put(WeightFormat(8, 0))
     eight = judged.compare(laws, prose)
     assert eight["kl"] < 0.001
     assert eight["top1"] > 0.97
 
 
-def test_a_calibrated_checkpoint_is_what_was_judged(checkpoint: Callable[[str], Checkpoint], tmp_path: Path) -> None:
-    """Written and read back: the rounded weights, the new norms, and biases."""
-    folder, form = checkpoint("llama_bias_tied").folder, WeightFormat(4, 16)
+@pytest.mark.parametrize("text", ["int4:16:float", "int4:16"])
+def test_a_calibrated_checkpoint_is_what_was_judged(
+    text: str, checkpoint: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written and read back, a few rows at once: the rounded weights, the new norms, and biases."""
+    folder, form = checkpoint("llama_bias_tied").folder, WeightFormat.parse(text)
     spec = load_spec(folder)
     along = Along(folder, spec, 32, wanted=False)
     judged = Judged(folder, along)
+    monkeypatch.setattr(awq, "STEP", 20 * spec.width)
+    monkeypatch.setattr(write, "CHUNK", 20 * spec.width)
     changes = calibrate(along, noise(spec.vocab), form, judged.norm_dtypes)
     meeting = (spec.heads + spec.kv_heads) * spec.head_dim
-    assert bool(torch.isinf(changes.limits["0.qkv"][:meeting]).all()), "queries and keys are clamped"
-    assert bool(torch.isfinite(changes.limits["0.qkv"][meeting:]).all())
-    convert(folder, tmp_path, form, changes.applied)
+    if form.nested:
+        assert not changes.limits
+        qkv = Part("0.qkv", "0.qkv", tuple(along.decoder.tensors["0.qkv"].shape))
+        rows = changes.applied(qkv, along.decoder.tensors["0.qkv"])
+        own = extremes(rows.view(rows.shape[0], -1, 16)) == changes.largest["0.qkv"]
+        assert bool(own[:meeting].all()), "queries and keys are clamped"
+        assert not bool(own[meeting:].all())
+    else:
+        assert bool(torch.isinf(changes.limits["0.qkv"][:meeting]).all()), "queries and keys are clamped"
+        assert bool(torch.isfinite(changes.limits["0.qkv"][meeting:]).all())
+    convert(folder, tmp_path, form, changes)
     judged.put(form, changes)
     found = read_back(tmp_path)
     loaded = Along(tmp_path, load_spec(tmp_path), 32)

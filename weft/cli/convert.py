@@ -70,7 +70,7 @@ def run(model: str, out: Path, form: WeightFormat, text: str | None) -> dict[str
         changes = None if text is None else calibrated(folder, form, text)
         left = copy_rest(folder, draft)
         with loading(f"{folder.name} into {form}", "converting", "converted") as progress:
-            written = write(folder, draft, form, None if changes is None else changes.applied, progress)
+            written = write(folder, draft, form, changes, progress)
     record: dict[str, Any] = {"model": str(folder), "out": str(out), "weights": str(form), "awq": text is not None}
     return record | written.as_json() | {"left_out": left}
 

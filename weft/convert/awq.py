@@ -9,9 +9,12 @@ before gives it up: the norm before qkv and gate_up, the rows of `up` before dow
 group's weights are clamped to the share of their largest magnitude, 1, 0.95 .. 0.55, that moves the group's part of the
 outputs least; queries and keys are not, whose products meet in the softmax.
 
-Differs.  Where query heads share a kv head, s of `out` is made of the mean over those heads, so that `v` can give it up; the
-paper leaves such layers alone.  Errors are taken over ROWS rows of the text, means over all of it.  Norms are rounded to their
-number format first, and W takes what they then really give up.  Experts and their router stay as they are.
+Differs.  Scales of a nested format are chosen in place of limits: a row's is tried at those shares of what holds its largest
+group, every other group takes the multiple of it, too small to hold its weights or larger than that, which moves its part of
+the outputs least, and the row's scale with the least sum is kept.  Where query heads share a kv head, s of `out` is made of
+the mean over those heads, so that `v` can give it up; the paper leaves such layers alone.  Errors are taken over ROWS rows of
+the text, means over all of it.  Norms are rounded to their number format first, and W takes what they then really give up.
+Experts and their router stay as they are.
 
 Legend.  N: outputs.  K: inputs.  R: kept rows.  G: groups of K.  s: scales [K].
 """
@@ -26,16 +29,18 @@ from torch import Tensor
 
 from weft.convert.passes import Along, Progress, each
 from weft.exec.batch import Batch
-from weft.models.formats import WeightFormat
+from weft.models.formats import MULTIPLES, WeightFormat
 from weft.models.layout import Part
 from weft.models.operations import Seam
-from weft.models.quantized import quantize
+from weft.models.quantized import Quantized, extremes, quantize, symmetric_grid
 from weft.models.spec import DecoderSpec, LayerSpec
 
 ROWS = 2048
 """Rows of a layer's input that errors are taken over."""
 ALPHAS = tuple(i / 20 for i in range(20))
 SHRINKS = tuple(1 - i / 20 for i in range(10))
+NEAR = range(-4, 4)
+"""Multiples of a row's scale that are tried for a group, counted from the least that holds its weights."""
 LEAST = 1e-4
 STEP = 1 << 22
 """Weights that are looked at together."""
@@ -64,14 +69,15 @@ class Changes:
     """What becomes of a checkpoint's tensors before they are rounded, by fused weight.
 
     inputs: s [K], columns are multiplied by it.  outputs: [N], rows (and biases) are divided by it.
-    norms: new weights, in their number format.  limits: [N, G], magnitudes that weights are clamped to.
-    chosen: alpha of each layer and weight.
+    norms: new weights, in their number format.  limits: [N, G], magnitudes that weights are clamped to.  largest: [N, G], in
+    a nested format, in place of limits: what scales are made of (`quantize`).  chosen: alpha of each layer and weight.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     limits: dict[str, Tensor] = field(default_factory=dict)
+    largest: dict[str, Tensor] = field(default_factory=dict)
     chosen: dict[str, float] = field(default_factory=dict)
 
     def applied(self, part: Part, rows: Tensor, first: int = 0) -> Tensor:
@@ -92,6 +98,12 @@ class Changes:
             grouped = rows.float().view(*limits.shape[:2], -1)
             rows = grouped.clamp(-limits, limits).view(rows.shape)
         return rows
+
+    def rounded(self, part: Part, rows: Tensor, form: WeightFormat, first: int = 0) -> Quantized:
+        """Rows `first`, ... of a part, changed and then rounded."""
+        begin, largest = part.first + first, self.largest.get(part.target)
+        mine = None if largest is None else largest[begin : begin + rows.shape[0]]
+        return quantize(self.applied(part, rows, first), form, mine)
 
 
 def calibrate(
@@ -214,7 +226,7 @@ def search(weight: Tensor, inputs: Inputs, mean: Tensor, form: WeightFormat) -> 
 
 
 def _limit(changes: Changes, spec: DecoderSpec, key: str, weight: Tensor, inputs: Inputs, form: WeightFormat) -> None:
-    """Choose the limits of a product's weights, as they are after folding."""
+    """Choose the limits of a product's weights as they are after folding, or what their nested scales are made of."""
     part = Part(key, key, (weight.shape[0], weight.shape[1]))
     s = changes.inputs.get(key, torch.ones(()))
     groups = form.groups(weight.shape[1])
@@ -222,21 +234,24 @@ def _limit(changes: Changes, spec: DecoderSpec, key: str, weight: Tensor, inputs
     gram = inputs.gram(s)
     own = torch.stack([gram[at : at + size, at : at + size] for at in range(0, weight.shape[1], size)])
     first = spec.heads * spec.head_dim + spec.kv_heads * spec.head_dim if key.endswith(".qkv") else 0
-    limits = []
+    chosen = []
     step = max(1, STEP // weight.shape[1])
     for at in range(0, weight.shape[0], step):
         rows = changes.applied(part, weight[at : at + step], at).float()
-        limits.append(clipped(rows, own, form))
-    found = torch.cat(limits)
-    found[:first] = torch.inf
-    changes.limits[key] = found
+        chosen.append((scaled if form.nested else clipped)(rows, own, form))
+    found = torch.cat(chosen)
+    if form.nested:
+        found[:first] = extremes(changes.applied(part, weight[:first]).float().view(first, groups, size))
+        changes.largest[key] = found
+    else:
+        found[:first] = torch.inf
+        changes.limits[key] = found
 
 
 def clipped(weight: Tensor, own: Tensor, form: WeightFormat) -> Tensor:
     """Limits [N, G] of rows [N, K] with the least squared error of each group's part of the outputs.
 
-    own [G, size, size]: products of the inputs within each group.  In a nested format the row's scale shrinks with all of its
-    groups while they are tried, and in the end with the largest of them alone.
+    own [G, size, size]: products of the inputs within each group.
     """
     grouped = weight.view(weight.shape[0], own.shape[0], -1)
     largest = grouped.abs().amax(-1)
@@ -245,7 +260,41 @@ def clipped(weight: Tensor, own: Tensor, form: WeightFormat) -> Tensor:
         limit = largest * shrink
         cut = grouped.clamp(-limit.unsqueeze(-1), limit.unsqueeze(-1)).view_as(weight)
         moved = (quantize(cut, form).dequantized() - weight).view_as(grouped)
-        error = (torch.einsum("ngk,gkl->ngl", moved, own) * moved).sum(-1)
+        error = _error(moved, own)
         better = error < chosen
         best, chosen = torch.where(better, limit, best), torch.where(better, error, chosen)
     return best
+
+
+def scaled(weight: Tensor, own: Tensor, form: WeightFormat) -> Tensor:
+    """What nested scales of rows [N, K] are made of (`quantize`'s largest, [N, G]), with the least squared error as `clipped`.
+
+    A group's best scale depends on its row's, which the largest group makes: it is tried at shares of what holds that group,
+    and each of the others then takes the multiple of it that is best for itself.
+    """
+    grouped = weight.view(weight.shape[0], own.shape[0], -1)
+    extreme = extremes(grouped)
+    top, at = extreme.abs().max(-1, keepdim=True)
+    half = form.levels // 2
+    best, chosen = extreme.clone(), torch.full_like(top, torch.inf)
+    for shrink in SHRINKS:
+        base = top * shrink / MULTIPLES
+        least = (extreme.abs() / torch.where(base == 0, 1.0, base)).ceil_()
+        mine, errors = extreme.clone(), torch.full_like(extreme, torch.inf)
+        for more in NEAR:
+            times = (least + more).clamp_(1, MULTIPLES).scatter_(-1, at, MULTIPLES)
+            largest = extreme.sign() * times * base
+            step = symmetric_grid(largest, form).steps().unsqueeze(-1)
+            values = (grouped / torch.where(step == 0, 1.0, step)).round_().clamp_(-half, half - 1)
+            error = _error(values.mul_(step).sub_(grouped), own)
+            better = error < errors
+            mine, errors = torch.where(better, largest, mine), torch.where(better, error, errors)
+        total = errors.sum(-1, keepdim=True)
+        better = total < chosen
+        best, chosen = torch.where(better, mine, best), torch.where(better, total, chosen)
+    return best
+
+
+def _error(moved: Tensor, own: Tensor) -> Tensor:
+    """Squared errors [N, G] of the groups' parts of the outputs, of weights moved by [N, G, size]."""
+    return (torch.einsum("ngk,gkl->ngl", moved, own) * moved).sum(-1)

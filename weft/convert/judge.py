@@ -40,10 +40,10 @@ class Judged:
         few = quantized(self.along.decoder.spec, form)
         for part in self.parts:
             rows = _place(self._before[part.target], part)
-            if changes is not None:
-                rows = changes.applied(part, rows)
             if form is not None and part.target in few:
-                rows = quantize(rows, form).dequantized()
+                rows = (quantize(rows, form) if changes is None else changes.rounded(part, rows, form)).dequantized()
+            elif changes is not None:
+                rows = changes.applied(part, rows)
             _place(self.along.decoder.tensors[part.target], part).copy_(rows)
 
     def compare(self, laws: Sequence[Tensor], found: Sequence[list[int]]) -> dict[str, Any]:

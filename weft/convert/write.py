@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.convert.awq import Changes
 from weft.errors import ConfigError
 from weft.models import load_config
 from weft.models.checkpoints.files import Files
@@ -34,8 +35,6 @@ from weft.models.quantized import quantize
 from weft.models.spec import DecoderSpec
 
 Progress = Callable[[int, int], None]
-Apply = Callable[[Part, Tensor, int], Tensor]
-"""(part, some of its rows, the first of them) to what is rounded or stored instead."""
 
 NAMES = {
     torch.float64: "F64",
@@ -136,7 +135,7 @@ def source_of(folder: Path, form: WeightFormat) -> Source:
 
 
 def convert(
-    folder: Path, out: Path, form: WeightFormat, apply: Apply | None = None, progress: Progress | None = None
+    folder: Path, out: Path, form: WeightFormat, changes: Changes | None = None, progress: Progress | None = None
 ) -> Written:
     """Write the tensors and config.json of `folder`, its matrices in `form`, into the empty folder `out`.
 
@@ -153,7 +152,7 @@ def convert(
             names = [name for part in mine for name in (_tails(part, form) if part.target in few else [part.name])]
             with Writer(out / file.name, names) as writer:
                 for part in mine:
-                    _write(writer, part, files.get(part.name), form if part.target in few else None, apply)
+                    _write(writer, part, files.get(part.name), form if part.target in few else None, changes)
                     files.give_back(part.name)
                     done += stored[part.name].stop - stored[part.name].start
                     if progress is not None:
@@ -207,9 +206,9 @@ def _tails(part: Part, form: WeightFormat) -> list[str]:
     return [f"{part.name}_{tail}" for tail in tails]
 
 
-def _write(writer: Writer, part: Part, tensor: Tensor, form: WeightFormat | None, apply: Apply | None) -> None:
+def _write(writer: Writer, part: Part, tensor: Tensor, form: WeightFormat | None, changes: Changes | None) -> None:
     if form is None:
-        changed = tensor if apply is None else apply(part, tensor, 0)
+        changed = tensor if changes is None else changes.applied(part, tensor)
         writer.add(part.name, changed.to(tensor.dtype))
         return
     words, scales, zeros = [], [], []
@@ -218,7 +217,7 @@ def _write(writer: Writer, part: Part, tensor: Tensor, form: WeightFormat | None
         rows = tensor[first : first + step]
         if not bool(torch.isfinite(rows).all()):
             raise ConfigError(f"{part.name} has values that are not finite, which no format of few bits holds")
-        grid = quantize(rows if apply is None else apply(part, rows, first), form)
+        grid = quantize(rows, form) if changes is None else changes.rounded(part, rows, form, first)
         words.append(packed(grid.values, form.bits))
         scales.append(grid.steps())
         zero = grid.zeros()

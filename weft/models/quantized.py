@@ -19,7 +19,9 @@ from torch import Tensor
 
 from weft.models.formats import MULTIPLES, WeightFormat
 
-__all__ = ["Quantized", "WeightFormat", "assembled", "multiples", "nested", "offset_grid", "quantize", "symmetric_grid"]
+__all__ = [
+    "Quantized", "WeightFormat", "assembled", "extremes", "multiples", "nested", "offset_grid", "quantize", "symmetric_grid"
+]  # fmt: skip
 
 SCALE_EXPONENT = 7
 """The largest scale of a weight is stored as a number of about 2 to this power."""
@@ -116,19 +118,27 @@ def offset_grid(low: Tensor, high: Tensor, format: WeightFormat) -> Quantized:
     return assembled(_NOTHING, scales, -zeros * scales, format)
 
 
-def quantize(weight: Tensor, format: WeightFormat) -> Quantized:
+def extremes(grouped: Tensor) -> Tensor:
+    """The value of the largest magnitude in each group, [N, G] of [N, G, group]."""
+    return grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def quantize(weight: Tensor, format: WeightFormat, largest: Tensor | None = None) -> Quantized:
     """Round to nearest: float [N, K], each group on the grid that just holds it.
 
     Symmetric: the scale is the largest magnitude over 2^(bits - 1), with the sign that puts that value on the grid's deeper
     side, as it has one step more there.  With offsets: the grid runs from the smallest value, or 0 if that is smaller, to the
     largest, moved by less than half a step so that 0 is on it: the offset is a whole number of scales, which is what
     checkpoints can hold.
+
+    largest: float32 [N, G], of a symmetric format; it stands for the groups' own values of the largest magnitude, and weights
+    beyond the grid that it gives are rounded to the grid's ends.
     """
     rows, width = weight.shape
     grouped = weight.float().view(rows, format.groups(width), -1)
     half, top = format.levels // 2, format.levels - 1
     if format.symmetric:
-        grid = symmetric_grid(grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1), format)
+        grid = symmetric_grid(extremes(grouped) if largest is None else largest, format)
     else:
         grid = offset_grid(grouped.amin(-1), grouped.amax(-1), format)
     # Values are rounded to the grid as it is stored.
