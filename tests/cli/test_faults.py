@@ -273,7 +273,9 @@ def test_a_request_that_kills_engines_fails_alone_and_a_killed_front_takes_its_e
     plugin.write_text(POISON)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with Serving(tmp_path, "--port", str(port), *SMALL, "--plugin", str(plugin)) as server:
+    # A controller need not ask a draft that never guesses.
+    flags = ("--draft-control", "off", "--plugin", str(plugin))
+    with Serving(tmp_path, "--port", str(port), *SMALL, *flags) as server:
         url = f"http://127.0.0.1:{port}"
         while_loading(url)
         server.url()
