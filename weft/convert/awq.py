@@ -32,7 +32,7 @@ from weft.exec.batch import Batch
 from weft.models.formats import MULTIPLES, WeightFormat
 from weft.models.layout import Part
 from weft.models.operations import Seam
-from weft.models.quantized import Quantized, extremes, quantize, symmetric_grid
+from weft.models.quantized import Quantized, extremes, quantize
 from weft.models.spec import DecoderSpec, LayerSpec
 
 ROWS = 2048
@@ -275,7 +275,6 @@ def scaled(weight: Tensor, own: Tensor, form: WeightFormat) -> Tensor:
     grouped = weight.view(weight.shape[0], own.shape[0], -1)
     extreme = extremes(grouped)
     top, at = extreme.abs().max(-1, keepdim=True)
-    half = form.levels // 2
     best, chosen = extreme.clone(), torch.full_like(top, torch.inf)
     for shrink in SHRINKS:
         base = top * shrink / MULTIPLES
@@ -284,9 +283,8 @@ def scaled(weight: Tensor, own: Tensor, form: WeightFormat) -> Tensor:
         for more in NEAR:
             times = (least + more).clamp_(1, MULTIPLES).scatter_(-1, at, MULTIPLES)
             largest = extreme.sign() * times * base
-            step = symmetric_grid(largest, form).steps().unsqueeze(-1)
-            values = (grouped / torch.where(step == 0, 1.0, step)).round_().clamp_(-half, half - 1)
-            error = _error(values.mul_(step).sub_(grouped), own)
+            moved = quantize(weight, form, largest).dequantized() - weight
+            error = _error(moved.view_as(grouped), own)
             better = error < errors
             mine, errors = torch.where(better, largest, mine), torch.where(better, error, errors)
         total = errors.sum(-1, keepdim=True)

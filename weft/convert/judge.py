@@ -19,7 +19,6 @@ from weft.models.checkpoints.stored import catalogue
 from weft.models.families import families
 from weft.models.formats import WeightFormat
 from weft.models.layout import Part, quantized
-from weft.models.quantized import quantize
 from weft.models.weights import _place
 
 
@@ -37,12 +36,12 @@ class Judged:
 
     def put(self, form: WeightFormat | None, changes: Changes | None = None) -> None:
         """Weights changed by AWQ, then rounded; None leaves out the one or the other."""
-        few = quantized(self.along.decoder.spec, form)
+        few, changes = quantized(self.along.decoder.spec, form), changes or Changes()
         for part in self.parts:
             rows = _place(self._before[part.target], part)
             if form is not None and part.target in few:
-                rows = (quantize(rows, form) if changes is None else changes.rounded(part, rows, form)).dequantized()
-            elif changes is not None:
+                rows = changes.rounded(part, rows, form).dequantized()
+            else:
                 rows = changes.applied(part, rows)
             _place(self.along.decoder.tensors[part.target], part).copy_(rows)
 

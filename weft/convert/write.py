@@ -31,7 +31,6 @@ from weft.models.families import families, read
 from weft.models.formats import WeightFormat
 from weft.models.gguf.header import is_gguf
 from weft.models.layout import Part, quantized
-from weft.models.quantized import quantize
 from weft.models.spec import DecoderSpec
 
 Progress = Callable[[int, int], None]
@@ -142,6 +141,7 @@ def convert(
     Embedding, head and experts are matrices; routers, norms and biases stay as they are.  Memory: one tensor.
     Raises ConfigError as `source_of` does.
     """
+    changes = changes or Changes()
     source = source_of(folder, form)
     config, stored, parts, few = source.config, source.stored, source.parts, source.few
     total = sum(stored[part.name].stop - stored[part.name].start for part in parts)
@@ -206,10 +206,9 @@ def _tails(part: Part, form: WeightFormat) -> list[str]:
     return [f"{part.name}_{tail}" for tail in tails]
 
 
-def _write(writer: Writer, part: Part, tensor: Tensor, form: WeightFormat | None, changes: Changes | None) -> None:
+def _write(writer: Writer, part: Part, tensor: Tensor, form: WeightFormat | None, changes: Changes) -> None:
     if form is None:
-        changed = tensor if changes is None else changes.applied(part, tensor)
-        writer.add(part.name, changed.to(tensor.dtype))
+        writer.add(part.name, changes.applied(part, tensor).to(tensor.dtype))
         return
     words, scales, zeros = [], [], []
     step = max(1, CHUNK // part.shape[1])
@@ -217,7 +216,7 @@ def _write(writer: Writer, part: Part, tensor: Tensor, form: WeightFormat | None
         rows = tensor[first : first + step]
         if not bool(torch.isfinite(rows).all()):
             raise ConfigError(f"{part.name} has values that are not finite, which no format of few bits holds")
-        grid = quantize(rows, form) if changes is None else changes.rounded(part, rows, form, first)
+        grid = changes.rounded(part, rows, form, first)
         words.append(packed(grid.values, form.bits))
         scales.append(grid.steps())
         zero = grid.zeros()
