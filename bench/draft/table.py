@@ -319,6 +319,7 @@ def compare(
             "rounds": sweep.rounds,
             "new": sweep.new,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "cpu": machine()["cpu"],  # rows of several runs lie beside each other
         }
 
 
