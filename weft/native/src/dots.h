@@ -214,9 +214,6 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
     constexpr bool WIDE = !std::is_same_v<W, T>;
     const Weight& w = a.weight;
     Linear read = a;
-    [[maybe_unused]] int32_t row_sums[ROW_BLOCK];
-    if constexpr (WIDE)
-        for (int64_t r = 0; r < count; r++) row_sums[r] = T::HALF / W::HALF * rows.sum(r, w.groups());
     const int64_t each = w.k / D::INPUTS, tiles = (count + most - 1) / most, group = w.grouped() ? w.group / D::INPUTS : EACH;
     const int64_t near = tiles == 1 && !WIDE ? each : group > NEAR_WORDS ? group : NEAR_WORDS / group * group;
     const int64_t parts = (each + near - 1) / near;
@@ -243,7 +240,7 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
                     const int64_t top = count * t / tiles, tall = count * (t + 1) / tiles - top;
                     Part part = seen;
                     part.x = reinterpret_cast<const float*>(rows.words + top * each + begin * tall);
-                    part.sums = WIDE ? reinterpret_cast<const float*>(row_sums + top) : rows.sums + top * w.groups();
+                    part.sums = rows.sums + top * (WIDE ? 1 : w.groups());
                     part.scales = rows.scales + top, part.row = first + top;
                     // Between blocks sums wait where results go, between stretches nearby.
                     const Sums out{a.out + part.row * a.out_stride + part.n, a.out_stride, paired ? w.n / 2 : panels / 2 * PANEL};
@@ -267,7 +264,7 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
 }
 
 // Whether nested weights are made bytes for so many rows, at least.
-inline constexpr int64_t WIDENED_ROWS = 17;
+inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
 static_assert(FEW_PANELS * (NEAR_WORDS + 2) * LINE_BYTES <= SUMS_SCRATCH * 4);
 template <class W>
 WEFT_INLINE bool widens(const Linear& a, int64_t rows) {
@@ -320,12 +317,14 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
     const int64_t panels = (w.n + PANEL - 1) / PANEL / (paired ? 2 : 1), unit = (rows <= 2 ? FEW_PANELS : TILE_PANELS) / (paired ? 2 : 1);
     const bool wide = NESTS<D, W, OFFSETS> && widens<W>(a, rows);
     const int64_t each = w.k / D::INPUTS, most = wide ? TILE_ROWS : tile_rows<W>(w);
-    const int64_t high = block_rows(rows, each, most, [&](int64_t count) { return Rows<D>::size(w, count, each); });
-    const int factor = OFFSETS ? 1 : -W::HALF;  // what weights have too much
+    Linear summed = a;  // where weights become bytes, a row has one sum
+    if (wide) summed.weight.group = w.k;
+    const int64_t high = block_rows(rows, each, most, [&](int64_t count) { return Rows<D>::size(summed.weight, count, each); });
+    const int factor = OFFSETS ? 1 : wide ? -I8::HALF : -W::HALF;  // what weights have too much
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
-        const Block<D> block(w, first, rows - first < high ? rows - first : high, most, share);
-        block.template round<W>(a, share, factor);
+        const Block<D> block(summed.weight, first, rows - first < high ? rows - first : high, most, share);
+        block.template round<W>(summed, share, factor);
         each_share(a, share, panels, unit, !block.own || rows == block.count, [&](int64_t from, int64_t to) {
             if constexpr (NESTS<D, W, OFFSETS>)
                 if (wide) {

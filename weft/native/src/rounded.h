@@ -106,13 +106,6 @@ struct Rows {
 
     Rows(int32_t* at, int64_t rows, int64_t each)
         : words(at), scales(reinterpret_cast<float*>(at + rows * each)), sums(scales + rows) {}
-    // Of all groups of a row.
-    typename D::Sum sum(int64_t row, int64_t groups) const {
-        const auto* mine = reinterpret_cast<const typename D::Sum*>(sums) + row * groups;
-        typename D::Sum total = 0;
-        for (int64_t g = 0; g < groups; g++) total += mine[g];
-        return total;
-    }
     static int64_t size(const Weight& w, int64_t rows, int64_t each) { return rows * (each + 1 + w.groups()); }
 };
 
