@@ -14,33 +14,34 @@ namespace weft::WEFT_ISA {
 template <class D, class W, bool OFFSETS, int R, int P>
 WEFT_INLINE void settle_dots(const Weight& w, const Part& part, int64_t group, const typename D::Total (&found)[R][P][PARTS],
                              const typename D::Sum* sums, int64_t stride, vf (&totals)[R][P][PARTS]) {
-    for (int p = 0; p < P; p++)
-        for (int v = 0; v < PARTS; v++) {
-            const char* mine = panel_of<P>(w, part.panel, part.far, p);
-            __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
-            const vf scale = scales<W>(w, mine, group, v), fine = scale * D::template unit<W>();
-            const vf offset = OFFSETS ? offsets<W>(w, mine, group, v) + scale * D::template half<W>() : vf{};
-            for (int r = 0; r < R; r++) {
-                totals[r][p][v] += D::floats(found[r][p][v]) * fine;
-                if (OFFSETS) totals[r][p][v] += offset * static_cast<float>(sums[r * stride + group]);
-            }
-        }
+    vf fine[P][PARTS], offset[P][PARTS];
+    each_sum<1, P>([&](int, int p, int v) {
+        const char* mine = panel_of<P>(w, part.panel, part.far, p);
+        __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
+        const vf scale = scales<W>(w, mine, group, v);
+        fine[p][v] = scale * D::template unit<W>();
+        offset[p][v] = OFFSETS ? offsets<W>(w, mine, group, v) + scale * D::template half<W>() : vf{};
+    });
+    each_sum<R, P>([&](int r, int p, int v) {
+        totals[r][p][v] += D::floats(found[r][p][v]) * fine[p][v];
+        if (OFFSETS) totals[r][p][v] += offset[p][v] * static_cast<float>(sums[r * stride + group]);
+    });
 }
 
 // totals += found times the multiples of one group.
 template <class D, int R, int P>
 WEFT_INLINE void settle_nested(const Weight& w, const Part& part, int64_t group, const typename D::Total (&found)[R][P][PARTS],
                                typename D::Total (&totals)[R][P][PARTS]) {
-    for (int p = 0; p < P; p++)
-        for (int v = 0; v < PARTS; v++) {
-            const char* mine = panel_of<P>(w, part.panel, part.far, p);
-            if (group % 4 == 0) __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
-            const vi times = multiples(w, mine, group, v);
-            if (w.group <= SHORT_GROUP)
-                for (int r = 0; r < R; r++) totals[r][p][v] = add_times(totals[r][p][v], found[r][p][v], times);
-            else
-                for (int r = 0; r < R; r++) totals[r][p][v] += found[r][p][v] * times;
-        }
+    vi times[P][PARTS];
+    each_sum<1, P>([&](int, int p, int v) {
+        const char* mine = panel_of<P>(w, part.panel, part.far, p);
+        if (group % 4 == 0) __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
+        times[p][v] = multiples(w, mine, group, v);
+    });
+    if (w.group <= SHORT_GROUP)
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = add_times(totals[r][p][v], found[r][p][v], times[p][v]); });
+    else
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += found[r][p][v] * times[p][v]; });
 }
 
 // One word of P panels times one of R rows.
@@ -49,8 +50,7 @@ WEFT_INLINE void add_word(const vu (&weight)[P][PARTS], const int32_t* x, typena
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
         const vi input = vi{} + x[r];
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < PARTS; v++) total[r][p][v] = D::dot(total[r][p][v], weight[p][v], input);
+        each_sum<1, P>([&](int, int p, int v) { total[r][p][v] = D::dot(total[r][p][v], weight[p][v], input); });
     }
 }
 
@@ -60,10 +60,7 @@ template <class D, class W, int R, int P>
 WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int64_t words, typename D::Total (&result)[R][P][PARTS]) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     typename D::Total total[R][P][PARTS];  // of its own, which a compiler keeps in registers
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < PARTS; v++) total[r][p][v] = result[r][p][v];
+    each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = result[r][p][v]; });
     const auto* x = reinterpret_cast<const int32_t*>(part.x) + first * R;
     const char* later = part.later;
     const int64_t lines = w.k / W::VALUES, begin = part.line + first / EACH, end = begin + words / EACH;
@@ -73,20 +70,15 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
         if (later) ask_for_later<P>(part, later);
         else ask_for<P>(panels, line, lines, part.next);
         vu raw[P][PARTS];
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < PARTS; v++) raw[p][v] = load_bits(panels[p] + line * LINE_BYTES + v * LANES * 4);
+        each_sum<1, P>([&](int, int p, int v) { raw[p][v] = load_bits(panels[p] + line * LINE_BYTES + v * LANES * 4); });
 #pragma GCC unroll 4
         for (int j = 0; j < EACH; j++, x += R) {
             vu weight[P][PARTS];
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) weight[p][v] = D::word(W{}, raw[p][v], j);
+            each_sum<1, P>([&](int, int p, int v) { weight[p][v] = D::word(W{}, raw[p][v], j); });
             add_word<D, R, P>(weight, x, total);
         }
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < PARTS; v++) result[r][p][v] = total[r][p][v];
+    each_sum<R, P>([&](int r, int p, int v) { result[r][p][v] = total[r][p][v]; });
 }
 
 #if defined(__AVX512BF16__)
@@ -127,24 +119,18 @@ void dot_tile(const Linear& a, const Part& part) {
             typename D::Total whole[R][P][PARTS];
             fetch<R, P>(a, part, totals);
             for (int p = 0; p < P; p++) __builtin_prefetch(panel_of<P>(w, part.panel, part.far, p) + part.next + w.line_bytes());
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < PARTS; v++) whole[r][p][v] = reinterpret_cast<vi>(totals[r][p][v]);
+            each_sum<R, P>([&](int r, int p, int v) { whole[r][p][v] = reinterpret_cast<vi>(totals[r][p][v]); });
             for (int64_t first = 0; first < words; first += step) {
                 const int64_t group = part.line * EACH / step + first / step;
                 typename D::Total total[R][P][PARTS];
-                for (int r = 0; r < R; r++)
-                    for (int p = 0; p < P; p++)
-                        for (int v = 0; v < PARTS; v++) total[r][p][v] = D::start(sums[r * groups + group]);
+                each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(sums[r * groups + group]); });
                 add_words<D, W, R, P>(w, part, first, step, total);
                 settle_nested<D, R, P>(w, part, group, total, whole);
             }
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) {
-                    const vf scale = row_scales(w, panel_of<P>(w, part.panel, part.far, p), v);
-                    for (int r = 0; r < R; r++)
-                        totals[r][p][v] = part.end ? D::floats(whole[r][p][v]) * scale : reinterpret_cast<vf>(whole[r][p][v]);
-                }
+            each_sum<R, P>([&](int r, int p, int v) {
+                totals[r][p][v] = part.end ? D::floats(whole[r][p][v]) * row_scales(w, panel_of<P>(w, part.panel, part.far, p), v)
+                                           : reinterpret_cast<vf>(whole[r][p][v]);
+            });
         }
     } else if (W::SCALED && w.grouped()) {
         const int64_t step = w.group / D::INPUTS;
@@ -152,35 +138,22 @@ void dot_tile(const Linear& a, const Part& part) {
         for (int64_t first = 0; first < words; first += step) {
             const int64_t group = part.line * EACH / step + first / step;
             typename D::Total total[R][P][PARTS];
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < PARTS; v++) total[r][p][v] = D::start(OFFSETS ? 0 : sums[r * groups + group]);
+            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(OFFSETS ? 0 : sums[r * groups + group]); });
             add_words<D, W, R, P>(w, part, first, step, total);
             if constexpr (W::SCALED) settle_dots<D, W, OFFSETS, R, P>(w, part, group, total, sums, groups, totals);
         }
     } else {
         typename D::Total total[R][P][PARTS];
         fetch<R, P>(a, part, totals);  // sums of whole numbers as they are, between stretches
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++)
-                    total[r][p][v] = part.from.at ? reinterpret_cast<typename D::Total>(totals[r][p][v])
-                                                  : D::start(W::SCALED && !OFFSETS ? sums[r] : 0);
+        each_sum<R, P>([&](int r, int p, int v) {
+            total[r][p][v] = part.from.at ? reinterpret_cast<typename D::Total>(totals[r][p][v]) : D::start(W::SCALED && !OFFSETS ? sums[r] : 0);
+        });
         add_words<D, W, R, P>(w, part, 0, words, total);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) totals[r][p][v] = W::SCALED && part.end ? vf{} : reinterpret_cast<vf>(total[r][p][v]);
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = W::SCALED && part.end ? vf{} : reinterpret_cast<vf>(total[r][p][v]); });
         if constexpr (W::SCALED)
             if (part.end) settle_dots<D, W, OFFSETS, R, P>(w, part, 0, total, sums, 1, totals);
     }
-    if (D::SCALED && part.end)
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) totals[r][p][v] *= part.scales[r];
+    if (D::SCALED && part.end) each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] *= part.scales[r]; });
 #if defined(__AVX512BF16__)
     if constexpr (P > 1)
         if (part.handed && part.end) return hand_on<W, R, P>(a, part, totals);
@@ -265,7 +238,7 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
 
 // Whether nested weights are made bytes for so many rows, at least.
 inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
-static_assert(FEW_PANELS * (NEAR_WORDS + 2) * LINE_BYTES <= SUMS_SCRATCH * 4);
+static_assert(FEW_PANELS * (NEAR_WORDS + 1) * LINE_BYTES <= SUMS_SCRATCH * 4);
 template <class W>
 WEFT_INLINE bool widens(const Linear& a, int64_t rows) {
     return std::is_same_v<W, I4> && a.weight.nested && a.inputs == Inputs::INT8 && rows >= WIDENED_ROWS;
@@ -328,8 +301,7 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
         each_share(a, share, panels, unit, !block.own || rows == block.count, [&](int64_t from, int64_t to) {
             if constexpr (NESTS<D, W, OFFSETS>)
                 if (wide) {
-                    const auto at = reinterpret_cast<uintptr_t>(share.scratch + INPUTS_SCRATCH);
-                    char* widened = reinterpret_cast<char*>((at + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES);
+                    char* widened = reinterpret_cast<char*>(share.scratch + INPUTS_SCRATCH);
                     return multiply<D, W, OFFSETS, I8>(a, block.rows, first, block.count, most, from, to, paired, between, nullptr, widened);
                 }
             multiply<D, W, OFFSETS>(a, block.rows, first, block.count, most, from, to, paired, between);

@@ -100,19 +100,26 @@ WEFT_INLINE void ask_to_write(const Linear& a, const Part& part) {
             __builtin_prefetch(opens ? a.gate.out + (part.row + r) * a.gate.out_stride + part.n + p * PANEL : part.to.of<P>(r, p), 1);
 }
 
-// Between a tile and memory that ends at N.  Loops are unrolled, or a compiler would keep the sums of a tile in memory.
-template <int R, int P>
-WEFT_INLINE void fetch(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
-    const int64_t left = a.weight.n - part.n;
-    const bool none = !part.from.at, whole = part.paired || P * PANEL <= left;
+// Calls `run` (row, panel, part of it) for each vector of a tile's sums, unrolled: a compiler would keep in memory what loops go over.
+template <int R, int P, class Run>
+WEFT_INLINE void each_sum(const Run& run) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++)
-            for (int v = 0; v < PARTS; v++) {
-                const float* from = part.from.of<P>(r, p) + v * LANES;
-                totals[r][p][v] = none ? vf{} : whole ? load(from) : some(from, left - p * PANEL - v * LANES);
-            }
+#pragma GCC unroll 4
+            for (int v = 0; v < PARTS; v++) run(r, p, v);
+}
+
+// Between a tile and memory that ends at N.
+template <int R, int P>
+WEFT_INLINE void fetch(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
+    const int64_t left = a.weight.n - part.n;
+    const bool none = !part.from.at, whole = part.paired || P * PANEL <= left;
+    each_sum<R, P>([&](int r, int p, int v) {
+        const float* from = part.from.of<P>(r, p) + v * LANES;
+        totals[r][p][v] = none ? vf{} : whole ? load(from) : some(from, left - p * PANEL - v * LANES);
+    });
 }
 // What gates open, of row r and half a tile's panel p.
 template <int R, int P>
@@ -137,16 +144,8 @@ WEFT_INLINE void put(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS
         }
     }
     if (part.paired || P * PANEL <= left) {
-        if (bias)
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < PARTS; v++) totals[r][p][v] += load(bias + p * PANEL + v * LANES);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) store(part.to.of<P>(r, p) + v * LANES, totals[r][p][v]);
-        return;
+        if (bias) each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += load(bias + p * PANEL + v * LANES); });
+        return each_sum<R, P>([&](int r, int p, int v) { store(part.to.of<P>(r, p) + v * LANES, totals[r][p][v]); });
     }
     for (int r = 0; r < R; r++)
         for (int p = 0; p < P; p++) {
@@ -163,17 +162,16 @@ WEFT_INLINE void put(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS
 template <class W, int R, int P>
 WEFT_INLINE void settle(const Weight& w, const Part& part, int64_t group, const vf (&found)[R][P][PARTS], const float* sums,
                         int64_t stride, vf (&totals)[R][P][PARTS]) {
-    for (int p = 0; p < P; p++)
-        for (int v = 0; v < PARTS; v++) {
-            const char* mine = panel_of<P>(w, part.panel, part.far, p);
-            __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
-            const vf scale = scales<W>(w, mine, group, v), fine = scale * (1.0f / W::UNIT);
-            const vf offset = w.offsets ? offsets<W>(w, mine, group, v) + scale * static_cast<float>(W::HALF) : vf{};
-            for (int r = 0; r < R; r++) {
-                totals[r][p][v] += found[r][p][v] * fine;
-                if (w.offsets) totals[r][p][v] += offset * sums[r * stride + group];
-            }
-        }
+    vf fine[P][PARTS], offset[P][PARTS];
+    each_sum<1, P>([&](int, int p, int v) {
+        const char* mine = panel_of<P>(w, part.panel, part.far, p);
+        __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
+        const vf scale = scales<W>(w, mine, group, v);
+        fine[p][v] = scale * (1.0f / W::UNIT);
+        offset[p][v] = w.offsets ? offsets<W>(w, mine, group, v) + scale * static_cast<float>(W::HALF) : vf{};
+    });
+    each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += found[r][p][v] * fine[p][v]; });
+    if (w.offsets) each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += offset[p][v] * sums[r * stride + group]; });
 }
 
 // Lines of P panels as floats, which costs as much as a third of what a tile computes with them.
@@ -204,9 +202,7 @@ void tile(const Linear& a, const Part& part) {
     const int64_t step = grouped ? w.group / W::VALUES : part.lines;
     for (int64_t first = 0; first < part.lines; first += step) {
         vf total[R][P][PARTS];
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) total[r][p][v] = grouped ? vf{} : totals[r][p][v];
+        each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = grouped ? vf{} : totals[r][p][v]; });
         for (int64_t line = first; line < first + step; line++) {
             const float* x = part.x + line * W::VALUES * R;
             if (!OPENED) ask_for<P>(panels, part.line + line, w.k / W::VALUES, part.next);
@@ -219,13 +215,13 @@ void tile(const Linear& a, const Part& part) {
             for (int i = 0; i < W::VALUES; i++) {  // shifts are constants then
                 const float* opened = OPENED ? part.opened + (line * W::VALUES + i) * P * PANEL : nullptr;
                 vf weight[P][PARTS];
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < PARTS; v++)
-                        weight[p][v] = OPENED ? load(opened + p * PANEL + v * LANES) : W::value(words[p][v], i);
+                each_sum<1, P>([&](int, int p, int v) {
+                    weight[p][v] = OPENED ? load(opened + p * PANEL + v * LANES) : W::value(words[p][v], i);
+                });
+#pragma GCC unroll 16
                 for (int r = 0; r < R; r++) {
                     const vf input = all(x[i * R + r]);  // read once for all panels: registers are what a tile is short of
-                    for (int p = 0; p < P; p++)
-                        for (int v = 0; v < PARTS; v++) total[r][p][v] += weight[p][v] * input;
+                    each_sum<1, P>([&](int, int p, int v) { total[r][p][v] += weight[p][v] * input; });
                 }
             }
         }
@@ -235,19 +231,12 @@ void tile(const Linear& a, const Part& part) {
                 continue;
             }
         }
-        for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++)
-                for (int v = 0; v < PARTS; v++) totals[r][p][v] = total[r][p][v];
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = total[r][p][v]; });
     }
     if constexpr (W::SCALED) {
         if (!grouped && part.end) {
             vf total[R][P][PARTS];
-            for (int r = 0; r < R; r++)
-                for (int p = 0; p < P; p++)
-                    for (int v = 0; v < PARTS; v++) {
-                        total[r][p][v] = totals[r][p][v];
-                        totals[r][p][v] = vf{};
-                    }
+            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = totals[r][p][v], totals[r][p][v] = vf{}; });
             settle<W, R, P>(w, part, 0, total, part.sums, 1, totals);
         }
     }
