@@ -271,7 +271,7 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     const auto mixed_of = [&](int m, float* out) {
         for (int d = 0; d < a.dim; d++) out[d] = state.mixed[m * a.dim + mixed_at<T>(d, a.dim)];
     };
-    float* to = partials + item.partial;
+    float* to = item.partial < 0 ? nullptr : partials + item.partial;
     const auto put_apart = [&] {  // and begin anew
         for (int m = 0; m < pairs; m++, to += 2 + static_cast<int64_t>(a.dim)) {
             to[0] = state.most[m], to[1] = state.total[m];
