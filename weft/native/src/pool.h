@@ -36,8 +36,8 @@ inline void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
     }
 }
 
-// Scratch begins with a line of the cache: vectors that lie across two of them are read at half the speed.  It was a matter of luck
-// before, and made 8 % of a step of 32 rows.
+// Scratch begins with a line of the cache: vectors that lie across two of them are read at half the speed, which is 8 % of a step of
+// 32 rows.
 struct alignas(LINE_BYTES) Line {
     static constexpr int64_t WORDS = LINE_BYTES / 4;
     float words[WORDS];
