@@ -273,7 +273,7 @@ def compare(
     cases = [bound, *(s.case(null) for s in chosen)]
     again = replace(null, name="plain again")
     everyone = [plain, *(Contender(model, case, flags.threads, plain) for case in (again, *cases))]
-    for one in everyone[1:]:
+    for one in everyone:
         one.run(0)
     watched = [Watched(one) for one in everyone]
     for turn in range(1, sweep.rounds + 1):
