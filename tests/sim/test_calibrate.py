@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import time
@@ -155,6 +156,7 @@ def test_a_live_engine_is_listened_to() -> None:
     told = json.loads(json.dumps(fit(samples)))
     assert told["steps"] == len(samples)
     assert told["rows"][0][1] > 0
+    assert gc.get_freeze_count() == 0, "what the engine was can be collected"
 
 
 @pytest.mark.parametrize("out", ["missing/x.json", "."])
