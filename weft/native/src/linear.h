@@ -20,6 +20,7 @@ inline constexpr int64_t INPUT_BLOCK = W::VALUES == 1 ? 1024 : 2048;  // inputs 
 static_assert(ROW_BLOCK * 2048 <= INPUTS_SCRATCH);
 inline constexpr int64_t OPENED_TILES = 2;  // more tiles than that share weights that were made floats once
 inline constexpr int64_t STRETCH = 256;  // inputs whose part of a tile's panels stays in the first cache while tile follows tile
+inline constexpr int64_t SHORT_STRETCH = 192, SHORT_TILES = 8;  // with few tiles, so that inputs of all of them stay there too
 static_assert(STRETCH * TILE_PANELS * PANEL <= OPENED_SCRATCH);
 
 // Sums of a tile in memory, [R, P * PANEL].  The second half of the panels is `far` from the first.
@@ -287,12 +288,18 @@ inline void summed(const Linear& a, int64_t first, int64_t rows, float* out) {
         }
 }
 
-// Calls `run` (tile height, panels beside each other, first row, first panel, inputs [begin, end)) for rows [0, rows), at most `most`
-// to a tile, panels [from, to) and all inputs, of which several tiles take a stretch before they take the next.
+// Inputs that `tiles` tiles take before they take the next: whole groups.
+template <class W>
+int64_t stretch_of(const Weight& w, int64_t tiles) {
+    const bool few = LANES == 16 && W::VALUES > 1 && tiles > OPENED_TILES && tiles <= SHORT_TILES;
+    return !few ? STRETCH : W::SCALED && w.grouped() ? SHORT_STRETCH / w.group * w.group : SHORT_STRETCH;
+}
+
+// Calls `run` (tile height, panels beside each other, first row, first panel, inputs [begin, end)) for rows [0, rows), in `tiles` of
+// nearly equal height, panels [from, to) and all inputs, of which several tiles take a stretch before they take the next.
 template <class Run>
-WEFT_INLINE void each_tile(int64_t rows, int64_t most, int64_t from, int64_t to, int64_t inputs, const Run& run) {
-    const int64_t tiles = (rows + most - 1) / most;  // of nearly equal height
-    const int64_t stretch = tiles > 1 ? STRETCH : inputs;
+WEFT_INLINE void each_tile(int64_t rows, int64_t tiles, int64_t from, int64_t to, int64_t inputs, int64_t stretch, const Run& run) {
+    if (tiles == 1) stretch = inputs;
     for (int64_t p = from; p < to;) {
         const int64_t wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
         const int64_t count = p + wide <= to ? wide : 1;
@@ -326,23 +333,24 @@ void linear_panels(const Linear& a, int64_t rows, Share share, int64_t from, int
     float *sums = share.scratch + INPUTS_SCRATCH, *opened = sums + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
         const int64_t count = rows - first < high ? rows - first : high;
+        const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS, stretch = stretch_of<W>(w, tiles);
         if (w.offsets) summed(a, first, count, sums);
         for (int64_t input = 0; input < w.k; input += most) {
             const int64_t wide = w.k - input < most ? w.k - input : most;
             const float* inputs = share.scratch;
             if (count == 1) inputs = a.x + first * a.x_stride + input;
-            else turned(a, first, count, (count + TILE_ROWS - 1) / TILE_ROWS, input, wide, share.scratch);
-            each_tile(count, TILE_ROWS, from, to, wide, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
+            else turned(a, first, count, tiles, input, wide, share.scratch);
+            each_tile(count, tiles, from, to, wide, stretch, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
                 Part part{.x = inputs + top * wide + begin * tall, .sums = sums + top * w.groups()};
                 part.to = {a.out + (first + top) * a.out_stride + p * PANEL, a.out_stride, panels / 2 * PANEL};
                 if (input + begin > 0) part.from = part.to;
                 part.place(w, p, panels, (input + begin) / W::VALUES, (end - begin) / W::VALUES);
                 part.end = input + end == w.k;
-                if (W::VALUES > 1 && count > OPENED_TILES * TILE_ROWS && panels == TILE_PANELS) {
+                if (W::VALUES > 1 && tiles > OPENED_TILES && panels == TILE_PANELS) {
                     if (top == 0) open_lines<W, TILE_PANELS>(w, part, opened);
                     part.opened = opened;
                     const int64_t next = end < wide ? (input + end) / W::VALUES * LINE_BYTES : part.next + input / W::VALUES * LINE_BYTES;
-                    const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS, mine = (top * tiles + count - 1) / count;
+                    const int64_t mine = (top * tiles + count - 1) / count;
                     part.ask_later(part.panel + next, part.far, part.lines * LINE_BYTES, mine, tiles);
                     return tile_of<W, TILE_PANELS, TILE_ROWS, true>(tall)(a, part);
                 }
