@@ -284,6 +284,9 @@ def test_panels_refuse_what_they_cannot_hold() -> None:
     for bad in (
         (0, 16, 63, 3, 32, False),
         (0, 16, 64, 3, 48, False),
+        (0, 16, 96, 3, 24, False),
+        (0, 16, 512, 2, 256, False),
+        (0, 16, 512, 3, 256, False, True),
         (0, 16, 64, 2, 0, False),
         (0, 16, 64, 1, 32, False),
         (0, 16, 64, 2, 32, False, True),

@@ -28,6 +28,7 @@ inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048 + 16, SUMS_SCRATCH = 192 * 
 inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of weights
 inline constexpr int64_t SHARED = 1 << 20;  // words that all threads have together: rows that are rounded
 inline constexpr int64_t MOST_INPUTS = 1 << 16;  // of a weight
+inline constexpr int64_t MOST_GROUP = 128;  // inputs that share a scale, where not all of them do
 inline constexpr int64_t BETWEEN_SCRATCH = 192 * 32;  // floats: sums of a block of rows and of the panels of a tile
 inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + (OPENED_SCRATCH > BETWEEN_SCRATCH ? OPENED_SCRATCH : BETWEEN_SCRATCH);
 

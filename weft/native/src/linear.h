@@ -22,6 +22,7 @@ inline constexpr int64_t OPENED_TILES = 2;  // more tiles than that share weight
 inline constexpr int64_t STRETCH = 256;  // inputs whose part of a tile's panels stays in the first cache while tile follows tile
 inline constexpr int64_t SHORT_STRETCH = 192, SHORT_TILES = 8;  // with few tiles, so that inputs of all of them stay there too
 static_assert(STRETCH * TILE_PANELS * PANEL <= OPENED_SCRATCH);
+static_assert(STRETCH % MOST_GROUP == 0 && SHORT_STRETCH >= MOST_GROUP);
 
 // Sums of a tile in memory, [R, P * PANEL].  The second half of the panels is `far` from the first.
 struct Sums {
@@ -288,18 +289,24 @@ inline void summed(const Linear& a, int64_t first, int64_t rows, float* out) {
         }
 }
 
-// Inputs that `tiles` tiles take before they take the next: whole groups.
+// Whether so many tiles share weights that are made floats once.
+template <class W>
+constexpr bool opens(int64_t tiles) {
+    return W::VALUES > 1 && tiles > OPENED_TILES;
+}
+
+// Inputs that each of so many tiles takes before they take the next: whole groups, and all where there is one tile.
 template <class W>
 int64_t stretch_of(const Weight& w, int64_t tiles) {
-    const bool few = LANES == 16 && W::VALUES > 1 && tiles > OPENED_TILES && tiles <= SHORT_TILES;
-    return !few ? STRETCH : W::SCALED && w.grouped() ? SHORT_STRETCH / w.group * w.group : SHORT_STRETCH;
+    if (tiles == 1) return w.k;
+    if (LANES < 16 || !opens<W>(tiles) || tiles > SHORT_TILES) return STRETCH;
+    return w.grouped() ? SHORT_STRETCH / w.group * w.group : SHORT_STRETCH;
 }
 
 // Calls `run` (tile height, panels beside each other, first row, first panel, inputs [begin, end)) for rows [0, rows), in `tiles` of
 // nearly equal height, panels [from, to) and all inputs, of which several tiles take a stretch before they take the next.
 template <class Run>
 WEFT_INLINE void each_tile(int64_t rows, int64_t tiles, int64_t from, int64_t to, int64_t inputs, int64_t stretch, const Run& run) {
-    if (tiles == 1) stretch = inputs;
     for (int64_t p = from; p < to;) {
         const int64_t wide = rows <= 2 ? FEW_PANELS : TILE_PANELS;
         const int64_t count = p + wide <= to ? wide : 1;
@@ -346,7 +353,7 @@ void linear_panels(const Linear& a, int64_t rows, Share share, int64_t from, int
                 if (input + begin > 0) part.from = part.to;
                 part.place(w, p, panels, (input + begin) / W::VALUES, (end - begin) / W::VALUES);
                 part.end = input + end == w.k;
-                if (W::VALUES > 1 && tiles > OPENED_TILES && panels == TILE_PANELS) {
+                if (opens<W>(tiles) && panels == TILE_PANELS) {
                     if (top == 0) open_lines<W, TILE_PANELS>(w, part, opened);
                     part.opened = opened;
                     const int64_t next = end < wide ? (input + end) / W::VALUES * LINE_BYTES : part.next + input / W::VALUES * LINE_BYTES;

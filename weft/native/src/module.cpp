@@ -35,8 +35,8 @@ Weight weight_of(uintptr_t panels, int64_t n, int64_t k, int format, int64_t gro
     const Weight w{at<void>(panels), n, k, static_cast<Format>(format), group, offsets, nested};
     const bool whole = w.format == Format::I8 || w.format == Format::I4;
     if (k % values_of_line(w.format) || whole != (group > 0)) throw std::invalid_argument("inputs do not fill lines");
-    if (whole && (k % group || group % 8 || (w.grouped() && 128 % group))) throw std::invalid_argument("groups of inputs do not fill rows");
-    if (nested && (w.format != Format::I4 || !w.grouped() || offsets || group % 16 || group > 128))
+    if (whole && (k % group || group % 8 || (w.grouped() && MOST_GROUP % group))) throw std::invalid_argument("groups of inputs do not fill rows");
+    if (nested && (w.format != Format::I4 || !w.grouped() || offsets || group % 16))
         throw std::invalid_argument("inputs whose scales do not nest");
     return w;
 }
