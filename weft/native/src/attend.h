@@ -114,8 +114,8 @@ void score(const Attend& a, const Place& place, const Queries& queries, int rows
                 for (int v = 0; v < KEY_PART; v += LANES) store(found + m * CHUNK + e + v, all(NEVER));
             continue;
         }
-        if constexpr (T::PAIRS) paired_keys<T>(from.rows + e, offset, a.dim, keys);
-        else transposed<T>(from.rows + e, offset, a.dim, keys);
+        if constexpr (T::PAIRS) paired_keys<T>(from.rows + e, offset, a.dim, keys, asking);
+        else transposed<T>(from.rows + e, offset, a.dim, keys, asking);
         each_part<SCORE_ROWS>(pairs, [&](auto count, int m) {
             float* out = found + m * CHUNK + e;
             if constexpr (T::PAIRS)
@@ -144,7 +144,7 @@ void score(const Attend& a, const Place& place, const Queries& queries, int rows
 
 // Scores [M, C] become weights; each pair's maximum and sum.  A pair that sees nothing has weights of 0.
 template <class T>
-void weights_of(float* found, int pairs, float* most, float* total) {
+void weights_of(float* found, int pairs, float* most, float* total, Asking& asking) {
     for (int m = 0; m < pairs; m++) {
         vf high = load(found + m * CHUNK);
         for (int v = LANES; v < CHUNK; v += LANES) high = larger(high, load(found + m * CHUNK + v));
@@ -153,6 +153,7 @@ void weights_of(float* found, int pairs, float* most, float* total) {
     for (int m = 0; m < pairs; m++) {
         float* mine = found + m * CHUNK;
         vf added = vf{};
+        asking.turn();
         for (int v = 0; v < CHUNK; v += LANES) {  // of two that are -inf the difference is no number, whose exponential is 0 here
             vf weight = exponential(load(mine + v) - most[m]);
             if constexpr (T::PAIRS) weight = T::weight(weight);
@@ -164,21 +165,45 @@ void weights_of(float* found, int pairs, float* most, float* total) {
     for (int m = pairs; m % LANES; m++) most[m] = NEVER, total[m] = 0.0f;
 }
 
-// next: the chunk after it, or null.
+// Turns of an item's work with a chunk, until its scores are weights and after that.
+template <class T>
+void turns_of(int dim, int kv_heads, int pairs, int64_t& before, int64_t& after) {
+    const auto parts = [&](int most) { return static_cast<int64_t>(kv_heads) * ((pairs / kv_heads + most - 1) / most); };
+    const auto steps = [&](int each) { return (dim + each - 1) / each; };
+    const int64_t squares = static_cast<int64_t>(kv_heads) * (CHUNK / LANES) * (dim / (LANES * T::PER));
+    before = squares + parts(SCORE_ROWS) * (CHUNK / KEY_PART) * steps(ASKED) + pairs;
+    after = parts(MIX_ROWS) * steps(MIX_VECTORS * LANES) * (CHUNK / ASKED);
+}
+
+// With so few pairs memory's speed binds, and lines of all of the next chunk are asked for, into the second cache; with more, those of
+// what is read next, into the first.
+inline constexpr int FEW_PAIRS = 16;
+
+// next: the chunk after it, or null.  begins: whether no chunk was before it.
 template <class T>
 void one_chunk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, const Entries* next,
-               State& state) {
+               bool begins, State& state) {
     const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each;  // pairs of a kv head, and of all
     const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place) + item.kv_head * one, values = keys + layer_bytes<T>(a, place);
     alignas(64) float found[QUERY_ROWS * CHUNK], most[QUERY_ROWS], total[QUERY_ROWS], before[QUERY_ROWS], now[QUERY_ROWS];
-    Asking asking(from, values, item.kv_heads * one, a.kv_heads * one);
+    const bool few = pairs <= FEW_PAIRS;
+    int64_t turns, later_turns;
+    turns_of<T>(a.dim, item.kv_heads, pairs, turns, later_turns);
+    Asking asking(item.kv_heads * one, a.kv_heads * one, !few);
+    if (begins || !few) asking.add(from, values);
+    if (next && few) asking.add(*next, keys), asking.add(*next, values);
+    asking.spread(few ? turns + later_turns : turns);
     for (int h = 0; h < item.kv_heads; h++)
         score<T>(a, place, queries, item.rows, from, (item.kv_head + h) * one, h * each, found + h * each * CHUNK, asking);
-    weights_of<T>(found, pairs, most, total);
+    weights_of<T>(found, pairs, most, total, asking);
     for (int m = 0; m < pairs; m += LANES) shares(state, most, total, m, before, now);
+    if (!few) {
+        asking = Asking(item.kv_heads * one, a.kv_heads * one, true);
+        if (next) asking.add(*next, keys);
+        asking.spread(later_turns);
+    }
     int first, stop;
     seen_parts(queries, from, first, stop);
-    asking = next ? Asking(*next, keys, item.kv_heads * one, a.kv_heads * one) : Asking();
     for (int h = 0; h < item.kv_heads; h++) {
         if (T::SCALED) {
             alignas(64) float scales[CHUNK];
@@ -282,13 +307,13 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     Walk<T> walk(a, place, queries, item);
     Entries chunks[2];
     int64_t due = item.chunk;
-    bool more = walk.next(chunks[0]);
-    for (int turn = 0; more; turn ^= 1) {
+    bool more = walk.next(chunks[0]), begins = true;
+    for (int turn = 0; more; turn ^= 1, begins = false) {
         const Entries& from = chunks[turn];
         more = walk.next(chunks[turn ^ 1]);
         if (item.partial >= 0)
             for (; due < from.start / CHUNK; due++) put_apart();  // nothing was seen of these
-        one_chunk<T>(a, place, queries, item, from, more ? &chunks[turn ^ 1] : nullptr, state);
+        one_chunk<T>(a, place, queries, item, from, more ? &chunks[turn ^ 1] : nullptr, begins, state);
         if (item.partial >= 0) put_apart(), due++;
     }
     if (item.partial >= 0) {

@@ -91,11 +91,12 @@ float paired_query(const float* q, int dim, uint32_t* words) {
 
 // Keys of entries [0, E) of `rows` as words [D / 2][E].
 template <class T>
-void paired_keys(const char* const* rows, int64_t offset, int dim, uint32_t* out) {
+void paired_keys(const char* const* rows, int64_t offset, int dim, uint32_t* out, Asking& asking) {
     constexpr int EACH = T::PER / 2;  // words of keys that a word of an entry gives
     for (int part = 0; part < PART_VECTORS; part++, rows += LANES)
         for (int word = 0; word < dim / T::PER; word += LANES) {
             vu some[LANES];
+            asking.turn();
             load_turned(rows, offset + word * 4, some);
             for (int w = 0; w < LANES; w++) {
                 vu found[EACH];
@@ -110,13 +111,16 @@ void paired_keys(const char* const* rows, int64_t offset, int dim, uint32_t* out
 template <class T, int R>
 void paired_scores(const uint32_t* q, const float* units, const uint32_t* keys, int dim, float* out, Asking& asking) {
     typename T::Total total[R][PART_VECTORS] = {};
-    for (int d = 0; d < dim / 2; d++) {
-        asking.lines<T>();
-        vu key[PART_VECTORS];
-        for (int v = 0; v < PART_VECTORS; v++) key[v] = load_bits(keys + d * KEY_PART + v * LANES);
-        for (int r = 0; r < R; r++) {
-            const vu input = both(q[d * QUERY_ROWS + r]);
-            for (int v = 0; v < PART_VECTORS; v++) total[r][v] = T::dot(total[r][v], key[v], input);
+    static_assert(LANES % (ASKED / 2) == 0);
+    for (int d = 0; d < dim / 2;) {
+        asking.turn();
+        for (const int stop = d + ASKED / 2; d < stop; d++) {
+            vu key[PART_VECTORS];
+            for (int v = 0; v < PART_VECTORS; v++) key[v] = load_bits(keys + d * KEY_PART + v * LANES);
+            for (int r = 0; r < R; r++) {
+                const vu input = both(q[d * QUERY_ROWS + r]);
+                for (int v = 0; v < PART_VECTORS; v++) total[r][v] = T::dot(total[r][v], key[v], input);
+            }
         }
     }
     for (int r = 0; r < R; r++)
@@ -129,13 +133,16 @@ void paired_mix(const Entries& from, int64_t offset, const uint32_t* weights, co
                 const float* before, const float* now, int dim, float* mixed, Asking& asking) {
     for (int d = 0; d < dim; d += 2 * LANES) {
         typename T::Total total[R][2] = {};
-        for (int pair = first / 2; pair < stop / 2; pair++) {
-            asking.lines<T>();
-            vu value[2];
-            T::values(from.rows[2 * pair] + offset, from.rows[2 * pair + 1] + offset, d, value);
-            for (int r = 0; r < R; r++) {
-                const vu weight = both(weights[r * (CHUNK / 2) + pair]);
-                for (int v = 0; v < 2; v++) total[r][v] = T::dot(total[r][v], value[v], weight);
+        static_assert(KEY_PART % ASKED == 0);  // of which `first` and `stop` are multiples
+        for (int pair = first / 2; pair < stop / 2;) {
+            asking.turn();
+            for (const int end = pair + ASKED / 2; pair < end; pair++) {
+                vu value[2];
+                T::values(from.rows[2 * pair] + offset, from.rows[2 * pair + 1] + offset, d, value);
+                for (int r = 0; r < R; r++) {
+                    const vu weight = both(weights[r * (CHUNK / 2) + pair]);
+                    for (int v = 0; v < 2; v++) total[r][v] = T::dot(total[r][v], value[v], weight);
+                }
             }
         }
         for (int r = 0; r < R; r++)

@@ -134,43 +134,61 @@ WEFT_INLINE int64_t keys_at(const Attend& a, const Place& place) {
     return 2 * a.layer * layer_bytes<T>(a, place);
 }
 
-// Asks memory for what the next entries have, a line at a time: all at once they would wait for each other, and the product too.
-// What is little goes to the nearest cache.  Entries that lie behind each other are asked for as one.
+// Asks memory for entries that are read later, a few lines in each turn of the work before: all at once they would wait for each other,
+// and the work too.  A turn is a square of keys, ASKED dimensions of scores, a pair's weights, ASKED entries of values: some 100 cycles.
+// Entries that lie behind each other are asked for as one.
+inline constexpr int ASKED = 16;
 class Asking {
-    static constexpr int64_t LITTLE = 256;  // bytes of an entry; of a chunk they are half of that cache
+    struct Run {
+        const Entries* from;
+        int64_t offset;
+    };
 
-    const char* const* rows = nullptr;
-    int64_t offset = 0, bytes = 0, apart = 0;
-    int entry = 0, stop = 0;
+    Run runs[3];
+    int count = 0, mine = 0, entry = 0;
+    int64_t bytes = 0, apart = 0, each = 0, left = 0;
     const char* at = nullptr;
-    int64_t left = 0;
+    bool near = false;
 
     bool more() {
-        if (entry >= stop) return false;
-        const int first = entry++;
+        while (mine < count && entry >= runs[mine].from->high)
+            if (++mine < count) entry = runs[mine].from->low;
+        if (mine >= count) return false;
+        const char* const* rows = runs[mine].from->rows;
+        const int first = entry++, stop = runs[mine].from->high;
         if (bytes == apart)
             while (entry < stop && rows[entry] - rows[entry - 1] == apart) entry++;
-        const int64_t outside = reinterpret_cast<uintptr_t>(rows[first] + offset) % LINE_BYTES;
-        at = rows[first] + offset - outside;
-        left = outside + (entry - 1 - first) * apart + bytes;
+        at = rows[first] + runs[mine].offset;
+        const int64_t outside = reinterpret_cast<uintptr_t>(at) % LINE_BYTES;
+        at -= outside, left = outside + (entry - 1 - first) * apart + bytes;
         return true;
     }
 
 public:
     Asking() = default;
-    // bytes: of each entry, from `offset` on; apart: what is between entries that lie behind each other.
-    Asking(const Entries& from, int64_t offset, int64_t bytes, int64_t apart)
-        : rows(from.rows), offset(offset), bytes(bytes), apart(apart), entry(from.low), stop(from.high) {}
+    // bytes: of each entry; apart: what is between entries that lie behind each other; near: whether they go to the first cache.
+    Asking(int64_t bytes, int64_t apart, bool near) : bytes(bytes), apart(apart), near(near) {}
 
-    WEFT_INLINE void line() {
-        if (left <= 0 && !more()) return;
-        if (bytes <= LITTLE) __builtin_prefetch(at);
-        else __builtin_prefetch(at, 0, 2);
-        at += LINE_BYTES, left -= LINE_BYTES;
+    void add(const Entries& from, int64_t offset) {
+        if (count == 0) entry = from.low;
+        runs[count++] = {&from, offset};
     }
-    template <class T>
-    WEFT_INLINE void lines() {  // as many as a product's turn reads
-        for (int i = 0; i < (T::PER == 1 || T::PAIRS ? 2 : 1); i++) line();
+    // turns: of all that is done meanwhile.
+    void spread(int64_t turns) {
+        int64_t lines = 0;
+        for (int i = 0; i < count; i++) lines += (runs[i].from->high - runs[i].from->low) * bytes / LINE_BYTES;
+        each = (lines + turns - 1) / turns;
+    }
+    WEFT_INLINE void turn() {
+        for (int64_t i = 0; i < each; i++) {
+            if (left <= 0 && !more()) {
+                each = 0;
+                return;
+            }
+            if (near) __builtin_prefetch(at);
+            else __builtin_prefetch(at, 0, 2);
+            at += LINE_BYTES, left -= LINE_BYTES;
+        }
     }
 };
 
@@ -201,11 +219,12 @@ WEFT_INLINE void load_turned(const char* const* rows, int64_t offset, vu (&words
 
 // Keys of entries [0, E) of `rows` as [D][E].
 template <class T>
-void transposed(const char* const* rows, int64_t offset, int dim, float* out) {
+void transposed(const char* const* rows, int64_t offset, int dim, float* out, Asking& asking) {
     for (int part = 0; part < PART_VECTORS; part++, out += LANES, rows += LANES) {
         int d = 0;
         for (; d + LANES * T::PER <= dim; d += LANES * T::PER) {
             vu words[LANES];
+            asking.turn();
             load_turned(rows, offset + d / T::PER * 4, words);
             for (int w = 0; w < LANES; w++)
                 for (int i = 0; i < T::PER; i++) store(out + (d + w * T::PER + i) * KEY_PART, T::open(words[w], i));
@@ -221,13 +240,15 @@ void scores(const float* q, const float* keys, int dim, float* out, Asking& aski
     vf total[R][PART_VECTORS];
     for (int r = 0; r < R; r++)
         for (int v = 0; v < PART_VECTORS; v++) total[r][v] = vf{};
-    for (int d = 0; d < dim; d++) {
-        asking.lines<T>();
-        vf key[PART_VECTORS];
-        for (int v = 0; v < PART_VECTORS; v++) key[v] = load(keys + d * KEY_PART + v * LANES);
-        for (int r = 0; r < R; r++) {
-            const vf input = all(q[r * dim + d]);
-            for (int v = 0; v < PART_VECTORS; v++) total[r][v] += key[v] * input;
+    for (int d = 0; d < dim;) {
+        asking.turn();
+        for (const int stop = d + ASKED < dim ? d + ASKED : dim; d < stop; d++) {
+            vf key[PART_VECTORS];
+            for (int v = 0; v < PART_VECTORS; v++) key[v] = load(keys + d * KEY_PART + v * LANES);
+            for (int r = 0; r < R; r++) {
+                const vf input = all(q[r * dim + d]);
+                for (int v = 0; v < PART_VECTORS; v++) total[r][v] += key[v] * input;
+            }
         }
     }
     for (int r = 0; r < R; r++)
@@ -242,13 +263,15 @@ template <class T, int R, int V>
 WEFT_INLINE void mix_some(const Entries& from, int64_t offset, const float* weights, int first, int stop, const float* before,
                           const float* now, int dim, int d, float* mixed, Asking& asking) {
     vf total[R][V] = {};
-    for (int e = first; e < stop; e++) {
-        asking.lines<T>();
-        vf value[V];
-        T::template values<V>(from.rows[e] + offset, d, value);
-        for (int r = 0; r < R; r++) {
-            const vf weight = all(weights[r * CHUNK + e]);
-            for (int v = 0; v < V; v++) total[r][v] += value[v] * weight;
+    for (int e = first; e < stop;) {
+        asking.turn();
+        for (const int end = e + ASKED < stop ? e + ASKED : stop; e < end; e++) {
+            vf value[V];
+            T::template values<V>(from.rows[e] + offset, d, value);
+            for (int r = 0; r < R; r++) {
+                const vf weight = all(weights[r * CHUNK + e]);
+                for (int v = 0; v < V; v++) total[r][v] += value[v] * weight;
+            }
         }
     }
     for (int r = 0; r < R; r++)
