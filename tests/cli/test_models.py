@@ -183,12 +183,12 @@ def test_the_feed_of_each(url: str) -> None:
 
 def test_what_is_not_done_goes_on_with_its_model(tmp_path: Path, small: Path) -> None:
     """The front is killed in the middle of a batch of both models and of background responses; a later one has the models in the
-    other order, and just the memory that they need."""
+    other order, and just the memory that they need.  Answers are of many lengths: those of one would all end at once."""
     needed = least(small)
     flags = ("--port", "0", "--data-dir", str(tmp_path / "store"), *ENGINE)
     lines = [
         {"custom_id": f"{name}-{i}", "method": "POST", "url": "/v1/completions",
-         "body": {"model": name, "prompt": f"The sea {i}", "max_tokens": 150, "ignore_eos": True, "seed": i}}
+         "body": {"model": name, "prompt": f"The sea {i}", "max_tokens": 30 * (i + 1), "ignore_eos": True, "seed": i}}
         for i in range(10) for name in (TINY, SMALL)
     ]  # fmt: skip
     lines.append({**lines[0], "custom_id": "nobody", "body": {**lines[0]["body"], "model": "nobody"}})  # type: ignore[dict-item]
