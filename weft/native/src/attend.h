@@ -165,14 +165,17 @@ void weights_of(float* found, int pairs, float* most, float* total, Asking& aski
     for (int m = pairs; m % LANES; m++) most[m] = NEVER, total[m] = 0.0f;
 }
 
-// Turns of an item's work with a chunk, until its scores are weights and after that.
+// Turns of an item's work with a chunk: until its scores are weights, and after that.
+struct Turns {
+    int64_t before, after;
+};
 template <class T>
-void turns_of(int dim, int kv_heads, int pairs, int64_t& before, int64_t& after) {
+Turns turns_of(int dim, int kv_heads, int pairs) {
     const auto parts = [&](int most) { return static_cast<int64_t>(kv_heads) * ((pairs / kv_heads + most - 1) / most); };
     const auto steps = [&](int each) { return (dim + each - 1) / each; };
     const int64_t squares = static_cast<int64_t>(kv_heads) * (CHUNK / LANES) * (dim / (LANES * T::PER));
-    before = squares + parts(SCORE_ROWS) * (CHUNK / KEY_PART) * steps(ASKED) + pairs;
-    after = parts(MIX_ROWS) * steps(MIX_VECTORS * LANES) * (CHUNK / ASKED);
+    return {squares + parts(SCORE_ROWS) * (CHUNK / KEY_PART) * steps(ASKED) + pairs,
+            parts(MIX_ROWS) * steps(MIX_VECTORS * LANES) * (CHUNK / ASKED)};
 }
 
 // With so few pairs memory's speed binds, and lines of all of the next chunk are asked for, into the second cache; with more, those of
@@ -182,17 +185,15 @@ inline constexpr int FEW_PAIRS = 16;
 // next: the chunk after it, or null.  begins: whether no chunk was before it.
 template <class T>
 void one_chunk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, const Entries* next,
-               bool begins, State& state) {
+               bool begins, Turns turns, State& state) {
     const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each;  // pairs of a kv head, and of all
     const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place) + item.kv_head * one, values = keys + layer_bytes<T>(a, place);
     alignas(64) float found[QUERY_ROWS * CHUNK], most[QUERY_ROWS], total[QUERY_ROWS], before[QUERY_ROWS], now[QUERY_ROWS];
     const bool few = pairs <= FEW_PAIRS;
-    int64_t turns, later_turns;
-    turns_of<T>(a.dim, item.kv_heads, pairs, turns, later_turns);
     Asking asking(item.kv_heads * one, a.kv_heads * one, !few);
     if (begins || !few) asking.add(from, values);
     if (next && few) asking.add(*next, keys), asking.add(*next, values);
-    asking.spread(few ? turns + later_turns : turns);
+    asking.spread(few ? turns.before + turns.after : turns.before);
     for (int h = 0; h < item.kv_heads; h++)
         score<T>(a, place, queries, item.rows, from, (item.kv_head + h) * one, h * each, found + h * each * CHUNK, asking);
     weights_of<T>(found, pairs, most, total, asking);
@@ -200,7 +201,7 @@ void one_chunk(const Attend& a, const Place& place, const Queries& queries, cons
     if (!few) {
         asking = Asking(item.kv_heads * one, a.kv_heads * one, true);
         if (next) asking.add(*next, keys);
-        asking.spread(later_turns);
+        asking.spread(turns.after);
     }
     int first, stop;
     seen_parts(queries, from, first, stop);
@@ -306,6 +307,7 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     };
     Walk<T> walk(a, place, queries, item);
     Entries chunks[2];
+    const Turns turns = turns_of<T>(a.dim, item.kv_heads, pairs);
     int64_t due = item.chunk;
     bool more = walk.next(chunks[0]), begins = true;
     for (int turn = 0; more; turn ^= 1, begins = false) {
@@ -313,7 +315,7 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
         more = walk.next(chunks[turn ^ 1]);
         if (item.partial >= 0)
             for (; due < from.start / CHUNK; due++) put_apart();  // nothing was seen of these
-        one_chunk<T>(a, place, queries, item, from, more ? &chunks[turn ^ 1] : nullptr, begins, state);
+        one_chunk<T>(a, place, queries, item, from, more ? &chunks[turn ^ 1] : nullptr, begins, turns, state);
         if (item.partial >= 0) put_apart(), due++;
     }
     if (item.partial >= 0) {

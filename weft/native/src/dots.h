@@ -192,7 +192,7 @@ void multiply(const Linear& a, const Rows<D>& rows, int64_t first, int64_t count
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = BLOCK_WORDS / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
-    const int64_t wide = count <= FEW_ROWS ? FEW_PANELS : TILE_PANELS, unit = paired ? 2 : 1;
+    const int64_t wide = panels_beside(count), unit = paired ? 2 : 1;
     for (int64_t input = 0; input < each; input += block) {
         const int64_t stop = input + block < each ? input + block : each;
         for (int64_t p = from, panels = 1; p < to; p += panels / unit) {
@@ -287,7 +287,7 @@ template <class D, class W, bool OFFSETS>
 void dots_in(const Linear& a, int64_t rows, Share share) {
     const Weight& w = a.weight;
     const bool paired = a.gate.out != nullptr;
-    const int64_t panels = (w.n + PANEL - 1) / PANEL / (paired ? 2 : 1), unit = (rows <= FEW_ROWS ? FEW_PANELS : TILE_PANELS) / (paired ? 2 : 1);
+    const int64_t panels = (w.n + PANEL - 1) / PANEL / (paired ? 2 : 1), unit = panels_beside(rows) / (paired ? 2 : 1);
     const bool wide = NESTS<D, W, OFFSETS> && widens<W>(a, rows);
     const int64_t each = w.k / D::INPUTS, most = wide ? TILE_ROWS : tile_rows<W>(w);
     Linear summed = a;  // where weights become bytes, a row has one sum

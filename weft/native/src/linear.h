@@ -13,6 +13,8 @@ inline constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
 inline constexpr int TILE_PANELS = LANES == 16 ? 2 : 1;
 // Where few rows leave registers free: a processor looks further ahead the more streams it reads.
 inline constexpr int FEW_PANELS = LANES == 16 ? 4 : 2, FEW_ROWS = LANES == 16 ? 6 : 2;
+// Panels beside each other in the tiles of a block of so many rows.
+constexpr int64_t panels_beside(int64_t rows) { return rows <= FEW_ROWS ? FEW_PANELS : TILE_PANELS; }
 inline constexpr int64_t ROW_BLOCK = 192;               // rows whose inputs stay in the second cache
 static_assert(ROW_BLOCK % TILE_ROWS == 0);
 
@@ -309,7 +311,7 @@ int64_t stretch_of(const Weight& w, int64_t tiles) {
 template <class Run>
 WEFT_INLINE void each_tile(int64_t rows, int64_t tiles, int64_t from, int64_t to, int64_t inputs, int64_t stretch, const Run& run) {
     for (int64_t p = from; p < to;) {
-        const int64_t wide = rows <= FEW_ROWS ? FEW_PANELS : TILE_PANELS;
+        const int64_t wide = panels_beside(rows);
         const int64_t count = p + wide <= to ? wide : 1;
         for (int64_t begin = 0; begin < inputs; begin += stretch) {
             const int64_t end = begin + stretch < inputs ? begin + stretch : inputs;

@@ -29,7 +29,7 @@ void handed_on(const Linear& up, const Linear& down, int64_t rows, Share share) 
     };
     // Where the second product's words are too many for that cache, those of the first fill it: the second takes its own bit by bit.
     const bool fits = BLOCK_WORDS / each >= FEWEST_ROWS;
-    const int64_t high = block_rows(rows, fits ? each : up.weight.k / Halves::INPUTS, most, size), wide = rows <= FEW_ROWS ? FEW_PANELS : TILE_PANELS;
+    const int64_t high = block_rows(rows, fits ? each : up.weight.k / Halves::INPUTS, most, size), wide = panels_beside(rows);
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     for (int64_t first = 0; first < rows; first += high) {
         const Block<Halves> block(up.weight, first, rows - first < high ? rows - first : high, most, share);
