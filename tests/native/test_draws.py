@@ -92,8 +92,10 @@ def test_thresholds_among_very_many_also_where_a_part_misleads(isa: str, law: tu
     places = torch.arange(70_000) // 64 % 16
     logits[4][places == 0] -= 30.0  # what a part of every sixteen strips would hold
     logits[5][places == 0] += 30.0
-    rows = rows_of(6, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows)
+    several = rows_of(48, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # of which some would win from outside
+    for i in range(0, 48, 6):
+        rows = several[i : i + 6]
+        assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows)
 
 
 def test_greedy_rows_penalties_bans_and_forced_tokens() -> None:

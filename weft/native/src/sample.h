@@ -2,8 +2,9 @@
 // Included by the files of the instruction sets.
 //
 // The winner is the token with the greatest  (logit - max) / temperature + gumbel,  gumbel = -log(E), E = -log(1 - u) and u a hash of
-// the row's key and the token.  As u <= E, a token whose u is not below exp of what it lacks to the best one so far has lost,
-// and no logarithm is taken for it; where that is below the smallest u there is, not even the hash.
+// the row's key and the token.  As u <= E, a token whose u is not below exp of what it lacks to the best one so far has lost;
+// where that is below the smallest u there is, no hash is made for it.  Logarithms of base 2 are compared, that of u by its bits as a
+// float: exponent and fraction read as one number are at most log2(u), and 0.09 less.
 #pragma once
 
 #include <algorithm>
@@ -19,6 +20,7 @@ inline constexpr float ENDLESS = std::numeric_limits<float>::infinity(), NEVER_L
 inline constexpr int64_t STRIP = 64;   // logits that are looked at together
 inline constexpr int64_t BLOCK = 512;  // logits whose weights are added up as floats
 inline constexpr float LEAST_LOG = -22.9f;  // of the smallest u, 2^-33
+inline constexpr float BITS_OF_NAT = 12102203.2f;  // 2^23 / log(2)
 inline constexpr uint64_t TOKEN_STEP = 0xD1342543DE82EF95u, MULTIPLY_1 = 0xBF58476D1CE4E5B9u, MULTIPLY_2 = 0x94D049BB133111EBu;
 
 typedef uint64_t vw __attribute__((vector_size(4 * WEFT_LANES)));  // half as many words of 64 bits
@@ -31,8 +33,7 @@ WEFT_INLINE uint32_t hashed(uint64_t key, uint64_t id) {
 }
 WEFT_INLINE vw mixed(vw x) {
     x = (x ^ (x >> 30)) * MULTIPLY_1;
-    x = (x ^ (x >> 27)) * MULTIPLY_2;
-    return x ^ (x >> 31);
+    return (x ^ (x >> 27)) * MULTIPLY_2;
 }
 // The upper halves of words, a's and b's in turn.
 template <int... I>
@@ -48,6 +49,7 @@ struct Seeds {
         return {((both & UINT32_MAX) + 1) * TOKEN_STEP + key, ((both >> 32) + 1) * TOKEN_STEP + key};
     }
     WEFT_INLINE void next(int64_t tokens) { even += static_cast<uint64_t>(tokens) * TOKEN_STEP, odd += static_cast<uint64_t>(tokens) * TOKEN_STEP; }
+    // But for their lowest bits, which are all that the hash's last step changes of its upper half.
     WEFT_INLINE vu hashes() const { return paired(mixed(even), mixed(odd), Lanes{}); }
 };
 
@@ -128,32 +130,35 @@ inline int64_t likeliest(const Draw& row, float& most) {
 
 inline float inverse_of(double temperature) { return static_cast<float>(std::min(1.0 / temperature, 1e38)); }
 
-inline constexpr int LEVELS = 4;
+inline constexpr int MOST_LEVELS = 4;
 inline constexpr int64_t FEW = 64;
 inline constexpr int MOST_LOOKS = 12;
 inline constexpr int64_t LARGE = 1 << 15, SAMPLED = 16;
-inline constexpr float NEAR = 0.25f;  // of what is found in a part to what holds for all: most of the time
+inline constexpr float NEAR = 0.25f, FAR = 2.0f;  // of what is found in a part to what holds for all: most of the time, and nearly always
 
 // What is found out about the numbers that lack at most as much as each level to the greatest one: how many they are, or else what they
-// weigh by exp.
-template <bool COUNT>
+// weigh by exp.  The last level is that of all.
+template <bool COUNT, int LEVELS = MOST_LEVELS>
 struct Levels {
     float lack[LEVELS];
     double found[LEVELS];
 
     void weigh(const float* x, int64_t all_of_them, float most, float inverse) {
         std::fill_n(found, LEVELS, 0.0);
+        vf low[LEVELS];
+        for (int l = 0; l < LEVELS; l++) low[l] = all(-lack[l]);
         for (int64_t first = 0; first < all_of_them; first += BLOCK) {
             const int64_t stop = std::min(first + BLOCK, all_of_them);
             std::conditional_t<COUNT, vi, vf> added[LEVELS]{};
             for (int64_t i = first; i < stop; i += LANES) {
                 const vf d = (logits_at(x + i, stop - i) - most) * inverse;
                 if constexpr (COUNT) {
-                    for (int l = 0; l < LEVELS; l++) added[l] -= d >= -lack[l];
+                    for (int l = 0; l < LEVELS; l++) added[l] -= d >= low[l];
                     if (stop - i < LANES) added[LEVELS - 1][0] -= static_cast<int32_t>(LANES - stop + i);  // what fills up lacks all
                 } else {
                     const vf e = exponential(d);
-                    for (int l = 0; l < LEVELS; l++) added[l] += select(d >= -lack[l], e, vf{});
+                    for (int l = 0; l < LEVELS - 1; l++) added[l] += select(d >= low[l], e, vf{});
+                    added[LEVELS - 1] += e;
                 }
             }
             for (int l = 0; l < LEVELS; l++) found[l] += sum(added[l]);
@@ -212,16 +217,18 @@ inline int64_t gather(const float* x, int64_t count, float* some, const In& in) 
     return kept;
 }
 
+template <bool COUNT>
+inline float lack_nearly(const float* x, int64_t count, float most, double temperature, double wanted, float* some);
+
 // Of the greatest of `count` numbers, as many as together weigh top_p of all or, where they are COUNTed, as are top_k, the smallest one.
 // The level in which that is reached is parted again and again, until it holds few, which are sorted.  some: memory, which may be x.
 template <bool COUNT>
 inline float smallest_kept(const float* x, int64_t count, float most, double temperature, double wanted, float* some) {
+    constexpr int LEVELS = MOST_LEVELS;
     const float inverse = COUNT ? 1.0f : inverse_of(temperature);
     Levels<COUNT> levels{{1.0f, 4.0f, 10.0f, ENDLESS}, {}};
-    if (count > LARGE && x != some) {  // one part of many says about where it will be
-        int64_t taken = 0;
-        for (int64_t i = 0; i + STRIP <= count; i += STRIP * SAMPLED, taken += STRIP) std::memcpy(some + taken, x + i, STRIP * 4);
-        const float near = (most - smallest_kept<COUNT>(some, taken, most, temperature, COUNT ? wanted / SAMPLED : wanted, some)) * inverse;
+    if (count > LARGE && x != some) {
+        const float near = lack_nearly<COUNT>(x, count, most, temperature, wanted, some);
         levels.lack[1] = near - NEAR, levels.lack[2] = near + NEAR;
     }
     double before = 0.0;  // of those that are greater than x
@@ -252,14 +259,26 @@ inline float smallest_kept(const float* x, int64_t count, float most, double tem
     return count ? some[count - 1] : most;
 }
 
+// About how much the smallest one kept of many lacks to the greatest one, as a part of them says.  some: memory, not x.
+template <bool COUNT>
+inline float lack_nearly(const float* x, int64_t count, float most, double temperature, double wanted, float* some) {
+    int64_t taken = 0;
+    for (int64_t i = 0; i + STRIP <= count; i += STRIP * SAMPLED, taken += STRIP) std::memcpy(some + taken, x + i, STRIP * 4);
+    const float least = smallest_kept<COUNT>(some, taken, most, temperature, COUNT ? wanted / SAMPLED : wanted, some);
+    return (most - least) * (COUNT ? 1.0f : inverse_of(temperature));
+}
+
 // All tokens of at least `limit`.  Of a block of which few can win these are put together first, since hashes cost most.
 inline void race_all(const Draw& row, float most, double limit, Race& race) {
     const float inverse = inverse_of(row.temperature), floor = std::nextafter(static_cast<float>(limit), NEVER_LOGIT);
-    float share = 0.0f, least = 0.0f, lacks[BLOCK + LANES], names[BLOCK + LANES];
+    const float farthest = (floor - most) * inverse;
+    float behind = 0.0f, least = 0.0f, lacks[BLOCK + LANES], names[BLOCK + LANES];
     double told = -std::numeric_limits<double>::infinity();
-    const auto run = [&](vf lack, vi ids, const Seeds& seeds, vi in) {
-        const vf u = __builtin_convertvector(reinterpret_cast<vi>(seeds.hashes() >> 8), vf) * 0x1p-24f;
-        const vi enters = (u < exponential(lack) * share) & in;
+    const auto near_enough = [&](vf lack, const Seeds& seeds) {
+        const vf u = __builtin_convertvector(reinterpret_cast<vi>(seeds.hashes() >> 8), vf);  // times 2^24
+        return reinterpret_cast<vi>(u) < __builtin_convertvector(larger(lack * BITS_OF_NAT + behind, vf{}), vi);
+    };
+    const auto enter = [&](vi enters, vi ids) {
         if (!any(enters)) return;
         for (int j = 0; j < LANES; j++)
             if (enters[j] && row.logits[ids[j]] >= limit) race.enter(ids[j], row.logits[ids[j]]);
@@ -267,45 +286,44 @@ inline void race_all(const Draw& row, float most, double limit, Race& race) {
     int64_t there = 0;  // of the block before
     for (int64_t first = 0; first < row.vocab; first += BLOCK) {
         if (race.best != told) {
-            // A little too large, for the error of floats: whoever is near enters, and is looked at exactly.
-            told = race.best, share = static_cast<float>(std::exp(-told)) * 1.001f;
-            least = static_cast<float>(told) + LEAST_LOG - 0.01f;
+            // A little too far, for the error of floats: whoever is near enters, and is looked at exactly.
+            told = race.best, behind = static_cast<float>((127 + 24 + 0.002) * 0x1p23 - told * BITS_OF_NAT);
+            least = std::max(static_cast<float>(told) + LEAST_LOG - 0.01f, farthest);
         }
-        const bool many = there > BLOCK * 3 / 4;
         const int64_t stop = std::min(first + BLOCK, row.vocab);
-        there = 0;
         const vi ids = lanes() + static_cast<int32_t>(first);
-        vi counted{};
-        Seeds seeds = Seeds::of(row.key, ids);
+        const auto lack_of = [&](int64_t i) { return (logits_at(row.logits + i, std::max<int64_t>(stop - i, 0)) - most) * inverse; };
+        if (there > BLOCK * 3 / 4) {
+            Seeds seeds = Seeds::of(row.key, ids);
+            vi counted{};  // one vector of SIDES
+            for (int64_t i = first; i < stop; i += SIDES * LANES) {
+                vi enters[SIDES], some{};
+                for (int side = 0; side < SIDES; side++, seeds.next(LANES)) {
+                    const vf lack = lack_of(i + side * LANES);
+                    some |= enters[side] = near_enough(lack, seeds);
+                    if (side == 0) counted -= lack >= least;
+                }
+                if (!any(some)) continue;
+                for (int side = 0; side < SIDES; side++) enter(enters[side], ids + static_cast<int32_t>(i - first + side * LANES));
+            }
+            there = SIDES * sum(counted);
+            continue;
+        }
+        there = 0;
         for (int64_t i = first; i < stop; i += SIDES * LANES) {
             vf lack[SIDES];
             vi in[SIDES], some{};
-            for (int side = 0; side < SIDES; side++) {
-                const vf x = logits_at(row.logits + i + side * LANES, std::max<int64_t>(stop - i - side * LANES, 0));
-                lack[side] = (x - most) * inverse, in[side] = (x >= floor) & (lack[side] >= least);
-                some |= in[side];
-            }
+            for (int side = 0; side < SIDES; side++) lack[side] = lack_of(i + side * LANES), some |= in[side] = lack[side] >= least;
             if (!any(some)) continue;
             for (int side = 0; side < SIDES; side++) {
-                const vi mine = ids + static_cast<int32_t>(i - first + side * LANES);
-                if (many) {
-                    Seeds theirs = seeds;
-                    theirs.next(i - first + side * LANES);
-                    run(lack[side], mine, theirs, in[side]);
-                    counted -= in[side];
-                } else {
-                    put(names + there, reinterpret_cast<vf>(mine), in[side]);
-                    there += put(lacks + there, lack[side], in[side]);
-                }
+                put(names + there, reinterpret_cast<vf>(ids + static_cast<int32_t>(i - first + side * LANES)), in[side]);
+                there += put(lacks + there, lack[side], in[side]);
             }
         }
-        if (many) {
-            there = sum(counted);
-            continue;
-        }
+        store(lacks + there, all(NEVER_LOGIT));  // what fills up loses
         for (int64_t i = 0; i < there; i += LANES) {
             const vi found = reinterpret_cast<vi>(load(names + i));
-            run(load(lacks + i), found, Seeds::of(row.key, found), lanes() < static_cast<int32_t>(there - i));
+            enter(near_enough(load(lacks + i), Seeds::of(row.key, found)), found);
         }
     }
 }
@@ -320,6 +338,22 @@ inline float floor_of(const Draw& row, int64_t k, float* some) {
     return some[k - 1];
 }
 
+// The winner among the greatest that together weigh top_p, `limit` the least that enters, -1 where it is not known.  Whoever wins among
+// some more than these wins among these too if it is one of them, and that two sums tell: what is greater than it weighs less than
+// top_p, and those that raced weigh as much.  So their smallest one need not be found, which is dear.
+inline int32_t winner_nearly(const Draw& row, float most, int64_t first, double limit, float* some) {
+    const float inverse = inverse_of(row.temperature);
+    const float lack = lack_nearly<false>(row.logits, row.vocab, most, row.temperature, row.top_p, some) + FAR;
+    Race race{row, most};
+    race.enter(static_cast<int32_t>(first), most);
+    race_all(row, most, std::max(limit, most - static_cast<double>(lack) / inverse), race);
+    const float above = std::nextafter((row.logits[race.winner] - most) * inverse, ENDLESS);
+    Levels<false, 3> weighed{{-above, lack, ENDLESS}, {}};
+    weighed.weigh(row.logits, row.vocab, most, inverse);
+    const double wanted = row.top_p * weighed.found[2];
+    return weighed.found[0] < wanted && weighed.found[1] >= wanted ? race.winner : -1;
+}
+
 // -1 where the greatest logit is no finite number.  some: as many floats as logits, and LANES more.
 inline int64_t draw_one(const Draw& row, float* some) {
     float most;
@@ -327,6 +361,8 @@ inline int64_t draw_one(const Draw& row, float* some) {
     if (first < 0 || row.temperature == 0.0) return first;
     double limit = -std::numeric_limits<double>::infinity();
     if (row.min_p > 0.0) limit = static_cast<double>(most) + row.temperature * std::log(row.min_p);
+    if (row.top_p < 1.0 && row.top_k <= 0 && row.vocab > LARGE)
+        if (const int32_t winner = winner_nearly(row, most, first, limit, some); winner >= 0) return winner;
     const float* x = row.logits;
     int64_t count = row.vocab;
     const auto keep = [&](float least) { count = gather(row.logits, row.vocab, some, [least](vf here) { return here >= least; }), x = some; };

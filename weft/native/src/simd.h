@@ -183,16 +183,23 @@ WEFT_INLINE void turn(vu (&words)[LANES]) {
 // e^x within about two units in the last place; 0 below -87, where floats end, and for -inf and what is no number.
 WEFT_INLINE vf exponential(vf x) {
     const vi alive = x > -87.0f;
-#if defined(__AVX512F__)
-    x = reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_set1_ps(88.0f)));
-    const vf whole = reinterpret_cast<vf>(
-        _mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    x = select(alive, x, all(0.0f));
-    x = select(x < 88.0f, x, all(88.0f));
     const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+#if defined(__AVX512F__)
+    // 2^(n/16) e^rest: the sixteen roots by a permutation of one register, less what n's lowest bits would add to them when n is shifted to
+    // the exponent, and three powers of what is left, a 46th at most.
+    x = reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_set1_ps(88.0f)));
+    const vf moved = x * 23.0831206542234137f + magic, whole = moved - magic;
+    const vf rest = (x - whole * 0.0433216094970703125f) - whole * 8.92879262693385771e-8f;
+    const __m512i n = reinterpret_cast<__m512i>(moved), roots = _mm512_setr_epi32(
+        0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532, 0x3F75FED7, 0x3F75583F,
+        0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C, 0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D);
+    const vf power = reinterpret_cast<vf>(_mm512_add_epi32(_mm512_permutexvar_epi32(n, roots), _mm512_slli_epi32(n, 19)));
+    const vf more = rest * ((1.66666666e-1f * rest + 0.5f) * rest + 1.0f);
+    return select(alive, power * more + power, vf{});
+#else
+    x = select(alive, x, vf{});
+    x = select(x < 88.0f, x, all(88.0f));
     const vf whole = (x * 1.44269504088896341f + magic) - magic;
-#endif
     const vf rest = (x - whole * 0.693145751953125f) - whole * 1.42860682030941723e-6f;
     vf p = all(1.9875691500e-4f);
     p = p * rest + 1.3981999507e-3f;
@@ -201,11 +208,8 @@ WEFT_INLINE vf exponential(vf x) {
     p = p * rest + 1.6666665459e-1f;
     p = p * rest + 5.0000001201e-1f;
     p = p * (rest * rest) + (rest + 1.0f);
-#if defined(__AVX512F__)
-    return select(alive, reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(whole))), all(0.0f));
-#else
     const vi power = (__builtin_convertvector(whole, vi) + 127) << 23;
-    return select(alive, p * reinterpret_cast<vf>(power), all(0.0f));
+    return select(alive, p * reinterpret_cast<vf>(power), vf{});
 #endif
 }
 WEFT_INLINE vf hyperbolic_tangent(vf x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
