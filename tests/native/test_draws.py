@@ -92,7 +92,9 @@ def test_thresholds_among_very_many_also_where_a_part_misleads(isa: str, law: tu
     places = torch.arange(70_000) // 64 % 16
     logits[4][places == 0] -= 30.0  # what a part of every sixteen strips would hold
     logits[5][places == 0] += 30.0
-    several = rows_of(48, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)  # of which some would win from outside
+    several = rows_of(
+        48, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )  # of which some would win from outside
     for i in range(0, 48, 6):
         rows = several[i : i + 6]
         assert sampler.draw(logits, rows, program) == sampler.draw(logits, rows)
