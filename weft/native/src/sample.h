@@ -4,7 +4,7 @@
 // The winner is the token with the greatest  (logit - max) / temperature + gumbel,  gumbel = -log(E), E = -log(1 - u) and u a hash of
 // the row's key and the token.  As u <= E, a token whose u is not below exp of what it lacks to the best one so far has lost;
 // where that is below the smallest u there is, no hash is made for it.  Logarithms of base 2 are compared, that of u by its bits as a
-// float: exponent and fraction read as one number are at most log2(u), and 0.09 less.
+// float: exponent and fraction read as one number are log2(u), or up to 0.09 less.
 #pragma once
 
 #include <algorithm>
@@ -224,7 +224,6 @@ inline float lack_nearly(const float* x, int64_t count, float most, double tempe
 // The level in which that is reached is parted again and again, until it holds few, which are sorted.  some: memory, which may be x.
 template <bool COUNT>
 inline float smallest_kept(const float* x, int64_t count, float most, double temperature, double wanted, float* some) {
-    constexpr int LEVELS = MOST_LEVELS;
     const float inverse = COUNT ? 1.0f : inverse_of(temperature);
     Levels<COUNT> levels{{1.0f, 4.0f, 10.0f, ENDLESS}, {}};
     if (count > LARGE && x != some) {
@@ -234,9 +233,9 @@ inline float smallest_kept(const float* x, int64_t count, float most, double tem
     double before = 0.0;  // of those that are greater than x
     for (int look = 0; look < MOST_LOOKS && (look == 0 || count > FEW); look++) {
         levels.weigh(x, count, most, inverse);
-        if (!COUNT && look == 0) wanted *= levels.found[LEVELS - 1];
+        if (!COUNT && look == 0) wanted *= levels.found[MOST_LEVELS - 1];
         int l = 0;
-        while (l < LEVELS - 1 && before + levels.found[l] < wanted) l++;
+        while (l < MOST_LEVELS - 1 && before + levels.found[l] < wanted) l++;
         const float low = l ? levels.lack[l - 1] : -1.0f, high = levels.lack[l];
         if (l) before += levels.found[l - 1];
         count = gather(x, count, some, [&](vf here) {
@@ -247,9 +246,9 @@ inline float smallest_kept(const float* x, int64_t count, float most, double tem
         const Span all_of_them = span(x, count);
         if (all_of_them.greatest == all_of_them.least) return all_of_them.least;
         const float nearest = (most - all_of_them.greatest) * inverse, farthest = (most - all_of_them.least) * inverse;
-        for (int i = 0; i < LEVELS - 1; i++)
-            levels.lack[i] = nearest + std::min(farthest - nearest, 100.0f) * static_cast<float>(i + 1) / LEVELS;
-        levels.lack[LEVELS - 1] = ENDLESS;
+        for (int i = 0; i < MOST_LEVELS - 1; i++)
+            levels.lack[i] = nearest + std::min(farthest - nearest, 100.0f) * static_cast<float>(i + 1) / MOST_LEVELS;
+        levels.lack[MOST_LEVELS - 1] = ENDLESS;
     }
     std::sort(some, some + count, std::greater<float>());
     for (int64_t i = 0; i < count; i++) {
@@ -270,8 +269,8 @@ inline float lack_nearly(const float* x, int64_t count, float most, double tempe
 
 // All tokens of at least `limit`.  Of a block of which few can win these are put together first, since hashes cost most.
 inline void race_all(const Draw& row, float most, double limit, Race& race) {
-    const float inverse = inverse_of(row.temperature), floor = std::nextafter(static_cast<float>(limit), NEVER_LOGIT);
-    const float farthest = (floor - most) * inverse;
+    const float inverse = inverse_of(row.temperature);
+    const float farthest = (std::nextafter(static_cast<float>(limit), NEVER_LOGIT) - most) * inverse;
     float behind = 0.0f, least = 0.0f, lacks[BLOCK + LANES], names[BLOCK + LANES];
     double told = -std::numeric_limits<double>::infinity();
     const auto near_enough = [&](vf lack, const Seeds& seeds) {
