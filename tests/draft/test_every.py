@@ -28,9 +28,11 @@ SCHEMA = {
     "additionalProperties": False,
 }
 WORDS = "([a-z]{1,6} ){3,9}"
+STOPS = ["ferry man", "before. She", " veil", "Ruth", "mushroom", " Tom", " friends", " mouth", " short time"]
+"""One of these each answer of plain decoding comes to, and not before 13 tokens, so that guesses stand in front of it."""
 LAWS: dict[str, dict[str, Any]] = {
-    "stop": {"stop": ["he", " was"], "max_tokens": 40},
-    "drawn, stop": {"stop": ["he", " was"], "max_tokens": 40, "temperature": 0.9},
+    "stop": {"stop": STOPS, "max_tokens": 48},
+    "drawn, stop": {"stop": STOPS, "max_tokens": 48, "temperature": 0.9},
     "json": {"structured_outputs": {"json": SCHEMA}, "max_tokens": 60},
     "regex": {"structured_outputs": {"regex": WORDS}, "max_tokens": 40, "temperature": 0.9},
     "logprobs": {"logprobs": 3, "max_tokens": 24, "temperature": 0.8},
@@ -69,37 +71,51 @@ def figures(one: Any) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plainly() -> list[Any]:
+    """Without a draft.  Answers end where they are asked to, and late enough for guesses."""
     with with_parts() as llm:
-        return list(said(llm))
+        found = list(said(llm))
+    for law, outs in found:
+        assert law == "logprobs" or {one.finish_reason for one in outs} == {"stop"}, law
+        assert "stop" not in law or all(one.stop_reason in STOPS and len(one.token_ids) > 12 for one in outs)
+    return found
+
+
+def accepted(llm: LLM, draft: str) -> int:
+    """Guesses that stood so far."""
+    assert llm._runtime is not None
+    return llm._runtime.engine.stats.acts[f"draft={draft}.accepted"]
 
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_a_draft_says_what_plain_decoding_says(lab: Lab, plainly: list[Any], name: str) -> None:
+    stood = dict.fromkeys(LAWS, 0)
     with with_parts(str(lab.part("draft", name))) as llm:
         for (law, outs), (_, wanted) in zip(said(llm), plainly, strict=True):
+            stood[law] += accepted(llm, name) - sum(stood.values())
             assert [told(one) for one in outs] == [told(one) for one in wanted], law
             for one, plain in zip(outs, wanted, strict=True):
                 # A row of a tree adds its entries in another order than the same row of plain decoding.
                 assert figures(one) == pytest.approx(figures(plain), abs=1e-4)
+        # The bundled model was not taught to leave early, nor to foresee much behind a token that is not drawn yet.
+        assert stood["stop"] + stood["drawn, stop"] >= (30 if name not in ("early_exit", "prompt_tokens") else 8)
         assert llm._runtime is not None
-        stats = llm._runtime.engine.stats
-        assert stats.acts[f"draft={name}.accepted"] > 0
-        assert stats.prefix_hit_tokens > 0
+        assert llm._runtime.engine.stats.prefix_hit_tokens > 0
 
 
 @pytest.mark.parametrize("draft", ["speculative_sampling(guesses=3)", "dyspec(guesses=6, depth=3)"])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_keeps_what_was_asked_for(lab: Lab, rule: str, draft: str) -> None:
-    target, tokenizer, count = reader(resolve(None)), Tokenizer.load(resolve(None)), 0
+    target, tokenizer, count, ended = reader(resolve(None)), Tokenizer.load(resolve(None)), 0, dict.fromkeys(LAWS, 0)
     with with_parts(f"draft={draft}", str(lab.part("accept", rule))) as llm:
         for law, outs in said(llm):
             for prompt, one in zip(PROMPTS, outs, strict=True):
+                ended[law] += one.finish_reason == "stop"
                 if "stop" in law:
-                    assert not re.search("he| was", one.text)
-                    assert (one.finish_reason == "stop") == (one.stop_reason in ("he", " was"))
-                elif law == "json" and one.finish_reason == "stop":
+                    assert not any(stop in one.text for stop in STOPS)
+                    assert (one.finish_reason == "stop") == (one.stop_reason in STOPS)
+                elif law == "json":
                     assert json.loads(one.text).keys() == {"name", "years"}
-                elif law == "regex" and one.finish_reason == "stop":
+                elif law == "regex":
                     assert re.fullmatch(WORDS, one.text)
                 elif law == "logprobs":
                     ids = tokenizer.encode(prompt, add_special=False)
@@ -110,7 +126,7 @@ def test_a_rule_keeps_what_was_asked_for(lab: Lab, rule: str, draft: str) -> Non
                         best = own[i].topk(3)
                         assert {int(t) for t in best.indices} <= set(place)
                 count += len(one.token_ids)
-        assert llm._runtime is not None
-        acts = llm._runtime.engine.stats.acts
-        assert acts[f"draft={draft.partition('(')[0]}.accepted"] > 20
-    assert count > 200
+        assert accepted(llm, draft.partition("(")[0]) > 20
+    assert count > 600
+    assert ended["json"] == ended["regex"] == 2 * len(PROMPTS)
+    assert ended["stop"] + ended["drawn, stop"] >= 8

@@ -16,6 +16,7 @@ from weft import LLM, SamplingParams
 from weft.exec.build import EngineConfig, Runtime, build, prepare
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
+from weft.registry import parse
 from weft.types import Plan, RequestSpec, StepResult
 
 DRAFTS = {
@@ -127,35 +128,48 @@ def test_answers_are_learnt_to_their_end_also_where_nothing_may_be_guessed(machi
     assert bench.steps - before < 15
 
 
+Answer = tuple[str, int, str]
+STOPS = ["ferry-tree", "country to be", " veil"]
+
+
 @pytest.fixture(scope="module")
-def told_plainly() -> list[list[str]]:
+def told_plainly() -> list[list[Answer]]:
+    """Without a draft.  All answers end where they are asked to, and late enough for guesses."""
     with LLM(device="cpu", threads=1, max_model_len=512) as llm:
-        return list(answers(llm))
+        found = list(answers(llm))
+    assert all(reason == "stop" and count > 12 for some in found for _, count, reason in some)
+    return found
 
 
-def answers(llm: Any) -> Iterator[list[str]]:
-    """What is said under stop strings, and under grammars; each twice, so that a draft may have learnt it."""
+def answers(llm: Any) -> Iterator[list[Answer]]:
+    """(text, tokens, why it ended) under stop strings, and under grammars; each twice, so that a draft may have learnt it."""
     prompts = [STORY[:200], STORY[:200] + STORY[:120], "Once upon a time"]
     schema = {"type": "object", "properties": {"name": {"enum": ["ferry", "lantern"]}, "years": {"type": "integer"}}}
     schema |= {"required": ["name", "years"], "additionalProperties": False}
     laws: list[dict[str, Any]] = [
-        {"stop": ["he", " was"], "max_tokens": 40},
+        {"stop": STOPS, "max_tokens": 60},
         {"structured_outputs": {"json": schema}, "max_tokens": 60},
         {"structured_outputs": {"regex": "([a-z]{1,6} ){3,9}"}, "max_tokens": 40, "temperature": 0.9},
     ]
     for law in laws * 2:
         given = SamplingParams(**{"temperature": 0.0, "seed": 3, **law})
-        yield [out.outputs[0].text for out in llm.generate(prompts, given)]
+        yield [
+            (o.text, len(o.token_ids), o.finish_reason) for o in (x.outputs[0] for x in llm.generate(prompts, given))
+        ]
 
 
 @pytest.mark.parametrize("draft", [*DRAFTS, "hierarchy with a text", "vocabtrim"])
-def test_stop_strings_and_grammars(told_plainly: list[list[str]], draft: str, tmp_path: Path) -> None:
+def test_stop_strings_and_grammars(told_plainly: list[list[Answer]], draft: str, tmp_path: Path) -> None:
     path = tmp_path / "story.txt"
     path.write_text(STORY)
     read = {"hierarchy with a text": f"draft=hierarchy(text='{path}')", "vocabtrim": f"draft=vocabtrim(text='{path}')"}
     parts = [{**DRAFTS, **read}[draft]]
     with LLM(device="cpu", threads=1, max_model_len=512, techniques=parts, draft_control="off") as llm:
-        assert list(answers(llm)) == told_plainly
+        said = answers(llm)
+        assert next(said) == told_plainly[0]
+        assert llm._runtime is not None
+        assert llm._runtime.engine.stats.acts[f"draft={parse(parts[0]).name}.accepted"] > 20, "before the stop strings"
+        assert list(said) == told_plainly[1:]
 
 
 def test_one_request_chooses_a_draft(machine: Runtime, specs: list[RequestSpec], plain: Bench) -> None:
