@@ -4,6 +4,7 @@ chunks, beginnings that are cached.  What is exact says what plain decoding says
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from bench.draft.law import laws, reader
+from tests.draft.test_control import at_known_prices
 from tests.exec.conftest import STORY
 from weft import LLM, SamplingParams
 from weft.conform.lab import Lab
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve
 from weft.registry import names
+from weft.types import Event, Plan
 
 DRAFTS = [name for name in names("draft") if name != "none"]
 RULES = [name for name in names("accept") if name != "race"]
@@ -45,11 +48,11 @@ def lab() -> Lab:
     return Lab()
 
 
-def with_parts(*parts: str) -> LLM:
+def with_parts(*parts: str, control: str = "off") -> LLM:
     """Steps of 24 rows, so that the prompts come in several."""
     return LLM(
         device="cpu", threads=1, dtype="float32", max_model_len=512, max_num_seqs=4, max_num_batched_tokens=24,
-        techniques=list(parts), draft_control="off",
+        techniques=list(parts), draft_control=control,
     )  # fmt: skip
 
 
@@ -100,6 +103,39 @@ def test_a_draft_says_what_plain_decoding_says(lab: Lab, plainly: list[Any], nam
         assert stood["stop"] + stood["drawn, stop"] >= (30 if name not in ("early_exit", "prompt_tokens") else 8)
         assert llm._runtime is not None
         assert llm._runtime.engine.stats.prefix_hit_tokens > 0
+
+
+@pytest.mark.parametrize("name", ["speculative_sampling", "trie"])
+def test_the_controller_says_what_plain_decoding_says(lab: Lab, plainly: list[Any], name: str) -> None:
+    """At prices at which guesses now and then pay it switches them on and off, and in a third of the steps somebody loses his
+    blocks."""
+    rng, guessed = random.Random(2), 0
+    with with_parts(str(lab.part("draft", name)), control="on") as llm:
+        assert llm._runtime is not None
+        engine = llm._runtime.engine
+        schedule, scheduler = engine.schedule, engine.scheduler
+
+        def disturbed(now: float) -> tuple[Plan, list[Event]]:
+            nonlocal guessed
+            if scheduler.running and rng.random() < 1 / 3:
+                victim = rng.choice(list(scheduler.running.values()))
+                scheduler.preempt(victim)
+                scheduler.enqueue(victim, now)
+            plan, events = schedule(now)
+            guessed += sum(work.guesses for work in plan.works)
+            return plan, events
+
+        engine.schedule = disturbed  # type: ignore[method-assign]
+        executor, execute = llm._runtime.executor, llm._runtime.executor.execute
+        executor.execute = lambda plan: at_known_prices(plan, execute(plan))  # type: ignore[method-assign]
+        for (law, outs), (_, wanted) in zip(said(llm), plainly, strict=True):
+            assert [told(one) for one in outs] == [told(one) for one in wanted], law
+            for one, plain in zip(outs, wanted, strict=True):
+                assert figures(one) == pytest.approx(figures(plain), abs=1e-4)
+        assert 100 < accepted(llm, name) < guessed
+        assert engine.stats.draft_off > 5, "it went on and off"
+        assert engine.stats.preemptions > 30
+        assert engine.stats.prefix_hit_tokens > 0
 
 
 @pytest.mark.parametrize("draft", ["speculative_sampling(guesses=3)", "dyspec(guesses=6, depth=3)"])
