@@ -59,25 +59,27 @@ def test_eight_grams_that_come_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("accept", "temperature"),
+    ("draft", "accept", "temperature"),
     [
-        pytest.param("race", 0.8, id="race"),
-        pytest.param("rejection", 1.0, id="rejection", marks=pytest.mark.long),
-        pytest.param("race", 0.0, id="greedy"),
+        pytest.param("speculative_sampling(guesses=3)", "race", 0.8, id="race"),
+        pytest.param("speculative_sampling(guesses=3)", "rejection", 1.0, id="rejection", marks=pytest.mark.long),
+        pytest.param("speculative_sampling(guesses=3)", "race", 0.0, id="greedy"),
+        pytest.param("bild(guesses=4, fallback=0.3)", "race", 0.8, id="bild"),
     ],
 )
-def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: float) -> None:
-    """Some 4,000 trials, of which chance alone moves the rate by 0.007; `transformers` reads the same texts.  Of each trial its
-    noise says what was guessed and whether it stands: were a guess computed behind another text, it would show there."""
+def test_guesses_stand_as_often_as_the_laws_predict(draft: str, accept: str, temperature: float) -> None:
+    """Some 4,000 trials, of which chance alone moves the rate by 0.007 (2,200 where the draft hands over, 0.009); `transformers`
+    reads the same texts.  Of each trial its noise says what was guessed and whether it stands: were a guess computed behind
+    another text, it would show there.  Where a draft hands over its law says, not the noise, so the formula is the same."""
     model, weighs = resolve(None), accept == "rejection"
     tokenizer = Tokenizer.load(model)
     prompts = [tokenizer.encode(text, add_special=False) for text in OPENINGS]
-    runtime = made(Guessing("", "draft=speculative_sampling(guesses=3)", lambda _: None, accept))
+    runtime = made(Guessing("", f"draft={draft}", lambda _: None, accept))
     count = 16 if temperature else 4
     sampling = SamplingSpec(max_tokens=400 if temperature else 150, temperature=temperature)
     texts = written(runtime, [prompts[id % 4] for id in range(count)], range(count), sampling)
     found = judged(texts, reader(model), reader(resolve_draft("bundled")), temperature, weighs=weighs)
-    assert found.trials > (3000 if temperature else 300)
+    assert found.trials > (2000 if temperature else 300)
     assert found.slips == 0
     assert found.rate == pytest.approx(found.predicted, abs=0.02 if temperature else 0.01)
 

@@ -368,7 +368,7 @@ def test_each_trial_is_what_its_noise_makes_of_the_two_laws(accept: str, tempera
     whether it stands follow from both laws, which `transformers` reads, and the noise of the place."""
     model, weighs = resolve(None), accept == "rejection"
     prompts = [Tokenizer.load(model).encode(text, add_special=False) for text in OPENINGS]
-    count, sampling = 8 if temperature else 4, SamplingSpec(max_tokens=200, temperature=temperature)
+    count, sampling = 12 if temperature else 4, SamplingSpec(max_tokens=200, temperature=temperature)
     for firsts in (False, True):
         runtime = made(Guessing("", "draft=pearl(guesses=3)", lambda _: None, accept))
         trials = Only() if firsts else Trials()
@@ -376,9 +376,9 @@ def test_each_trial_is_what_its_noise_makes_of_the_two_laws(accept: str, tempera
         texts = written(runtime, [prompts[i % 4] for i in range(count)], range(count), sampling, trials)
         found = judged(texts, reader(model), reader(resolve_draft("bundled")), temperature, weighs=weighs)
         assert found.slips == 0
-        assert found.trials > (600 if temperature else 150)
+        assert found.trials > (1000 if temperature else 150)
         assert seen is None or found.trials == seen.count
-        assert abs(found.rate - found.predicted) < 4 * found.chance + 1e-9
+        assert found.rate == pytest.approx(found.predicted, abs=0.02 if temperature else 1e-9)
         runtime.close()
 
 

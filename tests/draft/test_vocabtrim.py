@@ -148,12 +148,13 @@ def test_guesses_are_the_draft_s_likeliest_of_what_is_kept(
 
 
 def test_guesses_stand_as_often_as_the_laws_predict(text: Path, ids: list[int]) -> None:
-    """Some 1,000 trials, each of which is what its noise makes of the laws that `transformers` reads, the draft's cut by hand."""
+    """Some 3,000 trials, of which chance alone moves the rate by 0.007, each of them what its noise makes of the laws that
+    `transformers` reads, the draft's cut by hand."""
     runtime = made(Guessing("", f"draft=vocabtrim(text={str(text)!r}, keep={KEEP}, guesses=3)", lambda _: None))
     prompts = [ids[10 * i : 10 * i + 12] for i in range(8)]
-    texts = written(runtime, prompts, range(8), SamplingSpec(max_tokens=150, temperature=0.8))
+    texts = written(runtime, prompts, range(8), SamplingSpec(max_tokens=380, temperature=0.8))
     draft = Trimmed(reader(resolve_draft("bundled")), runtime.engine.stack["draft"].head)
     found = judged(texts, reader(resolve(None)), draft, 0.8, weighs=False)
-    assert found.trials > 800
+    assert found.trials > 2500
     assert found.slips == 0
-    assert abs(found.rate - found.predicted) < 3 * found.chance
+    assert found.rate == pytest.approx(found.predicted, abs=0.02)
