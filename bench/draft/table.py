@@ -19,7 +19,7 @@ times, and a batch that runs empty is no batch of its size any more.  The row of
 its ratio is off by is the noise of the others.  `acceptance` of guesses all before which stood, `predicted_acceptance` what the
 law says of the same ones (`bench.draft.law`).
 Drafts of one load take turns of `PIECE` steps on the same weights, forth and back, and each command adds its rows to those that
-the file holds.
+the file holds; older ones of the same load that they supersede go (`bench.draft.rows`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ from bench.contender import Case, Contender, Model, Run
 from bench.draft import whole
 from bench.draft.heads import fitted, heads_file
 from bench.draft.law import Translated, Trials, learned, predicted, reader, repeated, texts_of
+from bench.draft.rows import OUT, keep, key, table
 from bench.guessing import perfect
-from bench.harness import GROWN, RESULTS, bundled, grown, machine, one_round, write
+from bench.harness import GROWN, bundled, grown, machine, one_round
 from bench.said import said
 from tools.tiny.corpus import Corpus
 from weft.compose import traits_of
@@ -68,8 +69,6 @@ FEWEST = {"prose": 4, "spec-bench": 6, "random": 2}
 """Answers of a row, at least; of Spec-Bench one to each kind of request, which differ more than novels do."""
 LAWS = 4
 """Sequences at once up to which it is told what the law says."""
-KEY = ("draft", "accept", "batch", "prompts", "temperature", "controller", "threads", "draft_share")
-OUT = RESULTS / "draft.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +172,9 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
         if not flags.quick:
             # The whole table has one draft of a name: rows of the one that shipped before go.
             part = slice(None, -1 if flags.whole else None)
-            mine = {_key(row)[part] for row in new}
-            kept = [row for row in kept if _key(row)[part] not in mine] + new
-            _write(flags.out, kept)
+            mine = {key(row)[part] for row in new}
+            kept = [row for row in kept if key(row)[part] not in mine] + new
+            keep(flags.out, kept, "python -m bench.draft.table ../shared/data --whole --resume", machine())
     if left:
         rest = "; ".join(f"{x.text} at {x.temperature:g}, {x.batch} at once" for _, x, _ in todo[-left:])
         tick(f"{left} loads are left; the same command with --resume goes on with them: {rest}")
@@ -193,13 +192,6 @@ def _asked(flags: argparse.Namespace) -> whole.Sweep:
         tuple(flags.texts.split(",")), tuple(map(float, flags.temperatures.split(","))),
         tuple(map(int, flags.batches.split(","))), tuple(drafts), tuple(flags.controller.split(",")), flags.new, flags.rounds,
     )  # fmt: skip
-
-
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    rows.sort(key=lambda row: [str(row[k]) for k in ("prompts", "temperature", "batch", "draft", "controller")])
-    command = "python -m bench.draft.table ../shared/data --whole --resume"
-    write(out, {"command": command, "machine": machine(), "rows": rows})
-    out.with_suffix(".md").write_text("# Drafts\n\n" + table(rows) + "\n", encoding="utf8")
 
 
 def stacks(sweep: whole.Sweep, flags: argparse.Namespace, model: Model) -> Iterator[Stack]:
@@ -366,10 +358,6 @@ def _short(part: Part | None) -> str:
     return str(rest).partition("=")[2]
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(round(row[k], 5) if k == "draft_share" else row[k] for k in KEY)
-
-
 def _there(kept: Sequence[dict[str, Any]], s: Stack, load: Load, model: Model, flags: argparse.Namespace) -> bool:
     row = {
         "draft": _short(s.part), "accept": s.accept, "batch": load.batch, "prompts": load.text, "temperature": load.temperature,
@@ -379,29 +367,7 @@ def _there(kept: Sequence[dict[str, Any]], s: Stack, load: Load, model: Model, f
         x for x in kept
         if (not s.controller or x.get("decided_by") == whole.decided_by()) and x.get("date", "") >= flags.since
     ]  # fmt: skip
-    return _key(row) in {_key(x) for x in fresh}
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a line for each row."""
-    heads = (
-        "prompts", "temperature", "batch", "draft", "accept", "controller", "ratio", "spread", "full", "tokens a step",
-        "acceptance", "predicted", "draft's time", "answers", "of", "repeated 8-grams", "draft's share", "threads",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = (
-            row["prompts"], f"{row['temperature']:g}", row["batch"], row["draft"], row["accept"],
-            "on" if row["controller"] else "off", f"{row['ratio']:.2f}",
-            "{:.2f} to {:.2f}".format(*row["ratio_spread"]),
-            f"{row['ratio_full']:.2f}" if "ratio_full" in row else "", f"{row['tok_per_step']:.2f}",
-            *("" if row[k] is None else f"{row[k]:.3f}" for k in ("acceptance", "predicted_acceptance")),
-            "" if row["draft_time"] is None else f"{row['draft_time']:.1%}",
-            row.get("answers", ""), row.get("tried", ""), f"{row['repeated_8grams']:.1%}", f"{row['draft_share']:.2%}",
-            row["threads"],
-        )  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+    return key(row) in {key(x) for x in fresh}
 
 
 if __name__ == "__main__":
