@@ -17,7 +17,8 @@ A row is a draft under a load.  `ratio` is decoding against plain decoding in th
 tokens of the same answers; `ratio_full` the same until the first answer has ended, since sequences that guess end at different
 times, and a batch that runs empty is no batch of its size any more.  The row of no draft is plain decoding a second time: what
 its ratio is off by is the noise of the others.  `acceptance` of guesses all before which stood, `predicted_acceptance` what the
-law says of the same ones (`bench.draft.law`).
+law says of the same ones (`bench.draft.law`), `acceptance_chance` what chance alone moves the first by; of drafts of which it
+says nothing (`bench.draft.rows.lawful`), none of them.
 Drafts of one load take turns of `PIECE` steps on the same weights, forth and back, and each command adds its rows to those that
 the file holds; older ones of the same load that they supersede go (`bench.draft.rows`).
 """
@@ -33,14 +34,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from bench.contender import Case, Contender, Model, Run
 from bench.draft import whole
 from bench.draft.heads import fitted, heads_file
-from bench.draft.law import Translated, Trials, learned, predicted, reader, repeated, texts_of
-from bench.draft.rows import OUT, keep, key, table
+from bench.draft.law import Translated, Trials, Trimmed, chance, chances, learned, reader, repeated, texts_of
+from bench.draft.rows import OUT, keep, key, lawful, table
 from bench.guessing import perfect
 from bench.harness import GROWN, bundled, grown, machine, one_round
 from bench.said import said
@@ -276,14 +277,12 @@ def compare(
         ratios = [_speed(a) / _speed(b) for a, b in pairs]
         full = [_speed(a, null.together) / _speed(b, null.together) for a, b in pairs]
         outputs = one.runs[-1].tokens
-        folder = None if stack is None else stack.folder
-        law = None
-        if stack is not None and seen.trials.tried and load.batch <= LAWS:
-            draft = learned(stack.source) if stack.source else None if folder is None else reader(folder)
-            between = getattr(one.runtime.engine.stack["draft"], "translation", None)
-            draft = draft if between is None else Translated(draft, between, one.runtime.setup.spec.vocab)
+        folder, known = None if stack is None else stack.folder, stack is None or lawful(_short(stack.part))
+        law = list[float]()
+        if stack is not None and known and load.batch <= LAWS:
+            draft, weighs = law_of(stack, one), stack.accept == "rejection"
             told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
-            law = predicted(target, draft, told, load.temperature, weighs=stack.accept == "rejection")
+            law = [c for text in told for c in chances(target, draft, text, load.temperature, weighs=weighs)]
         yield {
             "draft": "none" if one is everyone[1] else "perfect" if stack is None else _short(stack.part),
             "accept": "race" if stack is None else stack.accept,
@@ -296,8 +295,9 @@ def compare(
             "ratio_full": median(full),
             "decode_tok_s": median(run.decode_tok / run.decode_s for run in one.runs),
             "tok_per_step": median(run.figures(1)["tok_per_step"] for run in one.runs),
-            "acceptance": seen.trials.stood / seen.trials.tried if seen.trials.tried else None,
-            "predicted_acceptance": law,
+            "acceptance": seen.trials.stood / seen.trials.tried if seen.trials.tried and known else None,
+            "predicted_acceptance": mean(law) if law else None,
+            "acceptance_chance": chance(law) if law else None,
             "trials": seen.trials.tried,
             "draft_time": seen.trials.draft_s / seen.trials.step_s if seen.trials.step_s else None,
             "answers": len(outputs),
@@ -313,6 +313,18 @@ def compare(
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "cpu": machine()["cpu"],  # rows of several runs lie beside each other
         }
+
+
+def law_of(stack: Stack, one: Contender) -> Any:
+    """What a draft's guesses are drawn from, as `bench.draft.law.chances` has it."""
+    if stack.source is not None:
+        return learned(stack.source)
+    if stack.folder is None:
+        return None
+    draft, part = reader(stack.folder), one.runtime.engine.stack["draft"]
+    if (between := getattr(part, "translation", None)) is not None:
+        return Translated(draft, between, one.runtime.setup.spec.vocab)
+    return draft if not (kept := getattr(part, "head", ())) else Trimmed(draft, kept)
 
 
 def _speed(run: Run, together: int = 0) -> float:

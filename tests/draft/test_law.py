@@ -14,6 +14,7 @@ import torch
 
 from bench.draft import stands, table
 from bench.draft.law import chance, laws, overlap, race, reader, repeated, slips
+from bench.draft.rows import table as told
 from bench.draft.stands import Guessing, Judged, judged, made, written
 from weft.accept.rejection import STANDS
 from weft.core import noise
@@ -21,6 +22,7 @@ from weft.exec.ahead import DRAFT
 from weft.exec.sampler import gumbel
 from weft.front.tokenizer import Tokenizer
 from weft.hub import resolve, resolve_draft
+from weft.registry import parse
 from weft.types import SamplingSpec
 
 OPENINGS = (
@@ -178,13 +180,40 @@ def test_no_draft_leans_to_one_side(shared: Callable[[str], Path], tmp_path: Pat
 
 
 def test_the_table_runs_quickly_and_tells_each_row(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, clean_registry: None
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clean_registry: None
 ) -> None:
-    asked = ["--quick", "--drafts", "ngram", "--texts", "random", "--temperatures", "0.8", "--threads", "1"]
-    assert table.main([str(tmp_path), *asked, "--out", str(tmp_path / "draft.json")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[3] for line in lines[2:]] == ["none", "perfect", "ngram", "ngram"]
+    """What the law says nothing of has no rates, though some of its guesses stood."""
+    kept, drafts = list[Any](), ["speculative_sampling(guesses=2)", "jacobi"]
+    monkeypatch.setattr(table, "table", lambda rows: kept.extend(rows) or told(rows))
+    asked = ["--quick", "--drafts", ";".join(drafts), "--texts", "random", "--temperatures", "0.8", "--threads", "1"]
+    assert table.main([str(tmp_path), *asked, "--controller", "off", "--out", str(tmp_path / "draft.json")]) == 0
+    found = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [cells[3] for cells in found] == ["none", "perfect", *drafts]
+    assert [float(cells[9]) > 1 for cells in found] == [False, True, True, True], "tokens a step"
+    rates = [[float(rate) if rate else None for rate in cells[10:13]] for cells in found]
+    assert rates[0] == rates[3] == [None] * 3
+    assert [row["acceptance"] is None for row in kept] == [True, False, False, True]
+    assert rates[1] == [1.0, None, None]
+    stood, predicted, chance = rates[2]
+    assert stood is not None
+    assert predicted is not None
+    assert chance is not None
+    assert abs(stood - predicted) < 4 * chance < 0.8
     assert not list(tmp_path.iterdir()), "a quick look writes nothing"
+
+
+def test_the_law_of_a_draft_whose_head_was_cut_has_what_is_kept_alone() -> None:
+    folder, kept = resolve_draft("bundled"), (4, 17, 310)
+    at, text = torch.tensor([1, 2]), [5, 6, 7]
+    stack = table.Stack(parse("draft=vocabtrim(text='x')"), "race", False, folder)
+    found = []
+    for head in (kept, ()):
+        part = SimpleNamespace(head=head) if head else SimpleNamespace()
+        one: Any = SimpleNamespace(runtime=SimpleNamespace(engine=SimpleNamespace(stack={"draft": part})))
+        found.append(laws(table.law_of(stack, one), text, 0.8, at))
+    cut, whole = found
+    assert set(cut.nonzero()[:, 1].tolist()) == set(kept)
+    assert cut[:, kept] == pytest.approx(whole[:, kept] / whole[:, kept].sum(-1, keepdim=True), rel=1e-5)
 
 
 def test_a_law_at_temperature_zero_is_certain() -> None:
