@@ -107,9 +107,22 @@ Text = tuple[Sequence[int], Sequence[int], Sequence[tuple[int, int, bool]]]
 """(prompt, output, trials) of one sequence."""
 
 
+def predicted(
+    target: LlamaForCausalLM,
+    draft: Any,
+    texts: Sequence[Text],
+    temperature: float,
+    *,
+    weighs: bool,
+) -> float:
+    """The mean chance of the trials, NaN of none.  weighs: whether the accept weighs laws."""
+    found = [c for text in texts for c in chances(target, draft, text, temperature, weighs=weighs)]
+    return sum(found) / len(found) if found else float("nan")
+
+
 def chances(target: LlamaForCausalLM, draft: Any, text: Text, temperature: float, *, weighs: bool) -> list[float]:
     """The chance of each trial of a sequence.  draft: a model as `transformers` reads it, one of the classes below, or None
-    where guesses have no law.  weighs: whether the accept weighs laws."""
+    where guesses have no law."""
     found: list[float] = []
     trials = text[2]
     for low, p_NV, q_NV in pairs(target, draft, text, temperature):
@@ -314,7 +327,7 @@ def repeated(output: Sequence[int], n: int = 8) -> float:
 def texts_of(
     trials: Any, owners: Mapping[int, int], prompts: Sequence[Sequence[int]], outputs: Mapping[int, Sequence[int]]
 ) -> list[Any]:
-    """For `chances`, with what is noted of each sequence in `trials.by_sequence`.
+    """For `predicted`, with what is noted of each sequence in `trials.by_sequence`.
 
     owners: the prompt of each sequence of the executor.
     """

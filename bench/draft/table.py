@@ -34,13 +34,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 from bench.contender import Case, Contender, Model, Run
 from bench.draft import whole
 from bench.draft.heads import fitted, heads_file
-from bench.draft.law import Translated, Trials, Trimmed, chance, chances, learned, reader, repeated, texts_of
+from bench.draft.law import Translated, Trials, Trimmed, chance, chances, learned, predicted, reader, repeated, texts_of
 from bench.draft.rows import OUT, keep, key, lawful, table
 from bench.guessing import perfect
 from bench.harness import GROWN, bundled, grown, machine, one_round
@@ -278,11 +278,12 @@ def compare(
         full = [_speed(a, null.together) / _speed(b, null.together) for a, b in pairs]
         outputs = one.runs[-1].tokens
         folder, known = None if stack is None else stack.folder, stack is None or lawful(_short(stack.part))
-        law = list[float]()
-        if stack is not None and known and load.batch <= LAWS:
+        law = moved = None
+        if stack is not None and seen.trials.tried and known and load.batch <= LAWS:
             draft, weighs = law_of(stack, one), stack.accept == "rejection"
             told = texts_of(seen.trials, seen.owners, null.prompts, outputs)
-            law = [c for text in told for c in chances(target, draft, text, load.temperature, weighs=weighs)]
+            law = predicted(target, draft, told, load.temperature, weighs=weighs)
+            moved = chance([c for x in told for c in chances(target, draft, x, load.temperature, weighs=weighs)])
         yield {
             "draft": "none" if one is everyone[1] else "perfect" if stack is None else _short(stack.part),
             "accept": "race" if stack is None else stack.accept,
@@ -296,8 +297,8 @@ def compare(
             "decode_tok_s": median(run.decode_tok / run.decode_s for run in one.runs),
             "tok_per_step": median(run.figures(1)["tok_per_step"] for run in one.runs),
             "acceptance": seen.trials.stood / seen.trials.tried if seen.trials.tried and known else None,
-            "predicted_acceptance": mean(law) if law else None,
-            "acceptance_chance": chance(law) if law else None,
+            "predicted_acceptance": law,
+            "acceptance_chance": moved,
             "trials": seen.trials.tried,
             "draft_time": seen.trials.draft_s / seen.trials.step_s if seen.trials.step_s else None,
             "answers": len(outputs),
