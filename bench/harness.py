@@ -34,6 +34,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from safetensors import safe_open
+
 from bench import terminal
 from bench.contender import ROOT, Case, Contender, Model, Run, rss_bytes
 from weft.bench.limit import read_by, read_gb_s
@@ -202,8 +204,22 @@ def _told(
         "of_limit": median(values["decode_tok_s"]) / (null.case.together * limit_steps_s),
         "same_tokens": _same(mine.runs[-1].tokens, null.runs[-1].tokens),
         "bound": mine.case.bound,
+        "draft_share": _draft_share(mine.runtime.setup),
         "acts": {act: (count - acts.get(act, 0)) / len(ours) for act, count in mine.acts().items()},
     }
+
+
+def _draft_share(setup: Setup) -> float:
+    """Of the model's parameters, those that a draft has beside it: a second model's, or those of its file."""
+    if setup.draft is not None:
+        return parameters(setup.draft) / parameters(setup.spec)
+    file = getattr(setup.stack["draft"], "path", None)
+    if file is None:
+        return 0.0
+    with safe_open(file, framework="np") as taught:
+        # The mark is by what the file knows its model, and computes nothing.
+        shapes = [taught.get_slice(name).get_shape() for name in taught.keys() if name != "mark"]  # noqa: SIM118 - no mapping
+    return sum(map(math.prod, shapes)) / parameters(setup.spec)
 
 
 def _ratios(mine: Sequence[float], null: Sequence[float], itself: bool) -> list[float]:

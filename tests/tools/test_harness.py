@@ -75,6 +75,24 @@ def test_what_was_measured_is_told(found: dict[str, Any], model: Model, null: Ca
     assert set(other["stack"]) - set(one["stack"]) == {"draft=ngram(shortest=1)"}
 
 
+@pytest.mark.parametrize(
+    ("part", "share"),
+    [
+        ("none", 0),
+        ("ngram", 0),
+        ("early_exit", 0),
+        ("speculative_sampling", 2_672_384),
+        ("pearl", 2_672_384),
+        ("clover", 131_168),
+        ("prompt_tokens", 4 * 256),
+    ],
+)
+def test_what_a_draft_has_of_its_own_by_hand(null: Case, model: Model, part: str, share: int) -> None:
+    """Tensors of the checkpoints that ship, counted beforehand."""
+    setup = Contender(model, replace(null, techniques=(f"draft={part}",)), 1).runtime.setup
+    assert round(harness._draft_share(setup) * 7_344_384) == share
+
+
 def test_figures_by_hand(found: dict[str, Any], model: Model, null: Case) -> None:
     one, other = found["cases"]
     assert one["median"]["tok_per_step"] == 1
