@@ -6,6 +6,7 @@ Legend.  p: the target's law.  q: the draft's.  k: guesses for one place.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.bound import Place, accepted, alike, apart, bound
+from bench.bound import OUT, Place, accepted, alike, apart, bound, k_seq, rejection, without
 from tests.accept.test_rejection import Told
 from weft.accept.rejection import Rejection
 from weft.accept.spectr import SpecTr, factor, overlap
@@ -165,4 +166,38 @@ def test_more_guesses_stand_as_the_closed_form_says() -> None:
             falls *= 1 - float(np.minimum(left, q).sum())
             left = np.maximum(left - q, 0) / np.maximum(left - q, 0).sum()
         assert accepted(Rejection(), p, q, k, "alike", 4000, rng) == pytest.approx(1 - falls, abs=0.02)
-        assert 1 - falls <= bound(p, q, k) + 1e-12
+        assert k_seq(p, q, k, rng) == pytest.approx(1 - (1 - b) ** k)
+        assert rejection(p, q, k, rng) == pytest.approx(1 - falls)
+        assert max(k_seq(p, q, k, rng), 1 - falls) <= bound(p, q, k) + 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_guesses_drawn_without_replacement_stand_as_counted_out(k: int) -> None:
+    """Over every order of k of six tokens: how likely it is drawn, times what rejection makes of it."""
+    p, q = random_pair(np.random.default_rng(9), 6, 1.2)
+    wanted = 0.0
+    for tokens in itertools.permutations(range(6), k):
+        drawn, none, own, law = 1.0, 1.0, p, q
+        for x in tokens:
+            drawn *= law[x]
+            none *= 1 - min(1.0, own[x] / law[x])
+            left = np.maximum(own - law, 0)
+            own, law = left / left.sum() if left.sum() > 0 else own, np.where(np.arange(6) == x, 0, law)
+            law = law / law.sum()
+        wanted += drawn * (1 - none)
+    found = np.mean([without(p, q, k, np.random.default_rng(seed)) for seed in range(40)])
+    assert found == pytest.approx(wanted, abs=1e-12 if k == 1 else 0.003)
+    rng = np.random.default_rng(k)
+    assert accepted(Rejection(), p, q, k, "without replacement", 4000, rng) == pytest.approx(wanted, abs=0.02)
+
+
+def test_in_the_record_no_rule_accepts_more_than_any_could() -> None:
+    """Of guesses drawn alike; one guess is weighed by all of them as well as can be."""
+    rows = json.loads(OUT.read_text())["rows"]
+    assert [(row["temperature"], row["guesses"]) for row in rows] == [(t, k) for t in (0.8, 1.0) for k in (1, 2, 4)]
+    for row in rows:
+        assert row["contexts"] == 128
+        assert max(row["spectr"], row["rejection"]) <= row["bound"] + 1e-6
+        if row["guesses"] == 1:
+            found = [row[name] for name in ("spectr", "rejection", "rejection, without replacement")]
+            assert found == pytest.approx([row["bound"]] * 3, abs=1e-5)
