@@ -27,7 +27,8 @@ Row = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    (out,) = map(Path, argv or sys.argv[1:] or [OUT])
+    given = sys.argv[1:] if argv is None else argv
+    out = Path(given[0]) if given else OUT
     kept = json.loads(out.read_text(encoding="utf8"))
     keep(out, kept["rows"], kept["command"], kept["machine"])
     return 0
