@@ -245,7 +245,8 @@ struct Kernels {
 // Floats of an unfinished result of a row with a kv head: for each query head its maximum, its sum, and D mixed values.
 WEFT_SHARED int64_t partial_floats(int heads, int kv_heads, int dim) { return heads / kv_heads * (2 + static_cast<int64_t>(dim)); }
 
-const Kernels* kernels_avx512_bf16();  // null where it was not compiled or the processor lacks it
+const Kernels* kernels_amx();  // null where it was not compiled or the processor lacks it
+const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();

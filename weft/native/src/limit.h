@@ -1,7 +1,7 @@
 // How fast this processor computes where nothing is read from memory.  Included by the files of the instruction sets.
 #pragma once
 
-#include "dots.h"
+#include "blocks.h"
 
 namespace weft::WEFT_ISA {
 

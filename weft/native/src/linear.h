@@ -57,6 +57,11 @@ struct Part {
     int64_t each = 0, apart = 0;
     bool cold = false;              // whether what it writes is in no cache: rows of a result lie far from each other
     int32_t* handed = nullptr;      // where what gates open goes as words of the next product's inputs (mlp.h), [words, R]
+    // Of tiles in matrix registers (matrix.h): their rows; words that were made of their lines, from panel to panel `made_apart` bytes; and
+    // whether `from` and `to` are memory that holds whole registers.
+    int64_t high = 0, made_apart = 0;
+    const char* made = nullptr;
+    bool near = false, keeps = false;
 
     // Lines of panels [p, p + panels), or of half as many gates and of what those open.
     WEFT_INLINE void place(const Weight& w, int64_t p, int64_t panels, int64_t from_line, int64_t count) {

@@ -3,7 +3,7 @@
 // Included by the files of the instruction sets.
 #pragma once
 
-#include "dots.h"
+#include "blocks.h"
 
 namespace weft::WEFT_ISA {
 
@@ -17,30 +17,33 @@ WEFT_INLINE bool hands_on(const Linear& up, const Linear& down) {
         const auto halves = [](const Linear& a) {
             return dots<W>(a) && !(W::SCALED && a.inputs == Inputs::INT8) && !a.weight.offsets;
         };
-        return opens<W>(up) && halves(up) && halves(down) && tile_rows<W>(up.weight) == tile_rows<W>(down.weight);
+        const Way<Halves, W> first(up.weight, 1), second(down.weight, 1);
+        return opens<W>(up) && halves(up) && halves(down) && first.most == second.most && first.matrices == second.matrices;
     }
 }
 
 template <class W>
 void handed_on(const Linear& up, const Linear& down, int64_t rows, Share share) {
-    const int64_t each = down.weight.k / Halves::INPUTS, most = tile_rows<W>(down.weight);
+    const int64_t each = down.weight.k / Halves::INPUTS;
     const auto size = [&](int64_t count) {
         return Rows<Halves>::size(up.weight, count, up.weight.k / Halves::INPUTS) + Rows<Halves>::size(down.weight, count, each);
     };
+    const Way<Halves, W> way(up.weight, rows);
     // Where the second product's words are too many for that cache, those of the first fill it: the second takes its own bit by bit.
     const bool fits = BLOCK_WORDS / each >= FEWEST_ROWS;
-    const int64_t high = block_rows(rows, fits ? each : up.weight.k / Halves::INPUTS, most, size), wide = panels_beside(rows);
+    const int64_t high = block_rows(rows, fits ? each : up.weight.k / Halves::INPUTS, way.most, size);
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
+    char* made = reinterpret_cast<char*>(share.scratch + INPUTS_SCRATCH);
     for (int64_t first = 0; first < rows; first += high) {
-        const Block<Halves> block(up.weight, first, rows - first < high ? rows - first : high, most, share);
+        const Block<Halves> block(up.weight, way, first, rows - first < high ? rows - first : high, share);
         const Rows<Halves> handed(share.shared + (block.own ? 0 : Rows<Halves>::size(up.weight, block.count, block.each)), block.count, each);
         block.template round<W>(up, share, 0);
-        each_share(up, share, up.weight.n / (2 * PANEL), wide / 2, true, [&](int64_t from, int64_t to) {
-            multiply<Halves, W, false>(up, block.rows, first, block.count, most, from, to, true, between, handed.words);
+        each_share(up, share, up.weight.n / (2 * PANEL), way.wide / 2, true, [&](int64_t from, int64_t to) {
+            multiply<Halves, W, false>(up, way, block.rows, first, block.count, from, to, true, between, made, handed.words);
         });
         share.meet();
-        each_share(down, share, (down.weight.n + PANEL - 1) / PANEL, wide, true, [&](int64_t from, int64_t to) {
-            multiply<Halves, W, false>(down, handed, first, block.count, most, from, to, false, between);
+        each_share(down, share, (down.weight.n + PANEL - 1) / PANEL, way.wide, true, [&](int64_t from, int64_t to) {
+            multiply<Halves, W, false>(down, way, handed, first, block.count, from, to, false, between, made);
         });
         if (first + high < rows) share.meet();  // before somebody writes the next words there
     }

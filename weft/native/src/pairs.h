@@ -158,7 +158,7 @@ void paired_mix(const Entries& from, int64_t offset, const uint32_t* weights, co
 template <class Run>
 WEFT_INLINE void with_rows(Format stored, [[maybe_unused]] int dim, const Run& run) {
     if (stored == Format::F32) return run(WideRows{});
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(WEFT_MATRIX)  // processors with both multiply pairs of bfloat16 slower than floats
     if (stored == Format::BF16 && HalfPairs::fit(dim)) return run(HalfPairs{});
 #endif
 #if defined(__AVX512VNNI__)

@@ -34,10 +34,10 @@ bool halves_pay(const Kernels& kernels) {
 const std::vector<const Kernels*>& tables() {
     static const std::vector<const Kernels*> found = [] {
         std::vector<const Kernels*> there;
-        for (auto* find : {kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_portable})
+        for (auto* find : {kernels_amx, kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_portable})
             if (const Kernels* table = find()) there.push_back(table);
-        if (there.front() == kernels_avx512_bf16() && there.size() > 1 && there[1] == kernels_avx512_vnni() && !halves_pay(*there.front()))
-            std::swap(there[0], there[1]);
+        const auto halves = std::find(there.begin(), there.end(), kernels_avx512_bf16());
+        if (halves != there.end() && !halves_pay(**halves)) std::swap(halves[0], halves[1]);
         return there;
     }();
     return found;

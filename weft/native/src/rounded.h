@@ -109,15 +109,20 @@ struct Rows {
     static int64_t size(const Weight& w, int64_t rows, int64_t each) { return rows * (each + 1 + w.groups()); }
 };
 
-// Rows [first, first + high) of the inputs, rounded; `spare` holds as many words.
+// Rows [first, first + high) of the inputs, rounded; `spare` holds as many words.  lines: whether the words of a row stay together by
+// lines of the cache, as matrix registers read them; then `spare` holds those of one row.
 template <class D, class W>
-void round_tile(const Linear& a, int64_t first, int64_t high, const Rows<D>& to, int64_t top, int64_t each, int32_t* spare, int factor) {
+void round_tile(const Linear& a, int64_t first, int64_t high, const Rows<D>& to, int64_t top, int64_t each, int32_t* spare, int factor,
+                bool lines) {
+    constexpr int64_t WORDS = LINE_BYTES / 4;
     const int64_t groups = a.weight.groups();
     int32_t* words = to.words + top * each;
-    for (int64_t r = 0; r < high; r++)
-        D::template round<W>(a, a.x + (first + r) * a.x_stride, high == 1 ? words : spare + r * each, to.scales + top + r,
-                             to.sums + (top + r) * groups, factor);
-    if (high == 1) return;
+    for (int64_t r = 0; r < high; r++) {
+        int32_t* mine = high == 1 ? words : lines ? spare : spare + r * each;
+        D::template round<W>(a, a.x + (first + r) * a.x_stride, mine, to.scales + top + r, to.sums + (top + r) * groups, factor);
+        for (int64_t i = 0; i < each && lines && high > 1; i += WORDS) std::memcpy(words + i * high + r * WORDS, mine + i, LINE_BYTES);
+    }
+    if (high == 1 || lines) return;
     int64_t i = 0;
     for (; i + LANES <= each; i += LANES) {
         vu square[LANES] = {};

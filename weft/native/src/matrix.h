@@ -1,0 +1,254 @@
+// Tiles of products whose inputs are rounded first, in matrix registers (AMX): one of them holds sixteen lines of 64 bytes, and one
+// instruction multiplies a line of each of sixteen rows with sixteen lines of a panel, which is how panels lie anyway.
+// Included by the files of the instruction sets.
+//
+// Legend.  A *step* is what one line holds of a row's inputs, LINE_WORDS words.  S: registers that the rows of a tile fill, 1 or 2.
+// P: panels of a tile.  Rows of a tile lie as [steps][rows][LINE_WORDS].
+#pragma once
+
+#include "dots.h"
+
+namespace weft::WEFT_ISA {
+
+inline constexpr int LINE_WORDS = LINE_BYTES / 4, MATRIX_ROWS = 16;
+
+#if defined(WEFT_MATRIX)
+inline constexpr bool MATRICES = true;
+
+// A thread's registers while this lives: sums in 0 to 3, rows in 4 and 5, weights in 6 and 7; of tiles of at most `high` rows.
+class Registers {
+    struct alignas(LINE_BYTES) Sizes {
+        uint8_t palette = 1, start = 0, none[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    };
+
+public:
+    explicit Registers(int64_t high) : used(high > 0) {  // none of 0 rows
+        if (!used) return;
+        Sizes sizes;
+        const auto size = [&](int index, int64_t rows) {
+            if (rows > 0) sizes.rows[index] = static_cast<uint8_t>(rows), sizes.bytes[index] = LINE_BYTES;
+        };
+        const bool two = high > MATRIX_ROWS;
+        const int64_t first = two ? MATRIX_ROWS : high, second = high - MATRIX_ROWS;
+        size(0, first), size(1, first), size(2, two ? second : first), size(3, two ? second : first);
+        size(4, first), size(5, second), size(6, MATRIX_ROWS), size(7, MATRIX_ROWS);
+        asm volatile("ldtilecfg %0" ::"m"(sizes));
+    }
+    ~Registers() {
+        if (used) asm volatile("tilerelease");
+    }
+    Registers(const Registers&) = delete;
+    Registers& operator=(const Registers&) = delete;
+
+private:
+    bool used;
+};
+
+template <int T>
+WEFT_INLINE void clear_register() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+WEFT_INLINE void load_register(const void* at, int64_t apart) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(at), "r"(apart), "i"(T) : "memory");
+}
+template <int T>
+WEFT_INLINE void store_register(void* at, int64_t apart) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(at), "r"(apart), "i"(T) : "memory");
+}
+// Sums C += rows A times weights B.  Of bfloat16, each sum adds up the even inputs of the step and the odd ones, from 0 on, and then both.
+template <class D, int C, int A, int B>
+WEFT_INLINE void multiply_registers() {
+    if constexpr (D::INPUTS == 4) asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+    else asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// Calls `run` (register of sums, register of rows, panel) for each register of sums of a tile, as constants.
+template <int S, int P, class Run>
+WEFT_INLINE void each_register(const Run& run) {
+    static_assert(S * P <= 4 && (S == 1 || P <= 2));
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+        (run(std::integral_constant<int, I / P * 2 + I % P>{}, std::integral_constant<int, I / P>{}, std::integral_constant<int, I % P>{}), ...);
+    }(std::make_integer_sequence<int, S * P>{});
+}
+
+template <int P>
+using Squares = int32_t[2 * MATRIX_ROWS][P * PANEL];  // of a tile
+
+template <int S, int P>
+WEFT_INLINE void store_registers(Squares<P>& to) {
+    each_register<S, P>([&](auto sum, auto s, auto p) {
+        store_register<sum>(to[s * MATRIX_ROWS] + p * PANEL, sizeof to[0]);
+    });
+}
+
+// Between a tile and memory: `high` rows of sums, as they are; outputs end at N.
+template <int P>
+inline void fetch_squares(const Linear& a, const Part& part, Squares<P>& to) {
+    const int64_t left = a.weight.n - part.n;
+    for (int64_t r = 0; r < part.high; r++)
+        for (int p = 0; p < P; p++) {
+            const int64_t some = part.paired || left - p * PANEL > PANEL ? PANEL : left - p * PANEL;
+            if (!part.from.at) std::memset(&to[r][p * PANEL], 0, LINE_BYTES);
+            else if (some > 0) std::memcpy(&to[r][p * PANEL], part.from.of<P>(r, p), static_cast<size_t>(some) * 4);
+        }
+}
+template <int P>
+inline void put_squares(const Linear& a, const Part& part, const Squares<P>& from) {
+    const int64_t left = a.weight.n - part.n;
+    for (int64_t r = 0; r < part.high; r++)
+        for (int p = 0; p < P; p++) {
+            const int64_t some = part.paired || left - p * PANEL > PANEL ? PANEL : left - p * PANEL;
+            if (some > 0) std::memcpy(part.to.of<P>(r, p), &from[r][p * PANEL], static_cast<size_t>(some) * 4);
+        }
+}
+
+// Adds the products of steps [first, stop) to the registers.
+template <class D, class W, int S, int P>
+WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int64_t stop, const char*& later) {
+    constexpr int EACH = W::VALUES / D::INPUTS, LINES = LINE_WORDS / EACH;  // lines of the weight for a step
+    const char *panels[P], *lines[P];
+    for (int p = 0; p < P; p++) {
+        panels[p] = panel_of<P>(w, part.panel, part.far, p);
+        lines[p] = (part.made ? part.made + p * part.made_apart : panels[p] + part.line * LINE_BYTES) + first * LINE_WORDS * LINE_BYTES;
+    }
+    const int64_t apart = part.high * LINE_BYTES;
+    const char* rows = reinterpret_cast<const char*>(part.x) + first * apart;
+    for (int64_t step = first; step < stop; step++, rows += apart) {
+        load_register<4>(rows, LINE_BYTES);
+        if constexpr (S == 2) load_register<5>(rows + MATRIX_ROWS * LINE_BYTES, LINE_BYTES);
+        [&]<int... p>(std::integer_sequence<int, p...>) {
+            ((load_register<6 + p % 2>(lines[p], LINE_BYTES), multiply_registers<D, p, 4, 6 + p % 2>(),
+              S == 2 ? multiply_registers<D, S == 2 ? 2 + p : p, 5, 6 + p % 2>() : void()), ...);
+        }(std::make_integer_sequence<int, P>{});
+        for (int i = 0; i < LINES; i++) {
+            if (later) ask_for_later<P>(part, later);
+            else if (!part.made) ask_for<P>(panels, part.line + step * LINES + i, w.k / W::VALUES, part.next);
+        }
+        for (int p = 0; p < P; p++) lines[p] += LINE_WORDS * LINE_BYTES;
+    }
+}
+
+template <class D, class W, bool OFFSETS, int S, int P>
+void matrix_tile(const Linear& a, const Part& part) {
+    constexpr int EACH = W::VALUES / D::INPUTS;
+    const Weight& w = a.weight;
+    const bool nested = std::is_same_v<W, I4> && w.nested && D::SCALED, grouped = W::SCALED && w.grouped() && !nested;
+    const int64_t steps = part.lines * EACH / LINE_WORDS, each = grouped ? w.group / D::INPUTS / LINE_WORDS : steps;
+    const int64_t groups = nested ? 1 : w.groups();
+    const auto* sums = reinterpret_cast<const typename D::Sum*>(part.sums);
+    const char* later = part.later;
+    alignas(LINE_BYTES) Squares<P> found, totals;
+    Part row = part;
+    if (part.cold)
+        for (int64_t r = 0; r < part.high; r++, row.row++, row.to.at += row.to.stride) ask_to_write<1, P>(a, row);
+    if (grouped) fetch_squares<P>(a, part, totals);
+    vf fine[P][PARTS], offset[P][PARTS];
+    const auto settled = [&](int64_t r, int64_t group, vf (&total)[1][P][PARTS]) {
+        each_sum<1, P>([&](int, int p, int v) {
+            const auto start = D::start(W::SCALED && !OFFSETS ? sums[r * groups + group] : 0);
+            const auto mine = reinterpret_cast<typename D::Total>(load(reinterpret_cast<const float*>(&found[r][p * PANEL + v * LANES])));
+            total[0][p][v] += D::floats(start + mine) * fine[p][v];
+            if (OFFSETS) total[0][p][v] += offset[p][v] * static_cast<float>(sums[r * groups + group]);
+        });
+    };
+    for (int64_t first = 0; first < steps; first += each) {
+        if (!grouped && part.from.at) {
+            if (part.near) {
+                each_register<S, P>([&](auto sum, auto s, auto p) {
+                    load_register<sum>(part.from.of<P>(s * MATRIX_ROWS, p), part.from.stride * 4);
+                });
+            } else {
+                fetch_squares<P>(a, part, found);
+                each_register<S, P>([&](auto sum, auto s, auto p) {
+                    load_register<sum>(&found[s * MATRIX_ROWS][p * PANEL], sizeof found[0]);
+                });
+            }
+        } else {
+            each_register<S, P>([&](auto sum, auto, auto) { clear_register<sum>(); });
+        }
+        add_steps<D, W, S, P>(w, part, first, first + each, later);
+        if (!grouped && !part.end && part.keeps) {
+            return each_register<S, P>([&](auto sum, auto s, auto p) {
+                store_register<sum>(part.to.of<P>(s * MATRIX_ROWS, p), part.to.stride * 4);
+            });
+        }
+        store_registers<S, P>(found);
+        if constexpr (W::SCALED) {
+            if (!grouped) continue;
+            const int64_t group = part.line * EACH / LINE_WORDS / each + first / each;
+            scales_of<D, W, OFFSETS, P>(w, part, group, fine, offset);
+            for (int64_t r = 0; r < part.high; r++) {
+                vf total[1][P][PARTS];
+                each_sum<1, P>([&](int, int p, int v) { total[0][p][v] = load(reinterpret_cast<float*>(&totals[r][p * PANEL + v * LANES])); });
+                settled(r, group, total);
+                each_sum<1, P>([&](int, int p, int v) { store(reinterpret_cast<float*>(&totals[r][p * PANEL + v * LANES]), total[0][p][v]); });
+            }
+        }
+    }
+    if (!part.end) return put_squares<P>(a, part, grouped ? totals : found);
+    if constexpr (W::SCALED) {
+        if (nested) each_sum<1, P>([&](int, int p, int v) { fine[p][v] = row_scales(w, panel_of<P>(w, part.panel, part.far, p), v); });
+        else if (!grouped) scales_of<D, W, OFFSETS, P>(w, part, 0, fine, offset);
+    }
+    row = part;
+    for (int64_t r = 0; r < part.high; r++, row.row++, row.to.at += row.to.stride) {
+        vf total[1][P][PARTS];
+        const bool whole = W::SCALED && !grouped;
+        each_sum<1, P>([&](int, int p, int v) {
+            total[0][p][v] = whole ? vf{} : load(reinterpret_cast<const float*>(grouped ? &totals[r][p * PANEL + v * LANES] : &found[r][p * PANEL + v * LANES]));
+        });
+        if constexpr (W::SCALED)
+            if (whole) settled(r, 0, total);
+        if (D::SCALED) each_sum<1, P>([&](int, int p, int v) { total[0][p][v] *= part.scales[r]; });
+        if constexpr (P > 1 && D::INPUTS == 2) {
+            if (part.handed) {
+                for (int p = 0; p < P / 2; p++) {
+                    const int64_t word = (part.n + p * PANEL) / 2;
+                    const auto words = Halves::words<W>(reinterpret_cast<__m512>(opened<1, P>(a, row, total, 0, p, 0)));
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(part.handed + (word / LINE_WORDS * part.high + r) * LINE_WORDS + word % LINE_WORDS), words);
+                }
+                continue;
+            }
+        }
+        put<1, P>(a, row, total);
+    }
+}
+
+// Lines [line, line + lines) of the panels of `part`, word by word as D multiplies them, `apart` bytes from panel to panel.
+template <class D, class W>
+inline void make_words(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart) {
+    constexpr int EACH = W::VALUES / D::INPUTS;
+    if constexpr (NESTS<D, W, false>)
+        if (w.nested) return widen(w, part, panels, out, apart);
+    for (int64_t p = 0; p < panels; p++) {
+        const int64_t half = panels / 2, second = half && p >= half;
+        const char* from = part.panel + (second ? part.far + (p - half) * w.panel_bytes() : p * w.panel_bytes()) + part.line * LINE_BYTES;
+        auto* to = reinterpret_cast<float*>(out + p * apart);
+        for (int64_t line = 0; line < part.lines; line++, from += LINE_BYTES) {
+            const vu raw = load_bits(from);
+#pragma GCC unroll 4
+            for (int j = 0; j < EACH; j++, to += PANEL) store(to, reinterpret_cast<vf>(D::word(W{}, raw, j)));
+        }
+    }
+}
+
+template <class D, class W, bool OFFSETS>
+Tile matrix_tile_of(int64_t high, int64_t panels) {
+    if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1> : matrix_tile<D, W, OFFSETS, 2, 2>;
+    return panels == 1 ? matrix_tile<D, W, OFFSETS, 1, 1> : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2> : matrix_tile<D, W, OFFSETS, 1, 4>;
+}
+#else
+inline constexpr bool MATRICES = false;
+struct Registers {
+    explicit Registers(int64_t) {}
+};
+template <class D, class W>
+inline void make_words(const Weight&, const Part&, int64_t, char*, int64_t) {}
+template <class D, class W, bool OFFSETS>
+Tile matrix_tile_of(int64_t, int64_t) { return nullptr; }
+#endif
+
+}  // namespace weft::WEFT_ISA
