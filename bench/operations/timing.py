@@ -29,7 +29,7 @@ class Bench:
         import torch
 
         self.module, self.program = module, module.Program(threads, isa)
-        self.half = "bfloat16" if self.program.isa == "avx512_bf16" else "float"
+        self.half = "bfloat16" if self.program.isa in ("amx", "avx512_bf16") else "float"
         """What bfloat16 is multiplied as."""
         self._memory = torch.ones(READ_BYTES, dtype=torch.uint8)
 

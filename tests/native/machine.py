@@ -16,7 +16,9 @@ from weft.ops.cpu.panels import Panels
 
 MODULE: Any = native.module()
 ISAS: list[str] = MODULE.isas() if MODULE is not None else []
-ROWS = (0, 1, 2, 3, 5, 8, 12, 13, 31, 64, 200)
+ROWS = (0, 1, 2, 3, 5, 8, 12, 13, 17, 31, 64, 200)
+HALVES = ("amx", "avx512_bf16")
+"""Instruction sets that multiply bfloat16."""
 
 
 @dataclass

@@ -123,10 +123,12 @@ def test_products_of_bfloat16_are_taken_where_they_are_faster_than_those_of_floa
             program.arithmetic(turns, {"float32": 0, "bfloat16": 2}[kind])
             took[kind] = min(took[kind], time.perf_counter() - began)
     ratio = took["bfloat16"] / took["float32"]
-    assert ISAS.index("avx512_vnni") < 2 > ISAS.index("avx512_bf16")
     assert MODULE.Program(1).isa == ISAS[0]
+    others = [isa for isa in ISAS if isa != "amx"]  # matrix registers come before both
+    assert len(others) == len(ISAS) or ISAS[0] == "amx"
+    assert {*others[:2]} == {"avx512_bf16", "avx512_vnni"}
     if not 0.8 < ratio < 1.25:  # else either will do
-        assert (ISAS[0] == "avx512_bf16") == (ratio < 1), ratio
+        assert (others[0] == "avx512_bf16") == (ratio < 1), ratio
 
 
 def test_bad_calls_are_refused() -> None:

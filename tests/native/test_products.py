@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.native.machine import ISAS, MODULE, ROWS, Machine, empty, panels, product
+from tests.native.machine import HALVES, ISAS, MODULE, ROWS, Machine, empty, panels, product
 from weft.errors import ConfigError, InvariantError
 from weft.models.formats import WeightFormat
 from weft.models.kernels import INPUTS
@@ -23,7 +23,7 @@ def read_as(machine: Machine, x: Tensor, inputs: str, few: bool = False) -> Tens
     """What products are of: inputs rounded as was allowed, where this instruction set does so."""
     if inputs == "int8" and few:
         return rounded(x)
-    return x.bfloat16().double() if inputs != "float32" and machine.program.isa == "avx512_bf16" else x.double()
+    return x.bfloat16().double() if inputs != "float32" and machine.program.isa in HALVES else x.double()
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

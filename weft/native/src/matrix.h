@@ -208,7 +208,7 @@ void matrix_tile(const Linear& a, const Part& part) {
                 for (int p = 0; p < P / 2; p++) {
                     const int64_t word = (part.n + p * PANEL) / 2;
                     const auto words = Halves::words<W>(reinterpret_cast<__m512>(opened<1, P>(a, row, total, 0, p, 0)));
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(part.handed + (word / LINE_WORDS * part.high + r) * LINE_WORDS + word % LINE_WORDS), words);
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(part.handed + (word / LINE_WORDS * part.high + r) * LINE_WORDS + word % LINE_WORDS), words);
                 }
                 continue;
             }

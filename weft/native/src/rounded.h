@@ -106,7 +106,10 @@ struct Rows {
 
     Rows(int32_t* at, int64_t rows, int64_t each)
         : words(at), scales(reinterpret_cast<float*>(at + rows * each)), sums(scales + rows) {}
-    static int64_t size(const Weight& w, int64_t rows, int64_t each) { return rows * (each + 1 + w.groups()); }
+    static int64_t size(const Weight& w, int64_t rows, int64_t each) {  // in whole lines of the cache
+        constexpr int64_t WORDS = LINE_BYTES / 4;
+        return (rows * (each + 1 + w.groups()) + WORDS - 1) / WORDS * WORDS;
+    }
 };
 
 // Rows [first, first + high) of the inputs, rounded; `spare` holds as many words.  lines: whether the words of a row stay together by
