@@ -12,8 +12,10 @@
 
 namespace weft::WEFT_ISA {
 
+// Rows of the largest tile.  Where there are matrix registers, vectors are for a row of bytes and for odd widths alone.
+inline constexpr int DOT_ROWS = MATRICES ? 4 : TILE_ROWS, FEW_DOT_ROWS = DOT_ROWS < FEW_ROWS ? DOT_ROWS : FEW_ROWS;
 // Small groups are settled often, in floats that lie in registers beside the sums of fewer rows.
-inline constexpr int GROUPED_ROWS = LANES == 16 ? 8 : TILE_ROWS;
+inline constexpr int GROUPED_ROWS = LANES == 16 && !MATRICES ? 8 : DOT_ROWS;
 inline constexpr int64_t SMALL_GROUP = 64;
 inline constexpr int64_t NEAR_WORDS = 448;  // of two panels, near the first cache: longer sums, which are put down less often, are worth more
 inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in the second cache
@@ -22,8 +24,10 @@ inline constexpr int64_t OWN_ROWS = 16;             // that each thread rounds f
 
 // Whether nested weights are made bytes for so many rows, at least.
 inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
-// Matrix registers: rows of bytes that they are for, at least; words of two panels near the first cache.
-inline constexpr int64_t MATRIX_FROM = 2, MATRIX_WORDS = 320;
+// Matrix registers: rows of bytes that they are for, at least; words of two panels near the first cache; of a block of rows, and its rows
+// at most: they compute so fast that weights are to be read for many.
+inline constexpr int64_t MATRIX_FROM = 2, MATRIX_WORDS = 4096, MADE_WORDS = 640, MATRIX_BLOCK_WORDS = 320 * 1024, MATRIX_BLOCK = 512;
+static_assert(MATRIX_BLOCK * TILE_PANELS * PANEL <= BETWEEN_SCRATCH);
 
 template <class D, class W>
 WEFT_INLINE bool nests(const Weight& w) { return D::SCALED && std::is_same_v<W, I4> && w.nested; }
@@ -40,12 +44,26 @@ template <class D, class W>
 struct Way {
     bool matrices, makes;  // in matrix registers; words for all tiles of a stretch
     int64_t most, wide;    // rows of a tile, panels beside each other
+    int64_t fitting;       // words of a block of rows
 
     Way(const Weight& w, int64_t rows) {
         matrices = by_matrices<D, W>(w, rows);
         makes = matrices ? W::VALUES != D::INPUTS : nests<D, W>(w) && rows >= WIDENED_ROWS;
-        most = matrices ? 2 * MATRIX_ROWS : !makes && w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : TILE_ROWS;
+        most = matrices ? 2 * MATRIX_ROWS : !makes && w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : DOT_ROWS;
         wide = matrices ? (rows <= MATRIX_ROWS ? FEW_PANELS : TILE_PANELS) : panels_beside(rows);
+        fitting = matrices ? MATRIX_BLOCK_WORDS : BLOCK_WORDS;
+    }
+
+    // Rows of a block, in whole tiles: as many as have all their words, `each` of a row, in the second cache, where these are enough; of
+    // nearly equal blocks.  size: words of `high` rows, which SHARED holds.
+    template <class Size>
+    int64_t block_rows(int64_t rows, int64_t each, const Size& size) const {
+        const int64_t limit = matrices ? MATRIX_BLOCK : ROW_BLOCK;
+        int64_t high = fitting / each / most * most;
+        if (high < FEWEST_ROWS || high > limit) high = limit;
+        while (high > 1 && size(high) > SHARED) high /= 2;
+        const int64_t blocks = (rows + high - 1) / high, equal = ((rows + blocks - 1) / blocks + most - 1) / most * most;
+        return equal < high ? equal : high;
     }
 };
 
@@ -61,13 +79,14 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     Linear read = a;
     const int64_t each = w.k / D::INPUTS, tiles = (count + way.most - 1) / way.most, highest = (count + tiles - 1) / tiles;
     const int64_t group = std::lcm(w.grouped() ? w.group / D::INPUTS : EACH, way.matrices ? LINE_WORDS : 1);
-    const int64_t longest = way.matrices ? MATRIX_WORDS : NEAR_WORDS;
+    const int64_t longest = !way.matrices ? NEAR_WORDS : way.makes ? MADE_WORDS : MATRIX_WORDS;
     const int64_t near = tiles == 1 && !way.makes ? each : group > longest ? group : longest / group * group;
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
-    const int64_t fitting = BLOCK_WORDS / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
+    const int64_t fitting = way.fitting / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
     const int64_t unit = paired ? 2 : 1;
     const Registers registers(way.matrices ? highest : 0);
+    Ending ending;
     for (int64_t input = 0; input < each; input += block) {
         const int64_t stop = input + block < each ? input + block : each;
         for (int64_t p = from, panels = 1; p < to; p += panels / unit) {
@@ -103,12 +122,17 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     if (handed) part.handed = handed + top * (a.gate.inner / D::INPUTS);
                     // A tile that reads its lines from memory itself asks for those after them too.
                     const char* after = end < stop ? whole.panel + end / EACH * LINE_BYTES : whole.panel + whole.next + input / EACH * LINE_BYTES;
-                    part.ask_later(after, whole.far, lines * LINE_BYTES, way.makes ? t : t - 1, way.makes ? tiles : tiles - 1);
+                    if (!way.matrices) part.ask_later(after, whole.far, lines * LINE_BYTES, way.makes ? t : t - 1, way.makes ? tiles : tiles - 1);
+                    else if (way.makes || tiles > 1) part.ask_later_lines(after, whole.far, lines, t, tiles, (end - begin) / LINE_WORDS);
                     const int high = static_cast<int>(tall);
-                    const Tile run = way.matrices            ? matrix_tile_of<D, W, OFFSETS>(highest, panels)
-                                     : panels == 1           ? dot_tile_of<D, T, OFFSETS, 1, TILE_ROWS>(high)
-                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, TILE_ROWS>(high)
-                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, FEW_ROWS>(high);
+                    if constexpr (MATRICES)
+                        if (way.matrices) {
+                            matrix_tile_of<D, W, OFFSETS>(highest, panels)(a, part, ending);
+                            continue;
+                        }
+                    const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS>(high)
+                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, DOT_ROWS>(high)
+                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, FEW_DOT_ROWS>(high);
                     run(read, part);
                 }
             }
@@ -116,18 +140,7 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     }
 }
 
-static_assert(FEW_PANELS * (NEAR_WORDS + 1) * LINE_BYTES <= SUMS_SCRATCH * 4);
-
-// Rows of a block, in whole tiles: as many as have all their words, `each` of a row, in the second cache, where these are enough; of
-// nearly equal blocks.  size: words of `high` rows, which SHARED holds.
-template <class Size>
-int64_t block_rows(int64_t rows, int64_t each, int64_t most, const Size& size) {
-    int64_t high = BLOCK_WORDS / each / most * most;
-    if (high < FEWEST_ROWS || high > ROW_BLOCK) high = ROW_BLOCK;
-    while (high > 1 && size(high) > SHARED) high /= 2;
-    const int64_t blocks = (rows + high - 1) / high, equal = ((rows + blocks - 1) / blocks + most - 1) / most * most;
-    return equal < high ? equal : high;
-}
+static_assert(FEW_PANELS * (NEAR_WORDS + 1) * LINE_BYTES <= SUMS_SCRATCH * 4 && FEW_PANELS * (MADE_WORDS + 1) * LINE_BYTES <= SUMS_SCRATCH * 4);
 
 // A block of rows, rounded for all threads; or by each of them for itself, where they are few: that is less than to wait for the others.
 template <class D>
@@ -162,7 +175,7 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
     const bool whole = nests<D, W>(w) && way.makes;
     Linear summed = a;  // where nested weights become bytes, a row has one sum
     if (whole) summed.weight.group = w.k;
-    const int64_t high = block_rows(rows, each, way.most, [&](int64_t count) { return Rows<D>::size(summed.weight, count, each); });
+    const int64_t high = way.block_rows(rows, each, [&](int64_t count) { return Rows<D>::size(summed.weight, count, each); });
     const int factor = OFFSETS ? 1 : whole ? -I8::HALF : -W::HALF;  // what weights have too much
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     char* made = reinterpret_cast<char*>(share.scratch + INPUTS_SCRATCH);

@@ -26,10 +26,10 @@ inline constexpr int LINE_BYTES = 64;
 // Floats: inputs of a block of rows, and a vector beyond them; sums of groups.
 inline constexpr int64_t INPUTS_SCRATCH = 192 * 2048 + 16, SUMS_SCRATCH = 192 * 512;
 inline constexpr int64_t OPENED_SCRATCH = 256 * 32;  // floats: a stretch of weights
-inline constexpr int64_t SHARED = 1 << 20;  // words that all threads have together: rows that are rounded
+inline constexpr int64_t SHARED = 1 << 21;  // words that all threads have together: rows that are rounded
 inline constexpr int64_t MOST_INPUTS = 1 << 16;  // of a weight
 inline constexpr int64_t MOST_GROUP = 128;  // inputs that share a scale, where not all of them do
-inline constexpr int64_t BETWEEN_SCRATCH = 192 * 32;  // floats: sums of a block of rows and of the panels of a tile
+inline constexpr int64_t BETWEEN_SCRATCH = 512 * 32;  // floats: sums of a block of rows and of the panels of a tile
 inline constexpr int64_t SCRATCH = INPUTS_SCRATCH + SUMS_SCRATCH + (OPENED_SCRATCH > BETWEEN_SCRATCH ? OPENED_SCRATCH : BETWEEN_SCRATCH);
 
 enum class Format : int { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };

@@ -75,6 +75,11 @@ struct Part {
         each = (bytes + shares * lines - 1) / (shares * lines);
         later = after + share * lines * each, apart = distance;
     }
+    // The same by whole lines, `each` of each panel in each of `steps` steps.
+    WEFT_INLINE void ask_later_lines(const char* after, int64_t distance, int64_t count, int64_t share, int64_t shares, int64_t steps) {
+        each = (count + shares * steps - 1) / (shares * steps);
+        later = after + share * steps * each * LINE_BYTES, apart = distance;
+    }
 };
 
 template <int P>

@@ -75,16 +75,66 @@ WEFT_INLINE void each_register(const Run& run) {
 }
 
 template <int P>
-using Squares = int32_t[2 * MATRIX_ROWS][P * PANEL];  // of a tile
+using Squares = int32_t[2 * MATRIX_ROWS][P * PANEL];  // sums of a tile
 
-template <int S, int P>
-WEFT_INLINE void store_registers(Squares<P>& to) {
-    each_register<S, P>([&](auto sum, auto s, auto p) {
-        store_register<sum>(to[s * MATRIX_ROWS] + p * PANEL, sizeof to[0]);
-    });
+// What is left to do of a tile whose sums are complete.  It is done row by row between the steps of the next one: those leave most of a core
+// idle, and the sums have to go through memory first.
+struct Ending {
+    alignas(LINE_BYTES) int32_t kept[2][2 * MATRIX_ROWS * FEW_PANELS * PANEL];
+    vf fine[FEW_PANELS][PARTS], offset[FEW_PANELS][PARTS];
+    Linear a;
+    Part part;  // of the next row
+    const int32_t* sums = nullptr;  // of that row
+    int64_t left = 0;  // rows
+    int which = 0;     // of `kept` is the tile's
+    bool whole = false;  // whether those are sums as products give them, without scales
+    void (*rest)(Ending&) = nullptr;
+
+    ~Ending() { finish(); }
+    void finish() {
+        if (left > 0) rest(*this);
+    }
+};
+
+// One row of it.
+template <class D, class W, bool OFFSETS, int P>
+WEFT_INLINE void end_row(Ending& e) {
+    const Linear& a = e.a;
+    Part& row = e.part;
+    vf total[1][P][PARTS];
+    each_sum<1, P>([&](int, int p, int v) { total[0][p][v] = load(reinterpret_cast<const float*>(e.sums) + p * PANEL + v * LANES); });
+    if constexpr (W::SCALED) {
+        if (e.whole)
+            each_sum<1, P>([&](int, int p, int v) {
+                const auto sum = *reinterpret_cast<const typename D::Sum*>(row.sums);
+                const auto mine = D::start(OFFSETS ? 0 : sum) + reinterpret_cast<typename D::Total>(total[0][p][v]);
+                total[0][p][v] = vf{};
+                total[0][p][v] += D::floats(mine) * e.fine[p][v];
+                if (OFFSETS) total[0][p][v] += e.offset[p][v] * static_cast<float>(sum);
+            });
+    }
+    if (D::SCALED) each_sum<1, P>([&](int, int p, int v) { total[0][p][v] *= *row.scales; });
+    e.sums += P * PANEL, e.left--;
+    bool handed = false;
+    if constexpr (P > 1 && D::INPUTS == 2) {
+        if (row.handed) {
+            for (int p = 0; p < P / 2; p++) {
+                const int64_t word = (row.n + p * PANEL) / 2;
+                const auto words = Halves::words<W>(reinterpret_cast<__m512>(opened<1, P>(a, row, total, 0, p, 0)));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(row.handed + word / LINE_WORDS * row.high * LINE_WORDS + word % LINE_WORDS), words);
+            }
+            row.handed += LINE_WORDS, handed = true;
+        }
+    }
+    if (!handed) put<1, P>(a, row, total);
+    row.row++, row.to.at += row.to.stride, row.scales++, row.sums += e.whole ? 1 : 0;
+}
+template <class D, class W, bool OFFSETS, int P>
+void end_rows(Ending& e) {
+    while (e.left > 0) end_row<D, W, OFFSETS, P>(e);
 }
 
-// Between a tile and memory: `high` rows of sums, as they are; outputs end at N.
+// Between a tile and memory that holds no whole registers: `high` rows of sums, as they are; outputs end at N.
 template <int P>
 inline void fetch_squares(const Linear& a, const Part& part, Squares<P>& to) {
     const int64_t left = a.weight.n - part.n;
@@ -105,17 +155,20 @@ inline void put_squares(const Linear& a, const Part& part, const Squares<P>& fro
         }
 }
 
-// Adds the products of steps [first, stop) to the registers.
-template <class D, class W, int S, int P>
-WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int64_t stop, const char*& later) {
+// Adds the products of steps [first, stop) to the registers, and ends rows of the tile before meanwhile.
+template <class D, class W, bool OFFSETS, int S, int P>
+WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int64_t stop, const char*& later, Ending& ending) {
     constexpr int EACH = W::VALUES / D::INPUTS, LINES = LINE_WORDS / EACH;  // lines of the weight for a step
     const char *panels[P], *lines[P];
     for (int p = 0; p < P; p++) {
         panels[p] = panel_of<P>(w, part.panel, part.far, p);
         lines[p] = (part.made ? part.made + p * part.made_apart : panels[p] + part.line * LINE_BYTES) + first * LINE_WORDS * LINE_BYTES;
     }
-    const int64_t apart = part.high * LINE_BYTES;
+    const int64_t apart = part.high * LINE_BYTES, ended = (ending.left + stop - first - 1) / (stop - first);
     const char* rows = reinterpret_cast<const char*>(part.x) + first * apart;
+    Part row = part;
+    const int64_t cold = part.cold ? (part.high + stop - first - 1) / (stop - first) : 0;
+    int64_t asked = 0;
     for (int64_t step = first; step < stop; step++, rows += apart) {
         load_register<4>(rows, LINE_BYTES);
         if constexpr (S == 2) load_register<5>(rows + MATRIX_ROWS * LINE_BYTES, LINE_BYTES);
@@ -123,98 +176,83 @@ WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int
             ((load_register<6 + p % 2>(lines[p], LINE_BYTES), multiply_registers<D, p, 4, 6 + p % 2>(),
               S == 2 ? multiply_registers<D, S == 2 ? 2 + p : p, 5, 6 + p % 2>() : void()), ...);
         }(std::make_integer_sequence<int, P>{});
-        for (int i = 0; i < LINES; i++) {
-            if (later) ask_for_later<P>(part, later);
-            else if (!part.made) ask_for<P>(panels, part.line + step * LINES + i, w.k / W::VALUES, part.next);
+        if (later) {
+            for (int64_t i = 0; i < part.each; i++, later += LINE_BYTES) {
+                __builtin_prefetch(later, 0, 2);
+                if (P > 1) __builtin_prefetch(later + part.apart, 0, 2);
+            }
+        } else if (!part.made) {
+            for (int i = 0; i < LINES; i++) ask_for<P>(panels, part.line + step * LINES + i, w.k / W::VALUES, part.next);
         }
+        for (int64_t i = 0; i < cold && asked < part.high; i++, asked++, row.row++, row.to.at += row.to.stride) ask_to_write<1, P>(ending.a, row);
+        for (int64_t i = 0; i < ended && ending.left > 0; i++) end_row<D, W, OFFSETS, P>(ending);
         for (int p = 0; p < P; p++) lines[p] += LINE_WORDS * LINE_BYTES;
     }
 }
 
+// totals += found * scale (+ offset * sum) of one group.
+template <class D, class W, bool OFFSETS, int P>
+inline void add_group(const Weight& w, const Part& part, int64_t group, const Squares<P>& found, Squares<P>& totals) {
+    const auto* sums = reinterpret_cast<const typename D::Sum*>(part.sums) + group;
+    vf fine[P][PARTS], offset[P][PARTS];
+    scales_of<D, W, OFFSETS, P>(w, part, group, fine, offset);
+    for (int64_t r = 0; r < part.high; r++, sums += w.groups())
+        each_sum<1, P>([&](int, int p, int v) {
+            const int at = p * PANEL + v * LANES;
+            auto* mine = reinterpret_cast<float*>(&totals[r][at]);
+            const auto some = D::start(OFFSETS ? 0 : *sums) + reinterpret_cast<typename D::Total>(load(reinterpret_cast<const float*>(&found[r][at])));
+            vf total = load(mine) + D::floats(some) * fine[p][v];
+            if (OFFSETS) total += offset[p][v] * static_cast<float>(*sums);
+            store(mine, total);
+        });
+}
+
 template <class D, class W, bool OFFSETS, int S, int P>
-void matrix_tile(const Linear& a, const Part& part) {
+void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     const Weight& w = a.weight;
-    const bool nested = std::is_same_v<W, I4> && w.nested && D::SCALED, grouped = W::SCALED && w.grouped() && !nested;
+    const bool nested = NESTS<D, W, OFFSETS> && w.nested, grouped = W::SCALED && w.grouped() && !nested;
     const int64_t steps = part.lines * EACH / LINE_WORDS, each = grouped ? w.group / D::INPUTS / LINE_WORDS : steps;
-    const int64_t groups = nested ? 1 : w.groups();
-    const auto* sums = reinterpret_cast<const typename D::Sum*>(part.sums);
     const char* later = part.later;
-    alignas(LINE_BYTES) Squares<P> found, totals;
-    Part row = part;
-    if (part.cold)
-        for (int64_t r = 0; r < part.high; r++, row.row++, row.to.at += row.to.stride) ask_to_write<1, P>(a, row);
-    if (grouped) fetch_squares<P>(a, part, totals);
-    vf fine[P][PARTS], offset[P][PARTS];
-    const auto settled = [&](int64_t r, int64_t group, vf (&total)[1][P][PARTS]) {
-        each_sum<1, P>([&](int, int p, int v) {
-            const auto start = D::start(W::SCALED && !OFFSETS ? sums[r * groups + group] : 0);
-            const auto mine = reinterpret_cast<typename D::Total>(load(reinterpret_cast<const float*>(&found[r][p * PANEL + v * LANES])));
-            total[0][p][v] += D::floats(start + mine) * fine[p][v];
-            if (OFFSETS) total[0][p][v] += offset[p][v] * static_cast<float>(sums[r * groups + group]);
-        });
-    };
+    if (grouped || ending.rest != end_rows<D, W, OFFSETS, P>) ending.finish();
+    ending.a = a;
+    Squares<P>& found = *reinterpret_cast<Squares<P>*>(ending.kept[1 - ending.which]);
+    if (grouped) fetch_squares<P>(a, part, found);
     for (int64_t first = 0; first < steps; first += each) {
         if (!grouped && part.from.at) {
-            if (part.near) {
-                each_register<S, P>([&](auto sum, auto s, auto p) {
-                    load_register<sum>(part.from.of<P>(s * MATRIX_ROWS, p), part.from.stride * 4);
-                });
-            } else {
-                fetch_squares<P>(a, part, found);
-                each_register<S, P>([&](auto sum, auto s, auto p) {
-                    load_register<sum>(&found[s * MATRIX_ROWS][p * PANEL], sizeof found[0]);
-                });
-            }
+            if (!part.near) fetch_squares<P>(a, part, found);
+            each_register<S, P>([&](auto sum, auto s, auto p) {
+                if (part.near) load_register<sum>(part.from.of<P>(s * MATRIX_ROWS, p), part.from.stride * 4);
+                else load_register<sum>(&found[s * MATRIX_ROWS][p * PANEL], sizeof found[0]);
+            });
         } else {
             each_register<S, P>([&](auto sum, auto, auto) { clear_register<sum>(); });
         }
-        add_steps<D, W, S, P>(w, part, first, first + each, later);
-        if (!grouped && !part.end && part.keeps) {
-            return each_register<S, P>([&](auto sum, auto s, auto p) {
-                store_register<sum>(part.to.of<P>(s * MATRIX_ROWS, p), part.to.stride * 4);
-            });
-        }
-        store_registers<S, P>(found);
+        add_steps<D, W, OFFSETS, S, P>(w, part, first, first + each, later, ending);
         if constexpr (W::SCALED) {
-            if (!grouped) continue;
-            const int64_t group = part.line * EACH / LINE_WORDS / each + first / each;
-            scales_of<D, W, OFFSETS, P>(w, part, group, fine, offset);
-            for (int64_t r = 0; r < part.high; r++) {
-                vf total[1][P][PARTS];
-                each_sum<1, P>([&](int, int p, int v) { total[0][p][v] = load(reinterpret_cast<float*>(&totals[r][p * PANEL + v * LANES])); });
-                settled(r, group, total);
-                each_sum<1, P>([&](int, int p, int v) { store(reinterpret_cast<float*>(&totals[r][p * PANEL + v * LANES]), total[0][p][v]); });
-            }
-        }
-    }
-    if (!part.end) return put_squares<P>(a, part, grouped ? totals : found);
-    if constexpr (W::SCALED) {
-        if (nested) each_sum<1, P>([&](int, int p, int v) { fine[p][v] = row_scales(w, panel_of<P>(w, part.panel, part.far, p), v); });
-        else if (!grouped) scales_of<D, W, OFFSETS, P>(w, part, 0, fine, offset);
-    }
-    row = part;
-    for (int64_t r = 0; r < part.high; r++, row.row++, row.to.at += row.to.stride) {
-        vf total[1][P][PARTS];
-        const bool whole = W::SCALED && !grouped;
-        each_sum<1, P>([&](int, int p, int v) {
-            total[0][p][v] = whole ? vf{} : load(reinterpret_cast<const float*>(grouped ? &totals[r][p * PANEL + v * LANES] : &found[r][p * PANEL + v * LANES]));
-        });
-        if constexpr (W::SCALED)
-            if (whole) settled(r, 0, total);
-        if (D::SCALED) each_sum<1, P>([&](int, int p, int v) { total[0][p][v] *= part.scales[r]; });
-        if constexpr (P > 1 && D::INPUTS == 2) {
-            if (part.handed) {
-                for (int p = 0; p < P / 2; p++) {
-                    const int64_t word = (part.n + p * PANEL) / 2;
-                    const auto words = Halves::words<W>(reinterpret_cast<__m512>(opened<1, P>(a, row, total, 0, p, 0)));
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(part.handed + (word / LINE_WORDS * part.high + r) * LINE_WORDS + word % LINE_WORDS), words);
-                }
+            if (grouped) {
+                alignas(LINE_BYTES) Squares<P> some;
+                each_register<S, P>([&](auto sum, auto s, auto p) { store_register<sum>(&some[s * MATRIX_ROWS][p * PANEL], sizeof some[0]); });
+                const int64_t group = part.line * EACH / LINE_WORDS / each + first / each;
+                add_group<D, W, OFFSETS, P>(w, part, group, some, found);
                 continue;
             }
         }
-        put<1, P>(a, row, total);
+        each_register<S, P>([&](auto sum, auto s, auto p) {
+            if (!part.end && part.keeps) store_register<sum>(part.to.of<P>(s * MATRIX_ROWS, p), part.to.stride * 4);
+            else store_register<sum>(&found[s * MATRIX_ROWS][p * PANEL], sizeof found[0]);
+        });
     }
+    if (!part.end) return grouped || !part.keeps ? put_squares<P>(a, part, found) : void();
+    ending.finish();
+    if constexpr (W::SCALED) {
+        vf fine[P][PARTS], offset[P][PARTS] = {};
+        if (nested) each_sum<1, P>([&](int, int p, int v) { fine[p][v] = row_scales(w, panel_of<P>(w, part.panel, part.far, p), v); });
+        else if (!grouped) scales_of<D, W, OFFSETS, P>(w, part, 0, fine, offset);
+        if (!grouped) each_sum<1, P>([&](int, int p, int v) { ending.fine[p][v] = fine[p][v], ending.offset[p][v] = offset[p][v]; });
+    }
+    ending.which = 1 - ending.which, ending.part = part, ending.sums = found[0], ending.left = part.high;
+    ending.whole = W::SCALED && !grouped, ending.rest = end_rows<D, W, OFFSETS, P>;
 }
 
 // Lines [line, line + lines) of the panels of `part`, word by word as D multiplies them, `apart` bytes from panel to panel.
@@ -235,8 +273,10 @@ inline void make_words(const Weight& w, const Part& part, int64_t panels, char* 
     }
 }
 
+using MatrixTile = void (*)(const Linear&, const Part&, Ending&);
+
 template <class D, class W, bool OFFSETS>
-Tile matrix_tile_of(int64_t high, int64_t panels) {
+MatrixTile matrix_tile_of(int64_t high, int64_t panels) {
     if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1> : matrix_tile<D, W, OFFSETS, 2, 2>;
     return panels == 1 ? matrix_tile<D, W, OFFSETS, 1, 1> : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2> : matrix_tile<D, W, OFFSETS, 1, 4>;
 }
@@ -247,8 +287,9 @@ struct Registers {
 };
 template <class D, class W>
 inline void make_words(const Weight&, const Part&, int64_t, char*, int64_t) {}
+struct Ending {};
 template <class D, class W, bool OFFSETS>
-Tile matrix_tile_of(int64_t, int64_t) { return nullptr; }
+void (*matrix_tile_of(int64_t, int64_t))(const Linear&, const Part&, Ending&) { return nullptr; }
 #endif
 
 }  // namespace weft::WEFT_ISA

@@ -30,8 +30,8 @@ void handed_on(const Linear& up, const Linear& down, int64_t rows, Share share) 
     };
     const Way<Halves, W> way(up.weight, rows);
     // Where the second product's words are too many for that cache, those of the first fill it: the second takes its own bit by bit.
-    const bool fits = BLOCK_WORDS / each >= FEWEST_ROWS;
-    const int64_t high = block_rows(rows, fits ? each : up.weight.k / Halves::INPUTS, way.most, size);
+    const bool fits = way.fitting / each >= FEWEST_ROWS;
+    const int64_t high = way.block_rows(rows, fits ? each : up.weight.k / Halves::INPUTS, size);
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     char* made = reinterpret_cast<char*>(share.scratch + INPUTS_SCRATCH);
     for (int64_t first = 0; first < rows; first += high) {

@@ -46,52 +46,55 @@ WEFT_INLINE vi add_times(vi total, vi small, vi times) {
 #endif
 }
 
-// The largest magnitude; NaN where a value is not finite.
+// The largest magnitude; NaN where a value is not finite.  Of floats without their signs the bits have the same order, and whatever is
+// not finite comes last.
 inline float largest(const float* x, int64_t count) {
-    vf most = vf{}, odd = vf{};
+    vi most = vi{};
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
-        const vf v = load(x + i);
-        most = larger(most, v < 0.0f ? -v : v);
-        odd += v * 0.0f;
+        const vi bits = reinterpret_cast<vi>(load_bits(x + i) & 0x7fffffffu);
+        most = bits > most ? bits : most;
     }
-    float found = top(most), strange = sum(odd);
+    int32_t found = 0;
+    for (int j = 0; j < LANES; j++) found = most[j] > found ? most[j] : found;
     for (; i < count; i++) {
-        found = std::fabs(x[i]) > found ? std::fabs(x[i]) : found;
-        strange += x[i] * 0.0f;
+        int32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        found = bits > found ? bits : found;
     }
-    return found + strange;
+    if (found >= 0x7f800000) return std::numeric_limits<float>::quiet_NaN();
+    float out;
+    std::memcpy(&out, &found, 4);
+    return out;
 }
 
-// x * fine to the nearest whole number of at most 127 in magnitude; 127 for what is no number.
-WEFT_INLINE vi nearest(vf x, float fine) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    vf whole = (x * fine + magic) - magic;
-    whole = whole < 127.0f ? whole : vf{} + 127.0f;
-    return __builtin_convertvector(whole > -127.0f ? whole : vf{} - 127.0f, vi);
+// x * fine to the nearest whole number, of at most 2^22 in magnitude; anything for what is no number.
+WEFT_INLINE vu nearest(vf x, float fine) {
+    return reinterpret_cast<vu>(x * fine + 12582912.0f) - 0x4b400000u;  // adding 1.5 * 2^23 leaves the number in the lowest bits
 }
 
-// Inputs [i, end) of a row as words; returns their sum.
+// Inputs [i, end) of a row, of which `fine` makes 127 at most, as words; returns their sum.
 inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, int32_t* words) {
-    vi totals = vi{};
+    vu totals = vu{};
     int32_t total = 0;
     for (; i + LANES <= end; i += LANES) {
-        const vi whole = nearest(load(x + i), fine);
+        const vu whole = nearest(load(x + i), fine);
         totals += whole;
-        store_bytes(words + i / 4, whole);
+        store_bytes(words + i / 4, reinterpret_cast<vi>(whole));
     }
     for (; i < end; i += 4) {
         float some[LANES] = {};
         for (int j = 0; j < 4; j++) some[j] = x[i + j];
-        const vi whole = nearest(load(some), fine);
+        const vu whole = nearest(load(some), fine);
         uint32_t word = 0;
         for (int j = 0; j < 4; j++) {
-            total += whole[j];
-            word |= (static_cast<uint32_t>(whole[j]) & 0xffu) << 8 * j;
+            total += static_cast<int8_t>(whole[j]);
+            word |= (whole[j] & 0xffu) << 8 * j;
         }
         words[i / 4] = static_cast<int32_t>(word);
     }
-    return total + sum(totals);
+    return total + sum(reinterpret_cast<vi>(totals));
 }
 
 // A row as whole numbers, its scale, and the sums of its groups times `factor`.

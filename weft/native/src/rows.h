@@ -53,10 +53,10 @@ inline void rope(const Rope& a, const float* cos, const float* sin, int64_t rows
 }
 
 WEFT_INLINE vf activated(vf x, Activation which) {
-    if (which == Activation::SILU) return x / (1.0f + exponential(-x));
+    if (which == Activation::SILU) return x * inverse(1.0f + exponential(-x));
     // (1 + tanh(u)) / 2 = 1 / (1 + e^(-2u)), which loses nothing where the tanh is near -1.
     const vf inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + exponential(-2.0f * inner));
+    return x * inverse(1.0f + exponential(-2.0f * inner));
 }
 
 inline void gated(const Gated& a, int64_t rows, Share share) {

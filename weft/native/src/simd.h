@@ -212,6 +212,15 @@ WEFT_INLINE vf exponential(vf x) {
     return select(alive, p * reinterpret_cast<vf>(power), vf{});
 #endif
 }
+// 1 / x of a finite x of at least 1, within two units in the last place: a quotient takes as long as sixteen products.
+WEFT_INLINE vf inverse(vf x) {
+#if defined(__AVX512F__)
+    const vf near = reinterpret_cast<vf>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+    return near + near * (1.0f - x * near);
+#else
+    return 1.0f / x;
+#endif
+}
 WEFT_INLINE vf hyperbolic_tangent(vf x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 
 }  // namespace weft::WEFT_ISA
