@@ -5,6 +5,7 @@
 // panel gives VALUES / INPUTS words of each output.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 
 #include "dots.h"
@@ -12,10 +13,11 @@
 
 namespace weft::WEFT_ISA {
 
-// Rows of the largest tile.  Where there are matrix registers, vectors are for a row of bytes and for odd widths alone.
-inline constexpr int DOT_ROWS = MATRICES ? 4 : TILE_ROWS, FEW_DOT_ROWS = DOT_ROWS < FEW_ROWS ? DOT_ROWS : FEW_ROWS;
 // Small groups are settled often, in floats that lie in registers beside the sums of fewer rows.
-inline constexpr int GROUPED_ROWS = LANES == 16 && !MATRICES ? 8 : DOT_ROWS;
+inline constexpr int GROUPED_ROWS = LANES == 16 ? 8 : TILE_ROWS;
+// Rows of the largest tile in vectors.  Where there are matrix registers, those are for few rows of bytes and for odd widths alone.
+template <class D, class W>
+inline constexpr int DOT_ROWS = !MATRICES ? TILE_ROWS : D::SCALED && std::is_same_v<W, I4> ? GROUPED_ROWS : 4;
 inline constexpr int64_t SMALL_GROUP = 64;
 inline constexpr int64_t NEAR_WORDS = 448;  // of two panels, near the first cache: longer sums, which are put down less often, are worth more
 inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in the second cache
@@ -26,7 +28,7 @@ inline constexpr int64_t OWN_ROWS = 16;             // that each thread rounds f
 inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
 // Matrix registers: rows of bytes that they are for, at least; words of two panels near the first cache; of a block of rows, and its rows
 // at most: they compute so fast that weights are to be read for many.
-inline constexpr int64_t MATRIX_FROM = 2, MATRIX_WORDS = 4096, MADE_WORDS = 640, MATRIX_BLOCK_WORDS = 320 * 1024, MATRIX_BLOCK = 512;
+inline constexpr int64_t MATRIX_FROM = 2, MATRIX_WORDS = 4096, MADE_WORDS = 224, MATRIX_BLOCK_WORDS = 320 * 1024, MATRIX_BLOCK = 512;
 static_assert(MATRIX_BLOCK * TILE_PANELS * PANEL <= BETWEEN_SCRATCH);
 
 template <class D, class W>
@@ -35,7 +37,8 @@ WEFT_INLINE bool nests(const Weight& w) { return D::SCALED && std::is_same_v<W, 
 // Whether products of so many rows are for matrix registers.  Those of bytes are exact in any order; of bfloat16 a weight has one order.
 template <class D, class W>
 WEFT_INLINE bool by_matrices(const Weight& w, int64_t rows) {
-    if (!MATRICES || w.k % (LINE_WORDS * D::INPUTS) || (D::SCALED && rows < MATRIX_FROM)) return false;
+    if (!MATRICES || w.k % (LINE_WORDS * D::INPUTS)) return false;
+    if (D::SCALED && rows < (nests<D, W>(w) ? WIDENED_ROWS : MATRIX_FROM)) return false;
     return !W::SCALED || !w.grouped() || nests<D, W>(w) || w.group % (LINE_WORDS * D::INPUTS) == 0;
 }
 
@@ -49,8 +52,8 @@ struct Way {
     Way(const Weight& w, int64_t rows) {
         matrices = by_matrices<D, W>(w, rows);
         makes = matrices ? W::VALUES != D::INPUTS : nests<D, W>(w) && rows >= WIDENED_ROWS;
-        most = matrices ? 2 * MATRIX_ROWS : !makes && w.grouped() && w.group <= SMALL_GROUP ? GROUPED_ROWS : DOT_ROWS;
-        wide = matrices ? (rows <= MATRIX_ROWS ? FEW_PANELS : TILE_PANELS) : panels_beside(rows);
+        most = matrices ? 2 * MATRIX_ROWS : !makes && w.grouped() && w.group <= SMALL_GROUP ? std::min(GROUPED_ROWS, DOT_ROWS<D, W>) : DOT_ROWS<D, W>;
+        wide = !matrices ? panels_beside(rows) : rows <= MATRIX_ROWS && !makes ? FEW_PANELS : TILE_PANELS;
         fitting = matrices ? MATRIX_BLOCK_WORDS : BLOCK_WORDS;
     }
 
@@ -78,6 +81,7 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     const Weight& w = a.weight;
     Linear read = a;
     const int64_t each = w.k / D::INPUTS, tiles = (count + way.most - 1) / way.most, highest = (count + tiles - 1) / tiles;
+    const bool nested = nests<D, W>(w) && way.makes;  // then a row has one sum
     const int64_t group = std::lcm(w.grouped() ? w.group / D::INPUTS : EACH, way.matrices ? LINE_WORDS : 1);
     const int64_t longest = !way.matrices ? NEAR_WORDS : way.makes ? MADE_WORDS : MATRIX_WORDS;
     const int64_t near = tiles == 1 && !way.makes ? each : group > longest ? group : longest / group * group;
@@ -104,13 +108,13 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     widen(w, whole, panels, made, read.weight.panel_bytes());
                 } else if (way.makes) {
                     seen.made = made, seen.made_apart = (end - begin + 1) * LINE_BYTES;
-                    make_words<D, W>(w, whole, panels, made, seen.made_apart);
+                    make_words<D, W>(w, whole, panels, made, seen.made_apart, tiles == 1);
                 }
                 for (int64_t t = 0; t < tiles; t++) {
                     const int64_t top = count * t / tiles, tall = count * (t + 1) / tiles - top;
                     Part part = seen;
                     part.x = reinterpret_cast<const float*>(rows.words + top * each + begin * tall);
-                    part.sums = rows.sums + top * (WIDE || nests<D, W>(w) && way.makes ? 1 : w.groups());
+                    part.sums = rows.sums + top * (nested ? 1 : w.groups());
                     part.scales = rows.scales + top, part.row = first + top, part.high = tall;
                     // Between blocks sums wait where results go, between stretches nearby.
                     const Sums out{a.out + part.row * a.out_stride + part.n, a.out_stride, paired ? w.n / 2 : panels / 2 * PANEL};
@@ -123,16 +127,16 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     // A tile that reads its lines from memory itself asks for those after them too.
                     const char* after = end < stop ? whole.panel + end / EACH * LINE_BYTES : whole.panel + whole.next + input / EACH * LINE_BYTES;
                     if (!way.matrices) part.ask_later(after, whole.far, lines * LINE_BYTES, way.makes ? t : t - 1, way.makes ? tiles : tiles - 1);
-                    else if (way.makes || tiles > 1) part.ask_later_lines(after, whole.far, lines, t, tiles, (end - begin) / LINE_WORDS);
+                    else if (tiles > 1) part.ask_later_lines(after, whole.far, lines, t, tiles, (end - begin) / LINE_WORDS);
                     const int high = static_cast<int>(tall);
                     if constexpr (MATRICES)
                         if (way.matrices) {
                             matrix_tile_of<D, W, OFFSETS>(highest, panels)(a, part, ending);
                             continue;
                         }
-                    const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS>(high)
-                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, DOT_ROWS>(high)
-                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, FEW_DOT_ROWS>(high);
+                    const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS<D, T>>(high)
+                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, DOT_ROWS<D, T>>(high)
+                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, std::min(FEW_ROWS, DOT_ROWS<D, T>)>(high);
                     run(read, part);
                 }
             }
@@ -194,13 +198,20 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
 
 // ------------------------------------------------------------------------------------------ which product is whose
 
+// Whether rows may be rounded to bfloat16 for these weights.  Matrix registers would have to be given words that are made of whole numbers,
+// which costs one row twice the time that it takes as floats, and all rows have one order.
+#if defined(__AVX512BF16__)
+template <class W>
+inline constexpr bool BY_HALVES = MATRICES ? std::is_same_v<W, BF16> : W::VALUES > 1;
+#else
+template <class W>
+inline constexpr bool BY_HALVES = false;
+#endif
+
 // Whether rows are rounded first.
 template <class W>
 WEFT_INLINE bool dots(const Linear& a) {
-#if defined(__AVX512BF16__)
-    if (W::VALUES > 1 && a.inputs != Inputs::FLOAT32) return true;
-#endif
-    return W::SCALED && a.inputs == Inputs::INT8;
+    return (BY_HALVES<W> && a.inputs != Inputs::FLOAT32) || (W::SCALED && a.inputs == Inputs::INT8);
 }
 
 // Whether tiles hold gates and what they open side by side.
@@ -223,8 +234,10 @@ void linear_of(const Linear& a, int64_t rows, Share share) {
             return a.weight.offsets ? dots_in<Bytes, W, true>(a, rows, share) : dots_in<Bytes, W, false>(a, rows, share);
     }
 #if defined(__AVX512BF16__)
-    if constexpr (W::VALUES > 1) {
-        if (dots<W>(a)) return a.weight.offsets ? dots_in<Halves, W, true>(a, rows, share) : dots_in<Halves, W, false>(a, rows, share);
+    if constexpr (BY_HALVES<W>) {
+        if constexpr (W::SCALED)
+            if (dots<W>(a) && a.weight.offsets) return dots_in<Halves, W, true>(a, rows, share);
+        if (dots<W>(a)) return dots_in<Halves, W, false>(a, rows, share);
     }
 #endif
     linear_in<W>(a, rows, share);

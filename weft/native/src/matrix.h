@@ -255,18 +255,20 @@ void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
     ending.whole = W::SCALED && !grouped, ending.rest = end_rows<D, W, OFFSETS, P>;
 }
 
-// Lines [line, line + lines) of the panels of `part`, word by word as D multiplies them, `apart` bytes from panel to panel.
+// Lines [line, line + lines) of the panels of `part`, word by word as D multiplies them, `apart` bytes from panel to panel.  ask: whether
+// to ask memory for the lines behind them, which come next or belong to the next stretch.
 template <class D, class W>
-inline void make_words(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart) {
+inline void make_words(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart, bool ask) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     if constexpr (NESTS<D, W, false>)
-        if (w.nested) return widen(w, part, panels, out, apart);
+        if (w.nested) return widen(w, part, panels, out, apart, ask);
     for (int64_t p = 0; p < panels; p++) {
         const int64_t half = panels / 2, second = half && p >= half;
         const char* from = part.panel + (second ? part.far + (p - half) * w.panel_bytes() : p * w.panel_bytes()) + part.line * LINE_BYTES;
         auto* to = reinterpret_cast<float*>(out + p * apart);
         for (int64_t line = 0; line < part.lines; line++, from += LINE_BYTES) {
             const vu raw = load_bits(from);
+            if (ask) __builtin_prefetch(from + AHEAD / 2 * LINE_BYTES);
 #pragma GCC unroll 4
             for (int j = 0; j < EACH; j++, to += PANEL) store(to, reinterpret_cast<vf>(D::word(W{}, raw, j)));
         }
@@ -286,7 +288,7 @@ struct Registers {
     explicit Registers(int64_t) {}
 };
 template <class D, class W>
-inline void make_words(const Weight&, const Part&, int64_t, char*, int64_t) {}
+inline void make_words(const Weight&, const Part&, int64_t, char*, int64_t, bool) {}
 struct Ending {};
 template <class D, class W, bool OFFSETS>
 void (*matrix_tile_of(int64_t, int64_t))(const Linear&, const Part&, Ending&) { return nullptr; }

@@ -11,7 +11,7 @@ namespace weft::WEFT_ISA {
 // Whether both products have the same tiles and nothing is read of what is opened but its words.
 template <class W>
 WEFT_INLINE bool hands_on(const Linear& up, const Linear& down) {
-    if constexpr (W::VALUES == 1) {
+    if constexpr (!BY_HALVES<W>) {
         return false;
     } else {
         const auto halves = [](const Linear& a) {
@@ -56,8 +56,10 @@ inline void mlp(const Linear& up, const Linear& down, int64_t rows, Share share)
 #if defined(__AVX512BF16__)
     if (up.weight.format == down.weight.format) {
         if (up.weight.format == Format::BF16 && hands_on<BF16>(up, down)) return handed_on<BF16>(up, down, rows, share);
-        if (up.weight.format == Format::I8 && hands_on<I8>(up, down)) return handed_on<I8>(up, down, rows, share);
-        if (up.weight.format == Format::I4 && hands_on<I4>(up, down)) return handed_on<I4>(up, down, rows, share);
+        if constexpr (BY_HALVES<I8>) {
+            if (up.weight.format == Format::I8 && hands_on<I8>(up, down)) return handed_on<I8>(up, down, rows, share);
+            if (up.weight.format == Format::I4 && hands_on<I4>(up, down)) return handed_on<I4>(up, down, rows, share);
+        }
     }
 #endif
     linear(up, rows, share);

@@ -21,8 +21,8 @@ WEFT_INLINE vu plus_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret
 
 // Lines [first, first + count) of a panel of I4 as twice as many of I8, and a line of the rows' scales behind them.  A value times its
 // multiple stands as (value - 8) * multiple + 128, which a byte holds whatever the sign, so that two of them make a whole number of 16
-// bits that is right by itself: what the lower one borrows in between, it gives back.
-inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64_t count, char* out) {
+// bits that is right by itself: what the lower one borrows in between, it gives back.  ask: whether to ask memory for the lines behind.
+inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64_t count, char* out, bool ask) {
     const int64_t step = w.group / I4::VALUES;
     for (int v = 0; v < PARTS; v++) {
         auto* to = reinterpret_cast<float*>(out) + v * LANES;
@@ -33,6 +33,7 @@ inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64
 #pragma GCC unroll 4
             for (int64_t i = 0; i < step; i++, from += LINE_BYTES, to += 2 * PANEL) {
                 const vu word = load_bits(from);
+                if (ask) __builtin_prefetch(from + AHEAD / 2 * LINE_BYTES);
                 for (int j = 0; j < I4::QUADS; j++)
                     store(to + j * PANEL, reinterpret_cast<vf>(plus_halves(times_halves(I4::quad(word, j), both), bias)));
             }
@@ -42,11 +43,11 @@ inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64
 }
 
 // The lines of `part`, of each of its panels one after the other, `apart` bytes from each other.
-inline void widen(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart) {
+inline void widen(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart, bool ask = false) {
     for (int64_t p = 0; p < panels; p++) {
         const int64_t half = panels / 2, second = half && p >= half;
         widen_lines(w, part.panel + (second ? part.far + (p - half) * w.panel_bytes() : p * w.panel_bytes()), part.line, part.lines,
-                    out + p * apart);
+                    out + p * apart, ask);
     }
 }
 
