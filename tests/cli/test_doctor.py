@@ -48,7 +48,12 @@ def test_it_says_what_the_system_says() -> None:
     if name := re.search(r"^model name\s*: (.*)$", info, re.MULTILINE):
         assert found["processor"] == name[1].strip()
     flags = re.search(r"^flags\s*: (.*)$", info, re.MULTILINE)
-    for isa, flag in (("avx512_bf16", "avx512_bf16"), ("avx512_vnni", "avx512_vnni"), ("avx2", "avx2")):
+    for isa, flag in (
+        ("amx", "amx_int8"),
+        ("avx512_bf16", "avx512_bf16"),
+        ("avx512_vnni", "avx512_vnni"),
+        ("avx2", "avx2"),
+    ):
         if flags is not None:
             assert (isa in found["isas"]) == (flag in flags[1].split()), isa
     assert (found["ops"], found["isa"]) == ("cpu", found["isas"][0])

@@ -79,7 +79,7 @@ class EngineFlags:
         str | None,
         _option(
             "--isa",
-            help="Instructions of the kernels: auto, avx512_bf16, avx512_vnni, avx512, avx2 or portable.",
+            help="Instructions of the kernels: auto, amx, avx512_bf16, avx512_vnni, avx512, avx2 or portable.",
             metavar="NAME",
         ),
     ] = None

@@ -62,7 +62,7 @@ class EngineConfig:
     lora        adapters to load before the first request, as "NAME=FOLDER"
     max_loras   adapters that may be loaded at once
     lora_memory bytes set aside for them; None sets nothing aside, and they may take what the plan leaves over
-    ops         auto, ref or cpu (weft's own kernels).  isa: auto, avx512_bf16, avx512_vnni,
+    ops         auto, ref or cpu (weft's own kernels).  isa: auto, amx, avx512_bf16, avx512_vnni,
                 avx512, avx2 or portable
     weights     auto (as they are), float, int8, or int4, with inputs that share a scale as in int4:128 (`WeightFormat.parse`)
     activations float, or int8: inputs of products with weights of few bits are rounded too, which is faster and less exact

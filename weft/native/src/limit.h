@@ -21,6 +21,14 @@ WEFT_INLINE double spun(int64_t turns, double each, const Dot& dot) {
     return (odd == 1.5 ? 1.0 : 0.0) + each * LANES * SUMS * static_cast<double>(turns);
 }
 inline double arithmetic(int64_t turns, int kind) {
+#if defined(WEFT_MATRIX)
+    const auto registers = [&]<class D>(D) {
+        const Registers sized(2 * MATRIX_ROWS);
+        for (int64_t turn = 0; turn < turns; turn++) each_register<2, 2>([](auto sum, auto s, auto p) { multiply_registers<D, sum, 4 + s, 6 + p>(); });
+        return 2.0 * MATRIX_ROWS * PANEL * LINE_WORDS * D::INPUTS * 4 * static_cast<double>(turns);
+    };
+    if (kind) return kind == 1 ? registers(Bytes{}) : registers(Halves{});
+#endif
     if (kind == 1)
         return spun<vi>(turns, 8.0, [](vi total, int64_t turn) {
             return dot4(total, vu{} + 0x01020304u, vi{} + static_cast<int32_t>(turn));
