@@ -134,9 +134,9 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                             matrix_tile_of<D, W, OFFSETS>(highest, panels)(a, part, ending);
                             continue;
                         }
-                    const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS<D, T>>(high)
-                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, DOT_ROWS<D, T>>(high)
-                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, std::min(FEW_ROWS, DOT_ROWS<D, T>)>(high);
+                    const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS<D, W>>(high)
+                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, DOT_ROWS<D, W>>(high)
+                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, std::min(FEW_ROWS, DOT_ROWS<D, W>)>(high);
                     run(read, part);
                 }
             }
