@@ -1,6 +1,6 @@
 """draft=crossvocab beside no draft, with a draft whose tokenizer is another one.
 
-python -m bench.draft.crossvocab [--quick] [--json]
+python -m bench.draft.crossvocab [--quick] [--threads 2] [--json]
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.harness import Case, Options, encode, main
-from bench.texts import OPENINGS
+from bench.guessing import DRAFT, bound, compared
+from bench.harness import Options, main
 from weft.hub import resolve, resolve_draft
 
-BATCHES = (1, 4)
-LAWS: dict[str, dict[str, Any]] = {"greedy": {}, "temperature 0.8": {"temperature": 0.8}}
 KNOWN = (3830, 1000, 300)
 """Merges of the draft's tokenizer; 3,830 are all of them."""
 NOTES = (
-    "The draft is the one that ships with weft under a tokenizer of its own: ids by lot, and only the first so many merges of "
-    "the bundled model's 3,830. With all of them every token is shared; with 1,000, 1,266 of 4,096, 0.82 of the tokens of "
+    f"{DRAFT} Here it has a tokenizer of its own: ids by lot, and only the first so many merges of the bundled model's 3,830. "
+    "With all of them every token is shared; with 1,000, 1,266 of 4,096, 0.82 of the tokens of "
     "held-out prose; with 300, 566 of them, 0.63. The rows of its embedding that are left are those that it was trained with.",
     "The same ids: draft=speculative_sampling with the draft as it is.",
+    bound(4),
 )
 
 
@@ -65,16 +63,8 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
         for n, folder in folders.items():
             folder.mkdir()
             foreign(folder, n)
-        parts = {f"{n} merges known": f"draft=crossvocab(model={str(folder)!r})" for n, folder in folders.items()}
-        parts["the same ids"] = "draft=speculative_sampling"
-        for model in options.models("smollm2-135m"):
-            for batch in (1,) if options.quick or model.grown else BATCHES:
-                for title, law in LAWS.items():
-                    prompts = encode(model, OPENINGS)[: max(batch, 2)]
-                    new = 12 if options.quick else 32 if model.grown else 40
-                    null = Case(name="no draft", prompts=prompts, sampling=law, max_new=new, batch=batch)
-                    cases = [replace(null, name=name, techniques=(part,)) for name, part in parts.items()]
-                    yield options.compare(model, null, cases, title)
+        cases = {f"{n} merges known": (f"draft=crossvocab(model={str(folder)!r})",) for n, folder in folders.items()}
+        yield from compared(options, "crossvocab", {**cases, "the same ids": ("draft=speculative_sampling",)})
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python -m bench.draft.online ../shared/data --heads prose.safetensors
 
 The requests: questions of GSM8K in the chat format (`maths`), those of Spec-Bench (`spec-bench`), and windows of the held-out
-novels (`prose`), on the bundled model at temperature 0.8, each answered once, in their order.  Heads that were taught on prose
-alone know no chat.  Acceptance is told by quarters of the stream, of guesses all before which stood.
+novels (`prose`), at temperature 0.8, each answered once, in their order: on the bundled model, and a few of them on that model
+grown, where a step of learning is short beside a step of the model.  Heads that were taught on prose alone know no chat.
+Acceptance is told by quarters of the stream, of guesses all before which stood.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.draft.heads import heads_file
+from bench.draft.heads import fitted, heads_file
 from bench.draft.law import Heads, Trials
-from bench.harness import RESULTS, machine, write
+from bench.harness import GROWN, RESULTS, Model, bundled, grown, machine, write
 from tools.tiny.corpus import Corpus
 from weft import LLM, SamplingParams
-from weft.hub import resolve
 from weft.models import load_spec
 from weft.models.layout import parameters
 from weft.types import Plan, StepResult
 
+SHAPE = "qwen2.5-0.5b"
 KINDS = ("maths", "spec-bench", "prose")
 QUARTERS = 4
 LONGEST = 400
@@ -41,23 +42,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", type=Path, help="folder with text/novels, eval/gsm8k and eval/spec-bench")
     parser.add_argument("--heads", default="bundled", help="file of heads on the bundled model's states (bundled)")
     parser.add_argument("--requests", type=int, default=192, help="of each kind (192)")
+    parser.add_argument("--few", type=int, default=48, help="of each kind on the grown model (48); 0 leaves it out")
     parser.add_argument("--online", type=int, default=8, help="proposals between two steps of learning (8)")
     parser.add_argument("--batch", type=int, default=8, help="requests at once (8)")
     parser.add_argument("--new", type=int, default=96, help="tokens of an answer at most (96)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--model-dir", type=Path, default=GROWN, help="where grown models are kept (.cache/grown)")
     parser.add_argument("--out", type=Path, default=OUT)
     flags = parser.parse_args(argv)
+    models = [(bundled(), flags.requests)]
+    if flags.few:
+        models.append((grown(SHAPE, flags.model_dir), flags.few))
     rows = [
-        stream(prompts(flags.data, kind, flags.requests), kind, online, flags)
+        stream(model, prompts(flags.data, kind, count), kind, online, flags)
+        for model, count in models
         for kind in KINDS
         for online in (0, flags.online)
     ]
     for still, learning in zip(rows[::2], rows[1::2], strict=True):
         learning["same_tokens"] = learning.pop("tokens") == still.pop("tokens")
         learning["seconds_ratio"] = learning["seconds"] / still["seconds"]
-    file = heads_file(flags.heads)
-    share = Heads(file).parameters / parameters(load_spec(resolve(None)))
-    command = f"python -m bench.draft.online ../shared/data --heads {os.path.basename(flags.heads)}"
-    write(flags.out, {"command": command, "machine": machine(), "draft_share": share, "rows": rows})
+    command = (
+        f"python -m bench.draft.online ../shared/data --heads {os.path.basename(flags.heads)} --threads {flags.threads}"
+    )
+    write(flags.out, {"command": command, "machine": machine(), "rows": rows})
     for row in rows:
         print(json.dumps(row))
     return 0
@@ -73,12 +81,19 @@ def prompts(data: Path, kind: str, count: int) -> list[str]:
     return [f"<|user|>{(x if isinstance(x, str) else x[0])[:LONGEST]}<|end|><|assistant|>" for x in asked]
 
 
-def stream(asked: Sequence[str], kind: str, online: int, flags: argparse.Namespace) -> dict[str, Any]:
+def stream(model: Model, asked: Sequence[str], kind: str, online: int, flags: argparse.Namespace) -> dict[str, Any]:
     """One pass over the requests, a batch at a time."""
-    part = f"draft=clover(weights={str(heads_file(flags.heads))!r}, online={online})"
+    file = heads_file(flags.heads)
+    part = f"draft=clover(weights={str(fitted(file, model))!r}, online={online})"
     law = SamplingParams(temperature=0.8, seed=3, max_tokens=flags.new)
     with LLM(
-        device="cpu", threads=1, max_model_len=512, max_num_seqs=flags.batch, techniques=[part], draft_control="off"
+        model.folder,
+        device="cpu",
+        threads=flags.threads,
+        max_model_len=512,
+        max_num_seqs=flags.batch,
+        techniques=[part],
+        draft_control="off",
     ) as llm:
         runtime = llm._runtime
         assert runtime is not None
@@ -100,6 +115,7 @@ def stream(asked: Sequence[str], kind: str, online: int, flags: argparse.Namespa
         draft_s = trials.draft_s
         acts = runtime.engine.stack["draft"].acts
         return {
+            "model": model.name, "draft_share": Heads(file).parameters / parameters(load_spec(model.folder)),
             "prompts": kind, "online": online, "requests": len(asked), "acceptance": rates, "tokens": tokens,
             "output_tok": sum(map(len, tokens)), "lessons": acts["lessons"],
             "seconds": time.perf_counter() - began, "draft_s": draft_s,

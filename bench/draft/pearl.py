@@ -11,13 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from bench.harness import Case, Options, encode, grown, main
+from bench.oracle import perfect
 from bench.texts import OPENINGS
 
 LAW: dict[str, Any] = {"temperature": 0.8}
 NOTES = (
     "Take it with two threads: of these the draft model has one under draft=pearl, and the target the other.",
-    "The draft that ships costs the grown model 2 % of a pass for each guess. The dear one is the bundled model in the body of a "
-    "model of 135 million parameters: its guesses all stand, and each takes about a quarter of the target's pass.",
+    "The draft that ships costs the grown model a few percent of a pass for each guess. The dear one is the bundled model in the "
+    "body of a model of 135 million parameters: its guesses all stand, and each takes about a quarter of the target's pass.",
+    "Perfect draft: it knows the answer, costs nothing, and all of its guesses stand, as many as the drafts beside it have.",
 )
 
 
@@ -38,7 +40,8 @@ def measure(options: Options) -> Iterator[dict[str, Any]]:
                 for name, part in (("in turns", "speculative_sampling"), ("beside", "pearl"))
             ]
             chooses = replace(cases[-1], name="beside, with the controller", engine={"draft_control": "on"})
-            yield options.compare(model, null, [*cases, chooses], title)
+            bound = perfect(model, null, f"pearl-{model.folder.name}-{guesses}", guesses, options.threads)
+            yield options.compare(model, null, [*cases, chooses, bound], title)
 
 
 if __name__ == "__main__":
