@@ -1,7 +1,7 @@
 """Heads that learn while they serve (`draft=clover(online=...)`) beside the same heads as they are, along a stream of requests.
 
     python -m tools.train_tiny heads ../shared/data prose.safetensors --teacher weft/bundled/tiny --prose --minutes 2.5
-    python -m bench.draft.online ../shared/data --heads prose.safetensors
+    python -m bench.draft.online ../shared/data --heads prose.safetensors --threads 2
 
 The requests: questions of GSM8K in the chat format (`maths`), those of Spec-Bench (`spec-bench`), and windows of the held-out
 novels (`prose`), at temperature 0.8, each answered once, in their order: on the bundled model, and a few of them on that model

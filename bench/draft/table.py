@@ -68,6 +68,8 @@ BOUND = 8
 READERS = ("vocabtrim", "hierarchy")
 FEWEST = {"prose": 4, "spec-bench": 6, "random": 2}
 """Answers of a row, at least; of Spec-Bench one to each kind of request, which differ more than novels do."""
+WHOLE = "python -m bench.draft.table ../shared/data --whole --resume"
+"""What makes the file in bench/results as a whole."""
 LAWS = 4
 """Sequences at once up to which it is told what the law says."""
 
@@ -129,7 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="bundled model, few tokens, one round; writes no file")
     parser.add_argument("--out", type=Path, default=OUT)
-    flags = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    flags = parser.parse_args(
+        given, argparse.Namespace(command=" ".join(["python", "-m", "bench.draft.table", *given]))
+    )
     try:
         rows = measure(flags)
     except EngineError as error:
@@ -175,7 +180,7 @@ def measure(flags: argparse.Namespace) -> list[dict[str, Any]]:
             part = slice(None, -1 if flags.whole else None)
             mine = {key(row)[part] for row in new}
             kept = [row for row in kept if key(row)[part] not in mine] + new
-            keep(flags.out, kept, "python -m bench.draft.table ../shared/data --whole --resume", machine())
+            keep(flags.out, kept, WHOLE if flags.out == OUT else flags.command, machine())
     if left:
         rest = "; ".join(f"{x.text} at {x.temperature:g}, {x.batch} at once" for _, x, _ in todo[-left:])
         tick(f"{left} loads are left; the same command with --resume goes on with them: {rest}")

@@ -12,7 +12,7 @@ Cost     guesses + 1 passes of the draft model beside each pass of the target, m
 Pays     where the draft model computes on what the target leaves free, and a guess takes more than a tenth of the target's pass:
          guesses that stand with chance a bring 1 + a^2 (1 - a^k) / (1 - a) / (1 + a - a^(k + 1)) tokens a pass, against
          (1 - a^(k + 1)) / (1 - a) of drafts that take turns, whose pass is longer by k guesses.  Not on two cores: the 0.5B
-         shape, one sequence, 4 guesses of the draft that ships, 1.3 times no draft, and 2.0 in turns
+         shape, one sequence, 4 guesses of the draft that ships, 1.5 times no draft, and 2.1 in turns
 Differs  the paper's two devices are two threads: the draft model has one of its own.  A guess is drawn by the noise of the very
          token that it guesses, so that under accept=race it stands exactly when the target's law gives that token too; under an
          accept that weighs laws by noise of its own, and the token in the place of the target's is weighed like a guess.  How

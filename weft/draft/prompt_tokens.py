@@ -13,8 +13,8 @@ Cost     the rows of a step, which grow with the square of guesses: 4, 9 and 16 
          head for as many of them as there are guesses; guesses * width numbers, 0.014 % of the bundled model's.  No second model
 Pays     not on the bundled model: of guesses 0.04 to 0.16 stood, and one sequence goes at 0.62 (greedy) and 0.67 (at 0.8) of the
          speed alone with 1 guess, 0.59 and 0.61 with 2, as a step of 4 rows takes 1.7 times a step of one; four at 0.74 and 0.47.
-         The controller turns it off there (0.94 to 1.08).  It needs a model whose guesses stand more often, and rows that cost
-         next to nothing
+         The controller turns it off there (0.94 to 1.08).  On the grown 0.5B shape, whose few rows cost next to nothing, 0.97 to
+         1.05 (one sequence, controller off).  It needs a model whose guesses stand more often
 Differs  a chain is guessed, with all learned tokens behind each guess, where the paper grows a tree of the likeliest, with
          fewer tokens behind those that hardly stand, and chooses its size by measured times (here the controller chooses how many
          guesses there are).  One token for each distance, where the paper averages several.  Learned tokens follow rows behind
