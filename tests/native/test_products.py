@@ -23,8 +23,7 @@ def read_as(machine: Machine, x: Tensor, inputs: str, few: bool = False) -> Tens
     """What products are of: inputs rounded as was allowed, where this instruction set does so."""
     if inputs == "int8" and few:
         return rounded(x)
-    halves = machine.program.isa in HALVES and not (few and machine.program.isa == "amx")  # see BY_HALVES
-    return x.bfloat16().double() if inputs != "float32" and halves else x.double()
+    return x.bfloat16().double() if inputs != "float32" and machine.program.isa in HALVES else x.double()
 
 
 @pytest.mark.parametrize("inputs", INPUTS)

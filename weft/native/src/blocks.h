@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <variant>
 
 #include "dots.h"
 #include "matrix.h"
@@ -26,21 +27,20 @@ inline constexpr int64_t OWN_ROWS = 16;             // that each thread rounds f
 
 // Whether nested weights are made bytes for so many rows, at least.
 inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
-// Matrix registers: rows of bytes that they are for, at least; words of a stretch, which is all inputs of most weights, since sums cost
+// Matrix registers: rows of bytes that they are for, at least, and of bfloat16 where weights have to be made words; words of a stretch, which is all inputs of most weights, since sums cost
 // more to put down than lines to read from the second cache; of one for which words are made, in the first; words of a block of rows, and
 // its rows at most: they compute so fast that weights are to be read for many.
-inline constexpr int64_t MATRIX_FROM = 2, MATRIX_WORDS = 4096, MADE_WORDS = 224, MATRIX_BLOCK_WORDS = 320 * 1024, MATRIX_BLOCK = 512;
+inline constexpr int64_t MATRIX_FROM = 2, HALVES_FROM = 5, MATRIX_WORDS = 4096, MADE_WORDS = 224, MATRIX_BLOCK_WORDS = 320 * 1024, MATRIX_BLOCK = 512;
 static_assert(MATRIX_BLOCK * TILE_PANELS * PANEL <= BETWEEN_SCRATCH);
 
 template <class D, class W>
 WEFT_INLINE bool nests(const Weight& w) { return D::SCALED && std::is_same_v<W, I4> && w.nested; }
 
-// Whether products of so many rows are for matrix registers.  Those of bytes are exact in any order; of bfloat16 a weight has one order.
+// Whether products of so many rows are for matrix registers.  Those of bytes are exact in any order; of bfloat16 vectors have theirs.
 template <class D, class W>
 WEFT_INLINE bool by_matrices(const Weight& w, int64_t rows) {
-    if (!MATRICES || w.k % (LINE_WORDS * D::INPUTS)) return false;
-    if (D::SCALED && rows < (nests<D, W>(w) ? WIDENED_ROWS : MATRIX_FROM)) return false;
-    return !W::SCALED || !w.grouped() || nests<D, W>(w) || w.group % (LINE_WORDS * D::INPUTS) == 0;
+    if (!MATRICES || rows < (!W::SCALED ? 1 : !D::SCALED ? HALVES_FROM : nests<D, W>(w) ? WIDENED_ROWS : MATRIX_FROM)) return false;
+    return in_steps<D, W>(w) || (nests<D, W>(w) && w.k % (LINE_WORDS * D::INPUTS) == 0);
 }
 
 // How a product of so many rows is computed.
@@ -54,7 +54,9 @@ struct Way {
         matrices = by_matrices<D, W>(w, rows);
         makes = matrices ? W::VALUES != D::INPUTS : nests<D, W>(w) && rows >= WIDENED_ROWS;
         most = matrices ? 2 * MATRIX_ROWS : !makes && w.grouped() && w.group <= SMALL_GROUP ? std::min(GROUPED_ROWS, DOT_ROWS<D, W>) : DOT_ROWS<D, W>;
-        wide = !matrices ? panels_beside(rows) : rows <= MATRIX_ROWS && !makes ? FEW_PANELS : TILE_PANELS;
+        // Even and odd sums of more than two rows and four panels are more than there are registers.
+        const bool many = MATRICES && !D::SCALED && W::SCALED && rows > 2;
+        wide = !matrices ? (many ? TILE_PANELS : panels_beside(rows)) : rows <= MATRIX_ROWS && !makes ? FEW_PANELS : TILE_PANELS;
         fitting = matrices ? MATRIX_BLOCK_WORDS : BLOCK_WORDS;
     }
 
@@ -83,7 +85,7 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     Linear read = a;
     const int64_t each = w.k / D::INPUTS, tiles = (count + way.most - 1) / way.most, highest = (count + tiles - 1) / tiles;
     const bool nested = nests<D, W>(w) && way.makes;  // then a row has one sum
-    const int64_t group = std::lcm(w.grouped() ? w.group / D::INPUTS : EACH, way.matrices ? LINE_WORDS : 1);
+    const int64_t group = std::lcm(w.grouped() ? w.group / D::INPUTS : EACH, MATRICES ? LINE_WORDS : 1);
     const int64_t longest = !way.matrices ? NEAR_WORDS : way.makes ? MADE_WORDS : MATRIX_WORDS;
     const int64_t near = tiles == 1 && !way.makes ? each : group > longest ? group : longest / group * group;
     const int64_t parts = (each + near - 1) / near;
@@ -91,6 +93,7 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     const int64_t fitting = way.fitting / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
     const int64_t unit = paired ? 2 : 1;
     const Registers registers(way.matrices ? highest : 0);
+    [[maybe_unused]] const std::conditional_t<D::SCALED, std::monostate, Flushing> flushing;
     Ending ending;
     for (int64_t input = 0; input < each; input += block) {
         const int64_t stop = input + block < each ? input + block : each;
@@ -199,11 +202,10 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
 
 // ------------------------------------------------------------------------------------------ which product is whose
 
-// Whether rows may be rounded to bfloat16 for these weights.  Matrix registers would have to be given words that are made of whole numbers,
-// which costs one row twice the time that it takes as floats, and all rows have one order.
+// Whether rows may be rounded to bfloat16 for these weights.
 #if defined(__AVX512BF16__)
 template <class W>
-inline constexpr bool BY_HALVES = MATRICES ? std::is_same_v<W, BF16> : W::VALUES > 1;
+inline constexpr bool BY_HALVES = W::VALUES > 1;
 #else
 template <class W>
 inline constexpr bool BY_HALVES = false;

@@ -87,6 +87,68 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
     each_sum<R, P>([&](int r, int p, int v) { result[r][p][v] = total[r][p][v]; });
 }
 
+// Whether a row's words are whole steps of matrix registers, in each group.
+template <class D, class W>
+WEFT_INLINE bool in_steps(const Weight& w) {
+    constexpr int64_t STEP = LINE_WORDS * D::INPUTS;
+    return w.k % STEP == 0 && (!W::SCALED || !w.grouped() || w.group % STEP == 0);
+}
+
+#if defined(WEFT_MATRIX)
+// What is subnormal counts as 0 while this lives, as it does in matrix registers.
+class Flushing {
+public:
+    Flushing() { _mm_setcsr(before | 0x8040); }
+    ~Flushing() { _mm_setcsr(before); }
+    Flushing(const Flushing&) = delete;
+    Flushing& operator=(const Flushing&) = delete;
+
+private:
+    unsigned before = _mm_getcsr();
+};
+
+// Adds the products of `words` words to `result` in the order of matrix registers: of each step the even inputs and the odd ones, from 0
+// on, and then both.  So few rows, for which words of bfloat16 are dear to make, have the bits of many.
+template <class W, int R, int P>
+WEFT_INLINE void add_apart(const Weight& w, const Part& part, int64_t first, int64_t words, vf (&result)[R][P][PARTS]) {
+    constexpr int EACH = W::VALUES / Halves::INPUTS, LINES = LINE_WORDS / EACH;
+    vf total[R][P][PARTS];
+    each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = result[r][p][v]; });
+    const auto* x = reinterpret_cast<const int32_t*>(part.x) + first * R;
+    const int64_t lines = w.k / W::VALUES, begin = part.line + first / EACH, end = begin + words / EACH;
+    const char* panels[P];
+    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
+    for (int64_t step = begin; step < end; step += LINES) {
+        vf even[R][P][PARTS] = {}, odd[R][P][PARTS] = {};
+#pragma GCC unroll 1
+        for (int64_t line = step; line < step + LINES; line++) {
+            ask_for<P>(panels, line, lines, part.next);
+            vu raw[P][PARTS];
+            each_sum<1, P>([&](int, int p, int v) { raw[p][v] = load_bits(panels[p] + line * LINE_BYTES + v * LANES * 4); });
+#pragma GCC unroll 4
+            for (int j = 0; j < EACH; j++, x += R) {
+                vf low[P][PARTS], high[P][PARTS];
+                each_sum<1, P>([&](int, int p, int v) {
+                    low[p][v] = W::value(raw[p][v], Halves::even(W{}, j));
+                    high[p][v] = W::value(raw[p][v], Halves::even(W{}, j) + Halves::ODD<W>);
+                });
+                each_sum<R, P>([&](int r, int p, int v) {
+                    const vu input = vu{} + static_cast<uint32_t>(x[r]);
+                    even[r][p][v] += reinterpret_cast<vf>(input << 16) * low[p][v];
+                    odd[r][p][v] += reinterpret_cast<vf>(input & 0xffff0000u) * high[p][v];
+                });
+            }
+        }
+        each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] += even[r][p][v] + odd[r][p][v]; });
+    }
+    each_sum<R, P>([&](int r, int p, int v) { result[r][p][v] = total[r][p][v]; });
+}
+#else
+struct Flushing {
+    Flushing() {}
+};
+#endif
+
 #if defined(__AVX512BF16__)
 // What gates open, as words of W that the next product reads: word by word, each of all R rows.
 template <class W, int R, int P>
@@ -110,6 +172,15 @@ WEFT_INLINE void hand_on(const Linear& a, const Part& part, const vf (&totals)[R
 template <class D, class W, bool OFFSETS>
 inline constexpr bool NESTS = std::is_same_v<D, Bytes> && std::is_same_v<W, I4> && !OFFSETS;
 
+template <class D, class W, int R, int P>
+WEFT_INLINE void add_products(const Weight& w, const Part& part, int64_t first, int64_t words, typename D::Total (&result)[R][P][PARTS]) {
+#if defined(WEFT_MATRIX)
+    if constexpr (!D::SCALED && W::SCALED)
+        if (in_steps<D, W>(w)) return add_apart<W, R, P>(w, part, first, words, result);
+#endif
+    add_words<D, W, R, P>(w, part, first, words, result);
+}
+
 template <class D, class W, bool OFFSETS, int R, int P>
 void dot_tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
@@ -130,7 +201,7 @@ void dot_tile(const Linear& a, const Part& part) {
                 const int64_t group = part.line * EACH / step + first / step;
                 typename D::Total total[R][P][PARTS];
                 each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(sums[r * groups + group]); });
-                add_words<D, W, R, P>(w, part, first, step, total);
+                add_products<D, W, R, P>(w, part, first, step, total);
                 settle_nested<D, R, P>(w, part, group, total, whole);
             }
             each_sum<R, P>([&](int r, int p, int v) {
@@ -145,7 +216,7 @@ void dot_tile(const Linear& a, const Part& part) {
             const int64_t group = part.line * EACH / step + first / step;
             typename D::Total total[R][P][PARTS];
             each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(OFFSETS ? 0 : sums[r * groups + group]); });
-            add_words<D, W, R, P>(w, part, first, step, total);
+            add_products<D, W, R, P>(w, part, first, step, total);
             if constexpr (W::SCALED) settle_dots<D, W, OFFSETS, R, P>(w, part, group, total, sums, groups, totals);
         }
     } else {
@@ -154,7 +225,7 @@ void dot_tile(const Linear& a, const Part& part) {
         each_sum<R, P>([&](int r, int p, int v) {
             total[r][p][v] = part.from.at ? reinterpret_cast<typename D::Total>(totals[r][p][v]) : D::start(W::SCALED && !OFFSETS ? sums[r] : 0);
         });
-        add_words<D, W, R, P>(w, part, 0, words, total);
+        add_products<D, W, R, P>(w, part, 0, words, total);
         each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = W::SCALED && part.end ? vf{} : reinterpret_cast<vf>(total[r][p][v]); });
         if constexpr (W::SCALED)
             if (part.end) settle_dots<D, W, OFFSETS, R, P>(w, part, 0, total, sums, 1, totals);

@@ -10,10 +10,9 @@
 
 namespace weft::WEFT_ISA {
 
-inline constexpr int LINE_WORDS = LINE_BYTES / 4, MATRIX_ROWS = 16;
+inline constexpr int MATRIX_ROWS = 16;
 
 #if defined(WEFT_MATRIX)
-inline constexpr bool MATRICES = true;
 
 // A thread's registers while this lives: sums in 0 to 3, rows in 4 and 5, weights in 6 and 7; of tiles of at most `high` rows.
 class Registers {
@@ -283,7 +282,6 @@ MatrixTile matrix_tile_of(int64_t high, int64_t panels) {
     return panels == 1 ? matrix_tile<D, W, OFFSETS, 1, 1> : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2> : matrix_tile<D, W, OFFSETS, 1, 4>;
 }
 #else
-inline constexpr bool MATRICES = false;
 struct Registers {
     explicit Registers(int64_t) {}
 };

@@ -10,14 +10,14 @@ namespace weft::WEFT_ISA {
 #if defined(__AVX512BF16__)
 // Whether both products have the same tiles and nothing is read of what is opened but its words.
 template <class W>
-WEFT_INLINE bool hands_on(const Linear& up, const Linear& down) {
+WEFT_INLINE bool hands_on(const Linear& up, const Linear& down, int64_t rows) {
     if constexpr (!BY_HALVES<W>) {
         return false;
     } else {
         const auto halves = [](const Linear& a) {
             return dots<W>(a) && !(W::SCALED && a.inputs == Inputs::INT8) && !a.weight.offsets;
         };
-        const Way<Halves, W> first(up.weight, 1), second(down.weight, 1);
+        const Way<Halves, W> first(up.weight, rows), second(down.weight, rows);
         return opens<W>(up) && halves(up) && halves(down) && first.most == second.most && first.matrices == second.matrices;
     }
 }
@@ -55,11 +55,9 @@ inline void mlp(const Linear& up, const Linear& down, int64_t rows, Share share)
     if (rows <= 0) return;
 #if defined(__AVX512BF16__)
     if (up.weight.format == down.weight.format) {
-        if (up.weight.format == Format::BF16 && hands_on<BF16>(up, down)) return handed_on<BF16>(up, down, rows, share);
-        if constexpr (BY_HALVES<I8>) {
-            if (up.weight.format == Format::I8 && hands_on<I8>(up, down)) return handed_on<I8>(up, down, rows, share);
-            if (up.weight.format == Format::I4 && hands_on<I4>(up, down)) return handed_on<I4>(up, down, rows, share);
-        }
+        if (up.weight.format == Format::BF16 && hands_on<BF16>(up, down, rows)) return handed_on<BF16>(up, down, rows, share);
+        if (up.weight.format == Format::I8 && hands_on<I8>(up, down, rows)) return handed_on<I8>(up, down, rows, share);
+        if (up.weight.format == Format::I4 && hands_on<I4>(up, down, rows)) return handed_on<I4>(up, down, rows, share);
     }
 #endif
     linear(up, rows, share);

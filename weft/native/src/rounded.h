@@ -12,6 +12,13 @@
 
 namespace weft::WEFT_ISA {
 
+inline constexpr int LINE_WORDS = LINE_BYTES / 4;
+#if defined(WEFT_MATRIX)
+inline constexpr bool MATRICES = true;
+#else
+inline constexpr bool MATRICES = false;
+#endif
+
 #if defined(__AVX512BF16__)
 // total + x0 w0 + x1 w1 in float32, the odd one first; what is subnormal counts as 0.
 WEFT_INLINE vf dot2(vf total, vu weights, vi inputs) {
@@ -32,6 +39,11 @@ struct Halves {
     template <class W>  // values are less their half
     static constexpr float half() { return static_cast<float>(W::HALF); }
     static WEFT_INLINE vu word(BF16, vu line, int) { return line; }
+    // Which of a line's inputs is the even one of a word; so many further is the odd one.
+    static constexpr int even(I8, int j) { return 2 * j; }
+    static constexpr int even(I4, int j) { return j % 2 + j / 2 * 4; }
+    template <class W>
+    static constexpr int ODD = std::is_same_v<W, I4> ? 2 : 1;
     static WEFT_INLINE vu word(I8, vu line, int j) {  // their floats end after eight digits
         const vu first = reinterpret_cast<vu>(I8::value(line, 2 * j)), second = reinterpret_cast<vu>(I8::value(line, 2 * j + 1));
         return first >> 16 | (second & 0xffff0000u);
@@ -107,8 +119,7 @@ struct Rows {
     Rows(int32_t* at, int64_t rows, int64_t each)
         : words(at), scales(reinterpret_cast<float*>(at + rows * each)), sums(scales + rows) {}
     static int64_t size(const Weight& w, int64_t rows, int64_t each) {  // in whole lines of the cache
-        constexpr int64_t WORDS = LINE_BYTES / 4;
-        return (rows * (each + 1 + w.groups()) + WORDS - 1) / WORDS * WORDS;
+        return (rows * (each + 1 + w.groups()) + LINE_WORDS - 1) / LINE_WORDS * LINE_WORDS;
     }
 };
 
@@ -117,13 +128,12 @@ struct Rows {
 template <class D, class W>
 void round_tile(const Linear& a, int64_t first, int64_t high, const Rows<D>& to, int64_t top, int64_t each, int32_t* spare, int factor,
                 bool lines) {
-    constexpr int64_t WORDS = LINE_BYTES / 4;
     const int64_t groups = a.weight.groups();
     int32_t* words = to.words + top * each;
     for (int64_t r = 0; r < high; r++) {
         int32_t* mine = high == 1 ? words : lines ? spare : spare + r * each;
         D::template round<W>(a, a.x + (first + r) * a.x_stride, mine, to.scales + top + r, to.sums + (top + r) * groups, factor);
-        for (int64_t i = 0; i < each && lines && high > 1; i += WORDS) std::memcpy(words + i * high + r * WORDS, mine + i, LINE_BYTES);
+        for (int64_t i = 0; i < each && lines && high > 1; i += LINE_WORDS) std::memcpy(words + i * high + r * LINE_WORDS, mine + i, LINE_BYTES);
     }
     if (high == 1 || lines) return;
     int64_t i = 0;
