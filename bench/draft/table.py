@@ -132,9 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="bundled model, few tokens, one round; writes no file")
     parser.add_argument("--out", type=Path, default=OUT)
     given = list(sys.argv[1:] if argv is None else argv)
-    flags = parser.parse_args(
-        given, argparse.Namespace(command=" ".join(["python", "-m", "bench.draft.table", *given]))
-    )
+    flags = parser.parse_args(given)
+    flags.command = " ".join(["python", "-m", "bench.draft.table", *given])
     try:
         rows = measure(flags)
     except EngineError as error:

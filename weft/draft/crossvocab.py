@@ -13,8 +13,8 @@ Cost     as draft=speculative_sampling: a pass of the draft model for each guess
          whole vocabulary for each row of logits.  The two vocabularies are compared once
 Pays     where no smaller model has the target's vocabulary.  On the grown 0.5B shape, one sequence at temperature 0.8: 2.1 times
          no draft while all tokens are shared (as draft=speculative_sampling), 1.6 with a draft that knows 1,266 of 4,096, 1.2
-         with 566; greedily 2.8, 2.3 and 2.1; four sequences 1.4, 1.0 and 0.96 (controller off).  On the bundled model, a pass of
-         which the draft takes much of, it does not: 0.69, 0.60 and 0.48
+         with 566; greedily 2.8, 2.3 and 2.1; four sequences 1.4, 1.0 and 0.96 (controller off).  On the bundled model, of
+         whose pass the draft's is a large part, it does not: 0.69, 0.60 and 0.48
 Differs  a token of the target that the draft's vocabulary does not have is read by the draft as the longest end of it that it
          has: one row for each token, where OmniDraft and Timor et al. would read all of its pieces.  Laws stay right, guesses
          after such tokens stand less often.  Nothing is merged out of several tokens of the draft (OmniDraft's cache of

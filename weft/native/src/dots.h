@@ -201,7 +201,7 @@ void dot_tile(const Linear& a, const Part& part) {
                 const int64_t group = part.line * EACH / step + first / step;
                 typename D::Total total[R][P][PARTS];
                 each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(sums[r * groups + group]); });
-                add_products<D, W, R, P>(w, part, first, step, total);
+                add_words<D, W, R, P>(w, part, first, step, total);
                 settle_nested<D, R, P>(w, part, group, total, whole);
             }
             each_sum<R, P>([&](int r, int p, int v) {

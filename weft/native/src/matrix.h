@@ -13,7 +13,6 @@ namespace weft::WEFT_ISA {
 inline constexpr int MATRIX_ROWS = 16;
 
 #if defined(WEFT_MATRIX)
-
 // A thread's registers while this lives: sums in 0 to 3, rows in 4 and 5, weights in 6 and 7; of tiles of at most `high` rows.
 class Registers {
     struct alignas(LINE_BYTES) Sizes {
