@@ -14,7 +14,7 @@ const WORDS = {
 };
 const SHOW_RECOVERY_MS = 8000;
 
-let [restarts, up, recoveredAt, shown, draining] = [null, false, -Infinity, "", false];
+let [restarts, up, restarted, recoveredAt, shown, draining] = [null, false, false, -Infinity, "", false];
 const listeners = new Set();
 
 /** f(ready) whenever the server begins or ceases to answer requests. */
@@ -33,10 +33,12 @@ function judge(state) {
   let name = "lost";
   if (state) {
     name = state.status in WORDS ? state.status : "stalled";
-    if (restarts !== null && state.engine_restarts > restarts) recoveredAt = now;
+    if (restarts !== null && state.engine_restarts > restarts) restarted = true;
     if (restarts !== null && state.engine_restarts < restarts) up = false; // another server
     restarts = state.engine_restarts;
     if (name === "loading" && up) name = "down";
+    // A restart is counted when the engine ends; it has recovered when it answers again, however long that takes.
+    if (name === "ok" && restarted) [restarted, recoveredAt] = [false, now];
     if (name === "ok" && now - recoveredAt < SHOW_RECOVERY_MS) name = "recovered";
   }
   show(name, state);
