@@ -13,7 +13,7 @@ from weft.ops.ref.attention import merge
 
 BLOCK, KV_HEADS, EACH = 16, 2, 3
 STORES = {"float32": 0, "bfloat16": 1, "int8": 2}
-PAIRS = {"float32": (), "bfloat16": ("avx512_bf16",), "int8": ("amx", "avx512_bf16", "avx512_vnni")}
+PAIRS = {"float32": (), "bfloat16": ("amx", "avx512_bf16"), "int8": ("amx", "avx512_bf16", "avx512_vnni")}
 """Instruction sets that multiply such rows two numbers at a time, so that queries and weights are rounded."""
 
 

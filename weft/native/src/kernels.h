@@ -230,7 +230,7 @@ struct Kernels {
     void (*softcap)(float* x, int64_t count, float cap, Share);
     void (*embed)(const Weight&, const int64_t* tokens, float scale, float* out, int64_t stride, int64_t rows, Share);
     void (*store)(const Attend&, const Place&, const float* k, const float* v, int64_t stride, int64_t rows, Share);
-    void (*attend)(const Attend&, const Place&, const Seen&, const Item&, const int32_t* rows, float* partials);
+    void (*attend)(const Attend&, const Place&, const Seen&, const Item&, const Item* after, const int32_t* rows, float* partials);
     void (*merge)(const Attend&, const Joined*, int64_t count, const int64_t* places, const float* partials, Share);
     void (*weigh)(const Attend&, const Place&, const Seen&, const Weigh&, const Item&, const int32_t* rows);
     void (*pack)(const Weight&, const void* source, int source_kind, int64_t n, int64_t first, Share);

@@ -13,27 +13,30 @@ namespace weft::WEFT_ISA {
 inline constexpr int MATRIX_ROWS = 16;
 
 #if defined(WEFT_MATRIX)
-// A thread's registers while this lives: sums in 0 to 3, rows in 4 and 5, weights in 6 and 7; of tiles of at most `high` rows.
+// A thread's registers while this lives.
 class Registers {
+public:
     struct alignas(LINE_BYTES) Sizes {
         uint8_t palette = 1, start = 0, none[14] = {};
         uint16_t bytes[16] = {};
         uint8_t rows[16] = {};
+
+        void set(int index, int64_t high, int64_t wide = LINE_BYTES) {
+            if (high > 0) rows[index] = static_cast<uint8_t>(high), bytes[index] = static_cast<uint16_t>(wide);
+        }
     };
 
-public:
-    explicit Registers(int64_t high) : used(high > 0) {  // none of 0 rows
+    // Sums in 0 to 3, rows in 4 and 5, weights in 6 and 7; of tiles of at most `high` rows, none of 0.
+    explicit Registers(int64_t high) : used(high > 0) {
         if (!used) return;
         Sizes sizes;
-        const auto size = [&](int index, int64_t rows) {
-            if (rows > 0) sizes.rows[index] = static_cast<uint8_t>(rows), sizes.bytes[index] = LINE_BYTES;
-        };
         const bool two = high > MATRIX_ROWS;
         const int64_t first = two ? MATRIX_ROWS : high, second = high - MATRIX_ROWS;
-        size(0, first), size(1, first), size(2, two ? second : first), size(3, two ? second : first);
-        size(4, first), size(5, second), size(6, MATRIX_ROWS), size(7, MATRIX_ROWS);
+        for (int i = 0; i < 4; i++) sizes.set(i, two && i > 1 ? second : first);
+        sizes.set(4, first), sizes.set(5, second), sizes.set(6, MATRIX_ROWS), sizes.set(7, MATRIX_ROWS);
         asm volatile("ldtilecfg %0" ::"m"(sizes));
     }
+    explicit Registers(const Sizes& sizes) : used(true) { asm volatile("ldtilecfg %0" ::"m"(sizes)); }
     ~Registers() {
         if (used) asm volatile("tilerelease");
     }

@@ -154,17 +154,4 @@ void paired_mix(const Entries& from, int64_t offset, const uint32_t* weights, co
 }
 #endif
 
-// Calls `run` with the kind of rows that are `stored`, as their products are computed here.
-template <class Run>
-WEFT_INLINE void with_rows(Format stored, [[maybe_unused]] int dim, const Run& run) {
-    if (stored == Format::F32) return run(WideRows{});
-#if defined(__AVX512BF16__) && !defined(WEFT_MATRIX)  // processors with both multiply pairs of bfloat16 slower than floats
-    if (stored == Format::BF16 && HalfPairs::fit(dim)) return run(HalfPairs{});
-#endif
-#if defined(__AVX512VNNI__)
-    if (stored != Format::BF16 && BytePairs::fit(dim)) return run(BytePairs{});
-#endif
-    stored == Format::BF16 ? run(HalfRows{}) : run(ByteRows{});
-}
-
 }  // namespace weft::WEFT_ISA

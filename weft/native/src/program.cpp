@@ -57,8 +57,11 @@ void Program::run(int64_t first, int64_t stop, Step& step) {
 }
 
 void Program::attend(const Attend& a, size_t group, const Attending& all, Step& step, Share share) {
-    for (size_t i = static_cast<size_t>(share.index); i < all.items.size(); i += static_cast<size_t>(share.count))
-        kernels_->attend(a, step.places[group], step.seen, all.items[i], all.rows.data(), step.partials.data());
+    const auto count = static_cast<size_t>(share.count);
+    for (size_t i = static_cast<size_t>(share.index); i < all.items.size(); i += count) {
+        const Item* after = i + count < all.items.size() ? &all.items[i + count] : nullptr;
+        kernels_->attend(a, step.places[group], step.seen, all.items[i], after, all.rows.data(), step.partials.data());
+    }
     if (all.joined.empty()) return;  // the same for every thread
     pool_.meet();
     kernels_->merge(a, all.joined.data(), static_cast<int64_t>(all.joined.size()), all.places.data(), step.partials.data(), share);

@@ -39,14 +39,17 @@ inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t 
         const char* row = place.arena + *table * place.block_bytes + offset * row_bytes;
         const int64_t at = *table * place.positions_stride + offset;
         const int32_t* position = place.positions + at;
-        if (place.bias)
-            for (int64_t i = 0; i < place.block_tokens - offset && e + i < found.high; i++) found.bias[e + i] = place.bias[at + i];
-        for (; e < found.high && offset < place.block_tokens; e++, offset++, row += row_bytes, position++) {
-            found.rows[e] = row;
-            found.positions[e] = *position;
-            if (*position < found.lowest) found.lowest = *position;
-            if (*position > found.highest) found.highest = *position;
+        // Three plain loops, which compilers turn into vectors.
+        const int some = static_cast<int>(std::min<int64_t>(place.block_tokens - offset, found.high - e));
+        int32_t lowest = INT32_MAX, highest = -1;
+        for (int i = 0; i < some; i++) found.rows[e + i] = row + i * row_bytes;
+        for (int i = 0; i < some; i++) {
+            found.positions[e + i] = position[i];
+            lowest = std::min(lowest, position[i]), highest = std::max(highest, position[i]);
         }
+        for (int i = 0; i < some && place.bias; i++) found.bias[e + i] = place.bias[at + i];
+        found.lowest = std::min(found.lowest, lowest), found.highest = std::max(found.highest, highest);
+        e += some;
     }
     const auto fill = [&](int from, int to) {
         for (int e = from; e < to; e++) {
@@ -63,7 +66,7 @@ inline bool locate(const Place& place, int64_t sequence, int64_t start, int64_t 
 // A kv head's part of an entry.  `open` gives value i of words of several entries; `values` vectors of an entry's values from the
 // d-th on, the first LANES * V of them in an order of their own, which `place_of` tells.  What has a scale has its values without.
 struct WideRows {
-    static constexpr bool PAIRS = false;  // see pairs.h
+    static constexpr bool PAIRS = false, MATRIX = false;  // see pairs.h and squares.h
     static constexpr int PER = 1;  // values in a word of four bytes
     static constexpr bool SCALED = false;
     static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 4; }
@@ -78,7 +81,7 @@ struct WideRows {
     static WEFT_INLINE float value(const char* row, int d) { return reinterpret_cast<const float*>(row)[d]; }
 };
 struct HalfRows {  // bfloat16
-    static constexpr bool PAIRS = false;
+    static constexpr bool PAIRS = false, MATRIX = false;
     static constexpr int PER = 2;
     static constexpr bool SCALED = false;
     static WEFT_INLINE int64_t bytes(int dim) { return static_cast<int64_t>(dim) * 2; }
@@ -103,7 +106,7 @@ struct HalfRows {  // bfloat16
     static WEFT_INLINE float value(const char* row, int d) { return widen_one(reinterpret_cast<const uint16_t*>(row)[d]); }
 };
 struct ByteRows {  // int8, and a float32 behind them that multiplies all
-    static constexpr bool PAIRS = false;
+    static constexpr bool PAIRS = false, MATRIX = false;
     static constexpr int PER = 4;
     static constexpr bool SCALED = true;
     static WEFT_INLINE int64_t bytes(int dim) { return dim + 4; }
