@@ -151,6 +151,19 @@ def test_a_product_of_few_bits_is_right_whatever_stands_beside_its_row(
             assert torch.equal(product(machine, x[-rows:], packed, bias, rows, INPUTS[inputs]), most[-rows:])
 
 
+@pytest.mark.parametrize("text", [*FORMATS, *FEW], ids=str)
+def test_the_smallest_numbers_do_not_tell_rows_apart(machine: Machine, text: torch.dtype | str) -> None:
+    """Matrix registers take what is subnormal for 0, and so must vectors that stand in for them where rows are few."""
+    plain = random(3, 48, 512)
+    weight = quantize(plain, WeightFormat.parse(text)) if isinstance(text, str) else plain.to(text)
+    x = random(4, max(ROWS), 512) * 10.0 ** -torch.linspace(36, 41, 512)
+    packed = panels(machine.program, weight)
+    most = product(machine, x, packed, None, max(ROWS), INPUTS["bfloat16"])
+    assert (most.abs() > 0).any(), "all of it counts as nothing"
+    for rows in ROWS:
+        assert torch.equal(product(machine, x, packed, None, rows, INPUTS["bfloat16"]), most[:rows])
+
+
 def test_instruction_sets_agree_about_whole_numbers() -> None:
     """Sums of bytes are exact, so that only the last steps of each group may differ, of nested scales those of a row: none."""
     for text in ("int4:32:float", "int4", "int4:128"):
