@@ -88,7 +88,9 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     const bool nested = nests<D, W>(w) && way.makes;  // then a row has one sum
     const int64_t group = std::lcm(w.grouped() ? w.group / D::INPUTS : EACH, MATRICES ? LINE_WORDS : 1);
     const int64_t longest = !way.matrices ? NEAR_WORDS : way.makes ? MADE_WORDS : MATRIX_WORDS;
-    const int64_t near = tiles == 1 && !way.makes ? each : group > longest ? group : longest / group * group;
+    // One tile in matrix registers makes its words for itself, while it multiplies (`Making`).
+    const bool itself = way.matrices && way.makes && tiles == 1;
+    const int64_t near = tiles == 1 && (itself || !way.makes) ? each : group > longest ? group : longest / group * group;
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = way.fitting / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
@@ -111,9 +113,11 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     seen.place(read.weight, 0, panels, 0, end - begin);
                     seen.n = whole.n, seen.far = (panels / 2) * read.weight.panel_bytes();
                     widen(w, whole, panels, made, read.weight.panel_bytes());
+                } else if (itself) {
+                    seen.made = made;
                 } else if (way.makes) {
                     seen.made = made, seen.made_apart = (end - begin + 1) * LINE_BYTES;
-                    make_words<D, W>(w, whole, panels, made, seen.made_apart, tiles == 1);
+                    make_words<D, W>(w, whole, panels, made, seen.made_apart);
                 }
                 for (int64_t t = 0; t < tiles; t++) {
                     const int64_t top = count * t / tiles, tall = count * (t + 1) / tiles - top;
@@ -136,7 +140,7 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     const int high = static_cast<int>(tall);
                     if constexpr (MATRICES)
                         if (way.matrices) {
-                            matrix_tile_of<D, W, OFFSETS>(highest, panels)(a, part, ending);
+                            matrix_tile_of<D, W, OFFSETS>(highest, panels, itself)(a, part, ending);
                             continue;
                         }
                     const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS<D, W>>(high)

@@ -60,7 +60,7 @@ struct Part {
     // Of tiles in matrix registers (matrix.h): their rows; words that were made of their lines, from panel to panel `made_apart` bytes; and
     // whether `from` and `to` are memory that holds whole registers.
     int64_t high = 0, made_apart = 0;
-    const char* made = nullptr;
+    char* made = nullptr;
     bool near = false, keeps = false;
 
     // Lines of panels [p, p + panels), or of half as many gates and of what those open.

@@ -156,9 +156,65 @@ inline void put_squares(const Linear& a, const Part& part, const Squares<P>& fro
         }
 }
 
+// Words that a tile makes for itself, a few steps before it multiplies them, so that vectors work while registers do: a ring of steps for
+// each panel, in the first cache.
+template <class D, class W, int P>
+struct Making {
+    static constexpr int STEPS = 4, BEFORE = 2, EACH = W::VALUES / D::INPUTS, LINES = LINE_WORDS / EACH;
+    static constexpr int64_t BYTES = LINE_WORDS * LINE_BYTES;  // of a step's words
+    char* ring;
+    const char* from[P];   // lines that are not made yet
+    const char* times[P];  // multiples of the group that they are in
+    int64_t made = 0, steps, next, line = 0;  // line: of that group
+
+    Making(const Weight& w, const Part& part, int64_t steps) : ring(part.made), steps(steps), next(part.next) {
+        for (int p = 0; p < P; p++) {
+            const char* panel = panel_of<P>(w, part.panel, part.far, p);
+            from[p] = panel + part.line * LINE_BYTES;
+            if constexpr (NESTS<D, W, false>) times[p] = panel + w.scales_at() + part.line * W::VALUES / w.group * w.scale_stride();
+        }
+    }
+    WEFT_INLINE char* place(int64_t step, int p) const { return ring + (p * STEPS + step % STEPS) * BYTES; }
+
+    WEFT_INLINE void make(const Weight& w) {
+        bool nested = false;
+        if constexpr (NESTS<D, W, false>) nested = w.nested;
+        for (int done = 0, count = LINES; done < LINES; done += count) {
+            if constexpr (NESTS<D, W, false>)
+                if (nested) count = static_cast<int>(std::min<int64_t>(LINES - done, w.group / W::VALUES - line));
+            for (int p = 0; p < P; p++) {
+                auto* to = reinterpret_cast<float*>(place(made, p)) + done * EACH * PANEL;
+                if constexpr (NESTS<D, W, false>)
+                    if (nested) {
+                        if (line == 0) __builtin_prefetch(times[p] + next, 0, 2);
+                        widen_group(from[p], reinterpret_cast<vu>(load_bytes(times[p])), count, to);
+                        continue;
+                    }
+#pragma GCC unroll 4
+                for (int i = 0; i < count; i++) {
+                    const vu raw = load_bits(from[p] + i * LINE_BYTES);
+                    for (int j = 0; j < EACH; j++, to += PANEL) store(to, reinterpret_cast<vf>(D::word(W{}, raw, j)));
+                }
+            }
+            for (int p = 0; p < P; p++) from[p] += count * LINE_BYTES;
+            if constexpr (NESTS<D, W, false>)
+                if (nested && (line += count) == w.group / W::VALUES) {
+                    line = 0;
+                    for (int p = 0; p < P; p++) times[p] += w.scale_stride();
+                }
+        }
+        made++;
+    }
+    // Those that are multiplied soon.
+    WEFT_INLINE void make_until(const Weight& w, int64_t step) {
+        while (made < steps && made <= step + BEFORE) make(w);
+    }
+};
+
 // Adds the products of steps [first, stop) to the registers, and ends rows of the tile before meanwhile.
-template <class D, class W, bool OFFSETS, int S, int P>
-WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int64_t stop, const char*& later, Ending& ending) {
+template <class D, class W, bool OFFSETS, int S, int P, bool MAKES>
+WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int64_t stop, const char*& later, Ending& ending,
+                           Making<D, W, P>& making) {
     constexpr int EACH = W::VALUES / D::INPUTS, LINES = LINE_WORDS / EACH;  // lines of the weight for a step
     const char *panels[P], *lines[P];
     for (int p = 0; p < P; p++) {
@@ -171,6 +227,10 @@ WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int
     const int64_t cold = part.cold ? (part.high + stop - first - 1) / (stop - first) : 0;
     int64_t asked = 0;
     for (int64_t step = first; step < stop; step++, rows += apart) {
+        if constexpr (MAKES) {
+            making.make_until(w, step);
+            for (int p = 0; p < P; p++) lines[p] = making.place(step, p);
+        }
         load_register<4>(rows, LINE_BYTES);
         if constexpr (S == 2) load_register<5>(rows + MATRIX_ROWS * LINE_BYTES, LINE_BYTES);
         [&]<int... p>(std::integer_sequence<int, p...>) {
@@ -182,7 +242,7 @@ WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int
                 __builtin_prefetch(later, 0, 2);
                 if (P > 1) __builtin_prefetch(later + part.apart, 0, 2);
             }
-        } else if (!part.made) {
+        } else if (MAKES || !part.made) {
             for (int i = 0; i < LINES; i++) ask_for<P>(panels, part.line + step * LINES + i, w.k / W::VALUES, part.next);
         }
         for (int64_t i = 0; i < cold && asked < part.high; i++, asked++, row.row++, row.to.at += row.to.stride) ask_to_write<1, P>(ending.a, row);
@@ -208,13 +268,14 @@ inline void add_group(const Weight& w, const Part& part, int64_t group, const Sq
         });
 }
 
-template <class D, class W, bool OFFSETS, int S, int P>
+template <class D, class W, bool OFFSETS, int S, int P, bool MAKES>
 void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     const Weight& w = a.weight;
     const bool nested = NESTS<D, W, OFFSETS> && w.nested, grouped = W::SCALED && w.grouped() && !nested;
     const int64_t steps = part.lines * EACH / LINE_WORDS, each = grouped ? w.group / D::INPUTS / LINE_WORDS : steps;
     const char* later = part.later;
+    Making<D, W, P> making(w, part, steps);
     if (grouped || ending.rest != end_rows<D, W, OFFSETS, P>) ending.finish();
     ending.a = a;
     Squares<P>& found = *reinterpret_cast<Squares<P>*>(ending.kept[1 - ending.which]);
@@ -229,7 +290,7 @@ void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
         } else {
             each_register<S, P>([&](auto sum, auto, auto) { clear_register<sum>(); });
         }
-        add_steps<D, W, OFFSETS, S, P>(w, part, first, first + each, later, ending);
+        add_steps<D, W, OFFSETS, S, P, MAKES>(w, part, first, first + each, later, ending, making);
         if constexpr (W::SCALED) {
             if (grouped) {
                 alignas(LINE_BYTES) Squares<P> some;
@@ -256,20 +317,18 @@ void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
     ending.whole = W::SCALED && !grouped, ending.rest = end_rows<D, W, OFFSETS, P>;
 }
 
-// Lines [line, line + lines) of the panels of `part`, word by word as D multiplies them, `apart` bytes from panel to panel.  ask: whether
-// to ask memory for the lines behind them, which come next or belong to the next stretch.
+// Lines [line, line + lines) of the panels of `part`, word by word as D multiplies them, `apart` bytes from panel to panel.
 template <class D, class W>
-inline void make_words(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart, bool ask) {
+inline void make_words(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     if constexpr (NESTS<D, W, false>)
-        if (w.nested) return widen(w, part, panels, out, apart, ask);
+        if (w.nested) return widen(w, part, panels, out, apart);
     for (int64_t p = 0; p < panels; p++) {
         const int64_t half = panels / 2, second = half && p >= half;
         const char* from = part.panel + (second ? part.far + (p - half) * w.panel_bytes() : p * w.panel_bytes()) + part.line * LINE_BYTES;
         auto* to = reinterpret_cast<float*>(out + p * apart);
         for (int64_t line = 0; line < part.lines; line++, from += LINE_BYTES) {
             const vu raw = load_bits(from);
-            if (ask) __builtin_prefetch(from + AHEAD / 2 * LINE_BYTES);
 #pragma GCC unroll 4
             for (int j = 0; j < EACH; j++, to += PANEL) store(to, reinterpret_cast<vf>(D::word(W{}, raw, j)));
         }
@@ -278,20 +337,28 @@ inline void make_words(const Weight& w, const Part& part, int64_t panels, char* 
 
 using MatrixTile = void (*)(const Linear&, const Part&, Ending&);
 
+// makes: whether a tile makes its words for itself.
 template <class D, class W, bool OFFSETS>
-MatrixTile matrix_tile_of(int64_t high, int64_t panels) {
-    if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1> : matrix_tile<D, W, OFFSETS, 2, 2>;
-    return panels == 1 ? matrix_tile<D, W, OFFSETS, 1, 1> : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2> : matrix_tile<D, W, OFFSETS, 1, 4>;
+MatrixTile matrix_tile_of(int64_t high, int64_t panels, bool makes) {
+    if constexpr (W::VALUES != D::INPUTS)
+        if (makes) {
+            if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1, true> : matrix_tile<D, W, OFFSETS, 2, 2, true>;
+            return panels == 1 ? matrix_tile<D, W, OFFSETS, 1, 1, true> : matrix_tile<D, W, OFFSETS, 1, 2, true>;
+        }
+    if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1, false> : matrix_tile<D, W, OFFSETS, 2, 2, false>;
+    return panels == 1   ? matrix_tile<D, W, OFFSETS, 1, 1, false>
+           : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2, false>
+                         : matrix_tile<D, W, OFFSETS, 1, 4, false>;
 }
 #else
 struct Registers {
     explicit Registers(int64_t) {}
 };
 template <class D, class W>
-inline void make_words(const Weight&, const Part&, int64_t, char*, int64_t, bool) {}
+inline void make_words(const Weight&, const Part&, int64_t, char*, int64_t) {}
 struct Ending {};
 template <class D, class W, bool OFFSETS>
-void (*matrix_tile_of(int64_t, int64_t))(const Linear&, const Part&, Ending&) { return nullptr; }
+void (*matrix_tile_of(int64_t, int64_t, bool))(const Linear&, const Part&, Ending&) { return nullptr; }
 #endif
 
 }  // namespace weft::WEFT_ISA

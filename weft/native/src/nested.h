@@ -19,35 +19,36 @@ typedef uint16_t v16 __attribute__((vector_size(4 * WEFT_LANES)));
 WEFT_INLINE vu times_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret_cast<v16>(x) * reinterpret_cast<v16>(y)); }
 WEFT_INLINE vu plus_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret_cast<v16>(x) + reinterpret_cast<v16>(y)); }
 
-// Lines [first, first + count) of a panel of I4 as twice as many of I8, and a line of the rows' scales behind them.  A value times its
-// multiple stands as (value - 8) * multiple + 128, which a byte holds whatever the sign, so that two of them make a whole number of 16
-// bits that is right by itself: what the lower one borrows in between, it gives back.  ask: whether to ask memory for the lines behind.
-inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64_t count, char* out, bool ask) {
+// Lines of I4 of one group, from `from` on, as twice as many of I8, where LANES outputs have these multiples.  A value times its multiple
+// stands as (value - 8) * multiple + 128, which a byte holds whatever the sign, so that two of them make a whole number of 16 bits that is
+// right by itself: what the lower one borrows in between, it gives back.
+WEFT_INLINE void widen_group(const char* from, vu times, int64_t lines, float* to) {
+    const vu both = times << 16 | (times & 0xffffu), start = (128u - 8u * times) * 257u, bias = start << 16 | (start & 0xffffu);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < lines; i++, from += LINE_BYTES, to += 2 * PANEL) {
+        const vu word = load_bits(from);
+        for (int j = 0; j < I4::QUADS; j++)
+            store(to + j * PANEL, reinterpret_cast<vf>(plus_halves(times_halves(I4::quad(word, j), both), bias)));
+    }
+}
+// Lines [first, first + count) of a panel of I4 as those of I8, and a line of the rows' scales behind them.
+inline void widen_lines(const Weight& w, const char* panel, int64_t first, int64_t count, char* out) {
     const int64_t step = w.group / I4::VALUES;
     for (int v = 0; v < PARTS; v++) {
         auto* to = reinterpret_cast<float*>(out) + v * LANES;
-        const char* from = panel + first * LINE_BYTES + v * LANES * 4;
-        for (int64_t done = 0; done < count; done += step) {
-            const vu times = reinterpret_cast<vu>(multiples(w, panel, (first + done) / step, v));
-            const vu both = times << 16 | (times & 0xffffu), start = (128u - 8u * times) * 257u, bias = start << 16 | (start & 0xffffu);
-#pragma GCC unroll 4
-            for (int64_t i = 0; i < step; i++, from += LINE_BYTES, to += 2 * PANEL) {
-                const vu word = load_bits(from);
-                if (ask) __builtin_prefetch(from + AHEAD / 2 * LINE_BYTES);
-                for (int j = 0; j < I4::QUADS; j++)
-                    store(to + j * PANEL, reinterpret_cast<vf>(plus_halves(times_halves(I4::quad(word, j), both), bias)));
-            }
-        }
+        const char *from = panel + (first * LINE_BYTES + v * LANES * 4), *times = panel + w.scales_at() + first / step * w.scale_stride() + v * LANES;
+        for (int64_t done = 0; done < count; done += step, from += step * LINE_BYTES, to += step * 2 * PANEL, times += w.scale_stride())
+            widen_group(from, reinterpret_cast<vu>(load_bytes(times)), step, to);
         store(to, row_scales(w, panel, v));
     }
 }
 
 // The lines of `part`, of each of its panels one after the other, `apart` bytes from each other.
-inline void widen(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart, bool ask = false) {
+inline void widen(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart) {
     for (int64_t p = 0; p < panels; p++) {
         const int64_t half = panels / 2, second = half && p >= half;
         widen_lines(w, part.panel + (second ? part.far + (p - half) * w.panel_bytes() : p * w.panel_bytes()), part.line, part.lines,
-                    out + p * apart, ask);
+                    out + p * apart);
     }
 }
 
