@@ -30,7 +30,7 @@ inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
 // Matrix registers: rows of bytes that they are for, at least, and of bfloat16 where weights have to be made words; words of a stretch,
 // which is all inputs of most weights, since sums cost more to put down than lines to read from the second cache; of one for which words
 // are made, in the first; words of a block of rows, and its rows at most: they compute so fast that weights are to be read for many.
-inline constexpr int64_t MATRIX_FROM = 2, HALVES_FROM = 5, MATRIX_WORDS = 4096, MADE_WORDS = 224;
+inline constexpr int64_t MATRIX_FROM = 2, HALVES_FROM = 3, MATRIX_WORDS = 4096, MADE_WORDS = 224;
 inline constexpr int64_t MATRIX_BLOCK_WORDS = 320 * 1024, MATRIX_BLOCK = 512;
 static_assert(MATRIX_BLOCK * TILE_PANELS * PANEL <= BETWEEN_SCRATCH);
 
