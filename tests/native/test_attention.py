@@ -162,6 +162,30 @@ def test_biases_of_entries_and_the_sum_that_is_handed_out(
 
 
 @pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize(("each", "block"), [(1, 16), (14, 64), (16, 16), (24, 16), (32, 7), (7, 24)])
+def test_any_group_of_heads_and_any_block(
+    machine: Machine, kind: str, each: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a soft cap and biases together; and a row alone has the bits that it has in company."""
+    monkeypatch.setattr(f"{__name__}.EACH", each)
+    monkeypatch.setattr(f"{__name__}.BLOCK", block)
+    stored, q, positions = Stored(kind, 150, 64), queries(7, 64), torch.arange(143, 150)
+    bias = torch.randint(1, 9, (150,), generator=torch.Generator().manual_seed(5)).float().log()
+    for cap, given in ((0.0, None), (20.0, bias)):
+        out, lse = stored.attend_and_sum(machine, q, positions, 90, cap, given)
+        wanted, sums = stored.wanted_and_sum(q, positions, 90, cap, given)
+        most, mean = closeness(machine, kind)
+        assert (out - wanted).abs().max() < most
+        assert (out - wanted).abs().mean() < mean
+        assert (lse - sums).abs().max() < most
+        for row in (0, 6):
+            one = slice(row, row + 1)
+            assert torch.equal(
+                stored.attend_and_sum(machine, q[one].clone(), positions[one].clone(), 90, cap, given)[0], out[one]
+            )
+
+
+@pytest.mark.parametrize("kind", STORES)
 def test_results_over_parts_merge_by_their_sums(machine: Machine, kind: str) -> None:
     """What two sets of entries give apart, each with the others at -inf, is by `ref.attention.merge` what all give together."""
     stored, q, positions = Stored(kind, 150, 64), queries(3, 64), torch.arange(147, 150)

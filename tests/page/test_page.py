@@ -294,16 +294,20 @@ def test_a_killed_engine_shows_and_recovers(page: Any, url: str) -> None:
     whole = complete(url, **body)["choices"][0]["text"]
     engine = httpx.get(f"{url}/health").json()["engine_pid"]
     nursery = int(Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[1])
-    page.locator("#requests tr[data-state=finished]").wait_for()  # or the one that ended is taken for the next one
+    page.locator(
+        "#requests tr[data-state=finished]"
+    ).first.wait_for()  # or the one that ended is taken for the next one
     until(lambda: metrics(url)["weft:requests_running"] == number(page, "#n-running") == 0, page=page)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(complete, url, **body)
         until(lambda: metrics(url)["weft:requests_running"] == 1)
         os.kill(engine, signal.SIGSTOP)  # so that the answer cannot end before the page has looked
-        until(lambda: number(page, "#n-running") == 1, page=page)
-        request = page.locator("#requests tr[data-state=running]").get_attribute("data-request")
-        os.kill(nursery, signal.SIGKILL)  # so that the next one takes longer than the page takes to look
-        os.kill(engine, signal.SIGKILL)
+        try:
+            until(lambda: number(page, "#n-running") == 1, page=page)
+            request = page.locator("#requests tr[data-state=running]").get_attribute("data-request")
+            os.kill(nursery, signal.SIGKILL)  # so that the next one takes longer than the page takes to look
+        finally:
+            os.kill(engine, signal.SIGKILL)
         page.locator("#state[data-state=down]").wait_for()
         page.locator("#state[data-state=recovered]").wait_for(timeout=60_000)
         assert job.result()["choices"][0]["text"] == whole

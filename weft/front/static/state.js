@@ -34,7 +34,7 @@ function judge(state) {
   if (state) {
     name = state.status in WORDS ? state.status : "stalled";
     if (restarts !== null && state.engine_restarts > restarts) restarted = true;
-    if (restarts !== null && state.engine_restarts < restarts) up = false; // another server
+    if (restarts !== null && state.engine_restarts < restarts) [up, restarted] = [false, false]; // another server
     restarts = state.engine_restarts;
     if (name === "loading" && up) name = "down";
     // A restart is counted when the engine ends; it has recovered when it answers again, however long that takes.

@@ -6,7 +6,7 @@
 // A chunk of which a row sees nothing leaves its result as it was.  So a row's bits depend on the entries that it sees, and on
 // nothing else.
 //
-// Legend.  M: (row, head) pairs of an item.  D: head_dim.  C: CHUNK.  E: KEY_PART.
+// Legend.  M: (row, head) pairs of an item.  D: head_dim.
 #pragma once
 
 #include "chunk.h"
@@ -79,10 +79,9 @@ struct Walk {
 template <class T>
 bool first_chunk(const Attend& a, const Place& place, const Item& item, const Item* after, Entries& found) {
     if (!after || after->unit >= 0 || after->kv_heads != item.kv_heads) return false;
-    const int64_t first = place.first[after->sequence];
     if (place.window && place.lengths[after->sequence] > place.window) return false;  // the first ones may be out of sight
     found.partly = false;
-    return locate(place, after->sequence, std::max(after->chunk, first / CHUNK) * CHUNK, a.kv_heads * T::bytes(a.dim), found);
+    return locate(place, after->sequence, after->chunk * CHUNK, a.kv_heads * T::bytes(a.dim), found);
 }
 
 template <class T>

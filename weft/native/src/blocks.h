@@ -16,7 +16,7 @@ namespace weft::WEFT_ISA {
 
 // Small groups are settled often, in floats that lie in registers beside the sums of fewer rows.
 inline constexpr int GROUPED_ROWS = LANES == 16 ? 8 : TILE_ROWS;
-// Rows of the largest tile in vectors.  Where there are matrix registers, those are for few rows of bytes and for odd widths alone.
+// Rows of the largest tile in vectors.  Where there are matrix registers, those are for few rows of bytes or few bits, and for odd widths.
 template <class D, class W>
 inline constexpr int DOT_ROWS = !MATRICES ? TILE_ROWS : D::SCALED && std::is_same_v<W, I4> ? GROUPED_ROWS : 4;
 inline constexpr int64_t SMALL_GROUP = 64;
@@ -27,10 +27,10 @@ inline constexpr int64_t OWN_ROWS = 16;             // that each thread rounds f
 
 // Whether nested weights are made bytes for so many rows, at least.
 inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
-// Matrix registers: rows of bytes that they are for, at least, and of bfloat16 where weights have to be made words; words of a stretch,
+// Matrix registers: rows of bytes that they are for, at least; words of a stretch,
 // which is all inputs of most weights, since sums cost more to put down than lines to read from the second cache; of one for which words
 // are made, in the first; words of a block of rows, and its rows at most: they compute so fast that weights are to be read for many.
-inline constexpr int64_t MATRIX_FROM = 2, HALVES_FROM = 3, MATRIX_WORDS = 4096, MADE_WORDS = 224;
+inline constexpr int64_t MATRIX_FROM = 2, MATRIX_WORDS = 4096, MADE_WORDS = 224;
 inline constexpr int64_t MATRIX_BLOCK_WORDS = 320 * 1024, MATRIX_BLOCK = 512;
 static_assert(MATRIX_BLOCK * TILE_PANELS * PANEL <= BETWEEN_SCRATCH);
 
@@ -47,7 +47,7 @@ WEFT_INLINE bool by_matrices(const Weight& w, int64_t rows) {
 // How a product of so many rows is computed.
 template <class D, class W>
 struct Way {
-    bool matrices, makes;  // in matrix registers; words for all tiles of a stretch
+    bool matrices, makes;  // in matrix registers; words that are made of the weight's lines
     int64_t most, wide;    // rows of a tile, panels beside each other
     int64_t fitting;       // words of a block of rows
 
@@ -55,9 +55,7 @@ struct Way {
         matrices = by_matrices<D, W>(w, rows);
         makes = matrices ? W::VALUES != D::INPUTS : nests<D, W>(w) && rows >= WIDENED_ROWS;
         most = matrices ? 2 * MATRIX_ROWS : !makes && w.grouped() && w.group <= SMALL_GROUP ? std::min(GROUPED_ROWS, DOT_ROWS<D, W>) : DOT_ROWS<D, W>;
-        // Even and odd sums of more than two rows and four panels are more than there are registers.
-        const bool many = MATRICES && !D::SCALED && W::SCALED && rows > 2;
-        wide = !matrices ? (many ? TILE_PANELS : panels_beside(rows)) : rows <= MATRIX_ROWS && !makes ? FEW_PANELS : TILE_PANELS;
+        wide = !matrices ? panels_beside(rows) : rows <= MATRIX_ROWS && !makes ? FEW_PANELS : TILE_PANELS;
         fitting = matrices ? MATRIX_BLOCK_WORDS : BLOCK_WORDS;
     }
 
@@ -90,7 +88,7 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     const int64_t longest = !way.matrices ? NEAR_WORDS : way.makes ? MADE_WORDS : MATRIX_WORDS;
     // One tile in matrix registers makes its words for itself, while it multiplies (`Making`).
     const bool itself = way.matrices && way.makes && tiles == 1;
-    const int64_t near = tiles == 1 && (itself || !way.makes) ? each : group > longest ? group : longest / group * group;
+    const int64_t near = itself || (tiles == 1 && !way.makes) ? each : group > longest ? group : longest / group * group;
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = way.fitting / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;

@@ -65,7 +65,7 @@ inline bool hidden(const Queries& queries, int row, const Entries& from, int64_t
     if (gap < 0 || (window && gap >= window)) return true;
     if (queries.tree_first >= 0 && guess >= 0 && queries.tree[row] != ~uint64_t{0} && (guess >= 64 || !(queries.tree[row] >> guess & 1)))
         return true;
-    return queries.visible && from.positions[e] != INT32_MAX && !queries.visible[(from.start + e) / queries.block];
+    return queries.visible && !queries.visible[(from.start + e) / queries.block];
 }
 // Whether every row sees every entry.
 inline bool all_seen(const Queries& queries, const Entries& from, int64_t window) {

@@ -172,10 +172,13 @@ WEFT_INLINE void hand_on(const Linear& a, const Part& part, const vf (&totals)[R
 template <class D, class W, bool OFFSETS>
 inline constexpr bool NESTS = std::is_same_v<D, Bytes> && std::is_same_v<W, I4> && !OFFSETS;
 
+// Rows from which on weights of few bits, made words of bfloat16, go through matrix registers.
+inline constexpr int64_t HALVES_FROM = 3;
+
 template <class D, class W, int R, int P>
 WEFT_INLINE void add_products(const Weight& w, const Part& part, int64_t first, int64_t words, typename D::Total (&result)[R][P][PARTS]) {
 #if defined(WEFT_MATRIX)
-    if constexpr (!D::SCALED && W::SCALED)
+    if constexpr (!D::SCALED && W::SCALED && R < HALVES_FROM)
         if (in_steps<D, W>(w)) return add_apart<W, R, P>(w, part, first, words, result);
 #endif
     add_words<D, W, R, P>(w, part, first, words, result);

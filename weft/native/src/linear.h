@@ -57,8 +57,8 @@ struct Part {
     int64_t each = 0, apart = 0;
     bool cold = false;              // whether what it writes is in no cache: rows of a result lie far from each other
     int32_t* handed = nullptr;      // where what gates open goes as words of the next product's inputs (mlp.h), [words, R]
-    // Of tiles in matrix registers (matrix.h): their rows; words that were made of their lines, from panel to panel `made_apart` bytes; and
-    // whether `from` and `to` are memory that holds whole registers.
+    // Of tiles in matrix registers (matrix.h): their rows; words that were made of their lines, from panel to panel `made_apart` bytes, or
+    // room for those that a tile makes itself; and whether `from` and `to` are memory that holds whole registers.
     int64_t high = 0, made_apart = 0;
     char* made = nullptr;
     bool near = false, keeps = false;

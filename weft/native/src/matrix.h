@@ -171,7 +171,10 @@ struct Making {
         for (int p = 0; p < P; p++) {
             const char* panel = panel_of<P>(w, part.panel, part.far, p);
             from[p] = panel + part.line * LINE_BYTES;
-            if constexpr (NESTS<D, W, false>) times[p] = panel + w.scales_at() + part.line * W::VALUES / w.group * w.scale_stride();
+            if constexpr (NESTS<D, W, false>) {
+                times[p] = panel + w.scales_at() + part.line * W::VALUES / w.group * w.scale_stride();
+                if (ring && w.nested) __builtin_prefetch(panel + next + w.line_bytes(), 0, 2);  // the scales of rows, which stand before those
+            }
         }
     }
     WEFT_INLINE char* place(int64_t step, int p) const { return ring + (p * STEPS + step % STEPS) * BYTES; }

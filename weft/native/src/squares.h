@@ -1,5 +1,5 @@
 // A chunk of keys and values in matrix registers (AMX), in bfloat16 both ways: queries, and the weights of values, are rounded to it.
-// Keys lie as registers want their rows, sixteen entries each; scores come out with a pair in each column, so that maxima and sums go
+// Keys lie as registers want their rows, sixteen entries each where those lie behind each other; scores come out with a pair in each column, so that maxima and sums go
 // over whole vectors.  Included by the files of the instruction sets.
 //
 // Legend.  M: (row, head) pairs of an item.  D: head_dim, in whole lines.  C: CHUNK.
@@ -12,14 +12,11 @@ namespace weft::WEFT_ISA {
 
 #if defined(WEFT_MATRIX)
 inline constexpr int LINE_VALUES = LINE_BYTES / 2;
-inline constexpr int BLOCK_ENTRIES = 2 * MATRIX_ROWS;
-static_assert(BLOCK_ENTRIES == KEY_PART);
+static_assert(KEY_PART == 2 * MATRIX_ROWS);
 
 struct HalfSquares : HalfRows {
     static constexpr bool MATRIX = true;
     static bool fit(int dim) { return dim % LINE_VALUES == 0; }
-    template <int V>
-    static int place_of(int i) { return paired_at(i); }
 };
 
 // Registers for pairs of which a kv head has `each`.  Scores: sums in 0 and 1, keys in 2, queries in 3, with as many columns as there are
@@ -60,7 +57,7 @@ WEFT_INLINE bool beside_each_other(const Entries& from, int e, int64_t apart) {
     return found;
 }
 
-// Scores of BLOCK_ENTRIES entries with a register's pairs, words [D / 2] that are QUERY_ROWS apart: [entries, pairs], rows `stride` apart.
+// Scores of KEY_PART entries with a register's pairs, words [D / 2] that are QUERY_ROWS apart: [entries, pairs], rows `stride` apart.
 WEFT_INLINE void square_scores(const KeyRows* keys, const uint32_t* queries, int dim, float* out, int64_t stride) {
     clear_register<0>(), clear_register<1>();
     for (int line = 0; line < dim / LINE_VALUES; line++) {
@@ -178,7 +175,7 @@ void square_chunk(const Attend& a, const Place& place, const Queries& queries, c
             for (int i = 0; i < MATRIX_ROWS && !near[t]; i++) std::memcpy(room + i * bytes, from.rows[e + i] + offset, static_cast<size_t>(bytes));
         }
         for (int m = 0; m < each; m += MATRIX_ROWS)
-            for (int e = first, at = h * each + begin_of(m); e < stop; e += BLOCK_ENTRIES)
+            for (int e = first, at = h * each + begin_of(m); e < stop; e += KEY_PART)
                 square_scores(rows + e / MATRIX_ROWS, queries.words + at, a.dim, found + e * stride + at, stride);
     }
     float most[QUERY_ROWS], total[QUERY_ROWS], before[QUERY_ROWS], now[QUERY_ROWS];

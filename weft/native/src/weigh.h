@@ -65,7 +65,14 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
 }
 
 inline void weigh(const Attend& a, const Place& place, const Seen& seen, const Weigh& to, const Item& item, const int32_t* rows) {
-    with_rows(place.stored, a.dim, [&](auto kind) { weigh_in<decltype(kind)>(a, place, seen, to, item, rows); });
+    with_rows(place.stored, a.dim, [&](auto kind) {
+        using T = decltype(kind);
+#if defined(WEFT_MATRIX)
+        if constexpr (T::MATRIX) return weigh_in<HalfPairs>(a, place, seen, to, item, rows);  // queries rounded as attention rounds them
+        else
+#endif
+            weigh_in<T>(a, place, seen, to, item, rows);
+    });
 }
 
 }  // namespace weft::WEFT_ISA
