@@ -294,9 +294,8 @@ def test_a_killed_engine_shows_and_recovers(page: Any, url: str) -> None:
     whole = complete(url, **body)["choices"][0]["text"]
     engine = httpx.get(f"{url}/health").json()["engine_pid"]
     nursery = int(Path(f"/proc/{engine}/stat").read_text().rpartition(")")[2].split()[1])
-    page.locator(
-        "#requests tr[data-state=finished]"
-    ).first.wait_for()  # or the one that ended is taken for the next one
+    # Until the page knows that this one has ended, or it is taken for the next one.
+    page.locator("#requests tr[data-state=finished]").first.wait_for()
     until(lambda: metrics(url)["weft:requests_running"] == number(page, "#n-running") == 0, page=page)
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(complete, url, **body)
