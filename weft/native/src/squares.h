@@ -1,6 +1,6 @@
 // A chunk of keys and values in matrix registers (AMX), in bfloat16 both ways: queries, and the weights of values, are rounded to it.
-// Keys lie as registers want their rows, sixteen entries each where those lie behind each other; scores come out with a pair in each column, so that maxima and sums go
-// over whole vectors.  Included by the files of the instruction sets.
+// Keys lie as registers want their rows, sixteen entries each where those lie behind each other; scores come out with a pair in each
+// column, so that maxima and sums go over whole vectors.  Included by the files of the instruction sets.
 //
 // Legend.  M: (row, head) pairs of an item.  D: head_dim, in whole lines.  C: CHUNK.
 #pragma once
