@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from weft.exec.batch import Batch, GroupBatch
 from weft.exec.deltas import Deltas
 from weft.exec.kvpool import KVPool
-from weft.exec.mirror import Ints, Mirror
+from weft.exec.mirror import Ints, Mirror, flattened
 from weft.slots import Target
 from weft.types import GroupKind, Work
 
@@ -42,20 +43,19 @@ class Gather:
 
     def batch(self, name: str, works: Sequence[Work], mine: Sequence[int]) -> tuple[Batch, list[Wanted]]:
         """The works' rows, flattened in their order, and where the logits of each will stand."""
-        bounds, positions = [0], list[Ints]()
-        logit_rows: list[Ints] = []
+        full = [softened(works[i]) for i in mine]
+        counts = np.array([len(work.tokens) for work in full])
+        bounds = [0, *np.cumsum(counts).tolist()]
+        owners, positions = flattened(counts)
+        positions += np.array([work.start for work in full])[owners]
+        logit_rows: list[int] = []
         wanted: list[Wanted] = []
         trees: dict[int, tuple[int, ...]] = {}
         vectors: list[tuple[int, Tensor]] = []
-        at = taken = 0
-        full = [softened(works[i]) for i in mine]
         for s, (i, work) in enumerate(zip(mine, full, strict=True)):
-            count, own = len(work.tokens), len(works[i].tokens)
-            context = count - work.guesses
-            positions.append(self._positions(work, context))
+            own, at = len(works[i].tokens), bounds[s]
             if work.parents:
-                first = count - len(work.parents)
-                trees[s] = tuple(first - 1 if p < 0 else first + p for p in work.parents)
+                trees[s] = self._tree(work, positions[at : bounds[s + 1]])
             if -1 in works[i].tokens:
                 vectors.extend(self._vectors(works[i], at))
             if work.soft:
@@ -63,21 +63,18 @@ class Gather:
                 vectors.append((at + own, learned.repeat(1 + works[i].guesses, 1)))
             sampled = min(own, 1 + works[i].guesses) if work.samples else 0
             if sampled or work.prompt_rows:
-                wanted.append(Wanted(i, taken, work.prompt_rows, sampled))
-                rows = range(at, at + work.prompt_rows), range(at + own - sampled, at + own)
-                logit_rows.extend(np.arange(r.start, r.stop) for r in rows)
-                taken += work.prompt_rows + sampled
-            at += count
-            bounds.append(at)
-        tokens = np.fromiter((t for work in full for t in work.tokens), np.int64, at)
+                wanted.append(Wanted(i, len(logit_rows), work.prompt_rows, sampled))
+                logit_rows.extend(range(at, at + work.prompt_rows))
+                logit_rows.extend(range(at + own - sampled, at + own))
+        tokens = np.fromiter(chain.from_iterable(work.tokens for work in full), np.int64, bounds[-1])
         members = self._members[name]
         sequences = [self.mirror.sequences[work.request] for work in full]
         batch = Batch(
             tokens_T=self._tensor(tokens),
-            positions_T=self._tensor(np.concatenate(positions)),
+            positions_T=self._tensor(positions),
             bounds=bounds,
-            groups=[self._group(g, full) for g in members if self.groups[g].kind is not GroupKind.PARKED],
-            logit_rows_N=self._tensor(np.concatenate(logit_rows) if logit_rows else np.empty(0, np.int64)),
+            groups=[self._group(g, full, counts) for g in members if self.groups[g].kind is not GroupKind.PARKED],
+            logit_rows_N=self._tensor(np.array(logit_rows, np.int64)),
             trees=trees,
             vectors=self._vector_rows(vectors),
             sequences=sequences if name == "target" else [self.mirror.plain for _ in mine],
@@ -85,28 +82,21 @@ class Gather:
         )
         return batch, wanted
 
-    def _positions(self, work: Work, context: int) -> Ints:
-        if not work.parents:
-            return np.arange(work.start, work.start + len(work.tokens))
-        depth: list[int] = []
+    def _tree(self, work: Work, positions: Ints) -> tuple[int, ...]:
+        """What each guess of the work's tree follows (`Batch.trees`), whose rows are put where they stand in the text."""
+        count, depth = len(work.tokens), list[int]()
         for p in work.parents:
             depth.append(0 if p < 0 else depth[p] + 1)
-        first = work.start + context - (len(depth) - work.guesses)  # position of a guess that follows the context
-        guessed = first + np.array(depth[len(depth) - work.guesses :], np.int64)
-        return np.concatenate([np.arange(work.start, work.start + context), guessed])
+        guesses = depth[len(depth) - work.guesses :]
+        # Those before them were computed in an earlier pass.
+        positions[count - work.guesses :] = work.start + count - len(depth) + np.array(guesses, np.int64)
+        first = count - len(depth)
+        return tuple(first - 1 if p < 0 else first + p for p in work.parents)
 
-    def _group(self, g: int, works: Sequence[Work]) -> GroupBatch:
-        sequences = [self.mirror.sequences[work.request] for work in works]
-        tables = np.zeros((len(works), max(s.used[g] for s in sequences)), np.int64)
-        lengths = np.empty(len(works), np.int64)
-        slots = []
-        for row, (work, s) in enumerate(zip(works, sequences, strict=True)):
-            tables[row, : s.used[g]] = s.table(g)
-            lengths[row] = self.mirror.entry(work, g) + len(work.tokens)
-            slots.append(self.mirror.slots(work, g))
-        slots_T = self._tensor(np.concatenate(slots))
-        first = np.array([s.first[g] for s in sequences], np.int64)
-        return GroupBatch(self._tensor(tables), self._tensor(first), self._tensor(lengths), slots_T)
+    def _group(self, g: int, works: Sequence[Work], counts: Ints) -> GroupBatch:
+        tables, lengths, slots = self.mirror.places(works, g, counts)
+        first = np.array([self.mirror.sequences[work.request].first[g] for work in works], np.int64)
+        return GroupBatch(self._tensor(tables), self._tensor(first), self._tensor(lengths), self._tensor(slots))
 
     def _vectors(self, work: Work, at: int) -> list[tuple[int, Tensor]]:
         """(batch row, vector) of each row whose input is a vector."""

@@ -97,18 +97,18 @@ class Reading:
                 first = batch.bounds[k] + len(work.tokens)
                 self._soft[work.request] = self._decoder.states(first, batch.bounds[k + 1], normed=False)
 
-    def settle(self, work: Work, path: Sequence[int], logits_NV: Tensor) -> None:
-        """Of the guesses' rows, those of `path` stand.  logits_NV: that the work was sampled from."""
+    def settle(self, work: Work, path: Sequence[int], logits_NV: Tensor, first: int) -> None:
+        """Of the guesses' rows, those of `path` stand.  logits_NV: that works were sampled from, this one from row `first` on."""
         draft = self._mirror.sequences[work.request].stack["draft"]
         if getattr(draft, "logits", False) and heard(draft, work.want):
-            self._logits[work.request] = logits_NV[[0, *(1 + j for j in path)]].float()
+            self._logits[work.request] = logits_NV[[first, *(first + 1 + j for j in path)]].float()
         found = self._rows.get(work.request)
         if found is not None and work.guesses:
             context = len(found) - work.guesses
             self._rows[work.request] = found[[*range(context), *(context + j for j in path)]]
         if work.soft:
-            first = work.soft * (1 + path[-1]) if path else 0
-            self._soft[work.request] = self._soft[work.request][first : first + work.soft]
+            behind = work.soft * (1 + path[-1]) if path else 0
+            self._soft[work.request] = self._soft[work.request][behind : behind + work.soft]
 
     def of(self, request: int) -> Tensor | None:
         """States [n, width] of a sequence's rows that stand, oldest first."""

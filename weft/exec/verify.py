@@ -102,19 +102,19 @@ class Sampling:
         self._warp(works, wanted, leads, sampled_NV)
         failed = self.masks.apply(works, wanted, leads, sampled_NV)
         winners, finite = self._draw(sampled_NV, rows, leads)
-        at = 0
+        sound, at = all(finite), 0
         for w in wanted:
             mine = slice(at, at + w.sampled)
             at += w.sampled
             if w.work in failed:
                 results[w.work] = msgspec.structs.replace(failed[w.work], rows=results[w.work].rows)
                 continue
-            if not all(finite[i] and finite[leads[i]] for i in range(at - w.sampled, at)):
+            if not sound and not all(finite[i] and finite[leads[i]] for i in range(mine.start, at)):
                 results[w.work] = WorkResult(rows=results[w.work].rows, failed=NOT_FINITE)
                 continue
             follows = bool(w.sampled) and leads[mine.start] != mine.start
             results[w.work] = self._result(
-                works[w.work], w, rows[mine], winners[mine], sampled_NV[mine], logits_NV, follows=follows
+                works[w.work], w, rows[mine], winners[mine], sampled_NV, mine, logits_NV, follows=follows
             )
 
     def _leads(self, works: Sequence[Work], wanted: list[Wanted]) -> list[int]:
@@ -129,12 +129,14 @@ class Sampling:
 
     def _warp(self, works: Sequence[Work], wanted: list[Wanted], leads: list[int], sampled_NV: Tensor) -> None:
         """Put the law of the slot `sample`, where a stack has one, in place of the rows that are drawn from."""
+        techniques = [self.mirror.sequences[works[w.work].request].stack.get("sample") for w in wanted]
+        if all(technique is None for technique in techniques):
+            return
         members: dict[int, list[int]] = {}
         for i, lead in enumerate(leads):
             members.setdefault(lead, []).append(i)
         at = 0
-        for w in wanted:
-            technique = self.mirror.sequences[works[w.work].request].stack.get("sample")
+        for w, technique in zip(wanted, techniques, strict=True):
             for i in range(at, at + w.sampled):
                 if technique is not None and leads[i] == i and len(members[i]) == 1 + technique.companions:
                     sampled_NV[i] = technique.warp(sampled_NV[members[i]].float())
@@ -242,11 +244,15 @@ class Sampling:
         rows: Sequence[sampler.Row],
         winners: list[int],
         sampled_NV: Tensor,
+        mine: slice,
         logits_NV: Tensor,
         *,
         follows: bool = False,
     ) -> WorkResult:
-        """follows: the draw was another row's."""
+        """mine: the work's own of sampled_NV; a view of them takes longer than all else of a plain row.
+
+        follows: the draw was another row's.
+        """
         s = self.mirror.sequences[work.request]
         context = len(work.tokens) - work.guesses
         told: list[TokenLogprob] = []
@@ -258,22 +264,22 @@ class Sampling:
         tokens, path = [winners[0]], list[int]()
         first = None if self.beside is None or not s.stack["accept"].laws else self.beside.first(work.request)
         if work.guesses or first is not None:
-            tokens, path = self._accepted(s, work, rows, winners, sampled_NV, first)
+            tokens, path = self._accepted(s, work, rows, winners, sampled_NV[mine], first)
         if work.guesses:
             s.stack["draft"].observe(work.guesses, len(path))
         tokens, ended = self.masks.cut(s, tokens)
         path = path[: len(tokens) - 1] if ended else path
         s.stale = tuple(winners[len(tokens) :]) if not work.parents else ()
-        self._reading.settle(work, path, sampled_NV)
+        self._reading.settle(work, path, sampled_NV, mine.start)
         if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
-                self.probe(s, rows[i].output, sampled_NV[i])
-        if path != list(range(len(path))):
+                self.probe(s, rows[i].output, sampled_NV[mine.start + i])
+        if path and path != list(range(len(path))):
             self._compact(work, context, path)
         chosen: list[TokenLogprob] = []
         if s.sampling.logprobs >= 0:
             at = [0, *(1 + j for j in path)]
-            chosen = [sampler.told(sampled_NV[i], rows[i], t) for i, t in zip(at, tokens, strict=True)]
+            chosen = [sampler.told(sampled_NV[mine.start + i], rows[i], t) for i, t in zip(at, tokens, strict=True)]
         if self.shallow is not None and not follows and path == list(range(len(path))):
             self.shallow.tell(work.request, w.first + w.prompt_rows, rows, tokens)
         s.write(work.start + context, tokens)  # a plan may speak of later rows before it says these
