@@ -46,15 +46,20 @@ class Judged:
             _place(self.along.decoder.tensors[part.target], part).copy_(rows)
 
     def compare(self, laws: Sequence[Tensor], found: Sequence[list[int]]) -> dict[str, Any]:
-        """kl and top1 along windows, given the other model's laws there."""
-        kl, same, count = 0.0, 0, 0
-        with torch.inference_mode():
-            for window, p in zip(found, laws, strict=True):
-                q = law(self.along, window)
-                kl += float((p.double().exp() * (p.double() - q.double())).sum())
-                same += int((p.argmax(-1) == q.argmax(-1)).sum())
-                count += len(window)
-        return {"kl": kl / count, "top1": same / count, "tokens": count}
+        """As the function, of the model as it is now."""
+        return compare(self.along, laws, found)
+
+
+def compare(along: Along, laws: Sequence[Tensor], found: Sequence[list[int]]) -> dict[str, Any]:
+    """kl and top1 along windows, given the other model's laws there."""
+    kl, same, count = 0.0, 0, 0
+    with torch.inference_mode():
+        for window, p in zip(found, laws, strict=True):
+            q = law(along, window)
+            kl += float((p.double().exp() * (p.double() - q.double())).sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            count += len(window)
+    return {"kl": kl / count, "top1": same / count, "tokens": count}
 
 
 def law(along: Along, window: list[int]) -> Tensor:

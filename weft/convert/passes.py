@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,19 @@ Progress = Callable[[int, int], None]
 class Along:
     """Computes windows of at most `length` tokens, each from its own beginning, by the reference operations.
 
-    wanted: whether rows' logits are wanted; else only hooks see what is computed.
+    wanted: whether rows' logits are wanted; else only hooks see what is computed.  more: what else `build` takes, such as the
+    kernels in place of the reference.
     """
 
     def __init__(
-        self, folder: Path, spec: DecoderSpec, length: int, *, wanted: bool = True, dtype: str = "float32"
-    ) -> None:
+        self, folder: Path, spec: DecoderSpec, length: int, *, wanted: bool = True, dtype: str = "float32", ops: str = "ref",
+        **more: Any,
+    ) -> None:  # fmt: skip
         groups, block_bytes = kv_groups(spec, dtype, BLOCK_TOKENS)
         self.length, self.wanted = length, wanted
         self.decoder: Decoder = build(
             spec, folder, dtype=dtype, max_rows=length, max_samples=length if wanted else 1, groups=groups,
-            invariant=False, ops="ref",
+            invariant=False, ops=ops, **more,
         )  # fmt: skip
         counts = [-(-length // group.block_tokens) for group in groups]
         self._tables = [list(range(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(len(counts))]
