@@ -17,6 +17,7 @@ from bench.rivals.checkpoint import drawn
 from bench.rivals.measure import Contender, Group, Turn, checked
 from bench.rivals.plan import Cell
 from bench.rivals.process import RivalError
+from bench.rivals.processor import cpuinfo
 from bench.rivals.weft_driver import Weft
 from tests.tools.test_rivals import STUB, TINY, VOCAB
 from weft.bench.limit import read_by
@@ -113,12 +114,12 @@ def test_without_weft_a_run_has_failed(group: Group, monkeypatch: pytest.MonkeyP
     assert program.main(["--out", str(tmp_path), "--threads", "1"]) == 1
 
 
-def test_a_rival_that_is_slower_than_elsewhere_is_flagged(record: dict[str, Any]) -> None:
+@pytest.mark.parametrize("new", [40, 64])
+def test_a_rival_that_is_slower_than_elsewhere_is_flagged(record: dict[str, Any], new: int) -> None:
     def flags(there: float, read_gb_s: float, prompt: int = 100) -> list[str]:
         figures = {"small": {"llama.cpp": {"int8": {"decode": {"2": there}}}}}
-        return rows.suspicions(
-            record["rows"], {"read_gb_s": read_gb_s, "prompt": prompt, "new": 40, "figures": figures}
-        )
+        other = {"read_gb_s": read_gb_s, "prompt": prompt, "new": new, "figures": figures}
+        return rows.suspicions(record["rows"], other)
 
     assert flags(1100, 10) == []
     assert len(flags(1120, 10)) == 1
@@ -127,10 +128,41 @@ def test_a_rival_that_is_slower_than_elsewhere_is_flagged(record: dict[str, Any]
     assert flags(1120, 10, prompt=128) == []  # another load
 
 
+@pytest.mark.parametrize(
+    ("family", "threads", "status"), [("26", 1, 1), ("25", 1, 0), ("26", 2, 0)], ids=["same", "other", "more threads"]
+)
+def test_a_slow_rival_on_the_same_processor_voids_the_run(
+    group: Group, family: str, threads: int, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On another one, or with other threads than the figures have, it is a note."""
+    figures = {"small": {"llama.cpp": {"int8": {"decode": {"2": 1120}}}}}
+    zen5 = {"model name": "AMD EPYC", "cpu family": "26"}
+    other = {"processor": zen5, "threads": threads, "read_gb_s": 10, "prompt": 100, "new": 64, "figures": figures}
+    monkeypatch.setattr(rows, "other_machine", lambda: other)
+    monkeypatch.setattr(rows, "cpuinfo", lambda: {**zen5, "cpu family": family, "flags": "fpu sse"})
+    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}))
+    assert program.main(["--out", str(tmp_path), "--threads", "1"]) == status
+    word = "void" if status else "slower than elsewhere"
+    assert f"{word}: llama.cpp Q8_0 on small, batch 2, prompt 100: 1000.0 tokens/s" in capsys.readouterr().err
+    page = (tmp_path / "rivals.md").read_text(encoding="utf8")
+    assert ("## Void" in page, "## Slower than elsewhere" in page) == (status == 1, status == 0)
+
+
+def test_the_processor_is_the_first_one_of_the_system(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu amx_int8\n\nprocessor\t: 1\n", encoding="utf8")
+    assert cpuinfo(path) == {"processor": "0", "model name": "A: B", "flags": "fpu amx_int8"}
+    assert cpuinfo(tmp_path / "none") == {}
+
+
 def test_figures_of_the_other_machine_can_be_looked_up() -> None:
     other = rows.other_machine()
     known = plan.rivals()
     assert other["read_gb_s"] > 0
+    assert set(other["processor"]) == {"model name", "cpu family"}
+    kept = json.loads((plan.ROOT / "bench" / "results" / "rivals-zen5" / "rivals.json").read_text(encoding="utf8"))
+    assert other["processor"]["model name"] == kept["machine"]["cpu"]
     for shape, engines in other["figures"].items():
         assert plan.find_shape(shape).is_file()
         for engine, formats in engines.items():
