@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from weft.bench.limit import read_by
 from weft.errors import ConfigError
 from weft.models.families import read
 
+RESULTS = plan.ROOT / "bench" / "results"
 CELL = Cell(batch=2, prompt=100, new=40)
 
 
@@ -64,7 +66,10 @@ def group() -> Group:
 @pytest.fixture
 def record(group: Group) -> dict[str, Any]:
     asked = plan.parse(["--shapes", "qwen2.5-0.5b", "--threads", "1"])
-    return program.record_of(asked, [group], {"other": "not installed: no wheel"}, ["python", "-m", "bench.rivals"])
+    absent = {"other": "not installed: no wheel"}
+    return program.record_of(
+        asked, [group], absent, ["python", "-m", "bench.rivals"], seconds=754.2, install_seconds=600.4
+    )
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -101,7 +106,7 @@ def test_more_than_the_machine_reads_is_void(
 ) -> None:
     for turn in group.contenders[1].turns[CELL]:
         turn.step_s, turn.read_gb_s = step_s, 10.0
-    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}))
+    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}, 0.0))
     void = 1_940_000 / step_s > 10e9
     assert program.main(["--out", str(tmp_path), "--threads", "1"]) == (1 if void else 0)
     assert ("void: llama.cpp Q8_0 on small, batch 2, prompt 100: 1.08" in capsys.readouterr().err) is void
@@ -110,7 +115,7 @@ def test_more_than_the_machine_reads_is_void(
 
 def test_without_weft_a_run_has_failed(group: Group, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     del group.contenders[0]
-    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}))
+    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}, 0.0))
     assert program.main(["--out", str(tmp_path), "--threads", "1"]) == 1
 
 
@@ -141,7 +146,7 @@ def test_a_slow_rival_on_the_same_processor_voids_the_run(
     other = {"processor": zen5, "threads": threads, "read_gb_s": 10, "prompt": 100, "new": 64, "figures": figures}
     monkeypatch.setattr(rows, "other_machine", lambda: other)
     monkeypatch.setattr(rows, "cpuinfo", lambda: {**zen5, "cpu family": family, "flags": "fpu sse"})
-    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}))
+    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}, 0.0))
     assert program.main(["--out", str(tmp_path), "--threads", "1"]) == status
     word = "void" if status else "slower than elsewhere"
     assert f"{word}: llama.cpp Q8_0 on small, batch 2, prompt 100: 1000.0 tokens/s" in capsys.readouterr().err
@@ -161,7 +166,7 @@ def test_figures_of_the_other_machine_can_be_looked_up() -> None:
     known = plan.rivals()
     assert other["read_gb_s"] > 0
     assert set(other["processor"]) == {"model name", "cpu family"}
-    kept = json.loads((plan.ROOT / "bench" / "results" / "rivals-zen5" / "rivals.json").read_text(encoding="utf8"))
+    kept = json.loads((RESULTS / "rivals-zen5" / "rivals.json").read_text(encoding="utf8"))
     assert other["processor"]["model name"] == kept["machine"]["cpu"]
     for shape, engines in other["figures"].items():
         assert plan.find_shape(shape).is_file()
@@ -199,6 +204,15 @@ def test_the_page_has_every_row_and_every_reason(record: dict[str, Any]) -> None
     assert "| 2 | 100 | weft | int8, inputs int8 | 1.10 / 1.20 | 2,000.0 | 2.00 | 0.19 | 400 | 0.40 | 100% |" in lines
     assert "- vllm (small, int8): does not / start here" in text
     assert "- other (everywhere): not installed: no wheel" in text
+    assert "The run took 754 s, 600 s of them for installing engines." in text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("rivals.json")), ids=lambda path: path.parent.name)
+def test_kept_records_can_be_read(path: Path) -> None:
+    """Some are from before a run told how long it took."""
+    kept = json.loads(path.read_text(encoding="utf8"))
+    assert ("The run took" in report.markdown(kept)) is ("seconds" in kept)
+    ElementTree.fromstring(report.svg(kept))
 
 
 def test_the_chart_is_whole(record: dict[str, Any]) -> None:
@@ -307,6 +321,7 @@ def test_a_whole_run_with_a_stub_beside_weft(
 
     def environment(name: str, *_: Any) -> Path:
         if name == "absent":
+            time.sleep(0.2)
             raise RivalError("not installed: no wheel")
         return Path(sys.executable)
 
@@ -325,6 +340,7 @@ def test_a_whole_run_with_a_stub_beside_weft(
     reasons = {one["engine"]: one["reason"] for one in record["missing"]}
     assert reasons["absent"] == "not installed: no wheel"
     assert "ended at measure (exit status 1)" in reasons["dying (int8)"]
+    assert 0.2 <= record["install_seconds"] < record["seconds"]
     assert (tmp_path / "out" / "rivals.svg").is_file()
     given = words.partition(" --cache")[0].replace(str(shape), shape.name)
     assert record["command"] == f"python -m bench.rivals {given}"
