@@ -29,7 +29,8 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo "  settings: HOST, PORT, MODEL (bundled, a folder or a hub id), ARGS (more flags of weft serve),"
 	@echo "            PYTHON, TORCH (auto, cpu, cuda), TORCH_INDEX (URL), PIP_ARGS; of rivals:"
-	@echo "            ONLY, SHAPES, FORMATS, BATCH, ROUNDS"
+	@echo "            ONLY, SHAPES, FORMATS, BATCH, ROUNDS; within 10 minutes once llama.cpp is installed:"
+	@echo "            make rivals ONLY=llama.cpp SHAPES=qwen2.5-0.5b FORMATS=bf16,int8 BATCH=1,16"
 
 serve: install ## install, then serve the bundled model on 127.0.0.1:8000
 	@exec $(BIN)/weft serve "$(MODEL)" --host "$(HOST)" --port "$(PORT)" $(ARGS)

@@ -2,7 +2,8 @@
 
     python -m bench.rivals --only llama.cpp --shapes qwen2.5-0.5b --formats bf16,int8 --batch 1,16
 
-writes rivals.json, rivals.md and rivals.svg into bench/results.  Exit status 1: a figure can't be right, or weft has none.
+writes rivals.json, rivals.md and rivals.svg into bench/results.  Exit status 1: a figure can't be right (or a rival
+is slower than it was on the same processor), or weft has none.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from weft.errors import EngineError
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
+    began = time.monotonic()
     try:
         plan = plans.parse(given)
         with unwinding():
-            groups, absent = measure(plan, plans.rivals(), Teller())
+            groups, absent, install_s = measure(plan, plans.rivals(), Teller())
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nended; nothing is written", file=sys.stderr)
         return 130
-    record = record_of(plan, groups, absent, ["python", "-m", "bench.rivals", *without_places(given)])
+    command = ["python", "-m", "bench.rivals", *without_places(given)]
+    seconds = time.monotonic() - began
+    record = record_of(plan, groups, absent, command, seconds=seconds, install_seconds=install_s)
     write(plan.out / "rivals.json", record)
     (plan.out / "rivals.md").write_text(report.markdown(record), encoding="utf8")
     (plan.out / "rivals.svg").write_text(report.svg(record), encoding="utf8")
@@ -54,10 +58,20 @@ def without_places(given: Sequence[str]) -> list[str]:
 
 
 def record_of(
-    plan: plans.Plan, groups: Sequence[Group], absent: dict[str, str], command: Sequence[str]
+    plan: plans.Plan,
+    groups: Sequence[Group],
+    absent: dict[str, str],
+    command: Sequence[str],
+    *,
+    seconds: float,
+    install_seconds: float,
 ) -> dict[str, Any]:
-    """Everything that is kept of a run."""
+    """Everything that is kept of a run.  seconds: that it took, those of installing engines among them."""
     found = [row for group in groups for row in rows.rows_of(group)]
+    elsewhere = rows.other_machine()
+    slow = rows.suspicions(found, elsewhere)
+    # Another processor may be slower at the same arithmetic; on the same one the harness has set something wrongly.
+    alike = rows.is_alike(elsewhere, plan.threads)
     return {
         "command": " ".join(command),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -66,10 +80,12 @@ def record_of(
         "cores": list(plan.cores),
         "memory_bytes": plan.memory_bytes,
         "rounds": plan.rounds,
+        "seconds": seconds,
+        "install_seconds": install_seconds,
         "read_gb_s": sorted({row["read_gb_s"] for row in found}),
         "rows": found,
-        "faults": rows.faults(found),
-        "flags": rows.suspicions(found, rows.other_machine()),
+        "faults": rows.faults(found) + (slow if alike else []),
+        "flags": [] if alike else slow,
         "missing": rows.missing_of(groups, absent),
         "engines": rows.engines_of(groups),
     }

@@ -60,18 +60,23 @@ class Group:
     missing: list[tuple[str, str]] = field(default_factory=list)
 
 
-def measure(plan: Plan, recipes: Mapping[str, Mapping[str, Any]], tick: Tick) -> tuple[list[Group], dict[str, str]]:
-    """Every group that the plan asks for, and the rivals that could not be installed with the reasons."""
+def measure(
+    plan: Plan, recipes: Mapping[str, Mapping[str, Any]], tick: Tick
+) -> tuple[list[Group], dict[str, str], float]:
+    """Every group that the plan asks for, the rivals that could not be installed with the reasons, and the seconds that
+    installing took."""
     if plan.cores:
         os.sched_setaffinity(0, plan.cores)
     pythons: dict[str, Path] = {}
     absent: dict[str, str] = {}
+    began = time.monotonic()
     for name in plan.only:
         try:
             pythons[name] = environment(name, recipes[name], plan.cache, tick, plan.pip_args)
         except RivalError as error:
             absent[name] = str(error)
             tick(f"{name}: {error}")
+    install_s = time.monotonic() - began
     groups = []
     for shape, config in plan.shapes:
         folder = drawn(config, plan.cache / "weights" / shape, lambda text, shape=shape: tick(f"{shape}: {text}"))  # type: ignore[misc]
@@ -86,7 +91,7 @@ def measure(plan: Plan, recipes: Mapping[str, Mapping[str, Any]], tick: Tick) ->
                     _enter(stack, plan, group, folder, engine, tick)
                 rounds(plan, group, tick)
             groups.append(group)
-    return groups, absent
+    return groups, absent, install_s
 
 
 def _enter(

@@ -43,9 +43,13 @@ HEADS = ("engine", "version", "kind", "shape")
 def _head(record: Mapping[str, Any]) -> list[str]:
     machine, gb_s = record["machine"], record["read_gb_s"]
     reading = f" The machine read {min(gb_s):.1f} to {max(gb_s):.1f} GB/s meanwhile." if gb_s else ""
+    took = ""
+    if "seconds" in record:  # records of before do not tell
+        installing = f"{record['install_seconds']:.0f} s of them for installing engines"
+        took = f" The run took {record['seconds']:.0f} s, {installing}."
     return [
         f"{record['date']}, {machine['cpu']}, {record['threads']} threads; medians of {record['rounds']} rounds in turns; "
-        f"the same random weights and prompts for all, greedy.{reading}",
+        f"the same random weights and prompts for all, greedy.{reading}{took}",
         "",
         f"    {record['command']}",
         "",

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.rivals.measure import Contender, Group, ratios
 from bench.rivals.plan import Cell
+from bench.rivals.processor import cpuinfo
 from weft.bench.limit import experts_hit
 from weft.models.spec import DecoderSpec
 
@@ -101,11 +102,14 @@ def faults(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def suspicions(rows: Iterable[Mapping[str, Any]], elsewhere: Mapping[str, Any]) -> list[str]:
-    """Rivals that are slower than on another machine by more than the memory of this one explains."""
+    """Rivals that are slower than on another machine by more than the memory of this one explains.
+
+    How many tokens are new is not looked at: a step hardly depends on it.
+    """
     found = []
     for row in rows:
         figures = elsewhere["figures"].get(row["shape"], {}).get(row["engine"], {}).get(row["format"], {})
-        same_load = row["prompt"] == elsewhere["prompt"] and row["new"] == elsewhere["new"]
+        same_load = row["prompt"] == elsewhere["prompt"]
         there = figures.get("decode", {}).get(str(row["batch"])) if same_load else None
         slower_memory = row["read_gb_s"] < SLACK * elsewhere["read_gb_s"]
         if there is not None and row["decode_tok_s"] < SLACK * there and not slower_memory:
@@ -114,6 +118,13 @@ def suspicions(rows: Iterable[Mapping[str, Any]], elsewhere: Mapping[str, Any]) 
                 f"{elsewhere['read_gb_s']:g} GB/s ({row['read_gb_s']:.1f} here); is it at its best?"
             )
     return found
+
+
+def is_alike(elsewhere: Mapping[str, Any], threads: int) -> bool:
+    """Whether this run has the processor and the threads of those figures, so that nothing excuses a slower rival."""
+    here = cpuinfo()
+    alike = all(here.get(name) == value for name, value in elsewhere["processor"].items())
+    return alike and threads == elsewhere["threads"]
 
 
 def said(row: Mapping[str, Any]) -> str:

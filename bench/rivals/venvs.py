@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.rivals.process import RivalError, run
+from bench.rivals.processor import cpuinfo
 
 MADE = "made.json"
 Tick = Callable[[str], None]
@@ -22,8 +23,10 @@ def environment(
     """The Python of a rival's environment, which is made where it is not there or its recipe has changed.
 
     recipe: `install`, lists of pip's arguments, one after the other; `check`, what Python must be able to run after that; and
-    as needed `build_env` and `timeout_s`.  pip's words go to `install.log` beside the environment.  Raises RivalError.
+    as needed `build_env`, `build_env_with` and `timeout_s`.  pip's words go to `install.log` beside the environment.
+    Raises RivalError.
     """
+    recipe = {**recipe, "build_env": build_env(recipe)}
     folder = cache / name
     venv, made, log = folder / "venv", folder / MADE, folder / "install.log"
     python = venv / "bin" / "python"
@@ -45,12 +48,25 @@ def environment(
         step("making an environment", [sys.executable, "-m", "venv", str(venv)])
         for arguments in recipe["install"]:
             pip = [str(python), "-m", "pip", "install", "--progress-bar", "off", "--no-input", *pip_args, *arguments]
-            step(f"installing {label(arguments)}", pip, recipe.get("build_env"))
+            step(f"installing {label(arguments)}", pip, recipe["build_env"])
         step("looking whether it starts", [str(python), "-c", recipe["check"]])
     except RivalError as error:
         raise RivalError(f"not installed: {error}") from None
     made.write_text(json.dumps(wanted), encoding="utf8")
     return python
+
+
+def build_env(recipe: Mapping[str, Any]) -> dict[str, str] | None:
+    """What pip's builds get in their environment: `build_env`, and behind it what `build_env_with` has for instruction
+    sets that this processor has."""
+    found: dict[str, str] | None = recipe.get("build_env")
+    here = cpuinfo().get("flags", "").split()
+    for instructions, more in recipe.get("build_env_with", {}).items():
+        if instructions in here:
+            found = dict(found or {})
+            for key, text in more.items():
+                found[key] = f"{found.get(key, '')} {text}".strip()
+    return found
 
 
 def label(arguments: Sequence[str]) -> str:

@@ -235,6 +235,28 @@ def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(steps) > again
 
 
+def test_flags_for_a_compilers_fault_are_used_where_it_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a cache that came from a machine where they are used is not taken where they are not."""
+    built: list[str] = []
+
+    def pretend(argv: Any, log: Path, timeout_s: float, env: Any = None, tick: Any = None) -> None:
+        if argv[1:3] == ["-m", "venv"]:
+            (Path(argv[3]) / "bin").mkdir(parents=True)
+            (Path(argv[3]) / "bin" / "python").touch()
+        elif argv[-1].startswith("llama-cpp-python"):
+            built.append(env["CMAKE_ARGS"])
+
+    recipe = plan.rivals()["llama.cpp"]
+    monkeypatch.setattr(venvs, "run", pretend)
+    for entries in ({"flags": "avx512f amx_int8"}, {"flags": "avx512f"}, {"flags": "fpu"}, {}):
+        monkeypatch.setattr(venvs, "cpuinfo", lambda entries=entries: entries)
+        venvs.environment("llama.cpp", recipe, tmp_path)
+    assert len(built) == 2  # the last three are alike
+    assert all(args.startswith("-DGGML_NATIVE=ON ") for args in built)
+    assert [args.endswith(" '-DCMAKE_CXX_FLAGS=-fno-dse -fno-tree-dse'") for args in built] == [True, False]
+    assert ["fno" in args for args in built] == [True, False]
+
+
 def test_a_rival_that_does_not_install_is_told_why(tmp_path: Path) -> None:
     recipe = {**RECIPE, "install": [["--no-index", "no-such-engine==1.0"]]}
     with pytest.raises(RivalError, match=r"not installed: .*no-such-engine"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,14 @@ from bench.rivals.checkpoint import drawn
 from bench.rivals.measure import Contender, Group, Turn, checked
 from bench.rivals.plan import Cell
 from bench.rivals.process import RivalError
+from bench.rivals.processor import cpuinfo
 from bench.rivals.weft_driver import Weft
 from tests.tools.test_rivals import STUB, TINY, VOCAB
 from weft.bench.limit import read_by
 from weft.errors import ConfigError
 from weft.models.families import read
 
+RESULTS = plan.ROOT / "bench" / "results"
 CELL = Cell(batch=2, prompt=100, new=40)
 
 
@@ -63,7 +66,10 @@ def group() -> Group:
 @pytest.fixture
 def record(group: Group) -> dict[str, Any]:
     asked = plan.parse(["--shapes", "qwen2.5-0.5b", "--threads", "1"])
-    return program.record_of(asked, [group], {"other": "not installed: no wheel"}, ["python", "-m", "bench.rivals"])
+    absent = {"other": "not installed: no wheel"}
+    return program.record_of(
+        asked, [group], absent, ["python", "-m", "bench.rivals"], seconds=754.2, install_seconds=600.4
+    )
 
 
 # ---------------------------------------------------------------------------------------------- figures
@@ -100,7 +106,7 @@ def test_more_than_the_machine_reads_is_void(
 ) -> None:
     for turn in group.contenders[1].turns[CELL]:
         turn.step_s, turn.read_gb_s = step_s, 10.0
-    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}))
+    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}, 0.0))
     void = 1_940_000 / step_s > 10e9
     assert program.main(["--out", str(tmp_path), "--threads", "1"]) == (1 if void else 0)
     assert ("void: llama.cpp Q8_0 on small, batch 2, prompt 100: 1.08" in capsys.readouterr().err) is void
@@ -109,16 +115,16 @@ def test_more_than_the_machine_reads_is_void(
 
 def test_without_weft_a_run_has_failed(group: Group, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     del group.contenders[0]
-    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}))
+    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}, 0.0))
     assert program.main(["--out", str(tmp_path), "--threads", "1"]) == 1
 
 
-def test_a_rival_that_is_slower_than_elsewhere_is_flagged(record: dict[str, Any]) -> None:
+@pytest.mark.parametrize("new", [40, 64])
+def test_a_rival_that_is_slower_than_elsewhere_is_flagged(record: dict[str, Any], new: int) -> None:
     def flags(there: float, read_gb_s: float, prompt: int = 100) -> list[str]:
         figures = {"small": {"llama.cpp": {"int8": {"decode": {"2": there}}}}}
-        return rows.suspicions(
-            record["rows"], {"read_gb_s": read_gb_s, "prompt": prompt, "new": 40, "figures": figures}
-        )
+        other = {"read_gb_s": read_gb_s, "prompt": prompt, "new": new, "figures": figures}
+        return rows.suspicions(record["rows"], other)
 
     assert flags(1100, 10) == []
     assert len(flags(1120, 10)) == 1
@@ -127,10 +133,41 @@ def test_a_rival_that_is_slower_than_elsewhere_is_flagged(record: dict[str, Any]
     assert flags(1120, 10, prompt=128) == []  # another load
 
 
+@pytest.mark.parametrize(
+    ("family", "threads", "status"), [("26", 1, 1), ("25", 1, 0), ("26", 2, 0)], ids=["same", "other", "more threads"]
+)
+def test_a_slow_rival_on_the_same_processor_voids_the_run(
+    group: Group, family: str, threads: int, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On another one, or with other threads than the figures have, it is a note."""
+    figures = {"small": {"llama.cpp": {"int8": {"decode": {"2": 1120}}}}}
+    zen5 = {"model name": "AMD EPYC", "cpu family": "26"}
+    other = {"processor": zen5, "threads": threads, "read_gb_s": 10, "prompt": 100, "new": 64, "figures": figures}
+    monkeypatch.setattr(rows, "other_machine", lambda: other)
+    monkeypatch.setattr(rows, "cpuinfo", lambda: {**zen5, "cpu family": family, "flags": "fpu sse"})
+    monkeypatch.setattr(program, "measure", lambda *_: ([group], {}, 0.0))
+    assert program.main(["--out", str(tmp_path), "--threads", "1"]) == status
+    word = "void" if status else "slower than elsewhere"
+    assert f"{word}: llama.cpp Q8_0 on small, batch 2, prompt 100: 1000.0 tokens/s" in capsys.readouterr().err
+    page = (tmp_path / "rivals.md").read_text(encoding="utf8")
+    assert ("## Void" in page, "## Slower than elsewhere" in page) == (status == 1, status == 0)
+
+
+def test_the_processor_is_the_first_one_of_the_system(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu amx_int8\n\nprocessor\t: 1\n", encoding="utf8")
+    assert cpuinfo(path) == {"processor": "0", "model name": "A: B", "flags": "fpu amx_int8"}
+    assert cpuinfo(tmp_path / "none") == {}
+
+
 def test_figures_of_the_other_machine_can_be_looked_up() -> None:
     other = rows.other_machine()
     known = plan.rivals()
     assert other["read_gb_s"] > 0
+    assert set(other["processor"]) == {"model name", "cpu family"}
+    kept = json.loads((RESULTS / "rivals-zen5" / "rivals.json").read_text(encoding="utf8"))
+    assert other["processor"]["model name"] == kept["machine"]["cpu"]
     for shape, engines in other["figures"].items():
         assert plan.find_shape(shape).is_file()
         for engine, formats in engines.items():
@@ -167,6 +204,15 @@ def test_the_page_has_every_row_and_every_reason(record: dict[str, Any]) -> None
     assert "| 2 | 100 | weft | int8, inputs int8 | 1.10 / 1.20 | 2,000.0 | 2.00 | 0.19 | 400 | 0.40 | 100% |" in lines
     assert "- vllm (small, int8): does not / start here" in text
     assert "- other (everywhere): not installed: no wheel" in text
+    assert "The run took 754 s, 600 s of them for installing engines." in text
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("rivals.json")), ids=lambda path: path.parent.name)
+def test_kept_records_can_be_read(path: Path) -> None:
+    """Some are from before a run told how long it took."""
+    kept = json.loads(path.read_text(encoding="utf8"))
+    assert ("The run took" in report.markdown(kept)) is ("seconds" in kept)
+    ElementTree.fromstring(report.svg(kept))
 
 
 def test_the_chart_is_whole(record: dict[str, Any]) -> None:
@@ -275,6 +321,7 @@ def test_a_whole_run_with_a_stub_beside_weft(
 
     def environment(name: str, *_: Any) -> Path:
         if name == "absent":
+            time.sleep(0.2)
             raise RivalError("not installed: no wheel")
         return Path(sys.executable)
 
@@ -293,6 +340,7 @@ def test_a_whole_run_with_a_stub_beside_weft(
     reasons = {one["engine"]: one["reason"] for one in record["missing"]}
     assert reasons["absent"] == "not installed: no wheel"
     assert "ended at measure (exit status 1)" in reasons["dying (int8)"]
+    assert 0.2 <= record["install_seconds"] < record["seconds"]
     assert (tmp_path / "out" / "rivals.svg").is_file()
     given = words.partition(" --cache")[0].replace(str(shape), shape.name)
     assert record["command"] == f"python -m bench.rivals {given}"
