@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-SPREAD = 256 << 20
+
+def cache_bytes() -> int:
+    """Of the largest cache, 0 where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(
+        (int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes if size[-1:] in "KM" and size), default=0
+    )
+
+
+SPREAD = max(256 << 20, 2 * cache_bytes())
 """Bytes that an operation's weights take together, at least: more than caches hold."""
 SECONDS, ROUNDS = 0.3, 3
 """Of one round, at least; rounds, whose median is told."""
@@ -15,7 +25,7 @@ KINDS = {"float": 0, "int8": 1, "bfloat16": 2}
 """Numbers that are multiplied, and what `arithmetic` calls them; bfloat16 is float where the instruction set has none.  Whole
 numbers of 16 bits, which rows of int8 are multiplied as, are as fast as bfloat16."""
 TURNS = 1_000_000
-READS, READ_BYTES = 2, 256 << 20
+READS, READ_BYTES = 2, 1 << 30
 """Readings of the memory, the faster of which counts, and bytes of each."""
 
 Round = tuple[float, tuple[float, ...]]
