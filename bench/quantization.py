@@ -85,9 +85,10 @@ def measure(only: str, method: str, tick: Any) -> Iterator[dict[str, Any]]:
         for inputs in ("float", "int8"):
             if name in INPUTS and method in ("", f"inputs {inputs}"):
                 tick(f"{name} inputs {inputs}")
+                few = quantized(spec, form)
                 kernels = Along(
-                    folder, spec, LENGTH, dtype="bfloat16", ops="cpu", threads=2, formats=quantized(spec, form), activations=inputs
-                )  # fmt: skip
+                    folder, spec, LENGTH, dtype="bfloat16", ops="cpu", threads=2, formats=few, activations=inputs
+                )
                 yield {"weights": name, "method": f"inputs {inputs}", "bits": bits, **compare(kernels, laws, held_out)}
 
 

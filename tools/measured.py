@@ -17,7 +17,7 @@ FIDELITY = "fidelity.json"
 NOT_RESULTS = frozenset(
     "test-long.json pairs.json pairs-cuda.json decode-cuda.json quantization.json rivals.json operations.json sim-speed.json "
     "sim-calibrated.json sim-charts.json sim-measured-vllm.json roles.json draft.json draft-online.json draft-stands.json "
-    "sim-growth.json draft-fastdraft.json draft-fastdraft-speed.json startup.json serving.json soak.json "
+    "sim-growth.json draft-fastdraft.json draft-fastdraft-speed.json startup.json steps.json serving.json soak.json "
     "accept-lenient.json accept-bound.json".split()
 ) | {FIDELITY}
 """Files in bench/results that are no technique's."""
