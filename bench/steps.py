@@ -5,8 +5,8 @@
 rows   a pass of 4 and 8 rows of one sequence behind 128 entries, head included, beside one row, in turns; 0.5B shape
 long   8 sequences of 8,192 entries and a row each, beside reading their weights, keys and values at the speed that memory gave
        right before and after; prompts are not computed, the entries are random
-host   a decode step of the engine less its kernels (the pass, and draws): one sequence of the 0.5B shape, 32 with top-p, and one of
-       the bundled model
+host   a decode step of the engine less its kernels (the pass, and draws): one sequence of the 0.5B shape, 32 with top-p, and one
+       of the bundled model
 
 Each figure is held to its limit (LIMITS) and told with what was wanted; exit status 1 where one is missed.  Writes
 bench/results/steps.json; with `--only` the other figures stay as they were.
