@@ -74,10 +74,11 @@ WEFT_INLINE vu nearest(vf x, float fine) {
     return reinterpret_cast<vu>(x * fine + 12582912.0f) - 0x4b400000u;  // adding 1.5 * 2^23 leaves the number in the lowest bits
 }
 
-// Inputs [i, end) of a row, of which `fine` makes 127 at most, as words; returns their sum.
-inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, int32_t* words) {
+// Inputs [i, end) of a row, of which `fine` makes 127 at most, as words; returns their sum, a word that may be anything where some input
+// is no number.
+inline uint32_t round_group(const float* x, int64_t i, int64_t end, float fine, int32_t* words) {
     vu totals = vu{};
-    int32_t total = 0;
+    uint32_t total = 0;
     for (; i + LANES <= end; i += LANES) {
         const vu whole = nearest(load(x + i), fine);
         totals += whole;
@@ -89,19 +90,20 @@ inline int32_t round_group(const float* x, int64_t i, int64_t end, float fine, i
         const vu whole = nearest(load(some), fine);
         uint32_t word = 0;
         for (int j = 0; j < 4; j++) {
-            total += static_cast<int8_t>(whole[j]);
+            total += static_cast<uint32_t>(static_cast<int8_t>(whole[j]));
             word |= (whole[j] & 0xffu) << 8 * j;
         }
         words[i / 4] = static_cast<int32_t>(word);
     }
-    return total + sum(reinterpret_cast<vi>(totals));
+    return total + static_cast<uint32_t>(sum(reinterpret_cast<vi>(totals)));
 }
 
 // A row as whole numbers, its scale, and the sums of its groups times `factor`.
 inline void round_row(const Weight& w, const float* x, int32_t* words, float* scale, int32_t* sums, int32_t factor) {
     const float most = largest(x, w.k), fine = most > 1.0e-36f ? 127.0f / most : 0.0f;
     *scale = most / 127.0f;  // NaN shows in the outputs
-    for (int64_t g = 0; g < w.groups(); g++) sums[g] = factor * round_group(x, g * w.group, (g + 1) * w.group, fine, words);
+    for (int64_t g = 0; g < w.groups(); g++)
+        sums[g] = static_cast<int32_t>(static_cast<uint32_t>(factor) * round_group(x, g * w.group, (g + 1) * w.group, fine, words));
 }
 
 }  // namespace weft::WEFT_ISA
