@@ -28,9 +28,9 @@ class Stored:
 
     def __init__(
         self, kind: str, entries: int, dim: int, tree: Sequence[int] = (),
-        *, each: int = EACH, block: int = BLOCK, kv_heads: int = KV_HEADS,
+        *, each: int = EACH, block: int = BLOCK, kv_heads: int = KV_HEADS, seed: int = 0,
     ) -> None:  # fmt: skip
-        make = torch.Generator().manual_seed(0)
+        make = torch.Generator().manual_seed(seed)
         self.kind, self.entries, self.dim, self.tree, self.block = kind, entries, dim, tree, block
         self.kv_heads, self.heads = kv_heads, kv_heads * each
         plain = torch.randn(entries, 2, kv_heads, dim, generator=make)
@@ -61,6 +61,15 @@ class Stored:
             held[at, entry % block] = self.positions[entry]
         self.arena, self.held = arena.view(blocks, -1), held
 
+    def where(self, rows: int) -> Tensor:
+        """The entries of the last rows."""
+        return torch.arange(self.entries - rows, self.entries)
+
+    def bits(self, where: Tensor) -> Tensor:
+        """The guesses that rows see, as the kernels know them: all bits of those before the tree."""
+        bits = torch.where(self.family[where], 1 << torch.arange(len(self.tree)), 0).sum(1)
+        return bits.masked_fill(where < self.entries - len(self.tree), -1)
+
     def step(self, machine: Machine, where: Tensor, window: int, bias: Tensor | None) -> tuple[Any, Any]:
         """A step of the rows of some entries, and what it points to."""
         step, rows = MODULE.Step(), len(where)
@@ -71,8 +80,7 @@ class Stored:
         positions, bounds, first = self.positions[where], torch.tensor([0, rows]), torch.zeros(1, dtype=torch.int64)
         lengths, slots = torch.tensor([self.entries]), torch.full((rows,), -1)
         guesses = torch.tensor([len(self.tree)], dtype=torch.int32)
-        bits = torch.where(self.family[where], 1 << torch.arange(len(self.tree)), 0).sum(1)
-        bits[where < self.entries - len(self.tree)] = -1
+        bits = self.bits(where)
         trees = (bits.data_ptr(), guesses.data_ptr()) if self.tree else (0, 0)
         step.rows(rows, 0, 0, 0, positions.data_ptr(), bounds.data_ptr(), *trees)
         step.place(
@@ -111,7 +119,7 @@ class Stored:
             self.dim, self.dim**-0.5, 0.0, 0,
         )  # fmt: skip
         assert (found[:, :, self.entries :] == 0).all()
-        return found[:, :, : self.entries] / QUANTA
+        return found[:, :, : self.entries].double() / QUANTA
 
     def wanted(self, q: Tensor, where: Tensor, window: int = 0, cap: float = 0.0) -> Tensor:
         return self.wanted_and_sum(q, where, window, cap)[0]
