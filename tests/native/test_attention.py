@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from tests.native.machine import ISAS, MODULE, Machine
 from weft.ops.ref.attention import merge
+from weft.ops.ref.attention_mass import QUANTA
 
 BLOCK, KV_HEADS, EACH = 16, 2, 3
 STORES = {"float32": 0, "bfloat16": 1, "int8": 2}
@@ -18,12 +21,19 @@ PAIRS = {"float32": (), "bfloat16": ("amx", "avx512_bf16"), "int8": ("amx", "avx
 
 
 class Stored:
-    """Keys and values of one sequence in blocks that lie in no order, and the same as float64 [entries, 2, KV_HEADS, D]."""
+    """Keys and values of one sequence in blocks that lie in no order, and the same as float64 [entries, 2, kv_heads, D].
 
-    def __init__(self, kind: str, entries: int, dim: int, seed: int = 0) -> None:
+    tree: of each guess at the end, which guess it follows, -1 for the context.
+    """
+
+    def __init__(
+        self, kind: str, entries: int, dim: int, tree: Sequence[int] = (),
+        *, each: int = EACH, block: int = BLOCK, kv_heads: int = KV_HEADS, seed: int = 0,
+    ) -> None:  # fmt: skip
         make = torch.Generator().manual_seed(seed)
-        self.kind, self.entries, self.dim = kind, entries, dim
-        plain = torch.randn(entries, 2, KV_HEADS, dim, generator=make)
+        self.kind, self.entries, self.dim, self.tree, self.block = kind, entries, dim, tree, block
+        self.kv_heads, self.heads = kv_heads, kv_heads * each
+        plain = torch.randn(entries, 2, kv_heads, dim, generator=make)
         if kind == "int8":
             scale = plain.abs().amax(-1, keepdim=True) / 127
             whole = (plain / scale).round().to(torch.int8)
@@ -32,85 +42,109 @@ class Stored:
         else:
             narrow = plain.to(getattr(torch, kind))
             rows, self.exact = narrow.view(torch.uint8), narrow.double()
-        blocks = -(-entries // BLOCK)
+        blocks = -(-entries // block)
         self.table = torch.randperm(blocks, generator=make)
         one = rows.shape[-1]
         arena = torch.full(
-            (blocks, 2, BLOCK, KV_HEADS, one), 0x7F, dtype=torch.uint8
+            (blocks, 2, block, kv_heads, one), 0x7F, dtype=torch.uint8
         )  # what is not there is no small number
-        held = torch.full((blocks, BLOCK), 2**31 - 1, dtype=torch.int32)
+        self.positions, first = torch.arange(entries), entries - len(tree)
+        self.family = torch.ones(entries, len(tree), dtype=torch.bool)  # guesses that the row of an entry sees
+        for guess, parent in enumerate(tree):
+            self.family[first + guess] = self.family[first + parent] if parent >= 0 else False
+            self.family[first + guess, guess] = True
+            self.positions[first + guess] = first if parent < 0 else self.positions[first + parent] + 1
+        held = torch.full((blocks, block), 2**31 - 1, dtype=torch.int32)
         for entry in range(entries):
-            block = self.table[entry // BLOCK]
-            arena[block, :, entry % BLOCK] = rows[entry]
-            held[block, entry % BLOCK] = entry
+            at = self.table[entry // block]
+            arena[at, :, entry % block] = rows[entry]
+            held[at, entry % block] = self.positions[entry]
         self.arena, self.held = arena.view(blocks, -1), held
 
-    def attend(self, machine: Machine, q: Tensor, positions: Tensor, window: int = 0, cap: float = 0.0) -> Tensor:
-        """q: [rows, KV_HEADS * EACH * D]."""
-        return self.attend_and_sum(machine, q, positions, window, cap)[0]
+    def where(self, rows: int) -> Tensor:
+        """The entries of the last rows."""
+        return torch.arange(self.entries - rows, self.entries)
+
+    def bits(self, where: Tensor) -> Tensor:
+        """The guesses that rows see, as the kernels know them: all bits of those before the tree."""
+        bits = torch.where(self.family[where], 1 << torch.arange(len(self.tree)), 0).sum(1)
+        return bits.masked_fill(where < self.entries - len(self.tree), -1)
+
+    def step(self, machine: Machine, where: Tensor, window: int, bias: Tensor | None) -> tuple[Any, Any]:
+        """A step of the rows of some entries, and what it points to."""
+        step, rows = MODULE.Step(), len(where)
+        by_block = torch.full((len(self.table) * self.block,), float("nan"))
+        if bias is not None:
+            order = torch.arange(self.entries)
+            by_block[self.table[order // self.block] * self.block + order % self.block] = bias
+        positions, bounds, first = self.positions[where], torch.tensor([0, rows]), torch.zeros(1, dtype=torch.int64)
+        lengths, slots = torch.tensor([self.entries]), torch.full((rows,), -1)
+        guesses = torch.tensor([len(self.tree)], dtype=torch.int32)
+        bits = self.bits(where)
+        trees = (bits.data_ptr(), guesses.data_ptr()) if self.tree else (0, 0)
+        step.rows(rows, 0, 0, 0, positions.data_ptr(), bounds.data_ptr(), *trees)
+        step.place(
+            0, self.arena.data_ptr(), self.arena.stride(0), self.held.data_ptr(), self.block, self.block,
+            self.table.data_ptr(), len(self.table), first.data_ptr(), lengths.data_ptr(), slots.data_ptr(), window,
+            STORES[self.kind], 0 if bias is None else by_block.data_ptr(),
+        )  # fmt: skip
+        step.plan(0, [0], 0, 0, self.heads, self.kv_heads, self.dim, machine.program.threads)
+        return step, (by_block, positions, bounds, first, lengths, slots, guesses, bits)
+
+    def attend(self, machine: Machine, q: Tensor, where: Tensor, window: int = 0, cap: float = 0.0) -> Tensor:
+        """q: [rows, heads * D].  where: the entry of each row."""
+        return self.attend_and_sum(machine, q, where, window, cap)[0]
 
     def attend_and_sum(
-        self,
-        machine: Machine,
-        q: Tensor,
-        positions: Tensor,
-        window: int = 0,
-        cap: float = 0.0,
-        bias: Tensor | None = None,
+        self, machine: Machine, q: Tensor, where: Tensor, window: int = 0, cap: float = 0.0, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The same, and log-sum-exp [rows, heads].  bias: of each entry, float32 [entries]."""
-        step, rows = MODULE.Step(), len(q)
-        out, lse = torch.full_like(q, 7.0), torch.full((rows, KV_HEADS * EACH), 7.0)
-        by_block = torch.full((len(self.table) * BLOCK,), float("nan"))
-        if bias is not None:
-            places = self.table[torch.arange(self.entries) // BLOCK] * BLOCK + torch.arange(self.entries) % BLOCK
-            by_block[places] = bias
-        bounds, first = torch.tensor([0, rows]), torch.zeros(1, dtype=torch.int64)
-        lengths, slots = torch.tensor([self.entries]), torch.full((rows,), -1)
-        step.rows(rows, 0, 0, 0, positions.data_ptr(), bounds.data_ptr(), 0, 0)
-        step.place(
-            0, self.arena.data_ptr(), self.arena.stride(0), self.held.data_ptr(), BLOCK, BLOCK, self.table.data_ptr(),
-            len(self.table), first.data_ptr(), lengths.data_ptr(), slots.data_ptr(), window, STORES[self.kind],
-            0 if bias is None else by_block.data_ptr(),
-        )  # fmt: skip
-        heads = KV_HEADS * EACH
-        step.plan(0, [0], 0, 0, heads, KV_HEADS, self.dim, machine.program.threads)
+        step, _kept = self.step(machine, where, window, bias)
+        out, lse = torch.full_like(q, 7.0), torch.full((len(q), self.heads), 7.0)
         index = machine.program.attend(
-            0,
-            q.data_ptr(),
-            q.stride(0),
-            out.data_ptr(),
-            out.stride(0),
-            heads,
-            KV_HEADS,
-            self.dim,
-            self.dim**-0.5,
-            cap,
-            0,
-            lse.data_ptr(),
-        )
+            0, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), self.heads, self.kv_heads, self.dim,
+            self.dim**-0.5, cap, 0, lse.data_ptr(),
+        )  # fmt: skip
         machine.program.run(index, index + 1, step)
         return out, lse
 
-    def wanted(self, q: Tensor, positions: Tensor, window: int = 0, cap: float = 0.0) -> Tensor:
-        return self.wanted_and_sum(q, positions, window, cap)[0]
+    def weigh(
+        self, machine: Machine, q: Tensor, where: Tensor, sums: Tensor, window: int = 0, bias: Tensor | None = None
+    ) -> Tensor:
+        """Attention by entry, float64 [sums, kv_heads, entries].  sums: of each row, the sum that it counts in, -1 for none."""
+        step, _kept = self.step(machine, where, window, bias)
+        found = torch.zeros(int(sums.max()) + 1, self.kv_heads, len(self.table) * self.block, dtype=torch.int64)
+        machine.program.weigh(
+            step, 0, sums.data_ptr(), found.data_ptr(), found.shape[2], q.data_ptr(), q.stride(0), self.heads, self.kv_heads,
+            self.dim, self.dim**-0.5, 0.0, 0,
+        )  # fmt: skip
+        assert (found[:, :, self.entries :] == 0).all()
+        return found[:, :, : self.entries].double() / QUANTA
+
+    def wanted(self, q: Tensor, where: Tensor, window: int = 0, cap: float = 0.0) -> Tensor:
+        return self.wanted_and_sum(q, where, window, cap)[0]
 
     def wanted_and_sum(
-        self, q: Tensor, positions: Tensor, window: int = 0, cap: float = 0.0, bias: Tensor | None = None
+        self, q: Tensor, where: Tensor, window: int = 0, cap: float = 0.0, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        rows = q.double().view(len(q), KV_HEADS, EACH, self.dim)
+        scores = self.scores(q, where, window, cap, bias)
+        mixed = torch.einsum("rghe,egd->rghd", torch.softmax(scores, -1), self.exact[:, 1]).reshape(q.shape)
+        return mixed, torch.logsumexp(scores, -1).flatten(1)
+
+    def scores(self, q: Tensor, where: Tensor, window: int = 0, cap: float = 0.0, bias: Tensor | None = None) -> Tensor:
+        """Of each row with each entry, -inf where it does not see it: float64 [rows, kv_heads, heads of each, entries]."""
+        rows = q.double().view(len(q), self.kv_heads, self.heads // self.kv_heads, self.dim)
         scores = torch.einsum("rghd,egd->rghe", rows, self.exact[:, 0]) * self.dim**-0.5
         scores = cap * torch.tanh(scores / cap) if cap else scores
         scores = scores if bias is None else scores + bias
-        gap = positions[:, None] - torch.arange(self.entries)
+        gap = self.positions[where][:, None] - self.positions
         hidden = (gap < 0) | ((gap >= window) if window else torch.zeros_like(gap, dtype=torch.bool))
-        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-        mixed = torch.einsum("rghe,egd->rghd", torch.softmax(scores, -1), self.exact[:, 1]).reshape(len(q), -1)
-        return mixed, torch.logsumexp(scores, -1).flatten(1)
+        hidden[:, self.entries - len(self.tree) :] |= ~self.family[where]
+        return scores.masked_fill(hidden[:, None, None], float("-inf"))
 
 
-def queries(rows: int, dim: int, seed: int = 1) -> Tensor:
-    return torch.randn(rows, KV_HEADS * EACH * dim, generator=torch.Generator().manual_seed(seed)) * 2
+def queries(rows: int, dim: int, heads: int = KV_HEADS * EACH) -> Tensor:
+    return torch.randn(rows, heads * dim, generator=torch.Generator().manual_seed(1)) * 2
 
 
 @pytest.mark.parametrize("kind", STORES)
@@ -163,13 +197,10 @@ def test_biases_of_entries_and_the_sum_that_is_handed_out(
 
 @pytest.mark.parametrize("kind", STORES)
 @pytest.mark.parametrize(("each", "block"), [(1, 16), (14, 64), (16, 16), (24, 16), (32, 7), (7, 24)])
-def test_any_group_of_heads_and_any_block(
-    machine: Machine, kind: str, each: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_group_of_heads_and_any_block(machine: Machine, kind: str, each: int, block: int) -> None:
     """Also with a soft cap and biases together; and a row alone has the bits that it has in company."""
-    monkeypatch.setattr(f"{__name__}.EACH", each)
-    monkeypatch.setattr(f"{__name__}.BLOCK", block)
-    stored, q, positions = Stored(kind, 150, 64), queries(7, 64), torch.arange(143, 150)
+    stored, q = Stored(kind, 150, 64, each=each, block=block), queries(7, 64, KV_HEADS * each)
+    positions = torch.arange(143, 150)
     bias = torch.randint(1, 9, (150,), generator=torch.Generator().manual_seed(5)).float().log()
     for cap, given in ((0.0, None), (20.0, bias)):
         out, lse = stored.attend_and_sum(machine, q, positions, 90, cap, given)

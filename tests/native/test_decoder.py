@@ -40,8 +40,8 @@ def prompt(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, CONFIG["vocab_size"], count).tolist()
 
 
-def bench(ops: str, **kw: Any) -> Bench:
-    return bench_for(spec(), "random", ops=ops, blocks=400, **kw)
+def bench(ops: str, of: DecoderSpec | None = None, **kw: Any) -> Bench:
+    return bench_for(of or spec(), "random", ops=ops, blocks=400, **kw)
 
 
 def test_logits_of_a_long_context_are_those_of_the_reference() -> None:

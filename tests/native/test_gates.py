@@ -16,7 +16,9 @@ from weft.models.quantized import quantize
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.panels import Panels
 
-FORMATS = (torch.float32, torch.bfloat16, "int8", "int8:0:zero", "int4:16:zero", "int4:128:float", "int4")
+FORMATS = (
+    torch.float32, torch.bfloat16, "int8", "int8:0:zero", "int8:128", "int4:16:zero", "int4:128:zero", "int4:128:float", "int4",
+)  # fmt: skip
 
 
 def pack(machine: Machine, seed: int, outs: int, width: int, text: torch.dtype | str) -> Panels:
@@ -129,7 +131,7 @@ def test_a_product_reads_what_gates_open_as_if_it_had_been_written(
     _reads_what_opens(machine, first, second, 128, 384, inputs, 80, (1, 2, 3, 12, 13, 59))
 
 
-@pytest.mark.parametrize("text", [torch.bfloat16, "int8", "int4:128"], ids=str)
+@pytest.mark.parametrize("text", [torch.bfloat16, "int8", "int4:128", "int4:128:zero"], ids=str)
 @pytest.mark.parametrize("inner", [2432, 5120, 6144])
 def test_blocks_of_rows_and_of_inputs_are_handed_on(machine: Machine, text: torch.dtype | str, inner: int) -> None:
     """Several blocks, of all inputs and of parts of them, and a last one of another size; of the largest

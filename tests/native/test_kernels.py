@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,20 @@ def test_the_kernels_were_built() -> None:
     """Where the tests run there is a compiler, so that the package must not have fallen back."""
     assert native.why_not() == ""
     assert "portable" in ISAS
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no list of what this processor has")
+def test_no_instruction_set_of_this_processor_was_left_out() -> None:
+    """By the flags that each one's kernels are compiled for; matrix registers also need a compiler that has them."""
+    found = re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    flags = set() if found is None else {*found[1].split()}  # other processors list theirs under other names
+    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    needed = {
+        "amx": wide | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
+        "avx512_bf16": wide | {"avx512_vnni", "avx512_bf16"}, "avx512_vnni": wide | {"avx512_vnni"}, "avx512": wide,
+        "avx2": {"avx2", "fma"}, "portable": set(),
+    }  # fmt: skip
+    assert {*ISAS} == {isa for isa, some in needed.items() if some <= flags}
 
 
 @pytest.mark.parametrize(("rows", "heads", "width"), [(1, 1, 896), (7, 3, 64), (4, 1, 19), (0, 1, 8)])

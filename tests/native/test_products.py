@@ -114,8 +114,8 @@ def test_embedding_is_the_weights_row(machine: Machine) -> None:
 # ---------------------------------------------------------------------------------------------- few bits
 
 FEW = (
-    "int8", "int8:32", "int8:16:zero", "int8:0:zero",
-    "int4", "int4:16", "int4:128", "int4:32:float", "int4:32:zero", "int4:0", "int4:16:zero",
+    "int8", "int8:32", "int8:128", "int8:16:zero", "int8:0:zero", "int4", "int4:16", "int4:128", "int4:32:float",
+    "int4:128:float", "int4:32:zero", "int4:128:zero", "int4:0", "int4:16:zero",
 )  # fmt: skip
 
 

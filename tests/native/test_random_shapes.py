@@ -13,7 +13,10 @@ from torch import Tensor
 from tests.models.harness import Bench, Rows, bench_for
 from tests.native.machine import ISAS, MODULE, Machine, panels
 from tests.native.test_decoder import CONFIG
+from tests.native.test_products import FEW
 from weft.models.families import read
+from weft.models.formats import WeightFormat
+from weft.models.quantized import quantize
 from weft.models.spec import DecoderSpec
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.ref import basic, moe, rope
@@ -150,15 +153,25 @@ def test_embed_and_pick(machine: Machine, rows: int, vocab: int, half: int, dtyp
     same(into, out[picked], rows, 0.0)
 
 
+@pytest.mark.parametrize("formats", [("",), FEW], ids=["float32", "few bits"])
 @EXAMPLES
 @given(MACHINES, COUNTS, st.integers(1, 9), st.data())
-def test_experts(machine: Machine, rows: int, num: int, data: st.DataObject) -> None:
-    """Routing, an expert's rows together, and the sum of what they give; most experts get no row when there are few."""
+def test_experts(formats: tuple[str, ...], machine: Machine, rows: int, num: int, data: st.DataObject) -> None:
+    """Routing, an expert's rows together, and the sum of what they give; most experts get no row when there are few.
+
+    Of weights of few bits the reference has the values that they stand for.
+    """
     top_k, normalize = data.draw(st.integers(1, num)), data.draw(st.booleans())
-    width, inner = 2 * data.draw(st.integers(1, 24)), 2 * data.draw(st.integers(1, 20))
+    text = data.draw(st.sampled_from(formats))
+    unit = (WeightFormat.parse(text).group or 8) if text else 2
+    width, inner = (unit * data.draw(st.integers(1, 1 + 40 // unit)) for _ in range(2))
     activation = data.draw(st.sampled_from([*ACTIVATIONS]))
     x, router = some(rows + 1, width), some(rows + 1, num, seed=1) * 3
     up, down = some(num, 2 * inner, width, seed=2) / width, some(num, width, inner, seed=3) / inner
+    kept: list[list[Any]] = [list(up), list(down)]
+    if text:
+        kept = [[quantize(part, WeightFormat.parse(text)) for part in parts] for parts in kept]
+        up, down = (torch.stack([part.dequantized() for part in parts]) for parts in kept)
     shares, ids, out = room(rows, top_k), torch.full((rows + 1, top_k), -5), room(rows, width)
     gathered, results = torch.empty(rows * top_k, width), torch.empty(rows * top_k, width)
     both, opened = torch.empty(rows * top_k, 2 * inner), torch.empty(rows * top_k, inner)
@@ -167,7 +180,7 @@ def test_experts(machine: Machine, rows: int, num: int, data: st.DataObject) -> 
         router.data_ptr(), num, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), width, out.data_ptr(), width,
         gathered.data_ptr(), results.data_ptr(), width, num, top_k, normalize,
     )  # fmt: skip
-    ups, downs = ([panels(program, one) for one in each] for each in (up, down))
+    ups, downs = ([panels(program, part) for part in parts] for parts in kept)
     first = program.route(mixture)
     program.gather(mixture)
     program.expert_gates(
