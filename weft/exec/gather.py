@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import msgspec
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from weft.exec.batch import Batch, GroupBatch
 from weft.exec.deltas import Deltas
 from weft.exec.kvpool import KVPool
-from weft.exec.mirror import Ints, Mirror, flattened
+from weft.exec.mirror import Ints, Mirror
 from weft.slots import Target
 from weft.types import GroupKind, Work
 
@@ -44,18 +43,19 @@ class Gather:
     def batch(self, name: str, works: Sequence[Work], mine: Sequence[int]) -> tuple[Batch, list[Wanted]]:
         """The works' rows, flattened in their order, and where the logits of each will stand."""
         full = [softened(works[i]) for i in mine]
-        counts = np.array([len(work.tokens) for work in full])
-        bounds = [0, *np.cumsum(counts).tolist()]
-        owners, positions = flattened(counts)
-        positions += np.array([work.start for work in full])[owners]
-        logit_rows: list[int] = []
+        # Lists, and one array of each in the end: behind a pass, which fills the caches, every operation on arrays is dear.
+        bounds, tokens, positions, logit_rows = [0], list[int](), list[int](), list[int]()
         wanted: list[Wanted] = []
         trees: dict[int, tuple[int, ...]] = {}
         vectors: list[tuple[int, Tensor]] = []
         for s, (i, work) in enumerate(zip(mine, full, strict=True)):
-            own, at = len(works[i].tokens), bounds[s]
+            own, at = len(works[i].tokens), len(tokens)
+            tokens.extend(work.tokens)
+            positions.extend(range(work.start, work.start + len(work.tokens)))
+            bounds.append(len(tokens))
             if work.parents:
-                trees[s] = self._tree(work, positions[at : bounds[s + 1]])
+                depths, trees[s] = self._tree(work)
+                positions[len(tokens) - len(depths) :] = depths
             if -1 in works[i].tokens:
                 vectors.extend(self._vectors(works[i], at))
             if work.soft:
@@ -66,14 +66,13 @@ class Gather:
                 wanted.append(Wanted(i, len(logit_rows), work.prompt_rows, sampled))
                 logit_rows.extend(range(at, at + work.prompt_rows))
                 logit_rows.extend(range(at + own - sampled, at + own))
-        tokens = np.fromiter(chain.from_iterable(work.tokens for work in full), np.int64, bounds[-1])
         members = self._members[name]
         sequences = [self.mirror.sequences[work.request] for work in full]
         batch = Batch(
-            tokens_T=self._tensor(tokens),
-            positions_T=self._tensor(positions),
+            tokens_T=self._tensor(np.array(tokens, np.int64)),
+            positions_T=self._tensor(np.array(positions, np.int64)),
             bounds=bounds,
-            groups=[self._group(g, full, counts) for g in members if self.groups[g].kind is not GroupKind.PARKED],
+            groups=[self._group(g, full) for g in members if self.groups[g].kind is not GroupKind.PARKED],
             logit_rows_N=self._tensor(np.array(logit_rows, np.int64)),
             trees=trees,
             vectors=self._vector_rows(vectors),
@@ -82,21 +81,24 @@ class Gather:
         )
         return batch, wanted
 
-    def _tree(self, work: Work, positions: Ints) -> tuple[int, ...]:
-        """What each guess of the work's tree follows (`Batch.trees`), whose rows are put where they stand in the text."""
-        count, depth = len(work.tokens), list[int]()
+    def _tree(self, work: Work) -> tuple[list[int], tuple[int, ...]]:
+        """(places in the text of a tree's guesses, what each of its nodes follows (`Batch.trees`))."""
+        depth: list[int] = []
         for p in work.parents:
             depth.append(0 if p < 0 else depth[p] + 1)
-        guesses = depth[len(depth) - work.guesses :]
-        # Those before them were computed in an earlier pass.
-        positions[count - work.guesses :] = work.start + count - len(depth) + np.array(guesses, np.int64)
-        first = count - len(depth)
-        return tuple(first - 1 if p < 0 else first + p for p in work.parents)
+        first = len(work.tokens) - len(depth)  # of the nodes, those before the guesses were computed in an earlier pass
+        places = [work.start + first + d for d in depth[len(depth) - work.guesses :]]
+        return places, tuple(first - 1 if p < 0 else first + p for p in work.parents)
 
-    def _group(self, g: int, works: Sequence[Work], counts: Ints) -> GroupBatch:
-        tables, lengths, slots = self.mirror.places(works, g, counts)
-        first = np.array([self.mirror.sequences[work.request].first[g] for work in works], np.int64)
-        return GroupBatch(self._tensor(tables), self._tensor(first), self._tensor(lengths), self._tensor(slots))
+    def _group(self, g: int, works: Sequence[Work]) -> GroupBatch:
+        sequences, slots, lengths = [self.mirror.sequences[work.request] for work in works], list[int](), list[int]()
+        tables = np.zeros((len(works), max(s.used[g] for s in sequences)), np.int64)
+        for row, (work, s) in enumerate(zip(works, sequences, strict=True)):
+            tables[row, : s.used[g]] = s.table(g)
+            slots.extend(self.mirror.slots(work, g))
+            lengths.append(self.mirror.entry(work, g) + len(work.tokens))
+        found = (np.array(x, np.int64) for x in ([s.first[g] for s in sequences], lengths, slots))
+        return GroupBatch(self._tensor(tables), *map(self._tensor, found))
 
     def _vectors(self, work: Work, at: int) -> list[tuple[int, Tensor]]:
         """(batch row, vector) of each row whose input is a vector."""

@@ -170,33 +170,19 @@ class Mirror:
         s = self.sequences[work.request]
         return work.start - s.first[g] if s.count[g] < 0 else s.count[g]
 
-    def places(self, works: Sequence[Work], g: int, counts: Ints) -> tuple[Ints, Ints, Ints]:
-        """Where works lie in group g: their tables [S, B], 0 beyond each one's end; entries [S] that stand once counts[i] rows of
-        each are written; and for each of those rows block * block_tokens + offset.
-        """
-        sequences, size = [self.sequences[work.request] for work in works], self.groups[g].block_tokens
-        used = [s.used[g] for s in sequences]
-        tables = np.zeros((len(works), max(used)), np.int64)
-        for row, (s, blocks) in enumerate(zip(sequences, used, strict=True)):
-            tables[row, :blocks] = s.tables[g][:blocks]
-        at = np.array([self.entry(work, g) for work in works])
-        lengths = at + counts
-        if (at < 0).any() or (lengths > np.array(used) * size).any():
-            i = int(np.argmax((at < 0) | (lengths > np.array(used) * size)))
+    def slots(self, work: Work, g: int, ahead: int = 0) -> list[int]:
+        """Where the work's rows are written in group g: block * block_tokens + offset, one for each row, and `ahead` more."""
+        s, size = self.sequences[work.request], self.groups[g].block_tokens
+        at, table = self.entry(work, g), s.tables[g]
+        stop = at + len(work.tokens) + ahead
+        if at < 0 or stop > s.used[g] * size:
             raise InvariantError(
-                f"sequence {works[i].request}: entries {at[i]} to {lengths[i] - 1} are outside its {used[i]} blocks"
+                f"sequence {work.request}: entries {at} to {stop - 1} are outside its {s.used[g]} blocks"
             )
-        owners, within = flattened(counts)
-        entries = at[owners] + within
-        slots: Ints = tables[owners, entries // size] * size + entries % size
-        return tables, lengths, slots
-
-    def slots(self, work: Work, g: int, ahead: int = 0) -> Ints:
-        """Where the work's rows are written in group g, and `ahead` more behind them."""
-        return self.places([work], g, np.array([len(work.tokens) + ahead]))[2]
-
-
-def flattened(counts: Ints) -> tuple[Ints, Ints]:
-    """Of rows that lie one after the other, counts[i] of each i: whose a row is, and its number among those."""
-    owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
+        if (
+            stop == at + 1
+        ):  # as in nearly every step: behind a pass each operation on arrays takes as long as ten of these
+            return [int(table[at // size]) * size + at % size]
+        entries = np.arange(at, stop)
+        found: list[int] = (table[entries // size] * size + entries % size).tolist()
+        return found
