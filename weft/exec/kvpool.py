@@ -84,7 +84,9 @@ class KVPool:
         self.arena = host_memory(blocks * block_bytes, self.device).view(blocks, block_bytes)
         widest = max(group.block_tokens for group in groups)
         self._positions = host_memory(blocks * widest * 4, self.device).view(torch.int32).view(blocks, widest)
-        self._positions_own = self._positions.numpy() if self.device.type == "cpu" else None
+        self._positions_own = self._positions.numpy().reshape(-1) if self.device.type == "cpu" else None
+        self.position_rows = self._positions.data_ptr(), widest
+        """Address of the positions (`positions`), and how many numbers a block has there."""
 
     def index_of(self, group: GroupSpec) -> int:
         """The pool's group of that model and name: rows may be stored otherwise than the decoder was told."""
@@ -213,10 +215,12 @@ class KVPool:
     def write_positions(self, group: int, slots: Tensor, positions: Tensor) -> None:
         """Store the logical positions of T slots."""
         if self._positions_own is not None:
-            # Two thirds of what torch's own takes behind a pass, which has filled the caches.
-            tokens = self.groups[group].block_tokens
-            blocks, offsets = np.divmod(slots.numpy(), tokens)
-            self._positions_own[blocks, offsets] = positions.numpy()
+            # Less than half of what torch's own takes behind a pass, which has filled the caches.
+            tokens, at = self.groups[group].block_tokens, slots.numpy()
+            if tokens != self.position_rows[1]:
+                blocks, offsets = np.divmod(at, tokens)
+                at = blocks * self.position_rows[1] + offsets
+            self._positions_own[at] = positions.numpy()
             return
         self.positions(group)[self.split(group, slots)] = positions.to(torch.int32)
 

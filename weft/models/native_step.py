@@ -39,12 +39,12 @@ class NativeStep:
         self._kept: list[Any] = [batch, ropes]
         self._sequences = len(batch.bounds) - 1
         bounds = np.asarray(batch.bounds, dtype=np.int64)
-        bits, trees = self._trees(batch)
-        self._kept += [bounds, bits, trees]
+        trees = self._trees(batch) if batch.trees else ()
+        self._kept += [bounds, *trees]
+        bits, counts = (x.ctypes.data for x in trees) if trees else (0, 0)
         self._step.rows(
             batch.tokens_T.shape[0], batch.tokens_T.data_ptr(), batch.logit_rows_N.shape[0], batch.logit_rows_N.data_ptr(),
-            batch.positions_T.data_ptr(), bounds.ctypes.data, bits.ctypes.data if batch.trees else 0,
-            trees.ctypes.data if batch.trees else 0,
+            batch.positions_T.data_ptr(), bounds.ctypes.data, bits, counts,
         )  # fmt: skip
         for index, rope in enumerate(native.ropes):
             if rope in ropes:
@@ -52,7 +52,7 @@ class NativeStep:
 
     def _trees(self, batch: Batch) -> tuple[Any, Any]:
         """(uint64 [T], the guesses that a row sees as bits; int32 [S], guesses of each sequence)."""
-        bits = np.full(batch.bounds[-1] if batch.trees else 0, ~np.uint64(0))
+        bits = np.full(batch.bounds[-1], ~np.uint64(0))
         counts = np.zeros(self._sequences, dtype=np.int32)
         for s, parents in batch.trees.items():
             if parents:
@@ -73,12 +73,12 @@ class NativeStep:
         """
         shape, spec = pool.groups[at], self._native.spec
         stored = FORMATS[pool.dtype] if pool.store is None else STORES[encoding(pool.store)]
-        positions, slots = pool.positions(at), where.slots_T
+        slots, (positions, apart) = where.slots_T, pool.position_rows
         if keep is not None:
             slots = torch.full_like(slots, -1).index_copy_(0, keep, slots[keep])
         self._kept += [where, slots]
         self._step.place(
-            group, pool.arena.data_ptr(), pool.block_bytes, positions.data_ptr(), positions.stride(0), shape.block_tokens,
+            group, pool.arena.data_ptr(), pool.block_bytes, positions, apart, shape.block_tokens,
             where.tables_SB.data_ptr(), where.tables_SB.stride(0), where.first_S.data_ptr(), where.lengths_S.data_ptr(),
             slots.data_ptr(), shape.window or 0, stored,
         )  # fmt: skip
@@ -86,15 +86,15 @@ class NativeStep:
             if plan.units is not None:
                 plan.sparse = self._sparse(group, plan)
         plans = [plan for plan in plans if plan.units is None]
-        sequences = np.concatenate([plan.sequences for plan in plans])
+        sequences = [s for plan in plans for s in plan.sequences.tolist()]
         chunks = max((0 if plan.shared is None else plan.shared.shape[1]) for plan in plans)
-        shared, row = np.full((len(sequences), chunks), -1, dtype=np.int64), 0
+        shared, row = np.full((len(sequences), chunks), -1, dtype=np.int64) if chunks else None, 0
         for plan in plans:
-            if plan.shared is not None:
+            if shared is not None and plan.shared is not None:
                 shared[row : row + len(plan.sequences), : plan.shared.shape[1]] = plan.shared
             row += len(plan.sequences)
         self._step.plan(
-            group, sequences.tolist(), shared.ctypes.data if chunks else 0, chunks, spec.heads, spec.kv_heads, spec.head_dim,
+            group, sequences, 0 if shared is None else shared.ctypes.data, chunks, spec.heads, spec.kv_heads, spec.head_dim,
             self._native.program.threads,
         )  # fmt: skip
 

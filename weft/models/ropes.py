@@ -37,7 +37,7 @@ class Ropes:
                     first = torch.arange(min(KEPT_POSITIONS, self._positions))
                     self._kept = {rope: (c.numpy(), s.numpy()) for rope, (c, s) in self._computed(first).items()}
                 return {
-                    rope: (torch.from_numpy(cos[positions]), torch.from_numpy(sin[positions]))
+                    rope: (torch.from_numpy(cos.take(positions, 0)), torch.from_numpy(sin.take(positions, 0)))
                     for rope, (cos, sin) in self._kept.items()
                 }
         return self._computed(positions_T)
