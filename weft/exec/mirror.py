@@ -179,9 +179,8 @@ class Mirror:
             raise InvariantError(
                 f"sequence {work.request}: entries {at} to {stop - 1} are outside its {s.used[g]} blocks"
             )
-        if (
-            stop == at + 1
-        ):  # as in nearly every step: behind a pass each operation on arrays takes as long as ten of these
+        # One row, as in nearly every step: behind a pass an operation on arrays takes as long as ten of these.
+        if stop == at + 1:
             return [int(table[at // size]) * size + at % size]
         entries = np.arange(at, stop)
         found: list[int] = (table[entries // size] * size + entries % size).tolist()
