@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -296,6 +297,21 @@ def test_a_command_that_is_ended_leaves_nothing(number: signal.Signals, bundled:
     assert process.returncode not in (0, -number), "it unwinds"
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_signal_the_moment_its_folder_is_there_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = os.mkdir
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        make(*given, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), made(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_fills_up(bundled: Path, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +37,13 @@ def made(out: Path) -> Iterator[Path]:
     _free(out)
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent} to write {out.name} into; make it first")
+    # Named before it is made, so that it is removed even where a signal comes the moment that it is there.
+    draft = out.parent / f".{out.name}-{secrets.token_hex(8)}"
     try:
-        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise ConfigError(f"{out.parent} cannot be written to: {error.strerror}") from None
-    try:
+        try:
+            draft.mkdir(0o700)
+        except OSError as error:
+            raise ConfigError(f"{out.parent} cannot be written to: {error.strerror}") from None
         yield draft
         draft.chmod(0o755)
         _free(out)
