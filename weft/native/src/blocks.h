@@ -55,7 +55,7 @@ struct Way {
         matrices = by_matrices<D, W>(w, rows);
         makes = matrices ? W::VALUES != D::INPUTS : nests<D, W>(w) && rows >= WIDENED_ROWS;
         most = matrices ? 2 * MATRIX_ROWS : !makes && w.grouped() && w.group <= SMALL_GROUP ? std::min(GROUPED_ROWS, DOT_ROWS<D, W>) : DOT_ROWS<D, W>;
-        wide = !matrices ? panels_beside(rows) : rows <= MATRIX_ROWS && !makes ? FEW_PANELS : TILE_PANELS;
+        wide = !matrices ? panels_beside(rows) : rows <= MATRIX_ROWS ? FEW_PANELS : TILE_PANELS;
         fitting = matrices ? MATRIX_BLOCK_WORDS : BLOCK_WORDS;
     }
 

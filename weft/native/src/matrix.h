@@ -346,7 +346,9 @@ MatrixTile matrix_tile_of(int64_t high, int64_t panels, bool makes) {
     if constexpr (W::VALUES != D::INPUTS)
         if (makes) {
             if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1, true> : matrix_tile<D, W, OFFSETS, 2, 2, true>;
-            return panels == 1 ? matrix_tile<D, W, OFFSETS, 1, 1, true> : matrix_tile<D, W, OFFSETS, 1, 2, true>;
+            return panels == 1   ? matrix_tile<D, W, OFFSETS, 1, 1, true>
+                   : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2, true>
+                                 : matrix_tile<D, W, OFFSETS, 1, 4, true>;
         }
     if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1, false> : matrix_tile<D, W, OFFSETS, 2, 2, false>;
     return panels == 1   ? matrix_tile<D, W, OFFSETS, 1, 1, false>
