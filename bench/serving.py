@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import limits
 from bench.contender import ROOT
 from bench.harness import RESULTS, bundled, grown, machine, write
 from weft.front.port import EnginePort
@@ -292,15 +293,7 @@ def share(shape: str) -> dict[str, Any]:
 
 def judged(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """The same figure with its limits, and whether it keeps them."""
-    limits = LIMITS[name]
-    met = {key: found[key] <= most if how == "at most" else found[key] >= most for key, (how, most) in limits.items()}
-    for key, (how, most) in limits.items():
-        _tell(f"{name}: {key} is {found[key]:.4g}, {how} {most:g} is wanted{'' if met[key] else ': MISSED'}")
-    return {
-        **found,
-        "limits": {key: f"{how} {most:g}" for key, (how, most) in limits.items()},
-        "met": all(met.values()),
-    }
+    return limits.judged(name, found, LIMITS[name])
 
 
 def _encoder(folder: Path) -> Callable[[str], list[int]]:

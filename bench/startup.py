@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
+from bench import limits
 from bench.contender import ROOT
 from bench.harness import RESULTS, machine, write
 
@@ -105,9 +106,7 @@ def memory(model: str, **options: Any) -> dict[str, Any]:
 def judged(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """The same figure with its limit, and whether it keeps it."""
     key, most = LIMITS[name]
-    met = found[key] <= most
-    _tell(f"{name}: {key} is {found[key]:.4g}, at most {most:g} is wanted{'' if met else ': MISSED'}")
-    return {**found, "limits": {key: f"at most {most:g}"}, "met": met}
+    return limits.judged(name, found, {key: ("at most", most)})
 
 
 def _seconds(times: Sequence[float]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from itertools import count
 from statistics import median
 from typing import Any
 
+from bench import limits
 from bench.harness import RESULTS, bundled, machine, write
 
 SHAPE, THREADS, CONTEXT = "qwen2.5-0.5b", 2, 128
@@ -189,14 +190,8 @@ def host(batch: int, turns: int, *, temperature: float = 0.0, top_p: float = 1.0
 
 def judged(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """The same figure with its limit, and whether it keeps it."""
-    key, side, limit = LIMITS[name]
-    met = found[key] <= limit if side == "at most" else found[key] >= limit
-    print(
-        f"{name}: {key} is {found[key]:.3g}, {side} {limit:g} is wanted{'' if met else ': MISSED'}",
-        file=sys.stderr,
-        flush=True,
-    )
-    return {**found, "limits": {key: f"{side} {limit:g}"}, "met": met}
+    key, how, limit = LIMITS[name]
+    return limits.judged(name, found, {key: (how, limit)})
 
 
 def measured(name: str, turns: int) -> dict[str, Any]:

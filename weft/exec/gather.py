@@ -54,8 +54,8 @@ class Gather:
             positions.extend(range(work.start, work.start + len(work.tokens)))
             bounds.append(len(tokens))
             if work.parents:
-                depths, trees[s] = self._tree(work)
-                positions[len(tokens) - len(depths) :] = depths
+                places, trees[s] = self._tree(work)
+                positions[len(tokens) - len(places) :] = places
             if -1 in works[i].tokens:
                 vectors.extend(self._vectors(works[i], at))
             if work.soft:

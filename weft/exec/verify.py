@@ -249,7 +249,7 @@ class Sampling:
         *,
         follows: bool = False,
     ) -> WorkResult:
-        """mine: the work's own of sampled_NV; a view of them takes longer than all else of a plain row.
+        """mine: the work's own of sampled_NV; a view of them is dear where nobody looks.
 
         follows: the draw was another row's.
         """
@@ -274,13 +274,14 @@ class Sampling:
         if self.probe is not None and not follows:
             for i in [0, *(1 + j for j in path)]:
                 self.probe(s, rows[i].output, sampled_NV[mine.start + i])
-        if path and path != list(range(len(path))):
+        straight = path == list(range(len(path)))
+        if not straight:
             self._compact(work, context, path)
         chosen: list[TokenLogprob] = []
         if s.sampling.logprobs >= 0:
             at = [0, *(1 + j for j in path)]
             chosen = [sampler.told(sampled_NV[mine.start + i], rows[i], t) for i, t in zip(at, tokens, strict=True)]
-        if self.shallow is not None and not follows and path == list(range(len(path))):
+        if self.shallow is not None and not follows and straight:
             self.shallow.tell(work.request, w.first + w.prompt_rows, rows, tokens)
         s.write(work.start + context, tokens)  # a plan may speak of later rows before it says these
         return WorkResult(
