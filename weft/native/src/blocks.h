@@ -25,8 +25,8 @@ inline constexpr int64_t BLOCK_WORDS = 160 * 1024;  // of a block of rows, in th
 inline constexpr int64_t FEWEST_ROWS = 60;          // for which weights are worth to be read
 inline constexpr int64_t OWN_ROWS = 16;             // that each thread rounds for itself, at most
 
-// Whether nested weights are made bytes for so many rows, at least.
-inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + 1;
+// Rows for which nested weights become bytes, at least.
+inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + MATRICES;
 // Matrix registers: rows of bytes that they are for, at least; words of a stretch,
 // which is all inputs of most weights, since sums cost more to put down than lines to read from the second cache; of one for which words
 // are made, in the first; words of a block of rows, and its rows at most: they compute so fast that weights are to be read for many.
@@ -74,7 +74,8 @@ struct Way {
 
 // Panels [from, to), or gates and what they open, times rows that are rounded: stretches of inputs whose weights stay in the first
 // cache, in blocks whose rows stay in the second.  between: of R * P * PANEL floats for each tile, what is added up so far.
-// T: what tiles in vectors read, W or, of nested scales, bytes.  made: words that are made of a stretch for all tiles, where they are.
+// T: what tiles in vectors read, W or, of nested scales, bytes, which the first of them makes.  made: words that are made of a stretch
+// for all tiles, where they are.
 template <class D, class W, bool OFFSETS, class T = W>
 void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_t first, int64_t count, int64_t from, int64_t to,
               bool paired, float* between, char* made, int32_t* handed = nullptr) {
@@ -88,7 +89,7 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
     const int64_t longest = !way.matrices ? NEAR_WORDS : way.makes ? MADE_WORDS : MATRIX_WORDS;
     // One tile in matrix registers makes its words for itself, while it multiplies (`Making`).
     const bool itself = way.matrices && way.makes && tiles == 1;
-    const int64_t near = itself || (tiles == 1 && !way.makes) ? each : group > longest ? group : longest / group * group;
+    const int64_t near = tiles == 1 ? each : group > longest ? group : longest / group * group;
     const int64_t parts = (each + near - 1) / near;
     const int64_t stretch = ((each + parts - 1) / parts + group - 1) / group * group;  // nearly equal ones
     const int64_t fitting = way.fitting / count / stretch * stretch, block = tiles == 1 ? each : fitting > stretch ? fitting : stretch;
@@ -110,7 +111,6 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     read.weight = Weight{made, w.n, (end - begin) * D::INPUTS, Format::I8, (end - begin) * D::INPUTS};
                     seen.place(read.weight, 0, panels, 0, end - begin);
                     seen.n = whole.n, seen.far = (panels / 2) * read.weight.panel_bytes();
-                    widen(w, whole, panels, made, read.weight.panel_bytes());
                 } else if (itself) {
                     seen.made = made;
                 } else if (way.makes) {
@@ -119,7 +119,9 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                 }
                 for (int64_t t = 0; t < tiles; t++) {
                     const int64_t top = count * t / tiles, tall = count * (t + 1) / tiles - top;
-                    Part part = seen;
+                    const bool widens = WIDE && t == 0;  // that tile makes bytes, for itself and for the others
+                    Part part = widens ? whole : seen;
+                    if (widens && tiles > 1) part.made = made, part.made_apart = read.weight.panel_bytes();
                     part.x = reinterpret_cast<const float*>(rows.words + top * each + begin * tall);
                     part.sums = rows.sums + top * (nested ? 1 : w.groups());
                     part.scales = rows.scales + top, part.row = first + top, part.high = tall;
@@ -133,12 +135,17 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     if (handed) part.handed = handed + top * (a.gate.inner / D::INPUTS);
                     // A tile that reads its lines from memory itself asks for those after them too.
                     const char* after = end < stop ? whole.panel + end / EACH * LINE_BYTES : whole.panel + whole.next + input / EACH * LINE_BYTES;
-                    if (!way.matrices) part.ask_later(after, whole.far, lines * LINE_BYTES, way.makes ? t : t - 1, way.makes ? tiles : tiles - 1);
+                    if (!way.matrices) part.ask_later(after, whole.far, lines * LINE_BYTES, t - 1, tiles - 1);
                     else if (tiles > 1) part.ask_later_lines(after, whole.far, lines, t, tiles, (end - begin) / LINE_WORDS);
                     const int high = static_cast<int>(tall);
                     if constexpr (MATRICES)
                         if (way.matrices) {
                             matrix_tile_of<D, W, OFFSETS>(highest, panels, itself)(a, part, ending);
+                            continue;
+                        }
+                    if constexpr (WIDE)
+                        if (widens) {
+                            (panels == 1 ? widening_tile_of<1, DOT_ROWS<D, W>>(high) : widening_tile_of<TILE_PANELS, DOT_ROWS<D, W>>(high))(a, part);
                             continue;
                         }
                     const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS<D, W>>(high)

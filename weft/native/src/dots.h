@@ -61,7 +61,7 @@ WEFT_INLINE void add_word(const vu (&weight)[P][PARTS], const int32_t* x, typena
 }
 
 // Adds the products of `words` words to `result`.  Each tile makes its words out of lines itself: to write them down once for all tiles
-// of a block costs more, with 3 tiles as with 24, where a group's sums are settled all the same (of nested scales they are not).
+// of a block costs more, with 3 tiles as with 24, where a group's sums are settled all the same (`widening_tile`: where they are not).
 template <class D, class W, int R, int P>
 WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int64_t words, typename D::Total (&result)[R][P][PARTS]) {
     constexpr int EACH = W::VALUES / D::INPUTS;
@@ -247,6 +247,63 @@ constexpr Tile dot_tile_of(int rows) {
         return dot_tile<D, W, OFFSETS, 1, P>;
     } else {
         return rows == R ? dot_tile<D, W, OFFSETS, R, P> : dot_tile_of<D, W, OFFSETS, P, R - 1>(rows);
+    }
+}
+
+// The same of nested scales, whose weights become bytes while they are multiplied, so that a row has one sum.  Where `part.made` is memory,
+// they are put there too, with the scales of the outputs behind them: for later tiles, to which they are weights of 8 bits.
+template <int R, int P>
+void widening_tile(const Linear& a, const Part& part) {
+    const Weight& w = a.weight;
+    const char* panels[P];
+    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
+    if (part.cold) ask_to_write<R, P>(a, part);
+    vf totals[R][P][PARTS];
+    fetch<R, P>(a, part, totals);
+    vi total[R][P][PARTS];
+    const auto* sums = reinterpret_cast<const int32_t*>(part.sums);
+    each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = part.from.at ? reinterpret_cast<vi>(totals[r][p][v]) : vi{} + sums[r]; });
+    const auto* x = reinterpret_cast<const int32_t*>(part.x);
+    auto* made = reinterpret_cast<float*>(part.made);
+    const auto keep = [&](int p, int v, vf line) { store(made + p * (part.made_apart / 4) + v * LANES, line); };
+    const int64_t lines = w.k / I4::VALUES, step = w.group / I4::VALUES, end = part.line + part.lines;
+    int64_t group = part.line / step;
+    for (int64_t line = part.line; line < end; group++) {
+        Widening widening[P][PARTS];
+        each_sum<1, P>([&](int, int p, int v) {
+            if (group % 4 == 0) __builtin_prefetch(panels[p] + part.next + w.scales_at() + group * w.scale_stride());
+            widening[p][v] = Widening(reinterpret_cast<vu>(multiples(w, panels[p], group, v)));
+        });
+        for (const int64_t stop = line + step; line < stop; line++) {
+            ask_for<P>(panels, line, lines, part.next);
+            vu raw[P][PARTS];
+            each_sum<1, P>([&](int, int p, int v) { raw[p][v] = load_bits(panels[p] + line * LINE_BYTES + v * LANES * 4); });
+#pragma GCC unroll 2
+            for (int j = 0; j < I4::QUADS; j++, x += R) {
+                vu weight[P][PARTS];
+                each_sum<1, P>([&](int, int p, int v) { weight[p][v] = widening[p][v].bytes(raw[p][v], j); });
+                if (made) {
+                    each_sum<1, P>([&](int, int p, int v) { keep(p, v, reinterpret_cast<vf>(weight[p][v])); });
+                    made += PANEL;
+                }
+                add_word<Bytes, R, P>(weight, x, total);
+            }
+        }
+    }
+    if (made) each_sum<1, P>([&](int, int p, int v) { keep(p, v, row_scales(w, panels[p], v)); });
+    each_sum<R, P>([&](int r, int p, int v) {
+        totals[r][p][v] = part.end ? Bytes::floats(total[r][p][v]) * row_scales(w, panels[p], v) * part.scales[r]
+                                   : reinterpret_cast<vf>(total[r][p][v]);
+    });
+    put<R, P>(a, part, totals);
+}
+
+template <int P, int R>
+constexpr Tile widening_tile_of(int rows) {
+    if constexpr (R == 1) {
+        return widening_tile<1, P>;
+    } else {
+        return rows == R ? widening_tile<R, P> : widening_tile_of<P, R - 1>(rows);
     }
 }
 

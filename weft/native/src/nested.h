@@ -1,6 +1,7 @@
 // Weights of 4 bits whose scales are whole multiples of one for each row: sums of whole numbers are exact until a row's scale comes, so
-// that it is free where the multiples come in.  Few rows multiply a group's sum; where several tiles read the same weights, these are
-// made bytes once, and the tiles are those of 8 bits.  Included by the files of the instruction sets.
+// that it is free where the multiples come in.  Few rows multiply a group's sum.  For more, weights become bytes in the tile that
+// multiplies them, and, where several tiles read the same ones, in the first, which writes them down: the others are those of 8 bits.
+// Included by the files of the instruction sets.
 //
 // What can be gained by it (QServe, arXiv:2405.04532, keeps such scales too): a float scale for each group and row costs a conversion
 // and a product for eight products of bytes.
@@ -19,16 +20,27 @@ typedef uint16_t v16 __attribute__((vector_size(4 * WEFT_LANES)));
 WEFT_INLINE vu times_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret_cast<v16>(x) * reinterpret_cast<v16>(y)); }
 WEFT_INLINE vu plus_halves(vu x, vu y) { return reinterpret_cast<vu>(reinterpret_cast<v16>(x) + reinterpret_cast<v16>(y)); }
 
-// Lines of I4 of one group, from `from` on, as twice as many of I8, where LANES outputs have these multiples.  A value times its multiple
-// stands as (value - 8) * multiple + 128, which a byte holds whatever the sign, so that two of them make a whole number of 16 bits that is
-// right by itself: what the lower one borrows in between, it gives back.
+// Makes 4 bits bytes, in a group where LANES outputs have these multiples.  A value times its multiple stands as
+// (value - 8) * multiple + 128, which a byte holds whatever the sign, so that two of them make a whole number of 16 bits that is right by
+// itself: what the lower one borrows in between, it gives back.
+struct Widening {
+    vu both, bias;
+
+    Widening() = default;
+    WEFT_INLINE explicit Widening(vu times) {
+        const vu start = (128u - 8u * times) * 257u;
+        both = times << 16 | (times & 0xffffu), bias = start << 16 | (start & 0xffffu);
+    }
+    WEFT_INLINE vu bytes(vu word, int j) const { return plus_halves(times_halves(I4::quad(word, j), both), bias); }
+};
+
+// Lines of I4 of one group, from `from` on, as twice as many of I8.
 WEFT_INLINE void widen_group(const char* from, vu times, int64_t lines, float* to) {
-    const vu both = times << 16 | (times & 0xffffu), start = (128u - 8u * times) * 257u, bias = start << 16 | (start & 0xffffu);
+    const Widening widening(times);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < lines; i++, from += LINE_BYTES, to += 2 * PANEL) {
         const vu word = load_bits(from);
-        for (int j = 0; j < I4::QUADS; j++)
-            store(to + j * PANEL, reinterpret_cast<vf>(plus_halves(times_halves(I4::quad(word, j), both), bias)));
+        for (int j = 0; j < I4::QUADS; j++) store(to + j * PANEL, reinterpret_cast<vf>(widening.bytes(word, j)));
     }
 }
 // Lines [first, first + count) of a panel of I4 as those of I8, and a line of the rows' scales behind them.
