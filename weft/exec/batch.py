@@ -75,3 +75,5 @@ class Batch:
     """What adapters add to products, where a sequence has one."""
     mass: MassRows | None = None
     """Where somebody asks which entries get the attention."""
+    stands: bool = False
+    """Whether this is the batch of the step before, with other numbers in the same tensors (`exec.standing`)."""

@@ -18,6 +18,7 @@ from weft.exec.batch import Batch, GroupBatch
 from weft.exec.deltas import Deltas
 from weft.exec.kvpool import KVPool
 from weft.exec.mirror import Ints, Mirror
+from weft.exec.standing import Standing, stands
 from weft.slots import Target
 from weft.types import GroupKind, Work
 
@@ -39,6 +40,22 @@ class Gather:
         self._target = target
         self.mirror, self.groups, self.device = mirror, pool.groups, pool.device
         self._members = members
+        self._standing: tuple[Standing, list[Wanted]] | None = None
+
+    def step(self, name: str, works: Sequence[Work], mine: Sequence[int]) -> tuple[Batch, list[Wanted]]:
+        """As `batch`, whose tensors it may use for the next step's; nobody may keep them for longer than a step."""
+        if self._standing is not None:
+            standing, wanted = self._standing
+            if standing.follow(works, mine):
+                return standing.batch, wanted
+        batch, wanted = self.batch(name, works, mine)
+        self._standing = None
+        if stands(batch, [works[i] for i in mine]):
+            self._standing = Standing(batch, works, mine, self.mirror, self._tabled(name)), wanted
+        return batch, wanted
+
+    def _tabled(self, name: str) -> list[int]:
+        return [g for g in self._members[name] if self.groups[g].kind is not GroupKind.PARKED]
 
     def batch(self, name: str, works: Sequence[Work], mine: Sequence[int]) -> tuple[Batch, list[Wanted]]:
         """The works' rows, flattened in their order, and where the logits of each will stand."""
@@ -66,13 +83,12 @@ class Gather:
                 wanted.append(Wanted(i, len(logit_rows), work.prompt_rows, sampled))
                 logit_rows.extend(range(at, at + work.prompt_rows))
                 logit_rows.extend(range(at + own - sampled, at + own))
-        members = self._members[name]
         sequences = [self.mirror.sequences[work.request] for work in full]
         batch = Batch(
             tokens_T=self._tensor(np.array(tokens, np.int64)),
             positions_T=self._tensor(np.array(positions, np.int64)),
             bounds=bounds,
-            groups=[self._group(g, full) for g in members if self.groups[g].kind is not GroupKind.PARKED],
+            groups=[self._group(g, full) for g in self._tabled(name)],
             logit_rows_N=self._tensor(np.array(logit_rows, np.int64)),
             trees=trees,
             vectors=self._vector_rows(vectors),

@@ -27,6 +27,7 @@ class Mirrored:
         "fresh",
         "given",
         "grammar",
+        "grants",
         "laws",
         "prompt",
         "request",
@@ -65,6 +66,8 @@ class Mirrored:
         self.used = [0] * groups
         self.first = [0] * groups
         self.count = [-1] * groups
+        self.grants = 0
+        """How often blocks were granted: who keeps a copy of a table sees by it whether it is old."""
         self.fresh: dict[int, int] = {}
         """Entries by group on entering, until the first work tells whether they are all of its positions."""
         self.state: dict[str, object] = {}
@@ -140,6 +143,7 @@ class Mirror:
                 s.tables[g] = grown
             s.tables[g][grant.at : stop] = grant.blocks
             s.used[g], s.first[g] = stop, grant.first
+            s.grants += 1
         for work in plan.works:
             s = self.sequences[work.request]
             s.write(work.start, work.tokens)

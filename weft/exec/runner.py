@@ -198,7 +198,7 @@ class TorchExecutor:
     def _forward(self, name: str, works: Sequence[Work], mine: list[int]) -> list[tuple[Tensor, list[Wanted]]]:
         decoder = self.decoders[name]
         if all(works[i].layers is None for i in mine):
-            batch, wanted = self._gather.batch(name, works, mine)
+            batch, wanted = self._gather.step(name, works, mine)
             self._compression.ask(batch, works, mine)
             logits = self._timed(decoder, batch)
             self._compression.take(batch)

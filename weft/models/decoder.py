@@ -1,12 +1,11 @@
 """One decoder for every spec: weights and buffers in memory, and a flat list of operations run over a batch.
 
-The list (`operations.py`) is cut at seams where something hooks in, and nowhere else: without hooks it is one segment.
+The list (`operations.py`) is cut at seams where something hooks in, and nowhere else (`segments.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +19,10 @@ from weft.exec.kvpool import KVPool
 from weft.models import kernels as cpu
 from weft.models.formats import WeightFormat
 from weft.models.layout import arena, buffer_bytes, buffer_shapes, workspace_bytes
-from weft.models.operations import Cut, Hook, Material, Operation, Run, Seam, Step, Weighing, filling, head, operations
+from weft.models.operations import Cut, Hook, Material, Seam, Step, Weighing, filling, head, operations
 from weft.models.ropes import Ropes
-from weft.models.spec import PAD_ROWS, DecoderSpec, RopeSpec, dtype_bytes, group_of_layers
+from weft.models.segments import Segments
+from weft.models.spec import PAD_ROWS, DecoderSpec, dtype_bytes, group_of_layers
 from weft.models.weights import Progress, allocate, load, randomize
 from weft.native import module as kernels
 from weft.ops import Ops, choose
@@ -41,15 +41,6 @@ from weft.ops.ref.tiles import (
 from weft.types import GroupSpec
 
 __all__ = ["Decoder", "Hook", "Seam", "build", "workspace_bytes"]
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Operations that run without a break, and the hook that follows them."""
-
-    runs: tuple[Run, ...]
-    last: Operation
-    hook: Hook | None
 
 
 class Decoder:
@@ -83,14 +74,16 @@ class Decoder:
         self._buffers, self._workspace = self._allocate()
         self._group_of = group_of_layers(spec, groups)
         self._ropes = Ropes(spec, ops, self.device)
+        self._logits: dict[int, Tensor] = {}
+        self._stood: Step | None = None
+        """The newest step in which the kernels do everything: what a batch that stands goes on with."""
         self._tiling = self._attention_tiling()
         self._cuts: dict[tuple[tuple[int, ...], ...], Cut] = {}
         self._material = Material(spec, ops, tensors, self._buffers, self.groups, self._group_of, self.dtype, self.cut)
         self._operations = operations(self._material) if native is None else cpu.operations(self._material, native)
         self._head = head(self._material) if native is None else None
         self._fillings: list[Callable[[Step, int], None]] = []
-        self._hooks: dict[tuple[Seam, int], list[Hook]] = {}
-        self._segments: dict[tuple[int, int, *tuple[bool, ...]], list[Segment]] = {}
+        self._segments = Segments(self._operations)
 
     @property
     def weights_bytes(self) -> int:
@@ -150,8 +143,14 @@ class Decoder:
             step = self.begin(batch, pool, first, stop)
             if hidden is not None:
                 self._buffers["hidden"][:rows].copy_(hidden)
-            self._run(step, first, stop, at_end)
-        return self._buffers["logits"][:wanted] if at_end else self._buffers["hidden"][:rows]
+            self._segments.run(step, first, stop, at_end)
+        return self._first_logits(wanted) if at_end else self._buffers["hidden"][:rows]
+
+    def _first_logits(self, count: int) -> Tensor:
+        """The first rows of the buffer of logits; to cut them out anew is dear behind a pass, which has filled the caches."""
+        if count not in self._logits:
+            self._logits[count] = self._buffers["logits"][:count]
+        return self._logits[count]
 
     @property
     def program(self) -> Any:
@@ -168,14 +167,14 @@ class Decoder:
         if hidden is not None:
             self._buffers["hidden"][: step.rows].copy_(hidden)
         if first < stop:
-            self._run(step, first, stop, False)
+            self._segments.run(step, first, stop, False)
         return self._buffers["hidden"][: step.rows]
 
     def logits(self, batch: Batch, pool: KVPool, hidden: Tensor) -> Tensor:
         """Logits [N, vocab] of a batch, from the hidden states [T, width] with which its rows left the layers."""
-        step = self._step(batch, pool, {})
+        step = self._step(batch, pool, turned=False)
         self._buffers["hidden"][: step.rows].copy_(hidden)
-        self._run(step, len(self.spec.layers), len(self.spec.layers), True)
+        self._segments.run(step, len(self.spec.layers), len(self.spec.layers), True)
         return self._buffers["logits"][: batch.logit_rows_N.shape[0]]
 
     def states(self, first: int, stop: int, *, normed: bool = True) -> Tensor:
@@ -222,7 +221,7 @@ class Decoder:
                 if self.native is None
                 else [cpu.filling(self._material, self.native, layer) for layer in layers]
             )
-        step = self._step(batch, pool, self._ropes(batch.positions_T))
+        step = self._step(batch, pool)
         self._buffers["hidden"][: step.rows].copy_(hidden)
         for layer in range(first, len(self.spec.layers)):
             group = self._group_of[layer]
@@ -240,8 +239,11 @@ class Decoder:
         assert 0 <= first < stop <= len(self.spec.layers)
         if stop == len(self.spec.layers):
             assert wanted <= self.max_samples, f"{wanted} rows of logits in a decoder built for {self.max_samples}"
-        step = self._step(batch, pool, self._ropes(batch.positions_T))
-        step.keep = keep
+        step = self._stood
+        if step is not None and batch.stands and keep is None and step.again(batch, pool, (first, stop)):
+            return step
+        step = self._step(batch, pool)
+        step.keep, step.span = keep, (first, stop)
         techniques = by_technique(batch)
         step.dense = self.native is not None and self.native.attends(batch, pool)
         # A sequence's bits must not depend on its company: the kernels compute those without a technique, whoever stands beside.
@@ -261,11 +263,12 @@ class Decoder:
             if step.dense:
                 assert step.native is not None
                 step.native.place(group, where, pool, at, keep, by_kernels)
-                if pool.store is not None:
-                    layers = sum(self._group_of[layer] == group for layer in range(first, stop))
-                    pool.store.encoded(2 * self.spec.kv_heads * layers * (rows if keep is None else len(keep)))
+                layers = sum(self._group_of[layer] == group for layer in range(first, stop))
+                step.encoded += 2 * self.spec.kv_heads * layers * (rows if keep is None else len(keep))
             if batch.mass is not None and pool.groups[at].window is None:
                 step.weighing[group] = self._weighing(step, group, at)
+        step.encode()
+        self._stood = step if step.alone and keep is None else None
         return step
 
     def _weighing(self, step: Step, group: int, at: int) -> Weighing:
@@ -282,23 +285,21 @@ class Decoder:
     def _place(self, step: Step, group: int) -> int:
         """Store positions in a group, and remember where its keys go; returns the group's index in the pool."""
         where, at = step.batch.groups[group], step.pool.index_of(self.groups[group])
-        step.pool.write_positions(at, where.slots_T, step.batch.positions_T)
+        if step.alone and step.native is not None:
+            step.native.write_positions(where, step.pool, at)
+        else:
+            step.pool.write_positions(at, where.slots_T, step.batch.positions_T)
         if not step.dense:
             step.stored[group] = step.pool.row_of(at, *step.pool.split(at, where.slots_T))
         return at
 
-    def _step(self, batch: Batch, pool: KVPool, ropes: dict[RopeSpec, tuple[Tensor, Tensor]]) -> Step:
-        native = None if self.native is None else self.native.begin(batch, ropes)
-        return Step(batch, pool, batch.tokens_T.shape[0], ropes, native=native)
-
-    def _run(self, step: Step, first: int, stop: int, at_end: bool) -> None:
-        adapted, vectors = step.batch.deltas is not None, step.batch.vectors is not None
-        for segment in self._pieces(first, stop, at_end, adapted, step.dense, step.alone, vectors):
-            for run in segment.runs:
-                run(step)
-            if segment.hook is not None:
-                assert segment.last.views is not None
-                segment.hook(step.batch, segment.last.views(step))
+    def _step(self, batch: Batch, pool: KVPool, *, turned: bool = True) -> Step:
+        """turned: whether rope tables are wanted."""
+        if self.native is None:
+            ropes = self._ropes(batch.positions_T) if turned else {}
+            return Step(batch, pool, batch.tokens_T.shape[0], ropes)
+        native = self.native.begin(batch, self._ropes if turned else None)
+        return Step(batch, pool, batch.tokens_T.shape[0], {}, native=native)
 
     # ------------------------------------------------------------------------------------------ seams
 
@@ -307,53 +308,12 @@ class Decoder:
 
         layer: 0 for INPUTS, the last for LOGITS.  Raises ConfigError when there is no such seam.
         """
-        seam = Seam(seam)
-        if not any(op.seam is seam and op.layer == layer for op in self._operations):
-            raise ConfigError(f"there is no seam {seam} at layer {layer} of {len(self.spec.layers)}")
-        self._hooks.setdefault((seam, layer), []).append(fn)
-        self._segments.clear()
-
-        def remove() -> None:
-            self._hooks[seam, layer].remove(fn)
-            self._segments.clear()
-
-        return remove
-
-    def _pieces(
-        self, first: int, stop: int, at_end: bool = True, adapted: bool = False, dense: bool = False,
-        alone: bool = False, vectors: bool = False,
-    ) -> list[Segment]:  # fmt: skip
-        """The operations of a range of layers as segments, cut at hooked seams and nowhere else.  at_end: and the logits."""
-        key = (first, stop, at_end, adapted, dense, alone, vectors)
-        if key in self._segments:
-            return self._segments[key]
-        left_out = {Seam.LOGITS, *([Seam.INPUTS] if first else [])}
-        chosen = [op for op in self._operations if first <= op.layer < stop and op.seam not in left_out]
-        chosen += [op for op in self._operations if at_end and op.seam is Seam.LOGITS]
-        segments: list[Segment] = []
-        runs: list[Run] = []
-        through = False  # whether the operation before this one has done its work too
-        for op in chosen:
-            hooks = self._hooks.get((op.seam, op.layer), []) if op.seam is not None else []
-            mine = () if through else op.chosen(bool(hooks), adapted, dense)
-            runs.extend(mine)
-            through = mine is op.through
-            if dense and not alone:
-                runs.extend(op.others)
-            if vectors:
-                runs.extend(op.vectors)
-            for hook in hooks:
-                segments.append(Segment(cpu.fused(runs), op, hook))
-                runs = []
-        if runs:
-            segments.append(Segment(cpu.fused(runs), chosen[-1], None))
-        self._segments[key] = segments
-        return segments
+        return self._segments.hook(seam, layer, fn)
 
     @property
     def segments(self) -> int:
         """Segments of a whole pass: 1 where nothing hooks in."""
-        return len(self._pieces(0, len(self.spec.layers)))
+        return len(self._segments.pieces(0, len(self.spec.layers)))
 
 
 def build(

@@ -6,7 +6,7 @@ encoded by a `kv.store`, those two operations are the reference ones, over the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.models.native_step import STORES, NativeStep, encoding
 from weft.models.operations import Material, Operation, Run, Seam, Step, attend, store, vectors
-from weft.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from weft.models.spec import DecoderSpec, LayerSpec
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.drawing import Drawing
 from weft.ops.cpu.panels import Panels
@@ -23,6 +23,7 @@ from weft.ops.cpu.panels import Panels
 if TYPE_CHECKING:
     from weft.exec.batch import Batch
     from weft.exec.kvpool import KVPool
+    from weft.models.ropes import Ropes
 
 INPUTS = {"float32": 0, "bfloat16": 1, "int8": 2}
 """What inputs of products may be rounded to, and what the kernels call it: bfloat16 where instructions multiply it,
@@ -71,7 +72,7 @@ class Native:
         """The first operation of the head."""
         self._kept: list[Tensor] = []
 
-    def begin(self, batch: Batch, ropes: Mapping[RopeSpec, tuple[Tensor, Tensor]]) -> NativeStep:
+    def begin(self, batch: Batch, ropes: Ropes | None) -> NativeStep:
         return NativeStep(self, batch, ropes)
 
     def attends(self, batch: Batch, pool: KVPool) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from weft.models.operations import Weighing
-from weft.models.spec import RopeSpec
 from weft.ops.cpu.panels import FORMATS
 from weft.ops.ref.attention_mass import QUANTA
 from weft.ops.ref.attention_plan import ancestors
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from weft.exec.batch import Batch, GroupBatch
     from weft.exec.kvpool import KVPool
     from weft.models.kernels import Native
+    from weft.models.ropes import Ropes
     from weft.ops.attention_call import AttentionCall, ByKernels
     from weft.slots import Store
 
@@ -34,9 +34,9 @@ def encoding(store: Store) -> str:
 class NativeStep:
     """What the program needs of one step.  Keeps what it points to."""
 
-    def __init__(self, native: Native, batch: Batch, ropes: Mapping[RopeSpec, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, native: Native, batch: Batch, ropes: Ropes | None) -> None:
         self._native, self._step = native, native.module.Step()
-        self._kept: list[Any] = [batch, ropes]
+        self._kept: list[Any] = [batch]
         self._sequences = len(batch.bounds) - 1
         bounds = np.asarray(batch.bounds, dtype=np.int64)
         trees = self._trees(batch) if batch.trees else ()
@@ -46,9 +46,28 @@ class NativeStep:
             batch.tokens_T.shape[0], batch.tokens_T.data_ptr(), batch.logit_rows_N.shape[0], batch.logit_rows_N.data_ptr(),
             batch.positions_T.data_ptr(), bounds.ctypes.data, bits, counts,
         )  # fmt: skip
-        for index, rope in enumerate(native.ropes):
-            if rope in ropes:
-                self._step.angles(index, *(table.data_ptr() for table in ropes[rope]))
+        if ropes is not None:
+            self._turn(batch, ropes)
+
+    def _turn(self, batch: Batch, ropes: Ropes) -> None:
+        computed = None
+        for index, rope in enumerate(self._native.ropes):
+            if self._step.turn(index, *ropes.addresses[rope]):
+                continue
+            if computed is None:
+                computed = ropes(batch.positions_T)
+                self._kept.append(computed)
+            self._step.angles(index, *(table.data_ptr() for table in computed[rope]))
+
+    def again(self) -> bool:
+        """Take in the numbers of a batch that stands (`exec.standing`); False where they need a step of their own."""
+        return bool(self._step.again())
+
+    def write_positions(self, where: GroupBatch, pool: KVPool, at: int) -> None:
+        """Store the rows' positions in the pool's group `at`, now and with each `again`."""
+        positions, apart = pool.position_rows
+        self._kept.append(where)
+        self._step.write(positions, apart, pool.groups[at].block_tokens, where.slots_T.data_ptr())
 
     def _trees(self, batch: Batch) -> tuple[Any, Any]:
         """(uint64 [T], the guesses that a row sees as bits; int32 [S], guesses of each sequence)."""

@@ -68,6 +68,7 @@ class Step:
     keep: rows whose keys and values are stored, where not all are.
     native: the step as the kernels know it, in a decoder that runs on them.  dense: whether they compute the attention of
     sequences without a technique in that slot.  alone: whether there are no others.
+    span: the layers that it was made for.  encoded: vectors that the pool's store takes in.
     """
 
     batch: Batch
@@ -82,6 +83,22 @@ class Step:
     native: NativeStep | None = None
     dense: bool = False
     alone: bool = False
+    span: tuple[int, int] = (0, 0)
+    encoded: int = 0
+
+    def again(self, batch: Batch, pool: KVPool, span: tuple[int, int]) -> bool:
+        """Take in the numbers of a batch that stands (`Batch.stands`); False where the step cannot be used for it."""
+        if batch is not self.batch or pool is not self.pool or span != self.span or batch.mass is not None:
+            return False
+        if self.native is None or not self.native.again():
+            return False
+        self.encode()
+        return True
+
+    def encode(self) -> None:
+        """Tell the pool's store what it takes in."""
+        if self.encoded and self.pool.store is not None:
+            self.pool.store.encoded(self.encoded)
 
 
 Run = Callable[[Step], None]

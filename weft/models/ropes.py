@@ -5,6 +5,7 @@ Legend.  T: rows.  F: rotated pairs.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,14 +34,25 @@ class Ropes:
             most = int(positions.max())
             assert most < self._positions, "a position beyond the model's context"
             if most < KEPT_POSITIONS:
-                if not self._kept:
-                    first = torch.arange(min(KEPT_POSITIONS, self._positions))
-                    self._kept = {rope: (c.numpy(), s.numpy()) for rope, (c, s) in self._computed(first).items()}
                 return {
                     rope: (torch.from_numpy(cos.take(positions, 0)), torch.from_numpy(sin.take(positions, 0)))
-                    for rope, (cos, sin) in self._kept.items()
+                    for rope, (cos, sin) in self._first().items()
                 }
         return self._computed(positions_T)
+
+    @cached_property
+    def addresses(self) -> dict[RopeSpec, tuple[int, int, int, int]]:
+        """By rope, where the tables of the first positions lie, which live as long as this: of cosines, of sines; F; how many."""
+        return {
+            rope: (cos.ctypes.data, sin.ctypes.data, cos.shape[1], len(cos))
+            for rope, (cos, sin) in self._first().items()
+        }
+
+    def _first(self) -> dict[RopeSpec, tuple[Any, Any]]:
+        if not self._kept:
+            first = torch.arange(min(KEPT_POSITIONS, self._positions))
+            self._kept = {rope: (c.numpy(), s.numpy()) for rope, (c, s) in self._computed(first).items()}
+        return self._kept
 
     def _computed(self, positions_T: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
         return {

@@ -181,6 +181,17 @@ NB_MODULE(_native, m) {
             if (s.angles.size() <= index) s.angles.resize(index + 1);
             s.angles[index] = Angles{at<float>(cos), at<float>(sin)};
         })
+        .def("turn", [](Step& s, size_t index, uintptr_t cos, uintptr_t sin, int64_t pairs, int64_t kept) {
+            if (s.turns.size() <= index) s.turns.resize(index + 1);
+            if (s.angles.size() <= index) s.angles.resize(index + 1);
+            s.turns[index] = Turns{at<float>(cos), at<float>(sin), pairs, kept, {}};
+            return s.turn(index);
+        })
+        .def("write", [](Step& s, uintptr_t positions, int64_t positions_stride, int64_t block_tokens, uintptr_t slots) {
+            s.writing.push_back(Writing{at<int32_t>(positions), positions_stride, block_tokens, at<int64_t>(slots)});
+            s.write(s.writing.back());
+        })
+        .def("again", &Step::again)
         .def("place", [](Step& s, size_t group, uintptr_t arena, int64_t block_bytes, uintptr_t positions,
                          int64_t positions_stride, int block_tokens, uintptr_t tables, int64_t table_width, uintptr_t first,
                          uintptr_t lengths, uintptr_t slots, int64_t window, int stored, uintptr_t bias) {
@@ -195,6 +206,7 @@ NB_MODULE(_native, m) {
         .def("plan", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t shared, int64_t chunks, int heads,
                         int kv_heads, int dim, int threads) {
             s.plan(group, sequences, at<int64_t>(shared), chunks, heads, kv_heads, dim, threads);
+            s.planned.push_back(Planned{group, sequences, heads, kv_heads, dim, threads});
         })
         .def("plan_units", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t units, int heads, int kv_heads) {
             return s.plan_units(group, sequences, at<int64_t>(units), heads, kv_heads);

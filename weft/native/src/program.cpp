@@ -104,6 +104,35 @@ void extent(const Place& place, int64_t s, int64_t& begin, int64_t& end) {
 
 }  // namespace
 
+bool Step::turn(size_t index) {
+    Turns& from = turns[index];
+    const int64_t pairs = from.pairs;
+    from.own.resize(static_cast<size_t>(2 * rows * pairs));
+    float *cos = from.own.data(), *sin = cos + rows * pairs;
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t at = seen.row_positions[row];
+        if (at < 0 || at >= from.kept) return false;
+        std::copy_n(from.cos + at * pairs, pairs, cos + row * pairs);
+        std::copy_n(from.sin + at * pairs, pairs, sin + row * pairs);
+    }
+    angles[index] = {cos, sin};
+    return true;
+}
+
+void Step::write(const Writing& to) const {
+    for (int64_t row = 0; row < rows; row++)
+        to.positions[to.slots[row] / to.block_tokens * to.positions_stride + to.slots[row] % to.block_tokens] =
+            static_cast<int32_t>(seen.row_positions[row]);
+}
+
+bool Step::again() {
+    for (size_t i = 0; i < turns.size(); i++)
+        if (turns[i].cos && !turn(i)) return false;
+    for (const Writing& to : writing) write(to);
+    for (const Planned& p : planned) plan(p.group, p.sequences, nullptr, 0, p.heads, p.kv_heads, p.dim, p.threads);
+    return true;
+}
+
 void Step::plan(size_t group, const std::vector<int64_t>& sequences, const int64_t* shared, int64_t chunks, int heads,
                 int kv_heads, int dim, int threads) {
     const Place& place = places.at(group);

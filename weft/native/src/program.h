@@ -27,6 +27,27 @@ struct Angles {
     const float *cos = nullptr, *sin = nullptr;
 };
 
+// The same of the first `kept` positions, [kept, F], and where those of a step's rows go.
+struct Turns {
+    const float *cos = nullptr, *sin = nullptr;
+    int64_t pairs = 0, kept = 0;
+    std::vector<float> own;
+};
+
+// Where a group has the logical positions of its entries, and those that the step's rows get.
+struct Writing {
+    int32_t* positions = nullptr;
+    int64_t positions_stride = 0, block_tokens = 1;
+    const int64_t* slots = nullptr;
+};
+
+// What `Step::plan` was asked for, where no chunks are shared.
+struct Planned {
+    size_t group;
+    std::vector<int64_t> sequences;
+    int heads, kv_heads, dim, threads;
+};
+
 // Who computes what of the attention of one KV group.
 struct Attending {
     std::vector<Item> items;
@@ -44,8 +65,18 @@ struct Step {
     std::vector<Attending> attending;  // likewise
     std::vector<Attending> sparse;     // by number, of rows in units (`plan_units`)
     std::vector<Angles> angles;        // by rotary embedding
+    std::vector<Turns> turns;          // likewise, where they are looked up
+    std::vector<Writing> writing;
+    std::vector<Planned> planned;
     std::vector<float> partials;
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
+
+    // Looks up the angles of an embedding for the rows' positions; false where one is not among those kept.
+    bool turn(size_t index);
+    // Writes the rows' positions into a group.
+    void write(const Writing& to) const;
+    // What is to be done anew where the same tensors hold the numbers of the next step; false where it cannot be.
+    bool again();
 
     // Rows of the sequences in tiles, with each kv head; where that is too little for all threads, chunk by chunk.  shared: for each of
     // them and each chunk, equal numbers in one chunk where tables hold the same blocks (-1: nobody else's do), [sequences, chunks];
