@@ -80,24 +80,25 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(Gather, "step", Gather.batch)
 
 
-CASES: dict[str, tuple[dict[str, Any], bool]] = {
-    "plain": ({}, True),
-    "ten rows a step": ({"max_rows": 10}, True),
-    "little room": ({"blocks": 14}, True),
-    "int8 rows": ({"techniques": ["kv.store=int8"]}, True),
-    "the newest entries": ({"techniques": ["kv.compress=streaming_llm(sinks=4,window=24,every=8)"]}, True),
-    "heavy hitters": ({"techniques": ["kv.compress=h2o(heavy=12,recent=12,every=8,observe=16)"], "share": False}, False),
-    "guesses": ({"techniques": ["draft=ngram"]}, False),
+# Options of an engine, and how many of its steps have a batch that stands, at least.
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": ({}, 15),
+    "ten rows a step": ({"max_rows": 10}, 15),
+    "little room": ({"blocks": 14}, 15),
+    "int8 rows": ({"techniques": ["kv.store=int8"]}, 15),
+    "the newest entries": ({"techniques": ["kv.compress=streaming_llm(sinks=4,window=24,every=8)"]}, 15),
+    "heavy hitters": ({"techniques": ["kv.compress=h2o(heavy=12,recent=12,every=8,observe=16)"], "share": False}, 0),
+    "guesses": ({"techniques": ["draft=ngram"]}, 0),
 }
 
 
-@pytest.mark.parametrize(("options", "mostly"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(("options", "stood"), CASES.values(), ids=CASES.keys())
 def test_it_has_the_numbers_of_a_new_one(
-    runtime: Runtime, compared: Seen, anew: Callable[[], None], options: dict[str, Any], mostly: bool
+    runtime: Runtime, compared: Seen, anew: Callable[[], None], options: dict[str, Any], stood: int
 ) -> None:
     bench = Bench(runtime, **options)
     found = bench.run(requests())
-    assert compared.stood > compared.built or not mostly
+    assert compared.stood >= stood
     assert compared.built > 3
     assert any(isinstance(event, Preempted) for event in bench.events) == ("blocks" in options)
     anew()
@@ -126,7 +127,7 @@ def test_positions_beyond_the_tables_that_are_kept(
 ) -> None:
     """Their angles are computed in every pass; the answers are the same."""
     want = Bench(runtime).run(requests())
-    monkeypatch.setattr(ropes, "KEPT_POSITIONS", 40)
+    monkeypatch.setattr(ropes, "KEPT_POSITIONS", 75)
     asked: list[bool] = []
     again = NativeStep.again
     monkeypatch.setattr(NativeStep, "again", lambda step: asked.append(again(step)) or asked[-1])
