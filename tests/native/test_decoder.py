@@ -87,12 +87,12 @@ def test_bits_do_not_depend_on_chunks_company_or_threads(isa: str, dtype: str) -
 
 def test_a_step_without_hooks_is_one_call() -> None:
     decoder = bench("cpu").decoder
-    (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True, alone=True)
+    (segment,) = decoder._segments.pieces(0, len(decoder.spec.layers), dense=True, alone=True)
     (call,) = segment.runs
     # Behind it stand, for each layer, the operations of steps that look at what gates open, or add to them.
     assert isinstance(call, Call)
     assert (call.first, call.stop) == (0, len(decoder.native.program) - 4 * len(decoder.spec.layers))
-    (segment,) = decoder._pieces(0, len(decoder.spec.layers), dense=True, alone=True, vectors=True)
+    (segment,) = decoder._segments.pieces(0, len(decoder.spec.layers), dense=True, alone=True, vectors=True)
     assert [isinstance(run, Call) for run in segment.runs] == [True, False, True], "vectors replace embeddings"
 
 
