@@ -49,9 +49,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Every batch of the target is compared with one that is built for its step."""
     seen, step = Seen(), Gather.step
 
-    def watched(
-        gather: Gather, name: str, works: Sequence[Work], mine: Sequence[int]
-    ) -> tuple[Batch, list[Wanted]]:
+    def watched(gather: Gather, name: str, works: Sequence[Work], mine: Sequence[int]) -> tuple[Batch, list[Wanted]]:
         batch, wanted = step(gather, name, works, mine)
         new, rows = gather.batch(name, works, mine)
         assert wanted == rows
@@ -112,7 +110,13 @@ def test_windows_that_slide(
 ) -> None:
     """Tables whose heads are dropped, beside those of layers that see everything."""
     config = EngineConfig(
-        model=checkpoint(name).folder, dtype="float32", device="cpu", threads=1, max_model_len=256, max_num_seqs=8, ops=ops
+        model=checkpoint(name).folder,
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        max_model_len=256,
+        max_num_seqs=8,
+        ops=ops,
     )
     runtime = build(prepare(config))
     assert any(group.window for group in runtime.pool.groups if group.kind is not GroupKind.PARKED)
