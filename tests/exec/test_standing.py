@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -101,6 +101,17 @@ def test_it_has_the_numbers_of_a_new_one(
     assert any(isinstance(event, Preempted) for event in bench.events) == ("blocks" in options)
     anew()
     assert found == Bench(runtime, **options).run(requests())
+
+
+def test_two_threads_that_part_a_sequences_chunks(runtime: Runtime, compared: Seen, anew: Callable[[], None]) -> None:
+    """One sequence and then several, of up to five chunks, whose parts are put together anew in every step."""
+    both = build(prepare(replace(runtime.setup.config, threads=2)))
+    asked = [spec(9, range(3, 90), max_tokens=200), *requests(most=200)]
+    found = Bench(both, max_rows=64).run(asked)
+    assert compared.stood > 150
+    anew()
+    assert found == Bench(both, max_rows=64).run(asked)
+    assert found == Bench(runtime).run(asked)
 
 
 @pytest.mark.parametrize("ops", ["auto", "ref"])

@@ -43,7 +43,10 @@ class Gather:
         self._standing: tuple[Standing, list[Wanted]] | None = None
 
     def step(self, name: str, works: Sequence[Work], mine: Sequence[int]) -> tuple[Batch, list[Wanted]]:
-        """As `batch`, whose tensors it may use for the next step's; nobody may keep them for longer than a step."""
+        """As `batch`, whose tensors it may use for the next step's; nobody may keep them for longer than a step.
+
+        name: the target's, in every call.
+        """
         if self._standing is not None:
             standing, wanted = self._standing
             if standing.follow(works, mine):

@@ -172,7 +172,7 @@ def picked(batch: Batch, rows: Ints, *, loose: bool = False) -> Batch:
     sequences = [batch.sequences[s] for s in of.tolist()] if batch.sequences else []
     return replace(
         batch, tokens_T=batch.tokens_T[index], positions_T=batch.positions_T[index], bounds=edges, groups=groups,
-        logit_rows_N=batch.logit_rows_N[:0], trees=trees, vectors=None, sequences=sequences,
+        logit_rows_N=batch.logit_rows_N[:0], trees=trees, vectors=None, sequences=sequences, stands=False,
         deltas=None if batch.deltas is None else Deltas.of(sequences, edges, index.device),
         mass=None if batch.mass is None else replace(batch.mass, sums_T=batch.mass.sums_T[index]),
     )  # fmt: skip

@@ -50,6 +50,7 @@ class NativeStep:
             self._turn(batch, ropes)
 
     def _turn(self, batch: Batch, ropes: Ropes) -> None:
+        self._kept.append(ropes)
         computed = None
         for index, rope in enumerate(self._native.ropes):
             if self._step.turn(index, *ropes.addresses[rope]):

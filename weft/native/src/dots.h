@@ -68,7 +68,7 @@ WEFT_INLINE void add_words(const Weight& w, const Part& part, int64_t first, int
     typename D::Total total[R][P][PARTS];  // of its own, which a compiler keeps in registers
     each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = result[r][p][v]; });
     const auto* x = reinterpret_cast<const int32_t*>(part.x) + first * R;
-    const char* later = part.later;
+    const char* later = part.later ? part.later + first / EACH * part.each : nullptr;  // of a group, what is its part's
     const int64_t lines = w.k / W::VALUES, begin = part.line + first / EACH, end = begin + words / EACH;
     const char* panels[P];
     for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
@@ -256,7 +256,10 @@ template <int R, int P>
 void widening_tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
     const char* panels[P];
-    for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
+    for (int p = 0; p < P; p++) {
+        panels[p] = panel_of<P>(w, part.panel, part.far, p);
+        __builtin_prefetch(panels[p] + part.next + w.line_bytes());
+    }
     if (part.cold) ask_to_write<R, P>(a, part);
     vf totals[R][P][PARTS];
     fetch<R, P>(a, part, totals);

@@ -94,7 +94,8 @@ WEFT_INLINE const char* panel_of(const Weight& w, const char* panel, int64_t far
 inline constexpr int64_t AHEAD = 256;  // lines, of all panels together
 template <int P>
 WEFT_INLINE void ask_for(const char* const (&panels)[P], int64_t line, int64_t lines, int64_t next) {
-    const int64_t at = line + AHEAD / (P > 1 ? P : 2), more = at < lines ? at * LINE_BYTES : next + (at - lines) * LINE_BYTES;
+    constexpr int64_t FURTHEST = AHEAD / (P > 1 ? P : 2);
+    const int64_t at = line + (FURTHEST < lines ? FURTHEST : lines), more = at < lines ? at * LINE_BYTES : next + (at - lines) * LINE_BYTES;
     for (int p = 0; p < P; p++) __builtin_prefetch(panels[p] + more, 0, 2);
 }
 

@@ -206,9 +206,11 @@ NB_MODULE(_native, m) {
         .def("plan", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t shared, int64_t chunks, int heads,
                         int kv_heads, int dim, int threads) {
             s.plan(group, sequences, at<int64_t>(shared), chunks, heads, kv_heads, dim, threads);
-            s.planned.push_back(Planned{group, sequences, heads, kv_heads, dim, threads});
+            if (shared) s.parted = true;
+            else s.planned.push_back(Planned{group, sequences, heads, kv_heads, dim, threads});
         })
         .def("plan_units", [](Step& s, size_t group, const std::vector<int64_t>& sequences, uintptr_t units, int heads, int kv_heads) {
+            s.parted = true;
             return s.plan_units(group, sequences, at<int64_t>(units), heads, kv_heads);
         });
     nb::class_<Program>(m, "Program")

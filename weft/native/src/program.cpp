@@ -126,6 +126,7 @@ void Step::write(const Writing& to) const {
 }
 
 bool Step::again() {
+    if (parted) return false;
     for (size_t i = 0; i < turns.size(); i++)
         if (turns[i].cos && !turn(i)) return false;
     for (const Writing& to : writing) write(to);

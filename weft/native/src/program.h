@@ -68,6 +68,7 @@ struct Step {
     std::vector<Turns> turns;          // likewise, where they are looked up
     std::vector<Writing> writing;
     std::vector<Planned> planned;
+    bool parted = false;               // whether something is planned that `again` does not know how to plan anew
     std::vector<float> partials;
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
 
