@@ -175,7 +175,7 @@ class Decoder:
         step = self._step(batch, pool, turned=False)
         self._buffers["hidden"][: step.rows].copy_(hidden)
         self._segments.run(step, len(self.spec.layers), len(self.spec.layers), True)
-        return self._buffers["logits"][: batch.logit_rows_N.shape[0]]
+        return self._first_logits(batch.logit_rows_N.shape[0])
 
     def states(self, first: int, stop: int, *, normed: bool = True) -> Tensor:
         """Hidden states, float32 [rows, width], of rows of a pass that has ended with the last layer; normed as for the head."""

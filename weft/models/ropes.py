@@ -25,8 +25,6 @@ class Ropes:
     def __init__(self, spec: DecoderSpec, ops: Ops, device: torch.device) -> None:
         self._tables, self._device, self._positions = ops.rope_tables, device, spec.max_positions
         self._inverse = {layer.rope: frequencies(layer.rope).to(device) for layer in spec.layers if layer.rope}
-        self._kept: dict[RopeSpec, tuple[Any, Any]] = {}
-        """Of the first positions, as arrays: behind a pass, which fills the caches, each operation of torch's is dear."""
 
     def __call__(self, positions_T: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
         if self._device.type == "cpu":
@@ -36,7 +34,7 @@ class Ropes:
             if most < KEPT_POSITIONS:
                 return {
                     rope: (torch.from_numpy(cos.take(positions, 0)), torch.from_numpy(sin.take(positions, 0)))
-                    for rope, (cos, sin) in self._first().items()
+                    for rope, (cos, sin) in self._first.items()
                 }
         return self._computed(positions_T)
 
@@ -44,15 +42,14 @@ class Ropes:
     def addresses(self) -> dict[RopeSpec, tuple[int, int, int, int]]:
         """By rope, where the tables of the first positions lie, which live as long as this: of cosines, of sines; F; how many."""
         return {
-            rope: (cos.ctypes.data, sin.ctypes.data, cos.shape[1], len(cos))
-            for rope, (cos, sin) in self._first().items()
+            rope: (cos.ctypes.data, sin.ctypes.data, cos.shape[1], len(cos)) for rope, (cos, sin) in self._first.items()
         }
 
+    @cached_property
     def _first(self) -> dict[RopeSpec, tuple[Any, Any]]:
-        if not self._kept:
-            first = torch.arange(min(KEPT_POSITIONS, self._positions))
-            self._kept = {rope: (c.numpy(), s.numpy()) for rope, (c, s) in self._computed(first).items()}
-        return self._kept
+        """Of the first positions, as arrays: behind a pass, which fills the caches, each operation of torch's is dear."""
+        first = torch.arange(min(KEPT_POSITIONS, self._positions))
+        return {rope: (c.numpy(), s.numpy()) for rope, (c, s) in self._computed(first).items()}
 
     def _computed(self, positions_T: Tensor) -> dict[RopeSpec, tuple[Tensor, Tensor]]:
         return {
