@@ -76,10 +76,10 @@ struct Way {
 // cache, in blocks whose rows stay in the second.  between: of R * P * PANEL floats for each tile, what is added up so far.
 // T: what tiles in vectors read, W or, of nested scales, bytes, which the first of them makes.  made: words that are made of a stretch
 // for all tiles, where they are.
-template <class D, class W, bool OFFSETS, class T = W>
+template <class D, class W, class T = W>
 void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_t first, int64_t count, int64_t from, int64_t to,
               bool paired, float* between, char* made, int32_t* handed = nullptr) {
-    constexpr int EACH = W::VALUES / D::INPUTS;
+    constexpr int EACH = W::VALUES / D::INPUTS, MOST = DOT_ROWS<D, W>;
     constexpr bool WIDE = !std::is_same_v<W, T>;
     const Weight& w = a.weight;
     Linear read = a;
@@ -140,17 +140,19 @@ void multiply(const Linear& a, const Way<D, W>& way, const Rows<D>& rows, int64_
                     const int high = static_cast<int>(tall);
                     if constexpr (MATRICES)
                         if (way.matrices) {
-                            matrix_tile_of<D, W, OFFSETS>(highest, panels, itself)(a, part, ending);
+                            matrix_tile_of<D, W>(highest, panels, itself)(a, part, ending);
                             continue;
                         }
                     if constexpr (WIDE)
                         if (widens) {
-                            (panels == 1 ? widening_tile_of<1, DOT_ROWS<D, W>>(high) : widening_tile_of<TILE_PANELS, DOT_ROWS<D, W>>(high))(a, part);
+                            (panels == 1 ? tile_of<MOST>(high, [](auto r) -> Tile { return widening_tile<r, 1>; })
+                                         : tile_of<MOST>(high, [](auto r) -> Tile { return widening_tile<r, TILE_PANELS>; }))(a, part);
                             continue;
                         }
-                    const Tile run = panels == 1             ? dot_tile_of<D, T, OFFSETS, 1, DOT_ROWS<D, W>>(high)
-                                     : panels == TILE_PANELS ? dot_tile_of<D, T, OFFSETS, TILE_PANELS, DOT_ROWS<D, W>>(high)
-                                                             : dot_tile_of<D, T, OFFSETS, FEW_PANELS, std::min(FEW_ROWS, DOT_ROWS<D, W>)>(high);
+                    const Tile run =
+                        panels == 1             ? tile_of<MOST>(high, [](auto r) -> Tile { return dot_tile<D, T, r, 1>; })
+                        : panels == TILE_PANELS ? tile_of<MOST>(high, [](auto r) -> Tile { return dot_tile<D, T, r, TILE_PANELS>; })
+                                                : tile_of<std::min(FEW_ROWS, MOST)>(high, [](auto r) -> Tile { return dot_tile<D, T, r, FEW_PANELS>; });
                     run(read, part);
                 }
             }
@@ -184,7 +186,7 @@ struct Block {
     }
 };
 
-template <class D, class W, bool OFFSETS>
+template <class D, class W>
 void dots_in(const Linear& a, int64_t rows, Share share) {
     const Weight& w = a.weight;
     const bool paired = a.gate.out != nullptr;
@@ -194,17 +196,17 @@ void dots_in(const Linear& a, int64_t rows, Share share) {
     Linear summed = a;  // where nested weights become bytes, a row has one sum
     if (whole) summed.weight.group = w.k;
     const int64_t high = way.block_rows(rows, each, [&](int64_t count) { return Rows<D>::size(summed.weight, count, each); });
-    const int factor = OFFSETS ? 1 : whole ? -I8::HALF : -W::HALF;  // what weights have too much
+    const int factor = w.offsets ? 1 : whole ? -I8::HALF : -W::HALF;  // what weights have too much
     float* between = share.scratch + INPUTS_SCRATCH + SUMS_SCRATCH;
     char* made = reinterpret_cast<char*>(share.scratch + INPUTS_SCRATCH);
     for (int64_t first = 0; first < rows; first += high) {
         const Block<D> block(summed.weight, way, first, rows - first < high ? rows - first : high, share);
         block.template round<W>(summed, share, factor);
         each_share(a, share, panels, unit, !block.own || rows == block.count, [&](int64_t from, int64_t to) {
-            if constexpr (NESTS<D, W, OFFSETS>)
+            if constexpr (NESTS<D, W>)
                 if (way.makes && !way.matrices)
-                    return multiply<D, W, OFFSETS, I8>(a, way, block.rows, first, block.count, from, to, paired, between, made);
-            multiply<D, W, OFFSETS>(a, way, block.rows, first, block.count, from, to, paired, between, made);
+                    return multiply<D, W, I8>(a, way, block.rows, first, block.count, from, to, paired, between, made);
+            multiply<D, W>(a, way, block.rows, first, block.count, from, to, paired, between, made);
         });
         if (!block.own) share.meet();  // before somebody writes the next rows there
     }
@@ -243,15 +245,11 @@ void linear_of(const Linear& a, int64_t rows, Share share) {
         return gated(a.gate, rows, share);
     }
     if constexpr (W::SCALED) {
-        if (a.inputs == Inputs::INT8)
-            return a.weight.offsets ? dots_in<Bytes, W, true>(a, rows, share) : dots_in<Bytes, W, false>(a, rows, share);
+        if (a.inputs == Inputs::INT8) return dots_in<Bytes, W>(a, rows, share);
     }
 #if defined(__AVX512BF16__)
-    if constexpr (BY_HALVES<W>) {
-        if constexpr (W::SCALED)
-            if (dots<W>(a) && a.weight.offsets) return dots_in<Halves, W, true>(a, rows, share);
-        if (dots<W>(a)) return dots_in<Halves, W, false>(a, rows, share);
-    }
+    if constexpr (BY_HALVES<W>)
+        if (dots<W>(a)) return dots_in<Halves, W>(a, rows, share);
 #endif
     linear_in<W>(a, rows, share);
 }

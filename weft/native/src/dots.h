@@ -10,34 +10,42 @@
 
 namespace weft::WEFT_ISA {
 
-// Scales of one group of P panels, and their offsets with what a value has too much.
-template <class D, class W, bool OFFSETS, int P>
-WEFT_INLINE void scales_of(const Weight& w, const Part& part, int64_t group, vf (&fine)[P][PARTS], vf (&offset)[P][PARTS]) {
+// Scales of one group of P panels.
+template <class D, class W, int P>
+WEFT_INLINE void scales_of(const Weight& w, const Part& part, int64_t group, vf (&fine)[P][PARTS]) {
     each_sum<1, P>([&](int, int p, int v) {
         const char* mine = panel_of<P>(w, part.panel, part.far, p);
         __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
-        const vf scale = scales<W>(w, mine, group, v);
-        fine[p][v] = scale * D::template unit<W>();
-        offset[p][v] = OFFSETS ? offsets<W>(w, mine, group, v) + scale * D::template half<W>() : vf{};
+        fine[p][v] = scales(w, mine, group, v) * D::template unit<W>();
+    });
+}
+// Their offsets, with what a value has too much, where weights have offsets.
+template <class D, class W, int P>
+WEFT_INLINE void offsets_of(const Weight& w, const Part& part, int64_t group, vf (&offset)[P][PARTS]) {
+    each_sum<1, P>([&](int, int p, int v) {
+        const char* mine = panel_of<P>(w, part.panel, part.far, p);
+        offset[p][v] = offsets(w, mine, group, v) + scales(w, mine, group, v) * D::template half<W>();
     });
 }
 
 // totals += found * scale (+ offset * sum) of one group.
-template <class D, class W, bool OFFSETS, int R, int P>
+template <class D, class W, int R, int P>
 WEFT_INLINE void settle_dots(const Weight& w, const Part& part, int64_t group, const typename D::Total (&found)[R][P][PARTS],
                              const typename D::Sum* sums, int64_t stride, vf (&totals)[R][P][PARTS]) {
-    vf fine[P][PARTS], offset[P][PARTS];
-    scales_of<D, W, OFFSETS, P>(w, part, group, fine, offset);
-    each_sum<R, P>([&](int r, int p, int v) {
-        totals[r][p][v] += D::floats(found[r][p][v]) * fine[p][v];
-        if (OFFSETS) totals[r][p][v] += offset[p][v] * static_cast<float>(sums[r * stride + group]);
-    });
+    vf fine[P][PARTS];
+    scales_of<D, W, P>(w, part, group, fine);
+    each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += D::floats(found[r][p][v]) * fine[p][v]; });
+    if (w.offsets) {
+        vf offset[P][PARTS];
+        offsets_of<D, W, P>(w, part, group, offset);
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += offset[p][v] * static_cast<float>(sums[r * stride + group]); });
+    }
 }
 
-// totals += found times the multiples of one group.
-template <class D, int R, int P>
-WEFT_INLINE void settle_nested(const Weight& w, const Part& part, int64_t group, const typename D::Total (&found)[R][P][PARTS],
-                               typename D::Total (&totals)[R][P][PARTS]) {
+// totals, which hold whole numbers, += found times the multiples of one group.
+template <int R, int P>
+WEFT_INLINE void settle_nested(const Weight& w, const Part& part, int64_t group, const vi (&found)[R][P][PARTS], vf (&totals)[R][P][PARTS]) {
+    const auto whole = [&](int r, int p, int v) { return reinterpret_cast<vi>(totals[r][p][v]); };
     vi times[P][PARTS];
     each_sum<1, P>([&](int, int p, int v) {
         const char* mine = panel_of<P>(w, part.panel, part.far, p);
@@ -45,9 +53,11 @@ WEFT_INLINE void settle_nested(const Weight& w, const Part& part, int64_t group,
         times[p][v] = multiples(w, mine, group, v);
     });
     if (w.group <= SHORT_GROUP)
-        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = add_times(totals[r][p][v], found[r][p][v], times[p][v]); });
+        each_sum<R, P>([&](int r, int p, int v) {
+            totals[r][p][v] = reinterpret_cast<vf>(add_times(whole(r, p, v), found[r][p][v], times[p][v]));
+        });
     else
-        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += found[r][p][v] * times[p][v]; });
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = reinterpret_cast<vf>(whole(r, p, v) + found[r][p][v] * times[p][v]); });
 }
 
 // One word of P panels times one of R rows.
@@ -168,9 +178,9 @@ WEFT_INLINE void hand_on(const Linear& a, const Part& part, const vf (&totals)[R
 }
 #endif
 
-// Whether sums stay whole until a row's scale comes.
-template <class D, class W, bool OFFSETS>
-inline constexpr bool NESTS = std::is_same_v<D, Bytes> && std::is_same_v<W, I4> && !OFFSETS;
+// Whether scales may be nested, so that sums stay whole until a row's scale comes.
+template <class D, class W>
+inline constexpr bool NESTS = std::is_same_v<D, Bytes> && std::is_same_v<W, I4>;
 
 // Rows from which on weights of few bits, made words of bfloat16, go through matrix registers.
 inline constexpr int64_t HALVES_FROM = 3;
@@ -184,70 +194,55 @@ WEFT_INLINE void add_products(const Weight& w, const Part& part, int64_t first, 
     add_words<D, W, R, P>(w, part, first, words, result);
 }
 
-template <class D, class W, bool OFFSETS, int R, int P>
+template <class D, class W, int R, int P>
 void dot_tile(const Linear& a, const Part& part) {
-    const Weight& w = a.weight;
-    const int64_t groups = w.groups();
-    const auto* sums = reinterpret_cast<const typename D::Sum*>(part.sums);
     constexpr int EACH = W::VALUES / D::INPUTS;
-    vf totals[R][P][PARTS];
-    const int64_t words = part.lines * EACH;
+    const Weight& w = a.weight;
+    const bool nested = NESTS<D, W> && w.nested, grouped = W::SCALED && (nested || w.grouped());
+    const int64_t words = part.lines * EACH, step = grouped ? w.group / D::INPUTS : words, groups = grouped ? w.groups() : 1;
+    const auto* sums = reinterpret_cast<const typename D::Sum*>(part.sums);
     if (part.cold) ask_to_write<R, P>(a, part);
-    if (NESTS<D, W, OFFSETS> && w.nested) {
-        if constexpr (NESTS<D, W, OFFSETS>) {
-            const int64_t step = w.group / D::INPUTS;
-            typename D::Total whole[R][P][PARTS];
-            fetch<R, P>(a, part, totals);
-            for (int p = 0; p < P; p++) __builtin_prefetch(panel_of<P>(w, part.panel, part.far, p) + part.next + w.line_bytes());
-            each_sum<R, P>([&](int r, int p, int v) { whole[r][p][v] = reinterpret_cast<vi>(totals[r][p][v]); });
-            for (int64_t first = 0; first < words; first += step) {
-                const int64_t group = part.line * EACH / step + first / step;
-                typename D::Total total[R][P][PARTS];
-                each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(sums[r * groups + group]); });
-                add_words<D, W, R, P>(w, part, first, step, total);
-                settle_nested<D, R, P>(w, part, group, total, whole);
-            }
-            each_sum<R, P>([&](int r, int p, int v) {
-                totals[r][p][v] = part.end ? D::floats(whole[r][p][v]) * row_scales(w, panel_of<P>(w, part.panel, part.far, p), v)
-                                           : reinterpret_cast<vf>(whole[r][p][v]);
-            });
-        }
-    } else if (W::SCALED && w.grouped()) {
-        const int64_t step = w.group / D::INPUTS;
-        fetch<R, P>(a, part, totals);
-        for (int64_t first = 0; first < words; first += step) {
-            const int64_t group = part.line * EACH / step + first / step;
-            typename D::Total total[R][P][PARTS];
-            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(OFFSETS ? 0 : sums[r * groups + group]); });
-            add_products<D, W, R, P>(w, part, first, step, total);
-            if constexpr (W::SCALED) settle_dots<D, W, OFFSETS, R, P>(w, part, group, total, sums, groups, totals);
-        }
-    } else {
+    for (int p = 0; p < P && nested; p++) __builtin_prefetch(panel_of<P>(w, part.panel, part.far, p) + part.next + w.line_bytes());
+    vf totals[R][P][PARTS];
+    fetch<R, P>(a, part, totals);  // between stretches, sums of whole numbers that no scale has been at are as they are
+    int64_t group = grouped ? part.line * EACH / step : 0;
+    for (int64_t first = 0; first < words; first += step, group++) {
         typename D::Total total[R][P][PARTS];
-        fetch<R, P>(a, part, totals);  // sums of whole numbers as they are, between stretches
-        each_sum<R, P>([&](int r, int p, int v) {
-            total[r][p][v] = part.from.at ? reinterpret_cast<typename D::Total>(totals[r][p][v]) : D::start(W::SCALED && !OFFSETS ? sums[r] : 0);
-        });
-        add_products<D, W, R, P>(w, part, 0, words, total);
-        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = W::SCALED && part.end ? vf{} : reinterpret_cast<vf>(total[r][p][v]); });
+        if (!grouped && part.from.at)
+            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = reinterpret_cast<typename D::Total>(totals[r][p][v]); });
+        else if (D::SCALED && !w.offsets)
+            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = D::start(sums[r * groups + group]); });
+        else
+            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = typename D::Total{}; });
+        add_products<D, W, R, P>(w, part, first, step, total);
+        if constexpr (NESTS<D, W>)
+            if (nested) {
+                settle_nested<R, P>(w, part, group, total, totals);
+                continue;
+            }
         if constexpr (W::SCALED)
-            if (part.end) settle_dots<D, W, OFFSETS, R, P>(w, part, 0, total, sums, 1, totals);
+            if (grouped) {
+                settle_dots<D, W, R, P>(w, part, group, total, sums, groups, totals);
+                continue;
+            }
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = reinterpret_cast<vf>(total[r][p][v]); });
     }
+    if constexpr (W::SCALED)
+        if (part.end && (nested || !grouped)) {
+            typename D::Total total[R][P][PARTS];
+            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = reinterpret_cast<typename D::Total>(totals[r][p][v]), totals[r][p][v] = vf{}; });
+            if (nested)
+                each_sum<R, P>([&](int r, int p, int v) {
+                    totals[r][p][v] = D::floats(total[r][p][v]) * row_scales(w, panel_of<P>(w, part.panel, part.far, p), v);
+                });
+            else settle_dots<D, W, R, P>(w, part, 0, total, sums, 1, totals);
+        }
     if (D::SCALED && part.end) each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] *= part.scales[r]; });
 #if defined(__AVX512BF16__)
     if constexpr (P > 1)
         if (part.handed && part.end) return hand_on<W, R, P>(a, part, totals);
 #endif
     put<R, P>(a, part, totals);
-}
-
-template <class D, class W, bool OFFSETS, int P, int R>
-constexpr Tile dot_tile_of(int rows) {
-    if constexpr (R == 1) {
-        return dot_tile<D, W, OFFSETS, 1, P>;
-    } else {
-        return rows == R ? dot_tile<D, W, OFFSETS, R, P> : dot_tile_of<D, W, OFFSETS, P, R - 1>(rows);
-    }
 }
 
 // The same of nested scales, whose weights become bytes while they are multiplied, so that a row has one sum.  Where `part.made` is memory,
@@ -299,15 +294,6 @@ void widening_tile(const Linear& a, const Part& part) {
                                    : reinterpret_cast<vf>(total[r][p][v]);
     });
     put<R, P>(a, part, totals);
-}
-
-template <int P, int R>
-constexpr Tile widening_tile_of(int rows) {
-    if constexpr (R == 1) {
-        return widening_tile<1, P>;
-    } else {
-        return rows == R ? widening_tile<R, P> : widening_tile_of<P, R - 1>(rows);
-    }
 }
 
 }  // namespace weft::WEFT_ISA

@@ -176,19 +176,47 @@ WEFT_INLINE void put(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS
 }
 
 // totals = totals + found * scale (+ sum * offset) of one group, `sums` a row's sums of inputs, `stride` apart.
-template <class W, int R, int P>
+template <int R, int P>
 WEFT_INLINE void settle(const Weight& w, const Part& part, int64_t group, const vf (&found)[R][P][PARTS], const float* sums,
                         int64_t stride, vf (&totals)[R][P][PARTS]) {
-    vf fine[P][PARTS], offset[P][PARTS];
+    const float unit = 1.0f / (w.format == Format::I8 ? I8::UNIT : I4::UNIT), half = w.format == Format::I8 ? I8::HALF : I4::HALF;
+    vf fine[P][PARTS];
     each_sum<1, P>([&](int, int p, int v) {
         const char* mine = panel_of<P>(w, part.panel, part.far, p);
         __builtin_prefetch(mine + part.next + w.scales_at() + group * w.scale_stride());
-        const vf scale = scales<W>(w, mine, group, v);
-        fine[p][v] = scale * (1.0f / W::UNIT);
-        offset[p][v] = w.offsets ? offsets<W>(w, mine, group, v) + scale * static_cast<float>(W::HALF) : vf{};
+        fine[p][v] = scales(w, mine, group, v) * unit;
     });
     each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += found[r][p][v] * fine[p][v]; });
-    if (w.offsets) each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += offset[p][v] * sums[r * stride + group]; });
+    if (w.offsets) {
+        vf offset[P][PARTS];
+        each_sum<1, P>([&](int, int p, int v) {
+            const char* mine = panel_of<P>(w, part.panel, part.far, p);
+            offset[p][v] = offsets(w, mine, group, v) + scales(w, mine, group, v) * half;
+        });
+        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] += offset[p][v] * sums[r * stride + group]; });
+    }
+}
+
+// One input of each of R rows times weights of P panels.
+template <int R, int P>
+WEFT_INLINE void add_input(const vf (&weight)[P][PARTS], const float* x, vf (&total)[R][P][PARTS]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+        const vf input = all(x[r]);  // read once for all panels: registers are what a tile is short of
+        each_sum<1, P>([&](int, int p, int v) { total[r][p][v] += weight[p][v] * input; });
+    }
+}
+
+// Scales of whole rows, when nothing is missing, and the sums to where they go.
+template <int R, int P>
+WEFT_INLINE void finish(const Linear& a, const Part& part, vf (&totals)[R][P][PARTS]) {
+    const Weight& w = a.weight;
+    if (w.group && !w.grouped() && part.end) {
+        vf total[R][P][PARTS];
+        each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = totals[r][p][v], totals[r][p][v] = vf{}; });
+        settle<R, P>(w, part, 0, total, part.sums, 1, totals);
+    }
+    put<R, P>(a, part, totals);
 }
 
 // Lines of P panels as floats, which costs as much as a third of what a tile computes with them.
@@ -206,15 +234,13 @@ void open_lines(const Weight& w, const Part& part, float* out) {
             }
 }
 
-// OPENED: whether the weights come as floats.
-template <class W, int R, int P, bool OPENED>
+template <class W, int R, int P>
 void tile(const Linear& a, const Part& part) {
     const Weight& w = a.weight;
     const char* panels[P];
     for (int p = 0; p < P; p++) panels[p] = panel_of<P>(w, part.panel, part.far, p);
     vf totals[R][P][PARTS];
     fetch<R, P>(a, part, totals);
-    [[maybe_unused]] const char* later = part.later;
     const bool grouped = W::SCALED && w.grouped();
     const int64_t step = grouped ? w.group / W::VALUES : part.lines;
     for (int64_t first = 0; first < part.lines; first += step) {
@@ -222,53 +248,60 @@ void tile(const Linear& a, const Part& part) {
         each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = grouped ? vf{} : totals[r][p][v]; });
         for (int64_t line = first; line < first + step; line++) {
             const float* x = part.x + line * W::VALUES * R;
-            if (!OPENED) ask_for<P>(panels, part.line + line, w.k / W::VALUES, part.next);
-            else ask_for_later<P>(part, later);
+            ask_for<P>(panels, part.line + line, w.k / W::VALUES, part.next);
             vu words[P][PARTS];
-            for (int p = 0; p < P && !OPENED; p++)
+            for (int p = 0; p < P; p++)
                 for (int v = 0; v < PARTS; v++)
                     words[p][v] = load_bits(panels[p] + (part.line + line) * LINE_BYTES + v * LANES * 4);
 #pragma GCC unroll 8
             for (int i = 0; i < W::VALUES; i++) {  // shifts are constants then
-                const float* opened = OPENED ? part.opened + (line * W::VALUES + i) * P * PANEL : nullptr;
                 vf weight[P][PARTS];
-                each_sum<1, P>([&](int, int p, int v) {
-                    weight[p][v] = OPENED ? load(opened + p * PANEL + v * LANES) : W::value(words[p][v], i);
-                });
-#pragma GCC unroll 16
-                for (int r = 0; r < R; r++) {
-                    const vf input = all(x[i * R + r]);  // read once for all panels: registers are what a tile is short of
-                    each_sum<1, P>([&](int, int p, int v) { total[r][p][v] += weight[p][v] * input; });
-                }
+                each_sum<1, P>([&](int, int p, int v) { weight[p][v] = W::value(words[p][v], i); });
+                add_input<R, P>(weight, x + i * R, total);
             }
         }
-        if constexpr (W::SCALED) {
-            if (grouped) {
-                settle<W, R, P>(w, part, (part.line + first) / step, total, part.sums, w.groups(), totals);
-                continue;
+        if (grouped) settle<R, P>(w, part, (part.line + first) / step, total, part.sums, w.groups(), totals);
+        else each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = total[r][p][v]; });
+    }
+    finish<R, P>(a, part, totals);
+}
+
+// The same of weights that come as floats, of whichever format.
+template <int R, int P>
+void opened_tile(const Linear& a, const Part& part) {
+    const Weight& w = a.weight;
+    vf totals[R][P][PARTS];
+    fetch<R, P>(a, part, totals);
+    const char* later = part.later;
+    const int values = values_of_line(w.format);
+    const float *x = part.x, *opened = part.opened;
+    const int64_t step = w.grouped() ? w.group / values : part.lines;
+    for (int64_t first = 0; first < part.lines; first += step) {
+        vf total[R][P][PARTS];
+        each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = w.grouped() ? vf{} : totals[r][p][v]; });
+        for (int64_t line = first; line < first + step; line++) {
+            ask_for_later<P>(part, later);
+#pragma GCC unroll 2
+            for (int i = 0; i < values; i++, x += R, opened += P * PANEL) {
+                vf weight[P][PARTS];
+                each_sum<1, P>([&](int, int p, int v) { weight[p][v] = load(opened + p * PANEL + v * LANES); });
+                add_input<R, P>(weight, x, total);
             }
         }
-        each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = total[r][p][v]; });
+        if (w.grouped()) settle<R, P>(w, part, (part.line + first) / step, total, part.sums, w.groups(), totals);
+        else each_sum<R, P>([&](int r, int p, int v) { totals[r][p][v] = total[r][p][v]; });
     }
-    if constexpr (W::SCALED) {
-        if (!grouped && part.end) {
-            vf total[R][P][PARTS];
-            each_sum<R, P>([&](int r, int p, int v) { total[r][p][v] = totals[r][p][v], totals[r][p][v] = vf{}; });
-            settle<W, R, P>(w, part, 0, total, part.sums, 1, totals);
-        }
-    }
-    put<R, P>(a, part, totals);
+    finish<R, P>(a, part, totals);
 }
 
 using Tile = void (*)(const Linear&, const Part&);
 
-template <class W, int P, int R, bool OPENED = false>
-constexpr Tile tile_of(int rows) {
-    if constexpr (R == 1) {
-        return tile<W, 1, P, OPENED>;
-    } else {
-        return rows == R ? tile<W, R, P, OPENED> : tile_of<W, P, R - 1, OPENED>(rows);
-    }
+// The one of so many rows, R at most; `of` names it, given a constant.
+template <int R, class Of>
+constexpr Tile tile_of(int rows, const Of& of) {
+    if constexpr (R > 1)
+        if (rows < R) return tile_of<R - 1>(rows, of);
+    return of(std::integral_constant<int, R>{});
 }
 
 // Inputs of rows [first, first + rows), from `input` on, as the tiles read them: tile after tile, [K, R] each.  Writes up to LANES
@@ -374,11 +407,11 @@ void linear_panels(const Linear& a, int64_t rows, Share share, int64_t from, int
                     const int64_t next = end < wide ? (input + end) / W::VALUES * LINE_BYTES : part.next + input / W::VALUES * LINE_BYTES;
                     const int64_t mine = (top * tiles + count - 1) / count;
                     part.ask_later(part.panel + next, part.far, part.lines * LINE_BYTES, mine, tiles);
-                    return tile_of<W, TILE_PANELS, TILE_ROWS, true>(tall)(a, part);
+                    return tile_of<TILE_ROWS>(tall, [](auto r) -> Tile { return opened_tile<r, TILE_PANELS>; })(a, part);
                 }
-                const Tile run = panels == 1             ? tile_of<W, 1, TILE_ROWS>(tall)
-                                 : panels == TILE_PANELS ? tile_of<W, TILE_PANELS, TILE_ROWS>(tall)
-                                                         : tile_of<W, FEW_PANELS, FEW_ROWS>(tall);
+                const Tile run = panels == 1             ? tile_of<TILE_ROWS>(tall, [](auto r) -> Tile { return tile<W, r, 1>; })
+                                 : panels == TILE_PANELS ? tile_of<TILE_ROWS>(tall, [](auto r) -> Tile { return tile<W, r, TILE_PANELS>; })
+                                                         : tile_of<FEW_ROWS>(tall, [](auto r) -> Tile { return tile<W, r, FEW_PANELS>; });
                 run(a, part);
             });
         }

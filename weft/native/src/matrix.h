@@ -98,7 +98,7 @@ struct Ending {
 };
 
 // One row of it.
-template <class D, class W, bool OFFSETS, int P>
+template <class D, class W, int P>
 WEFT_INLINE void end_row(Ending& e) {
     const Linear& a = e.a;
     Part& row = e.part;
@@ -108,10 +108,10 @@ WEFT_INLINE void end_row(Ending& e) {
         if (e.whole)
             each_sum<1, P>([&](int, int p, int v) {
                 const auto sum = *reinterpret_cast<const typename D::Sum*>(row.sums);
-                const auto mine = D::start(OFFSETS ? 0 : sum) + reinterpret_cast<typename D::Total>(total[0][p][v]);
+                const auto mine = D::start(a.weight.offsets ? 0 : sum) + reinterpret_cast<typename D::Total>(total[0][p][v]);
                 total[0][p][v] = vf{};
                 total[0][p][v] += D::floats(mine) * e.fine[p][v];
-                if (OFFSETS) total[0][p][v] += e.offset[p][v] * static_cast<float>(sum);
+                if (a.weight.offsets) total[0][p][v] += e.offset[p][v] * static_cast<float>(sum);
             });
     }
     if (D::SCALED) each_sum<1, P>([&](int, int p, int v) { total[0][p][v] *= *row.scales; });
@@ -130,9 +130,9 @@ WEFT_INLINE void end_row(Ending& e) {
     if (!handed) put<1, P>(a, row, total);
     row.row++, row.to.at += row.to.stride, row.scales++, row.sums += e.whole ? 1 : 0;
 }
-template <class D, class W, bool OFFSETS, int P>
+template <class D, class W, int P>
 void end_rows(Ending& e) {
-    while (e.left > 0) end_row<D, W, OFFSETS, P>(e);
+    while (e.left > 0) end_row<D, W, P>(e);
 }
 
 // Between a tile and memory that holds no whole registers: `high` rows of sums, as they are; outputs end at N.
@@ -171,7 +171,7 @@ struct Making {
         for (int p = 0; p < P; p++) {
             const char* panel = panel_of<P>(w, part.panel, part.far, p);
             from[p] = panel + part.line * LINE_BYTES;
-            if constexpr (NESTS<D, W, false>) {
+            if constexpr (NESTS<D, W>) {
                 times[p] = panel + w.scales_at() + part.line * W::VALUES / w.group * w.scale_stride();
                 if (ring && w.nested) __builtin_prefetch(panel + next + w.line_bytes(), 0, 2);  // the scales of rows, which stand before those
             }
@@ -181,13 +181,13 @@ struct Making {
 
     WEFT_INLINE void make(const Weight& w) {
         bool nested = false;
-        if constexpr (NESTS<D, W, false>) nested = w.nested;
+        if constexpr (NESTS<D, W>) nested = w.nested;
         for (int done = 0, count = LINES; done < LINES; done += count) {
-            if constexpr (NESTS<D, W, false>)
+            if constexpr (NESTS<D, W>)
                 if (nested) count = static_cast<int>(std::min<int64_t>(LINES - done, w.group / W::VALUES - line));
             for (int p = 0; p < P; p++) {
                 auto* to = reinterpret_cast<float*>(place(made, p)) + done * EACH * PANEL;
-                if constexpr (NESTS<D, W, false>)
+                if constexpr (NESTS<D, W>)
                     if (nested) {
                         if (line == 0) __builtin_prefetch(times[p] + next, 0, 2);
                         widen_group(from[p], reinterpret_cast<vu>(load_bytes(times[p])), count, to);
@@ -200,7 +200,7 @@ struct Making {
                 }
             }
             for (int p = 0; p < P; p++) from[p] += count * LINE_BYTES;
-            if constexpr (NESTS<D, W, false>)
+            if constexpr (NESTS<D, W>)
                 if (nested && (line += count) == w.group / W::VALUES) {
                     line = 0;
                     for (int p = 0; p < P; p++) times[p] += w.scale_stride();
@@ -215,7 +215,7 @@ struct Making {
 };
 
 // Adds the products of steps [first, stop) to the registers, and ends rows of the tile before meanwhile.
-template <class D, class W, bool OFFSETS, int S, int P, bool MAKES>
+template <class D, class W, int S, int P, bool MAKES>
 WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int64_t stop, const char*& later, Ending& ending,
                            Making<D, W, P>& making) {
     constexpr int EACH = W::VALUES / D::INPUTS, LINES = LINE_WORDS / EACH;  // lines of the weight for a step
@@ -249,17 +249,18 @@ WEFT_INLINE void add_steps(const Weight& w, const Part& part, int64_t first, int
             for (int i = 0; i < LINES; i++) ask_for<P>(panels, part.line + step * LINES + i, w.k / W::VALUES, part.next);
         }
         for (int64_t i = 0; i < cold && asked < part.high; i++, asked++, row.row++, row.to.at += row.to.stride) ask_to_write<1, P>(ending.a, row);
-        for (int64_t i = 0; i < ended && ending.left > 0; i++) end_row<D, W, OFFSETS, P>(ending);
+        for (int64_t i = 0; i < ended && ending.left > 0; i++) end_row<D, W, P>(ending);
         for (int p = 0; p < P; p++) lines[p] += LINE_WORDS * LINE_BYTES;
     }
 }
 
 // totals += found * scale (+ offset * sum) of one group.
 template <class D, class W, bool OFFSETS, int P>
-inline void add_group(const Weight& w, const Part& part, int64_t group, const Squares<P>& found, Squares<P>& totals) {
+WEFT_INLINE void add_group(const Weight& w, const Part& part, int64_t group, const Squares<P>& found, Squares<P>& totals) {
     const auto* sums = reinterpret_cast<const typename D::Sum*>(part.sums) + group;
     vf fine[P][PARTS], offset[P][PARTS];
-    scales_of<D, W, OFFSETS, P>(w, part, group, fine, offset);
+    scales_of<D, W, P>(w, part, group, fine);
+    if constexpr (OFFSETS) offsets_of<D, W, P>(w, part, group, offset);
     for (int64_t r = 0; r < part.high; r++, sums += w.groups())
         each_sum<1, P>([&](int, int p, int v) {
             const int at = p * PANEL + v * LANES;
@@ -271,15 +272,15 @@ inline void add_group(const Weight& w, const Part& part, int64_t group, const Sq
         });
 }
 
-template <class D, class W, bool OFFSETS, int S, int P, bool MAKES>
+template <class D, class W, int S, int P, bool MAKES>
 void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
     constexpr int EACH = W::VALUES / D::INPUTS;
     const Weight& w = a.weight;
-    const bool nested = NESTS<D, W, OFFSETS> && w.nested, grouped = W::SCALED && w.grouped() && !nested;
+    const bool nested = NESTS<D, W> && w.nested, grouped = W::SCALED && w.grouped() && !nested;
     const int64_t steps = part.lines * EACH / LINE_WORDS, each = grouped ? w.group / D::INPUTS / LINE_WORDS : steps;
     const char* later = part.later;
     Making<D, W, P> making(w, part, steps);
-    if (grouped || ending.rest != end_rows<D, W, OFFSETS, P>) ending.finish();
+    if (grouped || ending.rest != end_rows<D, W, P>) ending.finish();
     ending.a = a;
     Squares<P>& found = *reinterpret_cast<Squares<P>*>(ending.kept[1 - ending.which]);
     if (grouped) fetch_squares<P>(a, part, found);
@@ -293,13 +294,13 @@ void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
         } else {
             each_register<S, P>([&](auto sum, auto, auto) { clear_register<sum>(); });
         }
-        add_steps<D, W, OFFSETS, S, P, MAKES>(w, part, first, first + each, later, ending, making);
+        add_steps<D, W, S, P, MAKES>(w, part, first, first + each, later, ending, making);
         if constexpr (W::SCALED) {
             if (grouped) {
                 alignas(LINE_BYTES) Squares<P> some;
                 each_register<S, P>([&](auto sum, auto s, auto p) { store_register<sum>(&some[s * MATRIX_ROWS][p * PANEL], sizeof some[0]); });
                 const int64_t group = part.line * EACH / LINE_WORDS / each + first / each;
-                add_group<D, W, OFFSETS, P>(w, part, group, some, found);
+                w.offsets ? add_group<D, W, true, P>(w, part, group, some, found) : add_group<D, W, false, P>(w, part, group, some, found);
                 continue;
             }
         }
@@ -313,18 +314,19 @@ void matrix_tile(const Linear& a, const Part& part, Ending& ending) {
     if constexpr (W::SCALED) {
         vf fine[P][PARTS], offset[P][PARTS] = {};
         if (nested) each_sum<1, P>([&](int, int p, int v) { fine[p][v] = row_scales(w, panel_of<P>(w, part.panel, part.far, p), v); });
-        else if (!grouped) scales_of<D, W, OFFSETS, P>(w, part, 0, fine, offset);
+        else if (!grouped) scales_of<D, W, P>(w, part, 0, fine);
+        if (!grouped && w.offsets) offsets_of<D, W, P>(w, part, 0, offset);
         if (!grouped) each_sum<1, P>([&](int, int p, int v) { ending.fine[p][v] = fine[p][v], ending.offset[p][v] = offset[p][v]; });
     }
     ending.which = 1 - ending.which, ending.part = part, ending.sums = found[0], ending.left = part.high;
-    ending.whole = W::SCALED && !grouped, ending.rest = end_rows<D, W, OFFSETS, P>;
+    ending.whole = W::SCALED && !grouped, ending.rest = end_rows<D, W, P>;
 }
 
 // Lines [line, line + lines) of the panels of `part`, word by word as D multiplies them, `apart` bytes from panel to panel.
 template <class D, class W>
 inline void make_words(const Weight& w, const Part& part, int64_t panels, char* out, int64_t apart) {
     constexpr int EACH = W::VALUES / D::INPUTS;
-    if constexpr (NESTS<D, W, false>)
+    if constexpr (NESTS<D, W>)
         if (w.nested) return widen(w, part, panels, out, apart);
     for (int64_t p = 0; p < panels; p++) {
         const int64_t half = panels / 2, second = half && p >= half;
@@ -341,19 +343,12 @@ inline void make_words(const Weight& w, const Part& part, int64_t panels, char* 
 using MatrixTile = void (*)(const Linear&, const Part&, Ending&);
 
 // makes: whether a tile makes its words for itself.
-template <class D, class W, bool OFFSETS>
+template <class D, class W, bool MAKES = false>
 MatrixTile matrix_tile_of(int64_t high, int64_t panels, bool makes) {
-    if constexpr (W::VALUES != D::INPUTS)
-        if (makes) {
-            if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1, true> : matrix_tile<D, W, OFFSETS, 2, 2, true>;
-            return panels == 1   ? matrix_tile<D, W, OFFSETS, 1, 1, true>
-                   : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2, true>
-                                 : matrix_tile<D, W, OFFSETS, 1, 4, true>;
-        }
-    if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, OFFSETS, 2, 1, false> : matrix_tile<D, W, OFFSETS, 2, 2, false>;
-    return panels == 1   ? matrix_tile<D, W, OFFSETS, 1, 1, false>
-           : panels == 2 ? matrix_tile<D, W, OFFSETS, 1, 2, false>
-                         : matrix_tile<D, W, OFFSETS, 1, 4, false>;
+    if constexpr (W::VALUES != D::INPUTS && !MAKES)
+        if (makes) return matrix_tile_of<D, W, true>(high, panels, makes);
+    if (high > MATRIX_ROWS) return panels == 1 ? matrix_tile<D, W, 2, 1, MAKES> : matrix_tile<D, W, 2, 2, MAKES>;
+    return panels == 1 ? matrix_tile<D, W, 1, 1, MAKES> : panels == 2 ? matrix_tile<D, W, 1, 2, MAKES> : matrix_tile<D, W, 1, 4, MAKES>;
 }
 #else
 struct Registers {
@@ -362,7 +357,7 @@ struct Registers {
 template <class D, class W>
 inline void make_words(const Weight&, const Part&, int64_t, char*, int64_t) {}
 struct Ending {};
-template <class D, class W, bool OFFSETS>
+template <class D, class W>
 void (*matrix_tile_of(int64_t, int64_t, bool))(const Linear&, const Part&, Ending&) { return nullptr; }
 #endif
 

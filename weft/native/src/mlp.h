@@ -39,11 +39,11 @@ void handed_on(const Linear& up, const Linear& down, int64_t rows, Share share) 
         const Rows<Halves> handed(share.shared + (block.own ? 0 : Rows<Halves>::size(up.weight, block.count, block.each)), block.count, each);
         block.template round<W>(up, share, 0);
         each_share(up, share, up.weight.n / (2 * PANEL), way.wide / 2, true, [&](int64_t from, int64_t to) {
-            multiply<Halves, W, false>(up, way, block.rows, first, block.count, from, to, true, between, made, handed.words);
+            multiply<Halves, W>(up, way, block.rows, first, block.count, from, to, true, between, made, handed.words);
         });
         share.meet();
         each_share(down, share, (down.weight.n + PANEL - 1) / PANEL, way.wide, true, [&](int64_t from, int64_t to) {
-            multiply<Halves, W, false>(down, way, handed, first, block.count, from, to, false, between, made);
+            multiply<Halves, W>(down, way, handed, first, block.count, from, to, false, between, made);
         });
         if (first + high < rows) share.meet();  // before somebody writes the next words there
     }

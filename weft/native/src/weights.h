@@ -67,14 +67,12 @@ WEFT_INLINE vi multiples(const Weight& w, const char* panel, int64_t group, int 
 }
 
 // Scales of one group of a panel, LANES outputs from `part` on, and their offsets less what the scales put right.
-template <class W>
 WEFT_INLINE vf scales(const Weight& w, const char* panel, int64_t group, int part) {
     const char* at = panel + w.scales_at() + group * w.scale_stride();
-    if (std::is_same_v<W, I4> && w.nested) return row_scales(w, panel, part) * __builtin_convertvector(multiples(w, panel, group, part), vf);
+    if (w.nested) return row_scales(w, panel, part) * __builtin_convertvector(multiples(w, panel, group, part), vf);
     return w.grouped() ? half(reinterpret_cast<const uint16_t*>(at) + part * LANES)
                        : load(reinterpret_cast<const float*>(at) + part * LANES);
 }
-template <class W>
 WEFT_INLINE vf offsets(const Weight& w, const char* panel, int64_t group, int part) {
     const char* at = panel + w.line_bytes() + group * w.scale_stride() + w.scale_stride() / 2;
     return w.grouped() ? half(reinterpret_cast<const uint16_t*>(at) + part * LANES)
