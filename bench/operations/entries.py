@@ -21,7 +21,7 @@ class Laid:
     def __init__(self, bench: Bench, kv: str, sequences: int, context: int, rows: int) -> None:
         import torch
 
-        from weft.exec.kvpool import host_memory
+        from weft.models.memory import host_memory
 
         entry = DIM + 4 if kv == "int8" else DIM * getattr(torch, kv).itemsize
         blocks = sequences * context // BLOCK

@@ -38,9 +38,10 @@ def _copies(bench: Bench, outs: int, width: int, format: Any, count: int) -> lis
     """As many weights [outs, width] of equal values."""
     import torch
 
+    from weft.models.memory import host_memory
     from weft.ops.cpu.panels import Panels
 
-    memory = torch.empty(count, _size(outs, width, format), dtype=torch.uint8)
+    memory = host_memory(count * _size(outs, width, format), torch.device("cpu")).view(count, -1)
     made = [Panels(m, (outs, width), format, bench.program, bench.module) for m in memory]
     made[0].pack(torch.randn(outs, width) / width**0.5)
     memory[1:] = memory[0]

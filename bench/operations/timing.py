@@ -38,10 +38,12 @@ class Bench:
     def __init__(self, module: Any, threads: int, isa: str) -> None:
         import torch
 
+        from weft.models.memory import host_memory
+
         self.module, self.program = module, module.Program(threads, isa)
         self.half = "bfloat16" if self.program.isa in ("amx", "avx512_bf16") else "float"
         """What bfloat16 is multiplied as."""
-        self._memory = torch.ones(READ_BYTES, dtype=torch.uint8)
+        self._memory = host_memory(READ_BYTES, torch.device("cpu")).fill_(1)
 
     def step(self, rows: int, *, wanted: int = 0, tokens: int = 0, picked: int = 0) -> Any:
         """Of so many rows, or rows of logits; addresses of tokens and of which rows are picked."""

@@ -91,7 +91,9 @@ def read_gb_s(threads: int, device: str = "cpu", size_bytes: int = READ_BYTES) -
     """
     import torch
 
-    memory = torch.ones(size_bytes // 8, dtype=torch.int64, device=device)
+    from weft.models.memory import host_memory
+
+    memory = host_memory(size_bytes, torch.device(device)).view(torch.int64).fill_(1)  # in such pages as weights have
     module = native.module()
     if module is not None and device == "cpu":
         program = module.Program(threads)

@@ -16,7 +16,6 @@ On a CPU the arena is anonymous mapped memory: pages cost nothing until an entry
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import InvariantError, TransferError
+from weft.models.memory import host_memory
 from weft.models.spec import DecoderSpec
 from weft.ops.ref.rope import rotate_by
 from weft.slots import Store
@@ -32,19 +32,6 @@ from weft.types import GroupKind, GroupSpec, KVOp, KVOpKind
 CHECKSUM_BYTES = 32
 COPY_BLOCKS = 64
 """Blocks that one COPY moves at a time, so that its scratch stays small."""
-
-
-def host_memory(size_bytes: int, device: torch.device) -> Tensor:
-    """uint8 zeros; on a CPU without touching the pages."""
-    if device.type != "cpu":
-        return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
-    region = mmap.mmap(-1, max(size_bytes, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            region.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # the kernel was built without huge pages; small ones do
-    return torch.frombuffer(region, dtype=torch.uint8, count=size_bytes)
 
 
 def pool_bytes(groups: Sequence[GroupSpec], blocks: int, block_bytes: int) -> int:

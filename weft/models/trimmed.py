@@ -10,6 +10,7 @@ import torch
 from weft.models import kernels as cpu
 from weft.models.decoder import Decoder
 from weft.models.layout import stored_bytes
+from weft.models.memory import host_memory
 from weft.native import module as kernels
 from weft.ops.cpu.panels import Panels
 
@@ -27,7 +28,7 @@ def trimmed(whole: Decoder, ids: Sequence[int], threads: int, isa: str) -> Decod
         inputs = next(name for name, code in cpu.INPUTS.items() if code == native.inputs)
         native = cpu.Native(kernels(), spec, threads, isa, inputs)
         size = stored_bytes(spec, str(whole.dtype).removeprefix("torch."), True, {})["head"]
-        memory = torch.zeros(size, dtype=torch.uint8)
+        memory = host_memory(size, torch.device("cpu"))
         head = Panels(memory, (len(ids), spec.width), whole.dtype, native.program, native.module)
         head.pack(source.unpacked(ids), 0)
     else:

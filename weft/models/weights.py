@@ -21,6 +21,7 @@ from weft.errors import ConfigError
 from weft.models.checkpoints.files import Files
 from weft.models.checkpoints.readers import opened
 from weft.models.layout import Part, arena, stored_bytes, tensor_shapes
+from weft.models.memory import host_memory
 from weft.models.quantized import Quantized, WeightFormat, quantize
 from weft.models.spec import DecoderSpec
 from weft.ops.cpu.panels import Panels, Stacked
@@ -45,15 +46,16 @@ def allocate(
     native: Native | None = None,
     formats: Mapping[str, WeightFormat] | None = None,
 ) -> tuple[Tensor, Weights]:
-    """(arena, fused tensors by name), uninitialized; the arena has exactly `weights_bytes` bytes.
+    """(arena, fused tensors by name), zeros: where an output is missing from its panel, they stand for it.
+
+    The arena has exactly `weights_bytes` bytes.
 
     native: the kernels that will read the matrices, which are panels then, each in its format if it has one.
     """
     kind, formats = str(dtype).removeprefix("torch."), formats or {}
     sizes = stored_bytes(spec, kind, native is not None, formats)
     offsets, total = arena(sizes)
-    # Where an output is missing from its panel, zeros stand for it.
-    memory = (torch.empty if native is None else torch.zeros)(total, dtype=torch.uint8, device=device)
+    memory = host_memory(total, device)
     views: Weights = {}
     for name, shape in tensor_shapes(spec).items():
         mine = memory[offsets[name] : offsets[name] + sizes[name]]
