@@ -364,7 +364,7 @@ OPENINGS = (
 @pytest.mark.parametrize(
     ("accept", "temperature"),
     [
-        pytest.param("race", 0.8, id="race"),
+        pytest.param("race", 0.8, id="race", marks=pytest.mark.long),
         pytest.param("rejection", 1.0, id="rejection", marks=pytest.mark.long),
         pytest.param("race", 0.0, id="greedy"),
     ],

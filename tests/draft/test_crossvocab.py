@@ -214,7 +214,8 @@ def test_live_the_joint_law(tmp_path: Path) -> None:
     assert fit([tuple(found[i, 0][:3]) for i in range(count)], wanted).ok
 
 
-@pytest.mark.parametrize("accept", ["race", pytest.param("rejection", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("accept", ["race", "rejection"])
 def test_guesses_stand_as_often_as_the_laws_predict(part: Path, ids: list[int], accept: str) -> None:
     """Some 3,000 trials; `transformers` reads both models, and the map is made here out of the two files."""
     runtime = made(part_of(part), f"accept={accept}")

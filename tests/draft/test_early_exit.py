@@ -231,6 +231,7 @@ def test_the_plan_has_the_laws_and_a_work_the_room(ids: list[int]) -> None:
     assert Shallow.room(works[0], WorkResult(rows=20, tokens=(5,))) == 3
 
 
+@pytest.mark.long
 def test_guesses_stand_as_often_as_the_laws_predict(tmp_path: Path, ids: list[int]) -> None:
     """After six of eight layers, some 2,500 trials; transformers reads the model, and the same cut after six layers."""
     runtime = made("draft=early_exit(exit=6, guesses=3)")

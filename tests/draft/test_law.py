@@ -66,7 +66,7 @@ def test_eight_grams_that_come_again() -> None:
         pytest.param("speculative_sampling(guesses=3)", "race", 0.8, id="race"),
         pytest.param("speculative_sampling(guesses=3)", "rejection", 1.0, id="rejection", marks=pytest.mark.long),
         pytest.param("speculative_sampling(guesses=3)", "race", 0.0, id="greedy"),
-        pytest.param("bild(guesses=4, fallback=0.3)", "race", 0.8, id="bild"),
+        pytest.param("bild(guesses=4, fallback=0.3)", "race", 0.8, id="bild", marks=pytest.mark.long),
     ],
 )
 def test_guesses_stand_as_often_as_the_laws_predict(draft: str, accept: str, temperature: float) -> None:
@@ -93,7 +93,7 @@ def test_guesses_stand_as_often_as_the_laws_predict(draft: str, accept: str, tem
         pytest.param("trie(shortest=1, share=0.0)", "race", marks=pytest.mark.long),
         pytest.param("hierarchy(shortest=1)", "race", marks=pytest.mark.long),
         pytest.param("ngram(shortest=1, guesses=3)", "rejection", marks=pytest.mark.long),
-        ("jacobi(window=3)", "rejection"),
+        pytest.param("jacobi(window=3)", "rejection", marks=pytest.mark.long),
         ("jacobi(window=3)", "race"),
     ],
 )

@@ -361,7 +361,12 @@ class Firsts:
 
 
 @pytest.mark.parametrize(
-    ("accept", "temperature"), [("race", 0.8), pytest.param("rejection", 1.0, marks=pytest.mark.long), ("race", 0.0)]
+    ("accept", "temperature"),
+    [
+        pytest.param("race", 0.8, marks=pytest.mark.long),
+        pytest.param("rejection", 1.0, marks=pytest.mark.long),
+        ("race", 0.0),
+    ],
 )
 def test_each_trial_is_what_its_noise_makes_of_the_two_laws(accept: str, temperature: float) -> None:
     """Guesses that were kept, and then each token that was written in the place of the target's: what was guessed there and

@@ -319,7 +319,12 @@ OPENINGS = (
 
 
 @pytest.mark.parametrize(
-    ("accept", "temperature"), [("race", 0.8), pytest.param("rejection", 1.0, marks=pytest.mark.long), ("race", 0.0)]
+    ("accept", "temperature"),
+    [
+        pytest.param("race", 0.8, marks=pytest.mark.long),
+        pytest.param("rejection", 1.0, marks=pytest.mark.long),
+        ("race", 0.0),
+    ],
 )
 def test_guesses_stand_as_often_as_the_laws_predict(accept: str, temperature: float) -> None:
     """Some 3,000 trials, of which chance alone moves the rate by 0.008; `transformers` reads the same texts."""

@@ -28,7 +28,7 @@ def huge_kb(address: int) -> int:
 def test_it_is_zeros_of_the_size_asked_for() -> None:
     for size in (0, 1, 4097):
         memory = host_memory(size, torch.device("cpu"))
-        assert memory.numel() == size and memory.dtype == torch.uint8 and not memory.any()
+        assert torch.equal(memory, torch.zeros(size, dtype=torch.uint8))
 
 
 @pytest.mark.skipif(

@@ -161,6 +161,7 @@ def test_what_time_does_not_allow_is_left_out_and_said(
     assert not (tmp_path / "1-text").exists(), "a phase that was cut short is not gone on from"
 
 
+@pytest.mark.long
 def test_the_answers_bring_a_draft_nearer_to_what_the_model_says(
     corpus: Corpus, bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 def host_memory(size_bytes: int, device: torch.device) -> Tensor:
     """uint8 zeros; on a CPU without touching the pages, and in huge ones where the system has them.
 
-    With pages of 4 KB a processor looks up where they lie while it reads weights: products of one row take 2 to 5 % longer on a Xeon,
-    of 32 rows 5 to 13 %.
+    With pages of 4 KB a processor looks up where they lie while it reads weights: products of one row take 2 to 5 % longer on a
+    Xeon, of 32 rows 5 to 13 %.
     """
     if device.type != "cpu":
         return torch.zeros(size_bytes, dtype=torch.uint8, device=device)
