@@ -26,7 +26,7 @@ inline constexpr int64_t FEWEST_ROWS = 60;          // for which weights are wor
 inline constexpr int64_t OWN_ROWS = 16;             // that each thread rounds for itself, at most
 
 // Rows for which nested weights become bytes, at least.
-inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS + MATRICES;
+inline constexpr int64_t WIDENED_ROWS = GROUPED_ROWS;
 // Matrix registers: rows of bytes that they are for, at least; words of a stretch,
 // which is all inputs of most weights, since sums cost more to put down than lines to read from the second cache; of one for which words
 // are made, in the first; words of a block of rows, and its rows at most: they compute so fast that weights are to be read for many.
