@@ -53,7 +53,6 @@ def test_every_answer_comes_once_before_any_comes_again() -> None:
     assert sorted(seen[:40]) == sorted(seen[40:80]) == list(range(40))
 
 
-@pytest.mark.long
 def test_a_run_repeats_and_its_states_are_the_teachers(
     requests: Requests, bundled: Path, teacher: LlamaForCausalLM, tmp_path: Path
 ) -> None:
