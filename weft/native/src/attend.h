@@ -75,14 +75,49 @@ struct Walk {
     }
 };
 
-// The first chunk of the item after `item`, which asks for its lines: else each item waits for its own.  Whether it is worth that.
+// A chunk, counted from its first one, of the item after `item`, which asks for its lines: else each item waits for its own.  Whether it is
+// worth that.
 template <class T>
-bool first_chunk(const Attend& a, const Place& place, const Item& item, const Item* after, Entries& found) {
+bool later_chunk(const Attend& a, const Place& place, const Item& item, const Item* after, int64_t chunk, Entries& found) {
     if (!after || after->unit >= 0 || after->kv_heads != item.kv_heads) return false;
     if (place.window && place.lengths[after->sequence] > place.window) return false;  // the first ones may be out of sight
     found.partly = false;
-    return locate(place, after->sequence, after->chunk * CHUNK, a.kv_heads * T::bytes(a.dim), found);
+    return locate(place, after->sequence, (after->chunk + chunk) * CHUNK, a.kv_heads * T::bytes(a.dim), found);
 }
+
+#if defined(WEFT_MATRIX)
+// The chunks of an item in matrix registers: scores of one are computed while those of the chunk before become weights.  begins: is called
+// with each chunk before it is taken, ends: after it.
+template <class T, class Begins, class Ends>
+void square_walk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Item* after, State& state,
+                 const Begins& begins, const Ends& ends) {
+    const int each = item.rows * (a.heads / a.kv_heads);
+    const Registers registers = square_registers(each);
+    const int64_t one = T::bytes(a.dim), apart = a.kv_heads * one, keys = keys_at<T>(a, place), own = keys + item.kv_head * one;
+    Walk<T> walk(a, place, queries, item);
+    Entries chunks[3];  // this one, the next, and the one behind it, in turn, which may be of the next item
+    Scores scores[2];
+    const auto score = [&](int turn, int at) { scores[turn % 2].begin(queries, chunks[at], item.kv_heads, each, a.dim, own, apart); };
+    int known = 0;
+    while (known < 2 && walk.next(chunks[known])) known++;
+    if (known == 0) return;
+    score(0, 0);
+    scores[0].finish();
+    int64_t others = 0;  // chunks of the next item that were asked for
+    for (int at = 0, turn = 0; known > 0; at = (at + 1) % 3, turn++) {
+        const int later = (at + 2) % 3;
+        const bool mine = known == 2 && walk.next(chunks[later]);
+        const bool found = mine || later_chunk<T>(a, place, item, after, others++, chunks[later]);
+        const int64_t offset = mine || !found ? own : keys + after->kv_head * one;
+        if (known == 2) score(turn + 1, (at + 1) % 3);
+        begins(chunks[at]);
+        const Ahead ahead(found ? &chunks[later] : nullptr, KEY_PART, offset, item.kv_heads, a.dim / LINE_VALUES, apart);
+        square_chunk<T>(a, place, queries, item, chunks[at], ahead, scores[turn % 2], scores[(turn + 1) % 2], state);
+        ends();
+        known += mine - 1;
+    }
+}
+#endif
 
 template <class T>
 void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item& item, const Item* after, const int32_t* rows,
@@ -90,9 +125,6 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
     const int each = a.heads / a.kv_heads, pairs = item.kv_heads * item.rows * each;
     Queries queries;
     ask<T>(a, place, seen, item, rows, queries);
-#if defined(WEFT_MATRIX)
-    const Registers registers = T::MATRIX ? square_registers(item.rows * each) : Registers(0);
-#endif
     State state;
     state.clear(pairs, a.dim);
     const auto mixed_of = [&](int m, float* out) {
@@ -109,25 +141,31 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
         }
         state.clear(pairs, a.dim);
     };
-    Walk<T> walk(a, place, queries, item);
-    Entries chunks[2];
-    const Turns turns = turns_of<T>(a.dim, item.kv_heads, pairs);
     int64_t due = item.chunk;
-    bool more = walk.next(chunks[0]), begins = true;
-    for (int turn = 0; more; turn ^= 1, begins = false) {
-        const Entries& from = chunks[turn];
-        more = walk.next(chunks[turn ^ 1]);
-        if (item.partial >= 0)
-            for (; due < from.start / CHUNK; due++) put_apart();  // nothing was seen of these
-        const bool another = more || first_chunk<T>(a, place, item, after, chunks[turn ^ 1]);
-        const Entries* next = another ? &chunks[turn ^ 1] : nullptr;
-        const int next_head = more || !after ? item.kv_head : after->kv_head;
-#if defined(WEFT_MATRIX)
-        if constexpr (T::MATRIX) square_chunk<T>(a, place, queries, item, from, next, next_head, begins, state);
-        else
-#endif
-            one_chunk<T>(a, place, queries, item, from, next, next_head, begins, turns, state);
+    const auto begins = [&](const Entries& from) {
+        for (; item.partial >= 0 && due < from.start / CHUNK; due++) put_apart();  // nothing was seen of these
+    };
+    const auto ends = [&] {
         if (item.partial >= 0) put_apart(), due++;
+    };
+#if defined(WEFT_MATRIX)
+    if constexpr (T::MATRIX) square_walk<T>(a, place, queries, item, after, state, begins, ends);
+    else
+#endif
+    {
+        Walk<T> walk(a, place, queries, item);
+        Entries chunks[2];
+        const Turns turns = turns_of<T>(a.dim, item.kv_heads, pairs);
+        bool more = walk.next(chunks[0]);
+        for (int turn = 0, count = 0; more; turn ^= 1, count++) {
+            const Entries& from = chunks[turn];
+            more = walk.next(chunks[turn ^ 1]);
+            const bool another = more || later_chunk<T>(a, place, item, after, 0, chunks[turn ^ 1]);
+            const int next_head = more || !after ? item.kv_head : after->kv_head;
+            begins(from);
+            one_chunk<T>(a, place, queries, item, from, another ? &chunks[turn ^ 1] : nullptr, next_head, count == 0, turns, state);
+            ends();
+        }
     }
     if (item.partial >= 0) {
         for (; due < item.chunk_stop; due++) put_apart();

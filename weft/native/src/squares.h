@@ -30,6 +30,8 @@ inline Registers square_registers(int each) {
     return Registers(sizes);
 }
 
+WEFT_INLINE void store_bits(uint32_t* to, vu x) { *reinterpret_cast<vu_any*>(to) = x; }
+
 // Queries [pairs, D] as words [D / 2] of bfloat16, QUERY_ROWS apart from each other.
 inline void square_queries(const float* q, int pairs, int dim, uint32_t* words) {
     alignas(LINE_BYTES) uint16_t halves[QUERY_ROWS * MAX_DIM];
@@ -45,32 +47,123 @@ inline void square_queries(const float* q, int pairs, int dim, uint32_t* words) 
     }
 }
 
-// Lines of sixteen entries with one kv head, `apart` bytes from each other.
-struct KeyRows {
-    const char* at;
-    int64_t apart;
-};
 // Whether entries [e, e + 16) lie behind each other.
 WEFT_INLINE bool beside_each_other(const Entries& from, int e, int64_t apart) {
-    bool found = true;
-    for (int i = 1; i < MATRIX_ROWS; i++) found &= from.rows[e + i] - from.rows[e] == i * apart;
-    return found;
+    const auto ways = _mm512_mullo_epi64(_mm512_set1_epi64(apart), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    const auto begin = _mm512_add_epi64(_mm512_set1_epi64(reinterpret_cast<int64_t>(from.rows[e])), ways);
+    const auto low = _mm512_cmpneq_epi64_mask(_mm512_loadu_si512(from.rows + e), begin);
+    const auto high = _mm512_cmpneq_epi64_mask(_mm512_loadu_si512(from.rows + e + 8), _mm512_add_epi64(begin, _mm512_set1_epi64(8 * apart)));
+    return !(low | high);
 }
 
-// Scores of KEY_PART entries with a register's pairs, words [D / 2] that are QUERY_ROWS apart: [entries, pairs], rows `stride` apart.
-WEFT_INLINE void square_scores(const KeyRows* keys, const uint32_t* queries, int dim, float* out, int64_t stride) {
-    clear_register<0>(), clear_register<1>();
-    for (int line = 0; line < dim / LINE_VALUES; line++) {
-        load_register<3>(queries + line * MATRIX_ROWS * QUERY_ROWS, QUERY_ROWS * 4);
-        load_register<2>(keys[0].at + line * LINE_BYTES, keys[0].apart), multiply_registers<Halves, 0, 2, 3>();
-        load_register<2>(keys[1].at + line * LINE_BYTES, keys[1].apart), multiply_registers<Halves, 1, 2, 3>();
+// Scores of a chunk's entries with an item's pairs, in steps that are taken between other work: what waits for registers leaves most of a
+// core idle.  A step multiplies a line of KEY_PART entries with a register's pairs.
+class Scores {
+  public:
+    alignas(LINE_BYTES) float found[CHUNK * QUERY_ROWS];  // [entries, pairs], rows `stride` apart
+    int first = 0, stop = 0;                              // entries that have any
+    int64_t stride = 0;
+
+    // each: pairs of a kv head.  offset: of the first one's keys.  apart: between entries that lie behind each other.
+    void begin(const Queries& queries, const Entries& from, int kv_heads, int each, int dim, int64_t offset, int64_t apart) {
+        seen_parts(queries, from, first, stop);
+        this->queries = queries.words, entries = &from, heads = kv_heads;
+        this->each = each, this->dim = dim, this->offset = offset, this->apart = apart;
+        stride = kv_heads * each > LANES ? QUERY_ROWS : LANES;
+        head = 0, entry = first, pair = 0, line = 0;
     }
-    store_register<0>(out, stride * 4), store_register<1>(out + MATRIX_ROWS * stride, stride * 4);
-}
+    WEFT_INLINE void step() {
+        if (head == heads) return;
+        if (line == 0) {
+            if (pair == 0) place();
+            clear_register<0>(), clear_register<1>();
+        }
+        // Of more pairs than a register holds, the last ones are those that it holds, some of them once more.
+        const int at = head * each + (each < MATRIX_ROWS ? 0 : std::min(pair, each - MATRIX_ROWS));
+        load_register<3>(queries + line * MATRIX_ROWS * QUERY_ROWS + at, QUERY_ROWS * 4);
+        load_register<2>(keys[0] + line * LINE_BYTES, wide[0]), multiply_registers<Halves, 0, 2, 3>();
+        load_register<2>(keys[1] + line * LINE_BYTES, wide[1]), multiply_registers<Halves, 1, 2, 3>();
+        if (++line < dim / LINE_VALUES) return;
+        float* out = found + entry * stride + at;
+        store_register<0>(out, stride * 4), store_register<1>(out + MATRIX_ROWS * stride, stride * 4);
+        line = 0, pair += MATRIX_ROWS;
+        if (pair < each) return;
+        pair = 0, entry += KEY_PART;
+        if (entry == stop) entry = first, head++;
+    }
+    void finish() {
+        while (head < heads) step();
+    }
+    int steps() const { return (heads - head) * ((stop - first) / KEY_PART) * ((each + MATRIX_ROWS - 1) / MATRIX_ROWS) * (dim / LINE_VALUES); }
+
+  private:
+    void place() {
+        const int64_t bytes = dim * 2, from = offset + head * bytes;
+        for (int i = 0; i < 2; i++) {
+            const int e = entry + i * MATRIX_ROWS;
+            keys[i] = entries->rows[e] + from, wide[i] = apart;
+            if (beside_each_other(*entries, e, apart)) continue;
+            char* room = copied + i * MATRIX_ROWS * bytes;
+            for (int r = 0; r < MATRIX_ROWS; r++) std::memcpy(room + r * bytes, entries->rows[e + r] + from, static_cast<size_t>(bytes));
+            keys[i] = room, wide[i] = bytes;
+        }
+    }
+
+    const uint32_t* queries = nullptr;
+    const Entries* entries = nullptr;
+    int heads = 0, each = 0, dim = 0, head = 0, entry = 0, pair = 0, line = 0;
+    int64_t offset = 0, apart = 0;
+    const char* keys[2] = {};
+    int64_t wide[2] = {};
+    alignas(LINE_BYTES) char copied[KEY_PART * MAX_DIM * 2];
+};
+
+// Asks memory for keys or values of a chunk, into the second cache, a few lines at a time between other work, in the order in which they
+// are read: sixteen entries' first lines with a head, and so on.  What is asked for in bursts holds the places of a core in which lines of
+// the second cache arrive, and all of them wait.
+class Ahead {
+  public:
+    Ahead() = default;
+    // from: the chunk, or null for none.  part: entries of which a line is read before the next one.  offset: of the first of `heads`.
+    // lines: of an entry with one of them.
+    Ahead(const Entries* from, int part, int64_t offset, int heads, int lines, int64_t apart)
+        : from(from), part(part), offset(offset), heads(heads), lines(lines), apart(apart) {}
+
+    // Goes to the next sixteen lines.
+    WEFT_INLINE void next() {
+        at = reinterpret_cast<const char*>(this), step = 0;  // what is near costs nothing
+        if (!from || head == heads) return;
+        const int64_t mine = offset + (head * lines + line) * LINE_BYTES;
+        at = from->rows[entry] + mine;
+        if (from->rows[entry + MATRIX_ROWS - 1] - from->rows[entry] == (MATRIX_ROWS - 1) * apart) step = apart;
+        else  // entries far from each other at once
+            for (int i = 0; i < MATRIX_ROWS; i++) __builtin_prefetch(from->rows[entry + i] + mine, 0, 2);
+        if ((entry += MATRIX_ROWS) % part) return;
+        if (++line < lines) {
+            entry -= part;
+            return;
+        }
+        line = 0;
+        if (entry == CHUNK) entry = 0, head++;
+    }
+    template <int N>
+    WEFT_INLINE void ask() {
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++, at += step) __builtin_prefetch(at, 0, 2);
+    }
+
+  private:
+    const Entries* from = nullptr;
+    int part = CHUNK;
+    int64_t offset = 0;
+    int heads = 0, lines = 0, head = 0, line = 0, entry = 0;
+    int64_t apart = 0, step = 0;
+    const char* at = reinterpret_cast<const char*>(this);
+};
 
 // Makes scores of what pairs [m, m + LANES) see of entries [first, stop): soft caps, biases, and what is hidden is -inf.  Their maxima.
 WEFT_INLINE vf seen_scores(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, bool clear,
-                           int m, int first, int stop, float* found, int64_t stride, Asking& asking) {
+                           int m, int first, int stop, float* found, int64_t stride) {
     const int each = a.heads / a.kv_heads, pairs = item.kv_heads * item.rows * each;
     const bool simple = queries.tree_first < 0 && !queries.visible;
     vi last{}, gone{};
@@ -79,9 +172,14 @@ WEFT_INLINE vf seen_scores(const Attend& a, const Place& place, const Queries& q
         last[i] = static_cast<int32_t>(position < INT32_MAX ? position : INT32_MAX - 1);
         gone[i] = static_cast<int32_t>(place.window && position >= place.window ? position - place.window : -1);
     }
+    if (clear && !(a.softcap > 0) && !place.bias) {
+        vf most[4] = {all(NEVER), all(NEVER), all(NEVER), all(NEVER)};
+        for (int e = first; e < stop; e += 4)
+            for (int i = 0; i < 4; i++) most[i] = larger(most[i], load(found + (e + i) * stride + m));
+        return larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    }
     vf high = all(NEVER);
     for (int e = first; e < stop; e++) {
-        if (e % 8 == 0) asking.turn();
         float* mine = found + e * stride + m;
         vf score = load(mine);
         if (a.softcap > 0) score = a.softcap * hyperbolic_tangent(score / a.softcap);
@@ -99,39 +197,78 @@ WEFT_INLINE vf seen_scores(const Attend& a, const Place& place, const Queries& q
     return high;
 }
 
-// Weights of LANES pairs with entries [first, stop), as words of two entries each: [LANES, C / 2].  Their sums.
-WEFT_INLINE vf square_weights(const float* found, int64_t stride, vf high, int first, int stop, uint32_t* words, Asking& asking) {
+// e^x of what is not above 0, to the nearest number of bfloat16, as bits of a float: as `exponential`, with no more steps than that needs.
+WEFT_INLINE vu rounded_weight(vf x) {
+    const vi alive = x > -87.0f;
+    const vf magic = all(12582912.0f);  // 1.5 * 2^23
+    const vf moved = x * 23.0831206542234137f + magic, whole = moved - magic;
+    const vf rest = x - whole * 0.043321698784996581f;
+    const __m512i n = reinterpret_cast<__m512i>(moved), roots = _mm512_setr_epi32(
+        0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532, 0x3F75FED7, 0x3F75583F,
+        0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C, 0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D);
+    const vf power = reinterpret_cast<vf>(_mm512_add_epi32(_mm512_permutexvar_epi32(n, roots), _mm512_slli_epi32(n, 19)));
+    const vf found = power * (rest * (0.5f * rest + 1.0f)) + power;
+    const vu bits = (reinterpret_cast<vu>(found) + 0x8000u) & 0xffff0000u;
+    return alive ? bits : vu{};
+}
+
+// Weights of LANES pairs with entries [first, stop), as words of two entries each: [LANES, C / 2].  Their sums.  turn: is called once for
+// eight entries, lines: for two.
+template <class Turn, class Lines>
+WEFT_INLINE vf square_weights(const float* found, int64_t stride, vf high, int first, int stop, uint32_t* words, const Turn& turn, const Lines& lines) {
     alignas(LINE_BYTES) vu pairs[CHUNK / 2];
     vf even = vf{}, odd = vf{};
-    for (int e = first; e < stop; e += 2) {
-        if (e % 8 == 0) asking.turn();
-        const vf one = HalfPairs::weight(exponential(load(found + e * stride) - high));
-        const vf other = HalfPairs::weight(exponential(load(found + (e + 1) * stride) - high));
-        even += one, odd += other;
-        pairs[e / 2] = reinterpret_cast<vu>(other) | reinterpret_cast<vu>(one) >> 16;
+    for (int e = first; e < stop; e += 8) {
+        turn();
+        const float* mine = found + e * stride;
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2, mine += 2 * stride) {
+            const vu one = rounded_weight(load(mine) - high), other = rounded_weight(load(mine + stride) - high);
+            even += reinterpret_cast<vf>(one), odd += reinterpret_cast<vf>(other);
+            pairs[(e + i) / 2] = other | one >> 16;
+            lines(i);
+        }
     }
     for (int e = first; e < stop; e += 2 * LANES) {
         const char* rows[LANES];
         vu turned[LANES];
         for (int i = 0; i < LANES; i++) rows[i] = reinterpret_cast<const char*>(pairs + e / 2 + i);
         load_turned(rows, 0, turned);
-        for (int i = 0; i < LANES; i++) *reinterpret_cast<vu_any*>(words + i * (CHUNK / 2) + e / 2) = turned[i];
+        for (int i = 0; i < LANES; i++) store_bits(words + i * (CHUNK / 2) + e / 2, turned[i]);
     }
     return even + odd;
 }
 
-// weights [pairs, C / 2] times values, words [C / 2, D] of two entries each, of which those of [first, stop) count: [pairs, D].
-WEFT_INLINE void square_mix(const uint32_t* weights, const uint32_t* values, int first, int stop, int dim, float* out) {
-    for (int d = 0; d < dim; d += 2 * LANES) {
-        clear_register<4>(), clear_register<5>();
-        for (int pair = first / 2; pair < stop / 2; pair += LANES) {
-            load_register<6>(weights + pair, CHUNK / 2 * 4);
-            load_register<7>(values + pair * dim + d, dim * 4), multiply_registers<Halves, 4, 6, 7>();
-            load_register<7>(values + pair * dim + d + LANES, dim * 4), multiply_registers<Halves, 5, 6, 7>();
-        }
-        store_register<4>(out + d, dim * 4), store_register<5>(out + d + LANES, dim * 4);
+// weights [pairs, C / 2] of a register times values, words [C / 2, 2 * LANES] of two entries each, of which those of [first, stop) count:
+// [pairs, 2 * LANES], in steps as those of scores.
+class Mixing {
+  public:
+    alignas(LINE_BYTES) float sums[2 * MATRIX_ROWS][2 * LANES];  // of pairs of a kv head, from pair `pair` of each register on
+
+    void begin(const uint32_t* weights, const uint32_t* values, int each, int first, int stop) {
+        this->weights = weights, this->values = values, this->each = each, this->first = first / 2, this->stop = stop / 2;
+        pair = 0, at = this->first;
     }
-}
+    WEFT_INLINE void step() {
+        if (pair >= each) return;
+        const int begin = each < MATRIX_ROWS ? 0 : std::min(pair, each - MATRIX_ROWS);
+        if (at == first) clear_register<4>(), clear_register<5>();
+        load_register<6>(weights + begin * (CHUNK / 2) + at, CHUNK / 2 * 4);
+        load_register<7>(values + at * 2 * LANES, 2 * LINE_BYTES), multiply_registers<Halves, 4, 6, 7>();
+        load_register<7>(values + at * 2 * LANES + LANES, 2 * LINE_BYTES), multiply_registers<Halves, 5, 6, 7>();
+        at += LANES;
+        if (at < stop) return;
+        store_register<4>(sums[begin], 2 * LINE_BYTES), store_register<5>(sums[begin] + LANES, 2 * LINE_BYTES);
+        at = first, pair += MATRIX_ROWS;
+    }
+    void finish() {
+        while (pair < each) step();
+    }
+
+  private:
+    const uint32_t *weights = nullptr, *values = nullptr;
+    int each = 0, first = 0, stop = 0, pair = 0, at = 0;
+};
 
 // Mixed values [D] in their own order.
 WEFT_INLINE void in_order(const float* mixed, int dim, float* out) {
@@ -145,69 +282,78 @@ WEFT_INLINE void in_order(const float* mixed, int dim, float* out) {
     }
 }
 
-// As `one_chunk`, with `square_registers`.  What it writes is to stay in the first cache beside lines of keys and values: scores have no
-// more room than they need, and values that of one kv head.
+// As `one_chunk`, with `square_registers`.  mine: the chunk's scores; after: those of the item's next chunk, which are computed meanwhile.
+// later: the keys that are asked for, of the chunk behind that one.
 template <class T>
-void square_chunk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, const Entries* next,
-                  int next_head, bool begins, State& state) {
-    const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each;
-    const int64_t one = T::bytes(a.dim), keys = keys_at<T>(a, place) + item.kv_head * one, values = keys + layer_bytes<T>(a, place);
-    const int64_t apart = a.kv_heads * one, further = (next_head - item.kv_head) * one, stride = pairs > LANES ? QUERY_ROWS : LANES;
-    Asking asking(item.kv_heads * one, apart, false);
-    if (begins) asking.add(from, values);
-    if (next) asking.add(*next, keys + further), asking.add(*next, values + further);
-    asking.spread(item.kv_heads * (CHUNK / MATRIX_ROWS + CHUNK / 16) + (pairs + LANES - 1) / LANES * (CHUNK / 4));
-    int first, stop;
-    seen_parts(queries, from, first, stop);
-    alignas(LINE_BYTES) float found[CHUNK * QUERY_ROWS];
-    alignas(LINE_BYTES) uint32_t words[MAX_DIM * CHUNK / 2];  // keys that were copied, or values
-    bool near[CHUNK / MATRIX_ROWS];
-    for (int e = first; e < stop; e += MATRIX_ROWS) near[e / MATRIX_ROWS] = beside_each_other(from, e, apart);
-    // Of more pairs than a register holds, the last ones are those that it holds, some of them once more.
-    const auto begin_of = [&](int m) { return each < MATRIX_ROWS ? 0 : std::min(m, each - MATRIX_ROWS); };
-    for (int h = 0; h < item.kv_heads; h++) {
-        const int64_t bytes = a.dim * 2, offset = keys + h * one;
-        KeyRows rows[CHUNK / MATRIX_ROWS];
-        for (int e = first, t = first / MATRIX_ROWS; e < stop; e += MATRIX_ROWS, t++) {
-            asking.turn();
-            char* room = reinterpret_cast<char*>(words) + e * bytes;
-            rows[t] = near[t] ? KeyRows{from.rows[e] + offset, apart} : KeyRows{room, bytes};
-            for (int i = 0; i < MATRIX_ROWS && !near[t]; i++) std::memcpy(room + i * bytes, from.rows[e + i] + offset, static_cast<size_t>(bytes));
-        }
-        for (int m = 0; m < each; m += MATRIX_ROWS)
-            for (int e = first, at = h * each + begin_of(m); e < stop; e += KEY_PART)
-                square_scores(rows + e / MATRIX_ROWS, queries.words + at, a.dim, found + e * stride + at, stride);
-    }
+void square_chunk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, Ahead later, Scores& mine,
+                  Scores& after, State& state) {
+    const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each, parts = a.dim / (2 * LANES);
+    const int groups = (pairs + LANES - 1) / LANES, first = mine.first, stop = mine.stop;
+    const int64_t one = T::bytes(a.dim), apart = a.kv_heads * one, stride = mine.stride;
+    const int64_t values = keys_at<T>(a, place) + layer_bytes<T>(a, place) + item.kv_head * one;
     float most[QUERY_ROWS], total[QUERY_ROWS], before[QUERY_ROWS], now[QUERY_ROWS];
     alignas(LINE_BYTES) uint32_t weights[QUERY_ROWS * CHUNK / 2];
     const bool clear = all_seen(queries, from, place.window);
+    Ahead ahead(&from, CHUNK, values, item.kv_heads, parts, apart);
+    // Steps of the next scores while weights with eight entries are made; sixteen lines of values while those with four or with two are.
+    const int eights = groups * (CHUNK / 8), steps = (after.steps() + eights - 1) / eights;
+    const int sixteens = item.kv_heads * parts * (CHUNK / MATRIX_ROWS), times = sixteens <= 2 * eights ? 0 : (sixteens + 4 * eights - 1) / (4 * eights);
+    const auto turn = [&] {
+        for (int i = 0; i < steps; i++) after.step();
+    };
+    const auto lines = [&](int i) {
+        if (!times && i % 4 == 0) ahead.next();
+        if (!times) return ahead.ask<MATRIX_ROWS / 2>();
+        for (int t = 0; t < times; t++) ahead.next(), ahead.ask<MATRIX_ROWS>();
+    };
     for (int m = 0; m < pairs; m += LANES) {
-        const vf high = seen_scores(a, place, queries, item, from, clear, m, first, stop, found, stride, asking);
-        store(most + m, high), store(total + m, square_weights(found + m, stride, high, first, stop, weights + m * (CHUNK / 2), asking));
+        const vf high = seen_scores(a, place, queries, item, from, clear, m, first, stop, mine.found, stride);
+        store(most + m, high);
+        store(total + m, square_weights(mine.found + m, stride, high, first, stop, weights + m * (CHUNK / 2), turn, lines));
         for (int i = pairs; i < m + LANES; i++) most[i] = NEVER, total[i] = 0.0f;
         shares(state, most, total, m, before, now);
     }
-    alignas(LINE_BYTES) float sums[MATRIX_ROWS * MAX_DIM];
-    for (int h = 0; h < item.kv_heads; h++) {
-        const int64_t offset = values + h * one;
-        for (int e = first; e < stop; e += 2) {
-            if (e % 16 == 0) asking.turn();
-            for (int d = 0; d < a.dim; d += 2 * LANES) {
-                vu value[2];
-                HalfPairs::values(from.rows[e] + offset, from.rows[e + 1] + offset, d, value);
-                for (int v = 0; v < 2; v++) *reinterpret_cast<vu_any*>(words + e / 2 * a.dim + d + v * LANES) = value[v];
+    after.finish();
+    alignas(LINE_BYTES) uint32_t words[2][CHUNK * LANES];
+    bool near[CHUNK / MATRIX_ROWS];
+    for (int e = first; e < stop; e += MATRIX_ROWS) near[e / MATRIX_ROWS] = beside_each_other(from, e, apart);
+    Mixing mixing;
+    float* behind = nullptr;  // where what `mixing` gives goes, of pairs [top, top + each)
+    int top = 0, turns = 0;
+    const auto joins = [&] {
+        mixing.finish();
+        for (int r = 0; r < each; r++)
+            for (int d = 0; d < 2 * LANES; d += LANES) {
+                float* to = behind + r * a.dim + d;
+                store(to, joined(load(to), before[top + r], load(mixing.sums[r] + d), now[top + r]));
             }
+    };
+    for (int h = 0; h < item.kv_heads; h++)
+        for (int part = 0; part < parts; part++, turns ^= 1) {
+            const int64_t offset = values + h * one + part * LINE_BYTES;
+            uint32_t* to = words[turns] + first * LANES;
+            const auto lay = [&](const char* row, const char* next) {
+                vu value[2];
+                HalfPairs::values(row, next, 0, value);
+                store_bits(to, value[0]), store_bits(to + LANES, value[1]);
+                to += 2 * LANES;
+                later.ask<2>();
+            };
+            for (int e = first; e < stop; e += MATRIX_ROWS) {
+                later.next();
+                for (int m = 0; m < each && behind && e % KEY_PART; m += MATRIX_ROWS) mixing.step();
+                if (near[e / MATRIX_ROWS]) {
+                    const char* row = from.rows[e] + offset;
+#pragma GCC unroll 8
+                    for (int i = 0; i < MATRIX_ROWS; i += 2, row += 2 * apart) lay(row, row + apart);
+                } else
+                    for (int i = e; i < e + MATRIX_ROWS; i += 2) lay(from.rows[i] + offset, from.rows[i + 1] + offset);
+            }
+            if (behind) joins();
+            mixing.begin(weights + h * each * (CHUNK / 2), words[turns], each, first, stop);
+            behind = state.mixed + h * each * a.dim + part * 2 * LANES, top = h * each;
         }
-        for (int m = 0; m < each; m += MATRIX_ROWS) {
-            const int at = begin_of(m);
-            square_mix(weights + (h * each + at) * (CHUNK / 2), words, first, stop, a.dim, sums);
-            for (int r = m; r < std::min(each, at + MATRIX_ROWS); r++)
-                for (int d = 0, pair = h * each + r; d < a.dim; d += LANES) {
-                    float* mine = state.mixed + pair * a.dim + d;
-                    store(mine, joined(load(mine), before[pair], load(sums + (r - at) * a.dim + d), now[pair]));
-                }
-        }
-    }
+    joins();
 }
 #endif
 
