@@ -79,7 +79,7 @@ struct Walk {
 // worth that.
 template <class T>
 bool later_chunk(const Attend& a, const Place& place, const Item& item, const Item* after, int64_t chunk, Entries& found) {
-    if (!after || after->unit >= 0 || after->kv_heads != item.kv_heads) return false;
+    if (!after || after->unit >= 0 || after->kv_heads != item.kv_heads || after->chunk + chunk >= after->chunk_stop) return false;
     if (place.window && place.lengths[after->sequence] > place.window) return false;  // the first ones may be out of sight
     found.partly = false;
     return locate(place, after->sequence, (after->chunk + chunk) * CHUNK, a.kv_heads * T::bytes(a.dim), found);
@@ -93,28 +93,31 @@ void square_walk(const Attend& a, const Place& place, const Queries& queries, co
                  const Begins& begins, const Ends& ends) {
     const int each = item.rows * (a.heads / a.kv_heads);
     const Registers registers = square_registers(each);
-    const int64_t one = T::bytes(a.dim), apart = a.kv_heads * one, keys = keys_at<T>(a, place), own = keys + item.kv_head * one;
+    const int64_t one = T::bytes(a.dim), apart = a.kv_heads * one, keys = keys_at<T>(a, place);
     Walk<T> walk(a, place, queries, item);
     Entries chunks[3];  // this one, the next, and the one behind it, in turn, which may be of the next item
     Scores scores[2];
-    const auto score = [&](int turn, int at) { scores[turn % 2].begin(queries, chunks[at], item.kv_heads, each, a.dim, own, apart); };
+    const auto score = [&](Scores& to, const Entries& from) {
+        to.begin(queries, from, item.kv_heads, each, a.dim, keys + item.kv_head * one, apart);
+    };
     int known = 0;
     while (known < 2 && walk.next(chunks[known])) known++;
     if (known == 0) return;
-    score(0, 0);
+    score(scores[0], chunks[0]);
     scores[0].finish();
     int64_t others = 0;  // chunks of the next item that were asked for
     for (int at = 0, turn = 0; known > 0; at = (at + 1) % 3, turn++) {
-        const int later = (at + 2) % 3;
-        const bool mine = known == 2 && walk.next(chunks[later]);
-        const bool found = mine || later_chunk<T>(a, place, item, after, others++, chunks[later]);
-        const int64_t offset = mine || !found ? own : keys + after->kv_head * one;
-        if (known == 2) score(turn + 1, (at + 1) % 3);
+        Entries& behind = chunks[(at + 2) % 3];
+        Scores &mine = scores[turn % 2], &next = scores[(turn + 1) % 2];
+        const bool more = known == 2 && walk.next(behind);
+        const bool found = more || later_chunk<T>(a, place, item, after, others++, behind);
+        const int head = more || !found ? item.kv_head : after->kv_head;
+        if (known == 2) score(next, chunks[(at + 1) % 3]);
         begins(chunks[at]);
-        const Ahead ahead(found ? &chunks[later] : nullptr, KEY_PART, offset, item.kv_heads, a.dim / LINE_VALUES, apart);
-        square_chunk<T>(a, place, queries, item, chunks[at], ahead, scores[turn % 2], scores[(turn + 1) % 2], state);
+        const Ahead ahead(found ? &behind : nullptr, KEY_PART, keys + head * one, item.kv_heads, a.dim / LINE_VALUES, apart);
+        square_chunk<T>(a, place, queries, item, chunks[at], ahead, mine, next, state);
         ends();
-        known += mine - 1;
+        known += more - 1;
     }
 }
 #endif

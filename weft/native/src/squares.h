@@ -42,7 +42,7 @@ inline void square_queries(const float* q, int pairs, int dim, uint32_t* words) 
         for (int line = 0; line < dim / LINE_VALUES; line++) {
             vu turned[LANES];
             load_turned(rows, line * LINE_BYTES, turned);
-            for (int i = 0; i < LANES; i++) *reinterpret_cast<vu_any*>(words + (line * LANES + i) * QUERY_ROWS + m) = turned[i];
+            for (int i = 0; i < LANES; i++) store_bits(words + (line * LANES + i) * QUERY_ROWS + m, turned[i]);
         }
     }
 }
@@ -63,6 +63,7 @@ class Scores {
     alignas(LINE_BYTES) float found[CHUNK * QUERY_ROWS];  // [entries, pairs], rows `stride` apart
     int first = 0, stop = 0;                              // entries that have any
     int64_t stride = 0;
+    bool near[CHUNK / MATRIX_ROWS];  // whether sixteen entries lie behind each other
 
     // each: pairs of a kv head.  offset: of the first one's keys.  apart: between entries that lie behind each other.
     void begin(const Queries& queries, const Entries& from, int kv_heads, int each, int dim, int64_t offset, int64_t apart) {
@@ -71,6 +72,7 @@ class Scores {
         this->each = each, this->dim = dim, this->offset = offset, this->apart = apart;
         stride = kv_heads * each > LANES ? QUERY_ROWS : LANES;
         head = 0, entry = first, pair = 0, line = 0;
+        for (int e = first; e < stop; e += MATRIX_ROWS) near[e / MATRIX_ROWS] = beside_each_other(from, e, apart);
     }
     WEFT_INLINE void step() {
         if (head == heads) return;
@@ -102,7 +104,7 @@ class Scores {
         for (int i = 0; i < 2; i++) {
             const int e = entry + i * MATRIX_ROWS;
             keys[i] = entries->rows[e] + from, wide[i] = apart;
-            if (beside_each_other(*entries, e, apart)) continue;
+            if (near[e / MATRIX_ROWS]) continue;
             char* room = copied + i * MATRIX_ROWS * bytes;
             for (int r = 0; r < MATRIX_ROWS; r++) std::memcpy(room + r * bytes, entries->rows[e + r] + from, static_cast<size_t>(bytes));
             keys[i] = room, wide[i] = bytes;
@@ -123,11 +125,14 @@ class Scores {
 // the second cache arrive, and all of them wait.
 class Ahead {
   public:
-    Ahead() = default;
     // from: the chunk, or null for none.  part: entries of which a line is read before the next one.  offset: of the first of `heads`.
     // lines: of an entry with one of them.
     Ahead(const Entries* from, int part, int64_t offset, int heads, int lines, int64_t apart)
-        : from(from), part(part), offset(offset), heads(heads), lines(lines), apart(apart) {}
+        : from(from), part(part), heads(heads), lines(lines), offset(offset), apart(apart) {
+        if (!from) return;
+        first = from->low / KEY_PART * KEY_PART, stop = (from->high + KEY_PART - 1) / KEY_PART * KEY_PART;
+        this->part = std::min(part, stop - first), entry = first, until = first + this->part;
+    }
 
     // Goes to the next sixteen lines.
     WEFT_INLINE void next() {
@@ -138,13 +143,14 @@ class Ahead {
         if (from->rows[entry + MATRIX_ROWS - 1] - from->rows[entry] == (MATRIX_ROWS - 1) * apart) step = apart;
         else  // entries far from each other at once
             for (int i = 0; i < MATRIX_ROWS; i++) __builtin_prefetch(from->rows[entry + i] + mine, 0, 2);
-        if ((entry += MATRIX_ROWS) % part) return;
+        if ((entry += MATRIX_ROWS) < until) return;
         if (++line < lines) {
-            entry -= part;
+            entry = until - part;
             return;
         }
         line = 0;
-        if (entry == CHUNK) entry = 0, head++;
+        if (until < stop) until += part;
+        else head++, entry = first, until = first + part;
     }
     template <int N>
     WEFT_INLINE void ask() {
@@ -153,11 +159,10 @@ class Ahead {
     }
 
   private:
-    const Entries* from = nullptr;
-    int part = CHUNK;
-    int64_t offset = 0;
-    int heads = 0, lines = 0, head = 0, line = 0, entry = 0;
-    int64_t apart = 0, step = 0;
+    const Entries* from;
+    int part, heads, lines, first = 0, stop = 0, until = 0;  // of entries: all that are read, and the part that is
+    int head = 0, line = 0, entry = 0;
+    int64_t offset, apart, step = 0;
     const char* at = reinterpret_cast<const char*>(this);
 };
 
@@ -175,7 +180,7 @@ WEFT_INLINE vf seen_scores(const Attend& a, const Place& place, const Queries& q
     if (clear && !(a.softcap > 0) && !place.bias) {
         vf most[4] = {all(NEVER), all(NEVER), all(NEVER), all(NEVER)};
         for (int e = first; e < stop; e += 4)
-            for (int i = 0; i < 4; i++) most[i] = larger(most[i], load(found + (e + i) * stride + m));
+            for (int i = 0; i < 4; i++) most[i] = larger(load(found + (e + i) * stride + m), most[i]);
         return larger(larger(most[0], most[1]), larger(most[2], most[3]));
     }
     vf high = all(NEVER);
@@ -192,12 +197,13 @@ WEFT_INLINE vf seen_scores(const Attend& a, const Place& place, const Queries& q
                 if (hidden(queries, (m + i) / each % item.rows, from, place.window, e)) score[i] = NEVER;
         }
         if (!clear || a.softcap > 0 || place.bias) store(mine, score);
-        high = larger(high, score);
+        high = larger(score, high);  // in this order what is no number is passed over
     }
     return high;
 }
 
-// e^x of what is not above 0, to the nearest number of bfloat16, as bits of a float: as `exponential`, with no more steps than that needs.
+// e^x of what is not above 0, in bfloat16 as bits of a float, within about half a unit of that; 0 below -87, for -inf and what is no number.
+// As `exponential`, with no more steps than this needs.
 WEFT_INLINE vu rounded_weight(vf x) {
     const vi alive = x > -87.0f;
     const vf magic = all(12582912.0f);  // 1.5 * 2^23
@@ -243,7 +249,7 @@ WEFT_INLINE vf square_weights(const float* found, int64_t stride, vf high, int f
 // [pairs, 2 * LANES], in steps as those of scores.
 class Mixing {
   public:
-    alignas(LINE_BYTES) float sums[2 * MATRIX_ROWS][2 * LANES];  // of pairs of a kv head, from pair `pair` of each register on
+    alignas(LINE_BYTES) float sums[2 * MATRIX_ROWS][2 * LANES];  // of a kv head's pairs
 
     void begin(const uint32_t* weights, const uint32_t* values, int each, int first, int stop) {
         this->weights = weights, this->values = values, this->each = each, this->first = first / 2, this->stop = stop / 2;
@@ -282,29 +288,30 @@ WEFT_INLINE void in_order(const float* mixed, int dim, float* out) {
     }
 }
 
-// As `one_chunk`, with `square_registers`.  mine: the chunk's scores; after: those of the item's next chunk, which are computed meanwhile.
-// later: the keys that are asked for, of the chunk behind that one.
+// As `one_chunk`, with `square_registers`.  mine: the chunk's scores; next: those of the item's next chunk, which are computed meanwhile.
+// keys: those that are asked for, of the chunk behind that one, which may be another item's.
 template <class T>
-void square_chunk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, Ahead later, Scores& mine,
-                  Scores& after, State& state) {
+void square_chunk(const Attend& a, const Place& place, const Queries& queries, const Item& item, const Entries& from, Ahead keys, Scores& mine,
+                  Scores& next, State& state) {
     const int each = item.rows * (a.heads / a.kv_heads), pairs = item.kv_heads * each, parts = a.dim / (2 * LANES);
-    const int groups = (pairs + LANES - 1) / LANES, first = mine.first, stop = mine.stop;
+    const int first = mine.first, stop = mine.stop;
     const int64_t one = T::bytes(a.dim), apart = a.kv_heads * one, stride = mine.stride;
-    const int64_t values = keys_at<T>(a, place) + layer_bytes<T>(a, place) + item.kv_head * one;
+    const int64_t offset = keys_at<T>(a, place) + layer_bytes<T>(a, place) + item.kv_head * one;
     float most[QUERY_ROWS], total[QUERY_ROWS], before[QUERY_ROWS], now[QUERY_ROWS];
     alignas(LINE_BYTES) uint32_t weights[QUERY_ROWS * CHUNK / 2];
     const bool clear = all_seen(queries, from, place.window);
-    Ahead ahead(&from, CHUNK, values, item.kv_heads, parts, apart);
+    Ahead values(&from, CHUNK, offset, item.kv_heads, parts, apart);
     // Steps of the next scores while weights with eight entries are made; sixteen lines of values while those with four or with two are.
-    const int eights = groups * (CHUNK / 8), steps = (after.steps() + eights - 1) / eights;
-    const int sixteens = item.kv_heads * parts * (CHUNK / MATRIX_ROWS), times = sixteens <= 2 * eights ? 0 : (sixteens + 4 * eights - 1) / (4 * eights);
+    const int eights = (pairs + LANES - 1) / LANES * ((stop - first) / 8), steps = (next.steps() + eights - 1) / eights;
+    const int sixteens = item.kv_heads * parts * ((stop - first) / MATRIX_ROWS);
+    const int times = sixteens <= 2 * eights ? 0 : (sixteens + 4 * eights - 1) / (4 * eights);
     const auto turn = [&] {
-        for (int i = 0; i < steps; i++) after.step();
+        for (int i = 0; i < steps; i++) next.step();
     };
     const auto lines = [&](int i) {
-        if (!times && i % 4 == 0) ahead.next();
-        if (!times) return ahead.ask<MATRIX_ROWS / 2>();
-        for (int t = 0; t < times; t++) ahead.next(), ahead.ask<MATRIX_ROWS>();
+        if (!times && i % 4 == 0) values.next();
+        if (!times) return values.ask<MATRIX_ROWS / 2>();
+        for (int t = 0; t < times; t++) values.next(), values.ask<MATRIX_ROWS>();
     };
     for (int m = 0; m < pairs; m += LANES) {
         const vf high = seen_scores(a, place, queries, item, from, clear, m, first, stop, mine.found, stride);
@@ -313,13 +320,11 @@ void square_chunk(const Attend& a, const Place& place, const Queries& queries, c
         for (int i = pairs; i < m + LANES; i++) most[i] = NEVER, total[i] = 0.0f;
         shares(state, most, total, m, before, now);
     }
-    after.finish();
+    next.finish();
     alignas(LINE_BYTES) uint32_t words[2][CHUNK * LANES];
-    bool near[CHUNK / MATRIX_ROWS];
-    for (int e = first; e < stop; e += MATRIX_ROWS) near[e / MATRIX_ROWS] = beside_each_other(from, e, apart);
     Mixing mixing;
     float* behind = nullptr;  // where what `mixing` gives goes, of pairs [top, top + each)
-    int top = 0, turns = 0;
+    int top = 0, which = 0;
     const auto joins = [&] {
         mixing.finish();
         for (int r = 0; r < each; r++)
@@ -329,28 +334,29 @@ void square_chunk(const Attend& a, const Place& place, const Queries& queries, c
             }
     };
     for (int h = 0; h < item.kv_heads; h++)
-        for (int part = 0; part < parts; part++, turns ^= 1) {
-            const int64_t offset = values + h * one + part * LINE_BYTES;
-            uint32_t* to = words[turns] + first * LANES;
-            const auto lay = [&](const char* row, const char* next) {
+        for (int part = 0; part < parts; part++, which ^= 1) {
+            const int64_t at = offset + h * one + part * LINE_BYTES;
+            uint32_t* to = words[which] + first * LANES;
+            const auto lay = [&](const char* row, const char* other) {
                 vu value[2];
-                HalfPairs::values(row, next, 0, value);
+                HalfPairs::values(row, other, 0, value);
                 store_bits(to, value[0]), store_bits(to + LANES, value[1]);
                 to += 2 * LANES;
-                later.ask<2>();
+                keys.ask<2>();
             };
             for (int e = first; e < stop; e += MATRIX_ROWS) {
-                later.next();
-                for (int m = 0; m < each && behind && e % KEY_PART; m += MATRIX_ROWS) mixing.step();
-                if (near[e / MATRIX_ROWS]) {
-                    const char* row = from.rows[e] + offset;
+                keys.next();
+                if (behind && e % KEY_PART)
+                    for (int m = 0; m < each; m += MATRIX_ROWS) mixing.step();
+                if (mine.near[e / MATRIX_ROWS]) {
+                    const char* row = from.rows[e] + at;
 #pragma GCC unroll 8
                     for (int i = 0; i < MATRIX_ROWS; i += 2, row += 2 * apart) lay(row, row + apart);
                 } else
-                    for (int i = e; i < e + MATRIX_ROWS; i += 2) lay(from.rows[i] + offset, from.rows[i + 1] + offset);
+                    for (int i = e; i < e + MATRIX_ROWS; i += 2) lay(from.rows[i] + at, from.rows[i + 1] + at);
             }
             if (behind) joins();
-            mixing.begin(weights + h * each * (CHUNK / 2), words[turns], each, first, stop);
+            mixing.begin(weights + h * each * (CHUNK / 2), words[which], each, first, stop);
             behind = state.mixed + h * each * a.dim + part * 2 * LANES, top = h * each;
         }
     joins();

@@ -140,8 +140,8 @@ WEFT_INLINE int64_t keys_at(const Attend& a, const Place& place) {
 }
 
 // Asks memory for entries that are read later, a few lines in each turn of the work before: all at once they would wait for each other,
-// and the work too.  A turn is a square of keys, ASKED dimensions of scores, a pair's weights, ASKED entries of values (squares.h has its
-// own): some 100 cycles.  Entries that lie behind each other are asked for as one.
+// and the work too.  A turn is a square of keys, ASKED dimensions of scores, a pair's weights, ASKED entries of values (squares.h asks in a
+// way of its own): some 100 cycles.  Entries that lie behind each other are asked for as one.
 inline constexpr int ASKED = 16;
 class Asking {
     struct Run {
