@@ -199,7 +199,9 @@ class Engine(Sequences):
         taken = [(r, r.generation == generation, work, fact) for (r, generation), work, fact in flight]
         for r, _, _, _ in taken:
             r.in_flight -= 1
-        for r, counts, work, fact in sorted(taken, key=self._turn):
+        if len(self.models) > 1 or self.scheduler.links:
+            taken.sort(key=self._turn)
+        for r, counts, work, fact in taken:
             if counts and r.state is not State.DONE:
                 self._take(r, work, fact, now, events)
         self.pool.committed(plan.step)

@@ -265,10 +265,12 @@ class KV:
         """Offer the blocks that are full of committed entries to the index."""
         if not (self.share and request.publishes):
             return
-        done = min(request.computed[m], request.common)
+        done = request.computed[m]
         for g in self.by_model[m]:
             spec, table = self.groups[g], request.tables[g]
-            full, skipped = done // spec.block_tokens, table.first // spec.block_tokens
+            if done // spec.block_tokens <= table.published:
+                continue  # as in nearly every step
+            full, skipped = min(done, request.common) // spec.block_tokens, table.first // spec.block_tokens
             if full <= table.published:
                 continue
             self._name(request, spec.block_tokens, full * spec.block_tokens)

@@ -123,6 +123,34 @@ class Membership:
             d.preempted.extend(ran)
             d.view.running -= len(ran)
 
+    def _victim(self, r: Request, d: Planning) -> Request | None:
+        parked = [x for x in self.parked.values() if any(t.blocks for t in x.tables)]
+        if parked:
+            return max(parked, key=lambda x: (x.priority, x.arrival))
+        oldest = min(self.running.values(), key=lambda x: (x.arrival, x.rid))
+        safe = {x.rid for x in self.linked(oldest)}
+        for x in self.running.values():
+            if x.in_flight or x.loading or x.rid in d.planned:
+                safe.update(y.rid for y in self.linked(x))
+        own = {x.rid for x in self.linked(r)}
+        candidates = [x for x in self.running.values() if x.rid not in safe and x.rid not in own]
+        if not candidates:
+            return None
+        victim = self.policy.victim(r, candidates)
+        assert victim is None or isinstance(victim, Request)
+        if victim is None or victim.rid in own & safe:
+            # The oldest must go on: if the policy has no answer, the lowest priority yields to it.
+            return max(candidates, key=lambda x: (x.priority, x.arrival)) if oldest.rid in own else None
+        return victim
+
+    def reclaim_parked(self, wanted: int) -> None:
+        """Parked requests keep their KV only while nobody needs it."""
+        for r in sorted(self.parked.values(), key=lambda x: (-x.priority, -x.arrival)):
+            if self.pool.available >= wanted:
+                return
+            if any(t.blocks for t in r.tables):
+                self.preempt(r)
+
     def _strip(self, request: Request) -> list[Request]:
         """Take blocks and progress from a request and those linked to it; returns those that were running."""
         ran = []

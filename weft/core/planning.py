@@ -111,6 +111,17 @@ class Planning:
         else:
             self.view.prompt_rows += len(tokens)
 
+    def next(self, r: Request, start: int) -> None:
+        """Add the row of the newest token of `r`, which gives the next one: as `write`, of what is so in nearly every step."""
+        work = Work(
+            request=r.rid, rows=((start, start + 1),), tokens=(r.context[start],), samples=True, output=len(r.output),
+            want=-1 if r.pace is None else r.pace.want,
+        )  # fmt: skip
+        self.add(r, work, 1)
+        self.advanced.add(r.rid)
+        self.sampled[r.rid] = 0
+        self.view.decode_rows += 1
+
     def beside(self, r: Request, work: Work) -> None:
         """Add rows of another model, which has a budget and a workspace of its own."""
         self.works.append(work)

@@ -92,7 +92,7 @@ class Scheduler(Membership):
         queue = sorted([(r.partial is None, order(r, now), r.rid, r) for r in self.running.values()])
         i = 0
         while True:
-            head = None if d.closed else self.queue.first(now)
+            head = self.queue.first(now) if self.waiting and not d.closed else None
             if i < len(queue) and (head is None or queue[i][:3] <= (True, head.key, head.rid)):
                 request = queue[i][3]
                 i += 1
@@ -121,7 +121,7 @@ class Scheduler(Membership):
                 rest = len(x.context) - lengths[0]
                 wanted += idle + self._blocks(x, rest)
             if wanted > self.pool.available:
-                self._reclaim_parked(wanted)
+                self.reclaim_parked(wanted)
                 return None
         return matches
 
@@ -177,19 +177,26 @@ class Scheduler(Membership):
         self._fetched = seen
         return tuple(tiers.offload.prefetch([self.kv.stored(r) for r in heads]))
 
-    def _reclaim_parked(self, wanted: int) -> None:
-        """Parked requests keep their KV only while nobody needs it."""
-        for r in sorted(self.parked.values(), key=lambda x: (-x.priority, -x.arrival)):
-            if self.pool.available >= wanted:
-                return
-            if any(t.blocks for t in r.tables):
-                self.preempt(r)
-
     # ------------------------------------------------------------------ one request
 
     def _advance(self, r: Request, d: Planning) -> None:
-        if r.link is None or not self._together(r, d):
+        if not (self._next(r, d) or (r.link is not None and self._together(r, d))):
             self._target(r, d)
+
+    def _next(self, r: Request, d: Planning) -> bool:
+        """Plan the one row of a sequence that decodes, as `_target` does; False where there is more to it than usual."""
+        start = r.planned[0]
+        more = r.in_flight or r.guessed or r.draft or r.partial or r.link is not None or r.cut is not None
+        if more or len(r.context) - start != 1 or start < r.prompt or self.policy.layered:
+            return False
+        if self.kv.sliding[0]:
+            self.kv.slide(r, 0, start)
+        if not self.kv.ready(r, 0, 1):
+            return False
+        if self.policy.quota(r, d.view).rows > 0 and d.fits(1, 1):
+            d.next(r, start)
+            r.planned[0] = start + 1
+        return True
 
     def _target(self, r: Request, d: Planning, *, final: bool = False) -> None:
         """Plan rows of the target model.  final: only the last row of a linked request."""
@@ -394,23 +401,3 @@ class Scheduler(Membership):
                 d.closed = True
                 return False
         return True
-
-    def _victim(self, r: Request, d: Planning) -> Request | None:
-        parked = [x for x in self.parked.values() if any(t.blocks for t in x.tables)]
-        if parked:
-            return max(parked, key=lambda x: (x.priority, x.arrival))
-        oldest = min(self.running.values(), key=lambda x: (x.arrival, x.rid))
-        safe = {x.rid for x in self.linked(oldest)}
-        for x in self.running.values():
-            if x.in_flight or x.loading or x.rid in d.planned:
-                safe.update(y.rid for y in self.linked(x))
-        own = {x.rid for x in self.linked(r)}
-        candidates = [x for x in self.running.values() if x.rid not in safe and x.rid not in own]
-        if not candidates:
-            return None
-        victim = self.policy.victim(r, candidates)
-        assert victim is None or isinstance(victim, Request)
-        if victim is None or victim.rid in own & safe:
-            # The oldest must go on: if the policy has no answer, the lowest priority yields to it.
-            return max(candidates, key=lambda x: (x.priority, x.arrival)) if oldest.rid in own else None
-        return victim

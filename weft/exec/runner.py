@@ -30,6 +30,7 @@ from weft.exec.mirror import Mirror
 from weft.exec.pooled import Pooling
 from weft.exec.reading import Reading
 from weft.exec.shallow import Shallow
+from weft.exec.steady import Steadiness, Steady
 from weft.exec.tiers import TierStore
 from weft.exec.verify import Probe, Sampling
 from weft.models.decoder import Decoder
@@ -78,6 +79,10 @@ class TorchExecutor:
         vocab = self.decoders[TARGET].spec.vocab
         self._reader = None if between is None else Reader(between, vocab, self.device)
         self._compression = Compression(self.mirror, pool, self._members)
+        alone = len(self.decoders) == 1 and exits is None
+        self._steadiness = Steadiness(self.decoders[TARGET].program if alone else None)
+        self._steady: Steady | None = None
+        """Of the step in hand."""
         self._beside: Beside | None = None
         if DRAFT in self.decoders:
             self._beside = self._sampling.beside = Beside(
@@ -102,13 +107,13 @@ class TorchExecutor:
             self.tiers.end()  # a plan that was broken off may have left something behind
         self.mirror.follow(plan)
         lost, void = self._instructions(plan)
-        self._forward_s = 0.0
+        self._forward_s, self._steady = 0.0, None
         masks = self._sampling.masks
         masks.reset()
         self._reading.reset()
         if self._sampling.shallow is not None:
             self._sampling.shallow.reset()
-        works = [w for i, w in enumerate(plan.works) if i not in void]
+        works = plan.works if not void else [w for i, w in enumerate(plan.works) if i not in void]
         mine = [i for i, w in enumerate(works) if w.model == TARGET]
         early: set[int] = set()
         try:
@@ -117,15 +122,36 @@ class TorchExecutor:
         finally:  # whatever became of the pass, nobody goes on while the other thread writes
             waited = self._waited()
         middle = time.perf_counter() - self._forward_s
+        steady = None if self._steady is None else self._steady.results(works, found[0][0])
+        results = self._sampled(works, found) if steady is None else steady
+        lost += self._saved(plan, void)
+        if self.tiers is not None:
+            lost += [ticket for ticket, _ in self.tiers.end()]
+        began = time.perf_counter()
+        if steady is None:
+            self._propose(works, results, early)
+        ended = time.perf_counter()
+        sample_s = ended - self._forward_s - middle
+        if void:
+            facts = iter(results)
+            results = [WorkResult(rows=0) if i in void else next(facts) for i in range(len(plan.works))]
+        return StepResult(
+            step=plan.step, works=tuple(results),
+            lost=tuple(lost), forward_s=self._forward_s, sample_s=sample_s, masked=masks.rows, mask_s=masks.seconds,
+            draft_s=ended - began + waited, beside_s=0.0 if self._beside is None else self._beside.seconds,
+        )  # fmt: skip
+
+    def _sampled(self, works: Sequence[Work], found: list[tuple[Tensor, list[Wanted]]]) -> list[WorkResult]:
+        """Facts of the works, from the logits of those that wanted some."""
         results = [WorkResult(rows=w.count - w.guesses) for w in works]
         for logits, wanted in found:
             self._sampling.sample(works, logits, wanted, results)
         self._compression.settle(works, results)
         self._pooling.settle(works, results)
-        lost += self._saved(plan, void)
-        if self.tiers is not None:
-            lost += [ticket for ticket, _ in self.tiers.end()]
-        began = time.perf_counter()
+        return results
+
+    def _propose(self, works: Sequence[Work], results: list[WorkResult], early: set[int]) -> None:
+        """Guesses for the next plan.  early: requests for which they were made beside the target's pass."""
         others = {w.request for w in works} - early if early else None
         ahead = {name: self._ahead(name, works, results, others) for name in self.decoders if name != TARGET}
         self._sampling.propose(works, results, ahead.get(DRAFT))
@@ -133,14 +159,6 @@ class TorchExecutor:
             other.settle(results)
         if self._beside is not None:
             self._beside.settle(works, results)
-        ended = time.perf_counter()
-        sample_s = ended - self._forward_s - middle
-        facts = iter(results)
-        return StepResult(
-            step=plan.step, works=tuple(WorkResult(rows=0) if i in void else next(facts) for i in range(len(plan.works))),
-            lost=tuple(lost), forward_s=self._forward_s, sample_s=sample_s, masked=masks.rows, mask_s=masks.seconds,
-            draft_s=ended - began + waited, beside_s=0.0 if self._beside is None else self._beside.seconds,
-        )  # fmt: skip
 
     def _waited(self) -> float:
         """Wait for a draft that guesses beside the target; the seconds are of the step's `forward_s`, and of its `draft_s`."""
@@ -199,6 +217,12 @@ class TorchExecutor:
         decoder = self.decoders[name]
         if all(works[i].layers is None for i in mine):
             batch, wanted = self._gather.step(name, works, mine)
+            self._steady = self._steadiness.of(batch) if self._sampling.probe is None else None
+            if self._steady is not None:
+                began = time.perf_counter()
+                logits = decoder.forward(batch, self.pool)
+                self._forward_s += time.perf_counter() - began
+                return [(logits, wanted)]
             self._compression.ask(batch, works, mine)
             logits = self._timed(decoder, batch)
             self._compression.take(batch)
