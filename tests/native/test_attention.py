@@ -265,6 +265,22 @@ def test_a_value_that_is_no_number_shows_where_it_is_seen(machine: Machine, kind
     assert torch.equal(found[1, EACH * 64 :], clean[1, EACH * 64 :]), "of the other kv head"
 
 
+@pytest.mark.parametrize("kind", STORES)
+def test_scores_that_are_no_numbers_leave_a_row_its_bits(machine: Machine, kind: str) -> None:
+    """Row 255 sees whole chunks when it stands alone; in company some of its neighbours see less of them."""
+    stored, q, positions = Stored(kind, 300, 64), queries(30, 64), torch.arange(240, 270)
+    by_entry = stored.arena.view(len(stored.table), 2, BLOCK, KV_HEADS, -1)
+    for entry in (37, 150, 151, 201):
+        by_entry[stored.table[entry // BLOCK], 0, entry % BLOCK, :, -4:] = torch.full((1,), float("nan")).view(
+            torch.uint8
+        )
+    whole = stored.attend(machine, q, positions)
+    assert whole.isfinite().any()
+    for row in (0, 15, 16, 29):
+        alone = stored.attend(machine, q[row : row + 1].clone(), positions[row : row + 1].clone())
+        assert torch.equal(alone.view(torch.int32), whole[row : row + 1].view(torch.int32))
+
+
 def test_large_and_tiny_queries_and_values(machine: Machine) -> None:
     """Whole numbers of 16 bits are scaled to each query, and to the weights of each chunk."""
     stored = Stored("int8", 130, 64)

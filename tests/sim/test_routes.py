@@ -118,19 +118,17 @@ def test_no_two_routers_decide_alike() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/traces")
 def test_no_two_policies_decide_alike_on_all_traces() -> None:
     """Schedules on one engine, routers and placements on four: two that never differ would be one."""
-    every: dict[str, list[str]] = {}
-    for trace, requests in TRACES:
+    alike = [[(slot, name) for slot in ("schedule", "route", "place") for name in names(slot)]]
+    for trace, requests in TRACES:  # each for those whom those before did not tell apart
         path = trace if trace == SYNTHETIC else str(SHARED / trace)
-        for slot in ("schedule", "route", "place"):
-            for name in names(slot):
+        told: dict[tuple[int, str], list[tuple[str, str]]] = {}
+        for i, group in enumerate(alike):
+            for slot, name in group:
                 engines = 1 if slot == "schedule" else 4
-                every.setdefault(f"{slot}={name}", []).append(
-                    logs(arguments(slot, name), path, requests, replicas=engines)
-                )
-    told: dict[tuple[str, ...], str] = {}
-    for name, found in every.items():
-        assert tuple(found) not in told, f"{name} and {told[tuple(found)]} decided the same on all traces"
-        told[tuple(found)] = name
+                decided = logs(arguments(slot, name), path, requests, replicas=engines)
+                told.setdefault((i, decided), []).append((slot, name))
+        alike = [group for group in told.values() if len(group) > 1]
+    assert alike == [], "these decided the same on all traces"
 
 
 def test_no_two_costs_price_alike() -> None:

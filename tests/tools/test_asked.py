@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.tools.test_distil import corpus
 from tools.tiny.asked import ANSWER, SAMPLED_AT, Answer, Course, batches, lesson, loss_of, material, teach
 from tools.tiny.corpus import Corpus
 from tools.tiny.distil import Shape, build
@@ -21,11 +22,13 @@ SHAPE = Shape(layers=1, width=32, heads=2, kv_heads=1, head_dim=16, intermediate
 SMALL = Course(asked=12, minutes=5.0, steps=3, seed=4)
 
 
+__all__ = ["corpus"]  # a fixture
+
+
 @pytest.fixture(scope="module")
-def requests(shared: Callable[[str], Path], bundled: Path) -> Requests:
-    """All texts are tokenized for them, which takes longest here."""
-    data = shared("data")
-    return Requests(data, Mixture(Corpus(data), AutoTokenizer.from_pretrained(bundled)))
+def requests(shared: Callable[[str], Path], corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Requests:
+    """Those of a small corpus; to tokenize all of it takes a minute."""
+    return Requests(shared("data"), Mixture(corpus, tokenizer))
 
 
 def test_answers_alone_are_learnt_from_the_states_that_they_were_drawn_from() -> None:
@@ -78,12 +81,11 @@ def test_a_run_repeats_and_its_states_are_the_teachers(
         assert torch.equal(one, other)
 
 
-def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(
-    requests: Requests, shared: Callable[[str], Path], bundled: Path
-) -> None:
+@pytest.mark.long
+def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(shared: Callable[[str], Path], bundled: Path) -> None:
     data = shared("data")
-    corpus, tokenizer = Corpus(data), AutoTokenizer.from_pretrained(bundled)
-    asks = requests.draw(1500, 0)
+    whole, tokenizer = Corpus(data), AutoTokenizer.from_pretrained(bundled)
+    asks = Requests(data, Mixture(whole, tokenizer)).draw(1500, 0)
     assert max(map(len, asks)) <= LONGEST
     assert sum(tokenizer.decode(ask).startswith("<|user|>") for ask in asks) > 900
     asked = " ".join(" ".join(tokenizer.decode(ask).split()) for ask in asks)
@@ -91,6 +93,6 @@ def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(
     for line in lines:
         words = " ".join(json.loads(line)["turns"][0].split())
         assert words[: min(len(words), 100)] not in asked
-    for novel in corpus.held_out():
+    for novel in whole.held_out():
         words = " ".join(novel.split())
         assert not [at for at in range(0, len(words) - 60, 60) if words[at : at + 60] in asked]

@@ -88,9 +88,13 @@ inline void hide(const Queries& queries, int row, const Entries& from, int64_t w
         if (hidden(queries, row, from, window, e)) scores[e] = NEVER;
 }
 
-// Entries [first, stop) of a chunk, in whole parts, beyond which no row of the item sees any.
-WEFT_INLINE void seen_parts(const Queries& queries, const Entries& from, int& first, int& stop) {
+// Entries [first, stop) of a chunk, in whole parts, beyond which there are none.
+WEFT_INLINE void whole_parts(const Entries& from, int& first, int& stop) {
     first = from.low / KEY_PART * KEY_PART, stop = (from.high + KEY_PART - 1) / KEY_PART * KEY_PART;
+}
+// The same, beyond which no row of the item sees any.
+WEFT_INLINE void seen_parts(const Queries& queries, const Entries& from, int& first, int& stop) {
+    whole_parts(from, first, stop);
     if (!from.partly) return;
     const auto sees = [&](int part) {
         const int low = part > from.low ? part : from.low, high = part + KEY_PART < from.high ? part + KEY_PART : from.high;

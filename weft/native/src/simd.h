@@ -35,6 +35,7 @@ WEFT_INLINE vf some(const float* p, int64_t count) {
     return found;
 }
 WEFT_INLINE vu load_bits(const void* p) { return *reinterpret_cast<const vu_any*>(p); }
+WEFT_INLINE void store_bits(void* p, vu x) { *reinterpret_cast<vu_any*>(p) = x; }
 WEFT_INLINE vf all(float x) { return x - vf{}; }  // subtracting zero is nothing to a compiler, adding it is not
 WEFT_INLINE vf select(vi where, vf yes, vf no) { return where ? yes : no; }
 
@@ -180,23 +181,33 @@ WEFT_INLINE void turn(vu (&words)[LANES]) {
     if constexpr (S > 1) turn<S / 2>(words);
 }
 
-// e^x within about two units in the last place; 0 below -87, where floats end, and for -inf and what is no number.
-WEFT_INLINE vf exponential(vf x) {
-    const vi alive = x > -87.0f;
-    const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
 #if defined(__AVX512F__)
-    // 2^(n/16) e^rest: the sixteen roots by a permutation of one register, less what n's lowest bits would add to them when n is shifted to
-    // the exponent, and three powers of what is left, a 46th at most.
-    x = reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_set1_ps(88.0f)));
-    const vf moved = x * 23.0831206542234137f + magic, whole = moved - magic;
-    const vf rest = (x - whole * 0.0433216094970703125f) - whole * 8.92879262693385771e-8f;
+// x in sixteenths of ln 2, a whole number of them, and e to that many: the sixteen roots by a permutation of one register, less what the
+// number's lowest bits would add to them when it is shifted to the exponent.
+struct Sixteenths {
+    vf whole, power;
+};
+WEFT_INLINE Sixteenths sixteenths(vf x) {
+    const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf moved = x * 23.0831206542234137f + magic;
     const __m512i n = reinterpret_cast<__m512i>(moved), roots = _mm512_setr_epi32(
         0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532, 0x3F75FED7, 0x3F75583F,
         0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C, 0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D);
-    const vf power = reinterpret_cast<vf>(_mm512_add_epi32(_mm512_permutexvar_epi32(n, roots), _mm512_slli_epi32(n, 19)));
+    return {moved - magic, reinterpret_cast<vf>(_mm512_add_epi32(_mm512_permutexvar_epi32(n, roots), _mm512_slli_epi32(n, 19)))};
+}
+#endif
+
+// e^x within about two units in the last place; 0 below -87, where floats end, and for -inf and what is no number.
+WEFT_INLINE vf exponential(vf x) {
+    const vi alive = x > -87.0f;
+#if defined(__AVX512F__)  // three powers of what is beyond sixteenths of ln 2, a 46th at most
+    x = reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(x), _mm512_set1_ps(88.0f)));
+    const auto [whole, power] = sixteenths(x);
+    const vf rest = (x - whole * 0.0433216094970703125f) - whole * 8.92879262693385771e-8f;
     const vf more = rest * ((1.66666666e-1f * rest + 0.5f) * rest + 1.0f);
     return select(alive, power * more + power, vf{});
 #else
+    const vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     x = select(alive, x, vf{});
     x = select(x < 88.0f, x, all(88.0f));
     const vf whole = (x * 1.44269504088896341f + magic) - magic;

@@ -30,7 +30,8 @@ inline Registers square_registers(int each) {
     return Registers(sizes);
 }
 
-WEFT_INLINE void store_bits(uint32_t* to, vu x) { *reinterpret_cast<vu_any*>(to) = x; }
+// Where a register's pairs begin, from `pair` on: of more pairs than it holds, the last ones are those that it holds, some of them once more.
+WEFT_INLINE int begins_at(int pair, int each) { return each < MATRIX_ROWS ? 0 : std::min(pair, each - MATRIX_ROWS); }
 
 // Queries [pairs, D] as words [D / 2] of bfloat16, QUERY_ROWS apart from each other.
 inline void square_queries(const float* q, int pairs, int dim, uint32_t* words) {
@@ -80,8 +81,7 @@ class Scores {
             if (pair == 0) place();
             clear_register<0>(), clear_register<1>();
         }
-        // Of more pairs than a register holds, the last ones are those that it holds, some of them once more.
-        const int at = head * each + (each < MATRIX_ROWS ? 0 : std::min(pair, each - MATRIX_ROWS));
+        const int at = head * each + begins_at(pair, each);
         load_register<3>(queries + line * MATRIX_ROWS * QUERY_ROWS + at, QUERY_ROWS * 4);
         load_register<2>(keys[0] + line * LINE_BYTES, wide[0]), multiply_registers<Halves, 0, 2, 3>();
         load_register<2>(keys[1] + line * LINE_BYTES, wide[1]), multiply_registers<Halves, 1, 2, 3>();
@@ -130,7 +130,7 @@ class Ahead {
     Ahead(const Entries* from, int part, int64_t offset, int heads, int lines, int64_t apart)
         : from(from), part(part), heads(heads), lines(lines), offset(offset), apart(apart) {
         if (!from) return;
-        first = from->low / KEY_PART * KEY_PART, stop = (from->high + KEY_PART - 1) / KEY_PART * KEY_PART;
+        whole_parts(*from, first, stop);
         this->part = std::min(part, stop - first), entry = first, until = first + this->part;
     }
 
@@ -206,13 +206,8 @@ WEFT_INLINE vf seen_scores(const Attend& a, const Place& place, const Queries& q
 // As `exponential`, with no more steps than this needs.
 WEFT_INLINE vu rounded_weight(vf x) {
     const vi alive = x > -87.0f;
-    const vf magic = all(12582912.0f);  // 1.5 * 2^23
-    const vf moved = x * 23.0831206542234137f + magic, whole = moved - magic;
+    const auto [whole, power] = sixteenths(x);
     const vf rest = x - whole * 0.043321698784996581f;
-    const __m512i n = reinterpret_cast<__m512i>(moved), roots = _mm512_setr_epi32(
-        0x3F800000, 0x3F7DAAC3, 0x3F7B95C2, 0x3F79C3D3, 0x3F7837F0, 0x3F76F532, 0x3F75FED7, 0x3F75583F,
-        0x3F7504F3, 0x3F7508A4, 0x3F75672A, 0x3F76248C, 0x3F7744FD, 0x3F78CCDF, 0x3F7AC0C7, 0x3F7D257D);
-    const vf power = reinterpret_cast<vf>(_mm512_add_epi32(_mm512_permutexvar_epi32(n, roots), _mm512_slli_epi32(n, 19)));
     const vf found = power * (rest * (0.5f * rest + 1.0f)) + power;
     const vu bits = (reinterpret_cast<vu>(found) + 0x8000u) & 0xffff0000u;
     return alive ? bits : vu{};
@@ -257,7 +252,7 @@ class Mixing {
     }
     WEFT_INLINE void step() {
         if (pair >= each) return;
-        const int begin = each < MATRIX_ROWS ? 0 : std::min(pair, each - MATRIX_ROWS);
+        const int begin = begins_at(pair, each);
         if (at == first) clear_register<4>(), clear_register<5>();
         load_register<6>(weights + begin * (CHUNK / 2) + at, CHUNK / 2 * 4);
         load_register<7>(values + at * 2 * LANES, 2 * LINE_BYTES), multiply_registers<Halves, 4, 6, 7>();
