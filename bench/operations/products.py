@@ -156,25 +156,20 @@ def experts(bench: Bench) -> Iterator[dict[str, Any]]:
     most = 512
     router, x, out = torch.randn(most, count), torch.randn(most, width), torch.empty(most, width)
     shares, ids = torch.empty(most, each), torch.empty(most, each, dtype=torch.int64)
-    inputs, results = torch.randn(most * each, width), torch.randn(most * each, width)
+    results = torch.randn(most * each, width)
     both, gated = torch.randn(most * each, 2 * inner), torch.randn(most * each, inner)
     p = bench.program
     mixture = bench.module.Experts(
         router.data_ptr(), count, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), width, out.data_ptr(), width,
-        inputs.data_ptr(), results.data_ptr(), width, count, each, True,
+        results.data_ptr(), width, count, each, True,
     )  # fmt: skip
-    route, gather, combine = p.route(mixture), p.gather(mixture), p.combine(mixture)
+    route, combine = p.route(mixture), p.combine(mixture)
     for rows in (1, 16, 512):
         step, pairs = bench.step(rows), rows * each
         more: dict[str, Any] = {"rows": rows, "experts": count, "each": each}
         p.run(route, route + 1, step)
-        p.run(gather, gather + 1, step)
         rounds = bench.operations(route, route + 1, step)
         yield bench.record("route", "route", rounds, 4.0 * rows * count + 12.0 * pairs, **more)
-        rounds = bench.operations(gather, gather + 1, step)
-        yield bench.record("gather", "gather", rounds, 8.0 * pairs * width, **more)
-        rounds = bench.operations(combine, combine + 1, step)
-        yield bench.record("combine", "combine", rounds, 4.0 * (pairs + rows) * width, **more)
         hit = len(ids[:rows].unique())
         for text in ("bfloat16", "int8", "int4:32"):
             sizes = [_size(2 * inner, width, _format(text)), _size(width, inner, _format(text))]
@@ -184,17 +179,13 @@ def experts(bench: Bench) -> Iterator[dict[str, Any]]:
             for kind in _inputs(bench, text):
                 code = _code(kind)
                 parts = [slice(i * count, (i + 1) * count) for i in range(layers)]
-                gates = [
-                    p.expert_gates([u.weight for u in ups[part]], inputs.data_ptr(), width, both.data_ptr(),
-                                   gated.data_ptr(), SILU, code)
-                    for part in parts
-                ]  # fmt: skip
+                given = both.data_ptr(), gated.data_ptr(), SILU, code
                 products = [
-                    p.expert_products([d.weight for d in downs[part]], gated.data_ptr(), inner, results.data_ptr(), width, code)
+                    p.experts(mixture, [u.weight for u in ups[part]], [d.weight for d in downs[part]], *given)
                     for part in parts
-                ]  # fmt: skip
-                told, work = {**more, "weights": text, "activations": kind, "hit": hit}, 2.0 * pairs * inner * width
-                rounds = bench.operations(gates[0], gates[-1] + 1, step)
-                yield bench.record("experts' gates", "expert_gates", rounds, hit * sizes[0], 2 * work, kind, **told)
+                ]
+                told, work = {**more, "weights": text, "activations": kind, "hit": hit}, 6.0 * pairs * inner * width
                 rounds = bench.operations(products[0], products[-1] + 1, step)
-                yield bench.record("experts' products", "expert_products", rounds, hit * sizes[1], work, kind, **told)
+                yield bench.record("experts", "experts", rounds, hit * sum(sizes), work, kind, **told)
+        rounds = bench.operations(combine, combine + 1, step)  # of pairs that the experts have numbered
+        yield bench.record("combine", "combine", rounds, 4.0 * (pairs + rows) * width, **more)

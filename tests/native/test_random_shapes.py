@@ -173,26 +173,19 @@ def test_experts(formats: tuple[str, ...], machine: Machine, rows: int, num: int
         kept = [[quantize(part, WeightFormat.parse(text)) for part in parts] for parts in kept]
         up, down = (torch.stack([part.dequantized() for part in parts]) for parts in kept)
     shares, ids, out = room(rows, top_k), torch.full((rows + 1, top_k), -5), room(rows, width)
-    gathered, results = torch.empty(rows * top_k, width), torch.empty(rows * top_k, width)
+    results = torch.empty(rows * top_k, width)
     both, opened = torch.empty(rows * top_k, 2 * inner), torch.empty(rows * top_k, inner)
     program = machine.program
     mixture = MODULE.Experts(
         router.data_ptr(), num, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), width, out.data_ptr(), width,
-        gathered.data_ptr(), results.data_ptr(), width, num, top_k, normalize,
+        results.data_ptr(), width, num, top_k, normalize,
     )  # fmt: skip
     ups, downs = ([panels(program, part) for part in parts] for parts in kept)
     first = program.route(mixture)
-    program.gather(mixture)
-    program.expert_gates(
-        [p.weight for p in ups],
-        gathered.data_ptr(),
-        width,
-        both.data_ptr(),
-        opened.data_ptr(),
-        ACTIVATIONS[activation],
-        0,
-    )
-    program.expert_products([p.weight for p in downs], opened.data_ptr(), inner, results.data_ptr(), width, 0)
+    program.experts(
+        mixture, [p.weight for p in ups], [p.weight for p in downs], both.data_ptr(), opened.data_ptr(),
+        ACTIVATIONS[activation], 0,
+    )  # fmt: skip
     last = program.combine(mixture)
     step = MODULE.Step()
     step.rows(rows, 0, 0, 0, 0, 0, 0, 0)

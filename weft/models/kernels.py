@@ -283,26 +283,22 @@ def _mlp_apart(m: Material, native: Native, op: Operation, layer: LayerSpec) -> 
 def _experts(m: Material, native: Native, index: int, layer: LayerSpec) -> list[Operation]:
     program, buffers, width, experts = native.program, m.buffers, m.spec.width, layer.experts
     assert experts is not None
-    num, each, inner, rows = experts.num, experts.top_k, experts.intermediate, buffers["router"].shape[0]
+    num, each, rows = experts.num, experts.top_k, buffers["router"].shape[0]
     router = buffers["router"].flatten()[: rows * num].view(rows, num)
     shares = buffers["shares"][: rows * each].view(rows, each)
     ids = buffers["ids"].view(torch.int64)[: rows * each].view(rows, each)
     gate_up, gated = (buffers[name].data_ptr() for name in ("pair_gate_up", "pair_gated"))
-    inputs, outputs = (buffers[name].data_ptr() for name in ("pair_inputs", "pair_outputs"))
+    outputs = buffers["pair_outputs"].data_ptr()
     x, norm = _normed(m, native, index, m.weight(layer, "norm_mlp"))
     product = native.linear(m, x, m.weight(layer, "router"), None, router)
     mixture = native.module.Experts(
         router.data_ptr(), num, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), x.stride(0), buffers["projected"].data_ptr(),
-        width, inputs, outputs, width, num, each, experts.normalize,
+        width, outputs, width, num, each, experts.normalize,
     )  # fmt: skip
     up, down = ([part.weight for part in m.weight(layer, f"experts_{name}").parts] for name in ("gate_up", "down"))
     routed = native.call(program.route(mixture))
     runs = (
-        native.call(program.gather(mixture)),
-        native.call(
-            program.expert_gates(up, inputs, width, gate_up, gated, ACTIVATIONS[layer.activation], native.inputs)
-        ),
-        native.call(program.expert_products(down, gated, inner, outputs, width, native.inputs)),
+        native.call(program.experts(mixture, up, down, gate_up, gated, ACTIVATIONS[layer.activation], native.inputs)),
         native.call(program.combine(mixture)),
     )
     return [

@@ -122,7 +122,6 @@ def _pairs(spec: DecoderSpec, rows: int) -> dict[str, tuple[Shape, str]]:
     return {
         "shares": ((each,), "float32"),
         "ids": ((2 * each,), "float32"),  # whole numbers of 8 bytes
-        "pair_inputs": ((each, spec.width), "float32"),
         "pair_gate_up": ((each, 2 * inner), "float32"),
         "pair_gated": ((each, inner), "float32"),
         "pair_outputs": ((each, spec.width), "float32"),

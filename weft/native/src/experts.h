@@ -18,7 +18,7 @@ struct Experts {
     int64_t* ids;         // [T, k]
     const float* x;       // [T, width]
     float* out;           // [T, width]
-    float *gathered, *results;  // [T * k, width]
+    float* results;       // [T * k, width]
     int64_t router_stride, x_stride, out_stride, width;
     int num, top_k;
     bool normalize;
@@ -46,7 +46,7 @@ inline void route(const Experts& a, int64_t rows, Share share) {
     }
 }
 
-// Numbers the pairs.  By one thread, before the others go on.
+// Numbers the pairs, and lists the experts that have some, those with most first.  By one thread, before the others go on.
 inline void arrange(const Experts& a, Step& step) {
     const auto pairs = static_cast<size_t>(step.rows * a.top_k);
     step.first_pair.assign(static_cast<size_t>(a.num) + 1, 0);
@@ -63,13 +63,48 @@ inline void arrange(const Experts& a, Step& step) {
         step.pair_of[i] = pair;
         step.pair_row[static_cast<size_t>(pair)] = static_cast<int64_t>(i) / a.top_k;
     }
+    const auto rows_of = [&](size_t e) { return step.first_pair[e + 1] - step.first_pair[e]; };
+    step.busy.clear();
+    for (size_t e = 0; e < static_cast<size_t>(a.num); e++)
+        if (rows_of(e)) step.busy.push_back(e);
+    std::stable_sort(step.busy.begin(), step.busy.end(), [&](size_t e, size_t f) { return rows_of(e) > rows_of(f); });
 }
 
-inline void gather(const Experts& a, const Step& step, Share share) {
-    int64_t from, to;
-    share.range(static_cast<int64_t>(step.pair_row.size()), 1, from, to);
-    for (int64_t pair = from; pair < to; pair++)
-        std::copy_n(a.x + step.pair_row[static_cast<size_t>(pair)] * a.x_stride, a.width, a.gathered + pair * a.width);
+// An expert's gates and what they open, and the product that reads them.
+struct Expert {
+    Linear up, down;
+
+    // Of its pairs [first, first + ...) the first one's: rows of x by pair, all else by pair.
+    Expert at(const Step& step, int64_t first) const {
+        Expert found = *this;
+        found.up.picks = step.pair_row.data() + first;
+        found.up.out += first * up.out_stride, found.up.gate.x = found.up.out, found.up.gate.out += first * up.gate.out_stride;
+        found.down.x = found.up.gate.out, found.down.out += first * down.out_stride;
+        return found;
+    }
+};
+
+// Experts for each thread from which on threads take whole ones, as they come: nobody waits for the others then.
+inline constexpr size_t EXPERTS_EACH = 4;
+
+// results, by pair.
+inline void compute(const std::vector<Expert>& all, const Kernels& kernels, Pool& pool, const Step& step, Share share) {
+    const auto each = [&](size_t e, const auto& run) {
+        const int64_t first = step.first_pair[e];
+        run(all[e].at(step, first), step.first_pair[e + 1] - first);
+    };
+    const auto count = static_cast<int64_t>(step.busy.size());
+    if (step.busy.size() >= EXPERTS_EACH * static_cast<size_t>(share.count)) {
+        const Share alone = pool.alone(share.index);
+        share.take(count, 1, [&](int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; i++)
+                each(step.busy[static_cast<size_t>(i)], [&](const Expert& one, int64_t rows) { kernels.mlp(one.up, one.down, rows, alone); });
+        });
+        return;
+    }
+    for (const size_t e : step.busy) each(e, [&](const Expert& one, int64_t rows) { kernels.linear(one.up, rows, share); });
+    share.meet();
+    for (const size_t e : step.busy) each(e, [&](const Expert& one, int64_t rows) { kernels.linear(one.down, rows, share); });
 }
 
 // out [T, width] = sum of shares times results, in the order of the experts.

@@ -60,7 +60,7 @@ struct Weight {
     WEFT_SHARED const char* panel(int64_t index) const { return static_cast<const char*>(panels) + index * panel_bytes(); }
 };
 
-// One thread's part of a parallel call: thread `index` of `count`, its SCRATCH floats, and SHARED words that are everybody's.
+// One thread's part of a parallel call: thread `index` of `count`, its SCRATCH floats, and SHARED words that are all theirs.
 struct Share {
     int index, count;
     float* scratch = nullptr;
@@ -113,6 +113,9 @@ struct Linear {
     Inputs inputs = Inputs::FLOAT32;
     Gated gate{};
     bool taken = false;  // whether threads take outputs as they come (`Share::take`)
+    const int64_t* picks = nullptr;  // which rows of x are its rows, or null for all from the first on
+
+    WEFT_SHARED const float* row(int64_t i) const { return x + (picks ? picks[i] : i) * x_stride; }
 };
 
 // out = x / sqrt(mean(x^2) + eps) * weight over the last `width` values of rows that hold `heads` such vectors.

@@ -310,18 +310,19 @@ inline void turned(const Linear& a, int64_t first, int64_t rows, int64_t tiles, 
     static_assert(TILE_ROWS <= LANES);
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t top = rows * t / tiles, high = rows * (t + 1) / tiles - top;
-        const float* x = a.x + (first + top) * a.x_stride + input;
+        const float* x[TILE_ROWS];
+        for (int64_t r = 0; r < high; r++) x[r] = a.row(first + top + r) + input;
         float* to = out + top * count;
         int64_t i = 0;
         for (; i + LANES <= count; i += LANES) {
             vu square[LANES] = {};
-            for (int64_t r = 0; r < high; r++) square[r] = load_bits(x + r * a.x_stride + i);
+            for (int64_t r = 0; r < high; r++) square[r] = load_bits(x[r] + i);
             turn<LANES / 2>(square);
             // What a vector has beyond its rows is overwritten by the next.
             for (int j = 0; j < LANES; j++) store(to + (i + j) * high, reinterpret_cast<vf>(square[j]));
         }
         for (; i < count; i++)
-            for (int64_t r = 0; r < high; r++) to[i * high + r] = x[r * a.x_stride + i];
+            for (int64_t r = 0; r < high; r++) to[i * high + r] = x[r][i];
     }
 }
 
@@ -330,7 +331,7 @@ inline void summed(const Linear& a, int64_t first, int64_t rows, float* out) {
     const int64_t groups = a.weight.groups(), group = a.weight.group;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t g = 0; g < groups; g++) {
-            const float* x = a.x + (first + r) * a.x_stride + g * group;
+            const float* x = a.row(first + r) + g * group;
             float total = 0.0f;
             for (int64_t i = 0; i < group; i++) total += x[i];
             out[r * groups + g] = total;
@@ -393,7 +394,7 @@ void linear_panels(const Linear& a, int64_t rows, Share share, int64_t from, int
         for (int64_t input = 0; input < w.k; input += most) {
             const int64_t wide = w.k - input < most ? w.k - input : most;
             const float* inputs = share.scratch;
-            if (count == 1) inputs = a.x + first * a.x_stride + input;
+            if (count == 1) inputs = a.row(first) + input;
             else turned(a, first, count, tiles, input, wide, share.scratch);
             each_tile(count, tiles, from, to, wide, stretch, [&](int tall, int panels, int64_t top, int64_t p, int64_t begin, int64_t end) {
                 Part part{.x = inputs + top * wide + begin * tall, .sums = sums + top * w.groups()};

@@ -112,34 +112,22 @@ int64_t pick(Program& p, uintptr_t x, int64_t stride, uintptr_t out, int64_t wid
     });
 }
 
-// Each expert's rows with its own weight; x and out by pair.
-int64_t expert_products(Program& p, const std::vector<Weight>& weights, uintptr_t x, int64_t x_stride, uintptr_t out,
-                        int64_t out_stride, int inputs) {
-    return p.add([&kernels = p.kernels(), weights, from = at<float>(x), x_stride, to = at<float>(out), out_stride,
-                  rounded = inputs_of(inputs)](Step& s, Share share) {
-        for (size_t e = 0; e < weights.size(); e++) {
-            const int64_t first = s.first_pair[e], rows = s.first_pair[e + 1] - first;
-            if (rows)
-                kernels.linear(Linear{from + first * x_stride, weights[e], nullptr, to + first * out_stride, x_stride, out_stride,
-                                      rounded}, rows, share);
-        }
-    });
-}
-
-// The same of experts' gates and what they open, [pairs, I]; between: [pairs, 2 I].
-int64_t expert_gates(Program& p, const std::vector<Weight>& weights, uintptr_t x, int64_t x_stride, uintptr_t between, uintptr_t out,
-                     int activation, int inputs) {
-    std::vector<Linear> products;
-    for (const Weight& w : weights) products.push_back(gates_of(w, x, x_stride, 0, between, w.n, out, w.n / 2, activation, inputs));
-    return p.add([&kernels = p.kernels(), products](Step& s, Share share) {
-        for (size_t e = 0; e < products.size(); e++) {
-            const int64_t first = s.first_pair[e], rows = s.first_pair[e + 1] - first;
-            if (!rows) continue;
-            Linear a = products[e];
-            a.x += first * a.x_stride, a.out += first * a.out_stride, a.taken = false;
-            a.gate.x = a.out, a.gate.out += first * a.gate.out_stride;
-            kernels.linear(a, rows, share);
-        }
+// A mixture's experts, once rows know theirs; between [pairs, 2 I] and gated [pairs, I]: memory for what the gates give.
+int64_t experts(Program& p, const Experts& a, const std::vector<Weight>& ups, const std::vector<Weight>& downs, uintptr_t between,
+                uintptr_t gated, int activation, int inputs) {
+    if (ups.size() != static_cast<size_t>(a.num) || downs.size() != ups.size()) throw std::invalid_argument("weights of each expert");
+    std::vector<Expert> all;
+    for (size_t e = 0; e < ups.size(); e++) {
+        if (ups[e].n != 2 * downs[e].k) throw std::invalid_argument("what gates open is what the next product reads");
+        Linear up = gates_of(ups[e], 0, a.x_stride, 0, between, ups[e].n, gated, downs[e].k, activation, inputs);
+        up.x = a.x, up.taken = false;
+        all.push_back({up, Linear{at<float>(gated), downs[e], nullptr, a.results, downs[e].k, a.width, inputs_of(inputs)}});
+    }
+    p.pool().part();
+    return p.add([&p, a, all](Step& s, Share share) {
+        if (share.index == 0) arrange(a, s);
+        p.pool().meet();
+        compute(all, p.kernels(), p.pool(), s, share);
     });
 }
 
@@ -163,11 +151,11 @@ NB_MODULE(_native, m) {
         .def_prop_ro("panel_bytes", &Weight::panel_bytes);
     nb::class_<Experts>(m, "Experts")
         .def("__init__", [](Experts* self, uintptr_t router, int64_t router_stride, uintptr_t shares, uintptr_t ids, uintptr_t x,
-                            int64_t x_stride, uintptr_t out, int64_t out_stride, uintptr_t gathered, uintptr_t results,
-                            int64_t width, int num, int top_k, bool normalize) {
+                            int64_t x_stride, uintptr_t out, int64_t out_stride, uintptr_t results, int64_t width,
+                            int num, int top_k, bool normalize) {
             if (num < 1 || top_k < 1 || top_k > num) throw std::invalid_argument("no such mixture");
             new (self) Experts{at<float>(router), at<float>(shares), at<int64_t>(ids), at<float>(x), at<float>(out),
-                               at<float>(gathered), at<float>(results), router_stride, x_stride, out_stride, width, num, top_k,
+                               at<float>(results), router_stride, x_stride, out_stride, width, num, top_k,
                                normalize};
         });
     nb::class_<Step>(m, "Step")
@@ -259,15 +247,7 @@ NB_MODULE(_native, m) {
         .def("route", [](Program& p, const Experts& a) {
             return p.add([a](Step& s, Share share) { route(a, s.rows, share); });
         })
-        .def("gather", [](Program& p, const Experts& a) {
-            return p.add([&p, a](Step& s, Share share) {
-                if (share.index == 0) arrange(a, s);
-                p.pool().meet();
-                gather(a, s, share);
-            });
-        })
-        .def("expert_products", &expert_products)
-        .def("expert_gates", &expert_gates)
+        .def("experts", &experts)
         .def("combine", [](Program& p, const Experts& a) {
             return p.add([a](Step& s, Share share) { combine(a, s, share); }, true);
         })

@@ -75,6 +75,17 @@ class Pool {
         meet();
     }
 
+    // Gives each thread SHARED words of its own, which `alone` needs; while no job runs.
+    void part() {
+        if (!own_) own_.reset(new Line[static_cast<size_t>(SHARED / Line::WORDS * count_)]);
+    }
+    // Inside a job: the share of a thread that does something by itself, between two meetings.
+    Share alone(int index) {
+        Share mine = share(index);
+        mine.index = 0, mine.count = 1, mine.shared = reinterpret_cast<int32_t*>(own_.get() + SHARED / Line::WORDS * index);
+        return mine;
+    }
+
     // Inside a job: nobody goes on before everybody has come.
     void meet() {
         if (count_ == 1) return;
@@ -124,7 +135,7 @@ class Pool {
 
     int count_;
     std::vector<Line> scratch_;
-    std::unique_ptr<Line[]> shared_;
+    std::unique_ptr<Line[]> shared_, own_;  // memory that nobody writes to is no memory yet
     const void* context_ = nullptr;
     void (*call_)(const void*, Share) = nullptr;
     std::atomic<uint32_t> begun_{0}, arrived_{0}, turn_{0};

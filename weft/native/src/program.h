@@ -71,6 +71,7 @@ struct Step {
     bool parted = false;               // whether something is planned that `again` does not know how to plan anew
     std::vector<float> partials;
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
+    std::vector<size_t> busy;          // experts that have rows
 
     // Looks up the angles of an embedding for the rows' positions; false where one is not among those kept.
     bool turn(size_t index);

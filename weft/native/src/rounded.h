@@ -132,7 +132,7 @@ void round_tile(const Linear& a, int64_t first, int64_t high, const Rows<D>& to,
     int32_t* words = to.words + top * each;
     for (int64_t r = 0; r < high; r++) {
         int32_t* mine = high == 1 ? words : lines ? spare : spare + r * each;
-        D::template round<W>(a, a.x + (first + r) * a.x_stride, mine, to.scales + top + r, to.sums + (top + r) * groups, factor);
+        D::template round<W>(a, a.row(first + r), mine, to.scales + top + r, to.sums + (top + r) * groups, factor);
         for (int64_t i = 0; i < each && lines && high > 1; i += LINE_WORDS) std::memcpy(words + i * high + r * LINE_WORDS, mine + i, LINE_BYTES);
     }
     if (high == 1 || lines) return;
