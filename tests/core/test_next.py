@@ -1,4 +1,4 @@
-"""The row of the next token, planned on its own short way, is what the way of all rows plans: in storms, of every schedule."""
+"""The row of the next token, planned on its own short way, is what the way of all rows plans, in storms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.core.machine import Layered, Machine
+from tests.core.machine import Layered, Machine, PrefillFirst
 from tests.core.storms import storm
 from weft.core.planning import Planning
 from weft.core.request import Request
@@ -26,6 +26,16 @@ def taken(d: Planning) -> dict[str, Any]:
     return {f.name: copy.copy(getattr(d, f.name)) for f in fields(d)}
 
 
+def put_back(d: Planning, before: dict[str, Any]) -> None:
+    """In the same view, which the scheduler holds too."""
+    view = d.view
+    for name, value in before.items():
+        setattr(d, name, value)
+    for f in fields(view):
+        setattr(view, f.name, getattr(before["view"], f.name))
+    d.view = view
+
+
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Every row that went the short way is taken back and planned the long one; how many went which."""
@@ -39,8 +49,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             assert (before, planned) == (taken(d), r.planned)
             return False
         after, behind = taken(d), list(r.planned)
-        for name, value in before.items():
-            setattr(d, name, value)
+        put_back(d, before)
         r.planned[:] = planned
         scheduler._target(r, d)
         assert (taken(d), r.planned) == (after, behind)
@@ -64,10 +73,34 @@ def test_who_gets_no_row_waits(compared: Counter[str], monkeypatch: pytest.Monke
     assert compared["nothing"] > 100
 
 
+def test_a_schedule_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each sequence in a step: some schedules count what they grant."""
+    asked, real = Counter[tuple[int, int]](), FCFS.quota
+    views: list[StepView] = []
+
+    def quota(policy: FCFS, request: RequestView, step: StepView) -> Quota:
+        if not views or views[-1] is not step:
+            views.append(step)
+        asked[len(views), request.rid] += 1
+        return real(policy, request, step)
+
+    monkeypatch.setattr(FCFS, "quota", quota)
+    for seed in range(SEEDS):
+        storm(Machine, seed, 120)
+    assert len(asked) > 1000
+    assert max(asked.values()) == 1
+
+
 @pytest.mark.parametrize(
     ("machine", "fixed"),
-    [(Machine, {}), (Machine, {"below": 6, "cut": False}), (Machine, {"flights": 2, "rows": 4}), (Layered, {})],
-    ids=["any", "tiers", "little", "layers"],
+    [
+        (Machine, {}),
+        (Machine, {"below": 6, "cut": False}),
+        (Machine, {"flights": 2, "rows": 4}),
+        (PrefillFirst, {}),
+        (Layered, {}),
+    ],
+    ids=["any", "tiers", "little", "prompts first", "layers"],
 )
 def test_the_short_way_plans_what_the_long_one_does(
     compared: Counter[str], machine: Callable[..., Any], fixed: dict[str, Any]

@@ -13,7 +13,7 @@ from weft.models.quantized import quantize
 from weft.ops.choice import ACTIVATIONS
 
 EXPERTS, EACH, WIDTH, INNER = 13, 3, 128, 96
-FORMATS = ("float32", "bfloat16", "int8", "int4", "int4:32")
+FORMATS = ("float32", "bfloat16", "int8", "int4", "int4:32", "int4:32:zero")
 PAIRS = [
     (text, inputs) for text in FORMATS for inputs in INPUTS
     if not (text in ("float32", "bfloat16") and inputs == "int8") and not (text == "float32" and inputs == "bfloat16")
@@ -25,11 +25,11 @@ def some(*shape: int, seed: int) -> Tensor:
 
 
 class Mixture:
-    """Weights of one format, and rows that want experts; every third row wants the same ones."""
+    """Weights of one format, and rows that want experts; each `every`-th row wants the same ones."""
 
-    def __init__(self, text: str, rows: int) -> None:
+    def __init__(self, text: str, rows: int, every: int = 3) -> None:
         self.x, self.router = some(rows, WIDTH, seed=1), some(rows, EXPERTS, seed=2)
-        self.router[::3] = self.router[0]
+        self.router[::every] = self.router[0]
         up, down = some(EXPERTS, 2 * INNER, WIDTH, seed=3) / 11, some(EXPERTS, WIDTH, INNER, seed=4) / 10
         if text.startswith("int"):
             self.ups, self.downs = ([quantize(w, WeightFormat.parse(text)) for w in part] for part in (up, down))
@@ -80,7 +80,17 @@ def test_a_row_has_its_bits_whoever_computes_its_experts(isa: str, text: str, in
     for start, stop in ((0, 1), (1, 3), (3, 21), (21, 120)):
         assert torch.equal(mixture.run(isa, 2, inputs, slice(start, stop)), whole[start:stop])
     gap = (whole - wanted(mixture)).abs().max()
-    assert gap < {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.05}[inputs]
+    assert gap < {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.08}[inputs]  # of results that are some 1 to 4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("text", "inputs"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("int4", "int8")])
+def test_experts_with_several_blocks_of_rows(isa: str, text: str, inputs: str) -> None:
+    """More than 512, beyond which products begin anew.  Two threads take whole experts, four part them."""
+    mixture = Mixture(text, 1100, every=2)
+    whole = mixture.run(isa, 2, inputs, slice(0, 1100))
+    assert torch.equal(mixture.run(isa, 4, inputs, slice(0, 1100)), whole)
+    assert torch.equal(mixture.run(isa, 1, inputs, slice(1080, 1100)), whole[1080:])
 
 
 def wanted(mixture: Mixture) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.tools.test_distil import corpus
 from tools.tiny.asked import ANSWER, SAMPLED_AT, Answer, Course, batches, lesson, loss_of, material, teach
@@ -81,11 +81,14 @@ def test_a_run_repeats_and_its_states_are_the_teachers(
         assert torch.equal(one, other)
 
 
-@pytest.mark.long
-def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(shared: Callable[[str], Path], bundled: Path) -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.long)], ids=["small", "whole"])
+def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(
+    shared: Callable[[str], Path], requests: Requests, tokenizer: PreTrainedTokenizerFast, whole: bool
+) -> None:
+    """Of the small corpus all but novels, stories and maths is what is asked with the whole one."""
     data = shared("data")
-    whole, tokenizer = Corpus(data), AutoTokenizer.from_pretrained(bundled)
-    asks = Requests(data, Mixture(whole, tokenizer)).draw(1500, 0)
+    corpus = Corpus(data)
+    asks = (Requests(data, Mixture(corpus, tokenizer)) if whole else requests).draw(1500, 0)
     assert max(map(len, asks)) <= LONGEST
     assert sum(tokenizer.decode(ask).startswith("<|user|>") for ask in asks) > 900
     asked = " ".join(" ".join(tokenizer.decode(ask).split()) for ask in asks)
@@ -93,6 +96,6 @@ def test_nothing_of_spec_bench_and_no_held_out_novel_is_asked(shared: Callable[[
     for line in lines:
         words = " ".join(json.loads(line)["turns"][0].split())
         assert words[: min(len(words), 100)] not in asked
-    for novel in whole.held_out():
+    for novel in corpus.held_out():
         words = " ".join(novel.split())
         assert not [at for at in range(0, len(words) - 60, 60) if words[at : at + 60] in asked]

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -46,8 +47,11 @@ inline void route(const Experts& a, int64_t rows, Share share) {
     }
 }
 
-// Numbers the pairs, and lists the experts that have some, those with most first.  By one thread, before the others go on.
-inline void arrange(const Experts& a, Step& step) {
+// Experts for each thread from which on threads take whole ones, as they come: nobody waits for the others then.
+inline constexpr size_t EXPERTS_EACH = 4;
+
+// Numbers the pairs, and lists the experts that have some, those with most first.  By one of the threads, before the others go on.
+inline void arrange(const Experts& a, Step& step, int threads) {
     const auto pairs = static_cast<size_t>(step.rows * a.top_k);
     step.first_pair.assign(static_cast<size_t>(a.num) + 1, 0);
     step.pair_row.resize(pairs);
@@ -68,6 +72,10 @@ inline void arrange(const Experts& a, Step& step) {
     for (size_t e = 0; e < static_cast<size_t>(a.num); e++)
         if (rows_of(e)) step.busy.push_back(e);
     std::stable_sort(step.busy.begin(), step.busy.end(), [&](size_t e, size_t f) { return rows_of(e) > rows_of(f); });
+    // Not where one has more than a thread's part of all pairs: the others would wait for it.
+    const bool even = !step.busy.empty() && rows_of(step.busy.front()) * threads <= static_cast<int64_t>(pairs);
+    step.whole = even && step.busy.size() >= EXPERTS_EACH * static_cast<size_t>(threads);
+    step.taken = 0;
 }
 
 // An expert's gates and what they open, and the product that reads them.
@@ -84,22 +92,17 @@ struct Expert {
     }
 };
 
-// Experts for each thread from which on threads take whole ones, as they come: nobody waits for the others then.
-inline constexpr size_t EXPERTS_EACH = 4;
-
 // results, by pair.
-inline void compute(const std::vector<Expert>& all, const Kernels& kernels, Pool& pool, const Step& step, Share share) {
+inline void compute(const std::vector<Expert>& all, const Kernels& kernels, Pool& pool, Step& step, Share share) {
     const auto each = [&](size_t e, const auto& run) {
         const int64_t first = step.first_pair[e];
         run(all[e].at(step, first), step.first_pair[e + 1] - first);
     };
-    const auto count = static_cast<int64_t>(step.busy.size());
-    if (step.busy.size() >= EXPERTS_EACH * static_cast<size_t>(share.count)) {
+    if (step.whole) {
         const Share alone = pool.alone(share.index);
-        share.take(count, 1, [&](int64_t from, int64_t to) {
-            for (int64_t i = from; i < to; i++)
-                each(step.busy[static_cast<size_t>(i)], [&](const Expert& one, int64_t rows) { kernels.mlp(one.up, one.down, rows, alone); });
-        });
+        std::atomic_ref<size_t> taken(step.taken);
+        for (size_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < step.busy.size();)
+            each(step.busy[i], [&](const Expert& one, int64_t rows) { kernels.mlp(one.up, one.down, rows, alone); });
         return;
     }
     for (const size_t e : step.busy) each(e, [&](const Expert& one, int64_t rows) { kernels.linear(one.up, rows, share); });

@@ -125,7 +125,7 @@ int64_t experts(Program& p, const Experts& a, const std::vector<Weight>& ups, co
     }
     p.pool().part();
     return p.add([&p, a, all](Step& s, Share share) {
-        if (share.index == 0) arrange(a, s);
+        if (share.index == 0) arrange(a, s, share.count);
         p.pool().meet();
         compute(all, p.kernels(), p.pool(), s, share);
     });

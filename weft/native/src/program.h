@@ -71,7 +71,9 @@ struct Step {
     bool parted = false;               // whether something is planned that `again` does not know how to plan anew
     std::vector<float> partials;
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
-    std::vector<size_t> busy;          // experts that have rows
+    std::vector<size_t> busy;          // experts that have rows, those with most first
+    bool whole = false;                // whether a thread takes whole ones, of which so many are taken
+    size_t taken = 0;
 
     // Looks up the angles of an embedding for the rows' positions; false where one is not among those kept.
     bool turn(size_t index);
@@ -122,9 +124,6 @@ class Program {
         bool by_rows;
     };
     std::vector<Listed> operations_;
-
-  public:
-    std::atomic<int64_t> taken{0};
 };
 
 }  // namespace weft
