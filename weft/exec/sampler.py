@@ -80,7 +80,7 @@ def draw(logits_NV: Tensor, rows: Sequence[Row], program: Any = None) -> list[in
 
 def _by_kernels(logits_NV: Tensor, rows: Sequence[Row], program: Any) -> list[int]:
     first, stride = logits_NV.data_ptr(), logits_NV.stride(0) * logits_NV.element_size()
-    changed = {i: adjust(logits_NV[i].clone(), r) for i, r in enumerate(rows) if _adjusts(r.sampling, r.output)}
+    changed = {i: adjust(logits_NV[i].clone(), r) for i, r in enumerate(rows) if adjusts(r.sampling, r.output)}
     where = [changed[i].data_ptr() if i in changed else first + i * stride for i in range(len(rows))]
     laws = [row.sampling for row in rows]
     drawn: list[int] = program.draw(
@@ -92,7 +92,7 @@ def _by_kernels(logits_NV: Tensor, rows: Sequence[Row], program: Any) -> list[in
 
 def plain(s: SamplingSpec, output: int) -> bool:
     """Greedy, with nothing that changes a logit."""
-    return s.temperature == 0.0 and not _adjusts(s, output)
+    return s.temperature == 0.0 and not adjusts(s, output)
 
 
 def counts(s: SamplingSpec) -> bool:
@@ -100,13 +100,14 @@ def counts(s: SamplingSpec) -> bool:
     return bool(s.repetition_penalty != 1.0 or s.presence_penalty or s.frequency_penalty)
 
 
-def _adjusts(s: SamplingSpec, output: int) -> bool:
+def adjusts(s: SamplingSpec, output: int) -> bool:
+    """Whether the law changes logits (`adjust`) of the token with this index in the output."""
     return bool(s.logit_bias or counts(s) or (s.stop_ids and output < s.min_tokens))
 
 
 def _draw_one(logits_V: Tensor, row: Row) -> int:
     s = row.sampling
-    if _adjusts(s, row.output):
+    if adjusts(s, row.output):
         logits_V = adjust(logits_V.clone(), row)
     if s.temperature == 0.0:
         return int(logits_V.argmax())
@@ -125,7 +126,7 @@ def ranked(logits_V: Tensor, row: Row, most: int, *, fair: bool) -> tuple[list[i
     s = row.sampling
     if not bool(logits_V.max().isfinite()):
         return [], []
-    if _adjusts(s, row.output):
+    if adjusts(s, row.output):
         logits_V = adjust(logits_V.clone(), row)
     if s.temperature == 0.0:
         values, index = torch.topk(logits_V, 1 if fair else min(most, logits_V.shape[0]))
@@ -219,7 +220,7 @@ def logprobs(logits_V: Tensor, token: int, top: int) -> TokenLogprob:
 def told(logits_V: Tensor, row: Row, token: int) -> TokenLogprob:
     """As `logprobs`, for a row's own token; what a search ranks by has bias, penalties and bans on top, as in beam search."""
     s, x = row.sampling, torch.log_softmax(logits_V.float(), -1)
-    return _ranked(adjust(x, row) if s.steered and _adjusts(s, row.output) else x, token, s.logprobs)
+    return _ranked(adjust(x, row) if s.steered and adjusts(s, row.output) else x, token, s.logprobs)
 
 
 def _ranked(x: Tensor, token: int, top: int) -> TokenLogprob:
@@ -240,7 +241,7 @@ def law(logits_V: Tensor, row: Row) -> tuple[Ints, Floats]:
     s = row.sampling
     if row.forced is not None:
         return np.array([row.forced]), np.ones(1)
-    if _adjusts(s, row.output):
+    if adjusts(s, row.output):
         logits_V = adjust(logits_V.clone(), row)
     if s.temperature == 0.0:
         return np.array([int(logits_V.argmax())]), np.ones(1)

@@ -78,6 +78,5 @@ def plain(s: Mirrored) -> bool:
     asked, stack = s.sampling, s.stack
     return not (
         any(stack.get(slot) is not None for slot in ASKING) or stack["draft"].guesses or s.grammar is not None or s.forced
-        or max(s.count) >= 0 or asked.pooling or asked.logprobs >= 0 or asked.logit_bias or sampler.counts(asked)
-        or (asked.stop_ids and asked.min_tokens)
+        or max(s.count) >= 0 or asked.pooling or asked.logprobs >= 0 or sampler.adjusts(asked, 0)
     )  # fmt: skip
