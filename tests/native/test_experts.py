@@ -27,10 +27,10 @@ def some(*shape: int, seed: int) -> Tensor:
 class Mixture:
     """Weights of one format, and rows that want experts; each `every`-th row wants the same ones."""
 
-    def __init__(self, text: str, rows: int, every: int = 3) -> None:
-        self.x, self.router = some(rows, WIDTH, seed=1), some(rows, EXPERTS, seed=2)
+    def __init__(self, text: str, rows: int, every: int = 3, width: int = WIDTH) -> None:
+        self.x, self.router = some(rows, width, seed=1), some(rows, EXPERTS, seed=2)
         self.router[::every] = self.router[0]
-        up, down = some(EXPERTS, 2 * INNER, WIDTH, seed=3) / 11, some(EXPERTS, WIDTH, INNER, seed=4) / 10
+        up, down = some(EXPERTS, 2 * INNER, width, seed=3) / 11, some(EXPERTS, width, INNER, seed=4) / 10
         if text.startswith("int"):
             self.ups, self.downs = ([quantize(w, WeightFormat.parse(text)) for w in part] for part in (up, down))
         else:
@@ -42,18 +42,18 @@ class Mixture:
 
     def run(self, isa: str, threads: int, inputs: str, rows: slice) -> Tensor:
         x, router = self.x[rows].clone(), self.router[rows].clone()
-        count = len(x)
+        count, width = x.shape
         shares, ids, out = (
             torch.empty(count, EACH),
             torch.empty(count, EACH, dtype=torch.int64),
-            torch.empty(count, WIDTH),
+            torch.empty(count, width),
         )
-        results, pairs = torch.full((count * EACH, WIDTH), float("nan")), count * EACH
+        results, pairs = torch.full((count * EACH, width), float("nan")), count * EACH
         both, gated = torch.empty(pairs, 2 * INNER), torch.empty(pairs, INNER)
         program = MODULE.Program(threads, isa)
         mixture = MODULE.Experts(
-            router.data_ptr(), EXPERTS, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), WIDTH, out.data_ptr(), WIDTH,
-            results.data_ptr(), WIDTH, EXPERTS, EACH, True,
+            router.data_ptr(), EXPERTS, shares.data_ptr(), ids.data_ptr(), x.data_ptr(), width, out.data_ptr(), width,
+            results.data_ptr(), width, EXPERTS, EACH, True,
         )  # fmt: skip
         ups, downs = ([panels(program, w) for w in part] for part in (self.ups, self.downs))
         first = program.route(mixture)
@@ -93,12 +93,21 @@ def test_experts_with_several_blocks_of_rows(isa: str, text: str, inputs: str) -
     assert torch.equal(mixture.run(isa, 1, inputs, slice(1080, 1100)), whole[1080:])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [1, 37, 133, 300])
+def test_widths_that_fill_no_vectors(isa: str, width: int) -> None:
+    mixture = Mixture("float32", 40, width=width)
+    whole = mixture.run(isa, 3, "float32", slice(0, 40))
+    assert (whole - wanted(mixture)).abs().max() < 1e-4
+    assert torch.equal(mixture.run(isa, 2, "float32", slice(7, 8)), whole[7:8])
+
+
 def wanted(mixture: Mixture) -> Tensor:
     """By the formula, in float64, of the values that the weights stand for."""
     shares, ids = torch.softmax(mixture.router.double(), -1).topk(EACH)
     shares = shares / shares.sum(-1, keepdim=True)
     ups, downs = mixture.values(mixture.ups), mixture.values(mixture.downs)
-    out = torch.zeros(len(mixture.x), WIDTH, dtype=torch.float64)
+    out = torch.zeros(*mixture.x.shape, dtype=torch.float64)
     for row, x in enumerate(mixture.x.double()):
         for share, e in zip(shares[row], ids[row].tolist(), strict=True):
             gate, up = (ups[e] @ x).split(INNER)

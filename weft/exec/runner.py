@@ -221,7 +221,7 @@ class TorchExecutor:
             if self._steady is not None:
                 began = time.perf_counter()
                 logits = decoder.forward(batch, self.pool)
-                self._forward_s += time.perf_counter() - began
+                self._passed(began)
                 return [(logits, wanted)]
             self._compression.ask(batch, works, mine)
             logits = self._timed(decoder, batch)
@@ -246,18 +246,20 @@ class TorchExecutor:
             result = shallow.watched(batch)
         else:
             result = decoder.forward(batch, self.pool, layers=layers, hidden=hidden)
+        self._passed(began)
+        return result
+
+    def _passed(self, began: float) -> None:
+        """A pass is at its end."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._forward_s += time.perf_counter() - began
-        return result
 
     def _first_layers(self, batch: Batch, layers: int) -> Tensor:
         """Hidden states of rows ahead after the target's first layers."""
         began = time.perf_counter()
         result = self.decoders[TARGET].forward(batch, self.pool, layers=(0, layers))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._forward_s += time.perf_counter() - began
+        self._passed(began)
         return result
 
     def _forward_split(

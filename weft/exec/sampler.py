@@ -82,12 +82,14 @@ def _by_kernels(logits_NV: Tensor, rows: Sequence[Row], program: Any) -> list[in
     first, stride = logits_NV.data_ptr(), logits_NV.stride(0) * logits_NV.element_size()
     changed = {i: adjust(logits_NV[i].clone(), r) for i, r in enumerate(rows) if adjusts(r.sampling, r.output)}
     where = [changed[i].data_ptr() if i in changed else first + i * stride for i in range(len(rows))]
-    laws = [row.sampling for row in rows]
-    drawn: list[int] = program.draw(
-        where, logits_NV.shape[1], [s.temperature for s in laws], [s.top_k for s in laws], [s.top_p for s in laws],
-        [s.min_p for s in laws], [noise.row_key(row.seed, row.output) for row in rows],
-    )  # fmt: skip
+    keys = [noise.row_key(row.seed, row.output) for row in rows]
+    drawn: list[int] = program.draw(where, logits_NV.shape[1], *columns([row.sampling for row in rows]), keys)
     return drawn
+
+
+def columns(laws: Sequence[SamplingSpec]) -> tuple[list[float], list[int], list[float], list[float]]:
+    """Temperatures, top_k, top_p and min_p, as the kernels' `draw` takes them."""
+    return [s.temperature for s in laws], [s.top_k for s in laws], [s.top_p for s in laws], [s.min_p for s in laws]
 
 
 def plain(s: SamplingSpec, output: int) -> bool:

@@ -27,13 +27,7 @@ class Steady:
     def __init__(self, batch: Batch, program: Any) -> None:
         self._sequences: list[Mirrored] = batch.sequences
         self._program = program
-        laws = [s.sampling for s in self._sequences]
-        self._laws = (
-            [x.temperature for x in laws],
-            [x.top_k for x in laws],
-            [x.top_p for x in laws],
-            [x.min_p for x in laws],
-        )
+        self._laws = sampler.columns([s.sampling for s in self._sequences])
         self._where: tuple[Tensor | None, list[int], int] = None, [], 0
 
     def results(self, works: Sequence[Work], logits_NV: Tensor) -> list[WorkResult] | None:

@@ -185,7 +185,10 @@ void attend_in(const Attend& a, const Place& place, const Seen& seen, const Item
 // after: the item that the thread comes to next, or null.
 inline void attend(const Attend& a, const Place& place, const Seen& seen, const Item& item, const Item* after, const int32_t* rows,
                    float* partials) {
-    with_rows(place.stored, a.dim, [&](auto kind) { attend_in<decltype(kind)>(a, place, seen, item, after, rows, partials); });
+    if (with_rows(place.stored, a.dim, [&](auto kind) { attend_in<decltype(kind)>(a, place, seen, item, after, rows, partials); })) return;
+#if defined(WEFT_BELOW)
+    below().attend(a, place, seen, item, after, rows, partials);
+#endif
 }
 
 inline void merge(const Attend& a, const Joined* list, int64_t count, const int64_t* places, const float* partials, Share share) {

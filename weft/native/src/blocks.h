@@ -244,14 +244,18 @@ void linear_of(const Linear& a, int64_t rows, Share share) {
         share.meet();
         return gated(a.gate, rows, share);
     }
-    if constexpr (W::SCALED) {
-        if (a.inputs == Inputs::INT8) return dots_in<Bytes, W>(a, rows, share);
-    }
+    [[maybe_unused]] const bool bytes = W::SCALED && a.inputs == Inputs::INT8;
+    if constexpr (W::SCALED && OWN_BYTES)
+        if (bytes) return dots_in<Bytes, W>(a, rows, share);
 #if defined(__AVX512BF16__)
     if constexpr (BY_HALVES<W>)
-        if (dots<W>(a)) return dots_in<Halves, W>(a, rows, share);
+        if (dots<W>(a) && !bytes) return dots_in<Halves, W>(a, rows, share);
 #endif
+#if defined(WEFT_BELOW)
+    below().linear(a, rows, share);
+#else
     linear_in<W>(a, rows, share);
+#endif
 }
 
 inline void linear(const Linear& a, int64_t rows, Share share) {

@@ -111,22 +111,19 @@ inline void compute(const std::vector<Expert>& all, const Kernels& kernels, Pool
 }
 
 // out [T, width] = sum of shares times results, in the order of the experts.
-inline void combine(const Experts& a, const Step& step, Share share) {
+inline void combine(const Experts& a, const Kernels& kernels, const Step& step, Share share) {
     int64_t from, to;
     share.range(step.rows, 1, from, to);
-    std::vector<std::pair<int64_t, float>> mine(static_cast<size_t>(a.top_k));
+    const auto each = static_cast<size_t>(a.top_k);
+    std::vector<std::pair<int64_t, float>> mine(each);
+    std::vector<const float*> results(each);
+    std::vector<float> shares(each);
     for (int64_t row = from; row < to; row++) {
-        for (int i = 0; i < a.top_k; i++) {
-            const auto at = static_cast<size_t>(row * a.top_k + i);
-            mine[static_cast<size_t>(i)] = {step.pair_of[at], a.shares[at]};
-        }
+        const size_t first = static_cast<size_t>(row) * each;
+        for (size_t i = 0; i < each; i++) mine[i] = {step.pair_of[first + i], a.shares[first + i]};
         std::sort(mine.begin(), mine.end());
-        float* out = a.out + row * a.out_stride;
-        std::fill_n(out, a.width, 0.0f);
-        for (const auto& [pair, part] : mine) {
-            const float* result = a.results + pair * a.width;
-            for (int64_t i = 0; i < a.width; i++) out[i] += result[i] * part;
-        }
+        for (size_t i = 0; i < each; i++) results[i] = a.results + mine[i].first * a.width, shares[i] = mine[i].second;
+        kernels.blend(results.data(), shares.data(), a.top_k, a.width, a.out + row * a.out_stride);
     }
 }
 

@@ -28,6 +28,7 @@ static bool matrices_there() {
 #define WEFT_LANES 16
 #define WEFT_MATRIX
 #define WEFT_TABLE kernels_amx
+#define WEFT_BELOW kernels_avx512_bf16
 #define WEFT_THERE                                                                                       \
     __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                           \
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&  \

@@ -231,6 +231,7 @@ struct Kernels {
     void (*gated)(const Gated&, int64_t rows, Share);
     void (*add)(float* into, const float* x, int64_t stride, int64_t width, int64_t rows, Share);
     void (*softcap)(float* x, int64_t count, float cap, Share);
+    void (*blend)(const float* const* rows, const float* shares, int count, int64_t width, float* out);  // sum of shares times rows
     void (*embed)(const Weight&, const int64_t* tokens, float scale, float* out, int64_t stride, int64_t rows, Share);
     void (*store)(const Attend&, const Place&, const float* k, const float* v, int64_t stride, int64_t rows, Share);
     void (*attend)(const Attend&, const Place&, const Seen&, const Item&, const Item* after, const int32_t* rows, float* partials);

@@ -249,7 +249,7 @@ NB_MODULE(_native, m) {
         })
         .def("experts", &experts)
         .def("combine", [](Program& p, const Experts& a) {
-            return p.add([a](Step& s, Share share) { combine(a, s, share); }, true);
+            return p.add([&kernels = p.kernels(), a](Step& s, Share share) { combine(a, kernels, s, share); }, true);
         })
         .def("draw", [](Program& p, const std::vector<uintptr_t>& logits, int64_t vocab, const std::vector<double>& temperature,
                         const std::vector<int64_t>& top_k, const std::vector<double>& top_p, const std::vector<double>& min_p,

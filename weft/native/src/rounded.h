@@ -13,6 +13,12 @@
 namespace weft::WEFT_ISA {
 
 inline constexpr int LINE_WORDS = LINE_BYTES / 4;
+// Whether rows rounded to bytes are multiplied otherwise than by the instruction set below this one.
+#if defined(WEFT_BELOW) && defined(__AVX512BF16__) && !defined(WEFT_MATRIX)
+inline constexpr bool OWN_BYTES = false;
+#else
+inline constexpr bool OWN_BYTES = true;
+#endif
 #if defined(WEFT_MATRIX)
 inline constexpr bool MATRICES = true;
 #else

@@ -11,16 +11,25 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels.h"
+
 namespace weft::WEFT_ISA {
 
 inline constexpr int LANES = WEFT_LANES;
+#if defined(WEFT_BELOW)
+// Of the instruction set below this one; there where this one is.
+inline const Kernels& below() {
+    static const Kernels& found = *WEFT_BELOW();
+    return found;
+}
+#endif
 
 typedef float vf __attribute__((vector_size(4 * WEFT_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * WEFT_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * WEFT_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * WEFT_LANES)));
 typedef float vf_any __attribute__((vector_size(4 * WEFT_LANES), aligned(4), may_alias));
-typedef uint32_t vu_any __attribute__((vector_size(4 * WEFT_LANES), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(4 * WEFT_LANES), aligned(1), may_alias));  // rows of bytes lie anywhere
 typedef int32_t vi_any __attribute__((vector_size(4 * WEFT_LANES), aligned(4), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(2 * WEFT_LANES), aligned(2), may_alias));
 

@@ -358,19 +358,25 @@ void square_chunk(const Attend& a, const Place& place, const Queries& queries, c
 }
 #endif
 
-// Calls `run` with the kind of rows that are `stored`, as their products are computed here.
+// Calls `run` with the kind of rows that are `stored`, as their products are computed here; false where that is left to the instruction
+// set below.
 template <class Run>
-WEFT_INLINE void with_rows(Format stored, [[maybe_unused]] int dim, const Run& run) {
-    if (stored == Format::F32) return run(WideRows{});
+WEFT_INLINE bool with_rows(Format stored, [[maybe_unused]] int dim, const Run& run) {
 #if defined(WEFT_MATRIX)
-    if (stored == Format::BF16 && HalfSquares::fit(dim)) return run(HalfSquares{});
+    if (stored == Format::BF16 && HalfSquares::fit(dim)) return run(HalfSquares{}), true;
 #elif defined(__AVX512BF16__)
-    if (stored == Format::BF16 && HalfPairs::fit(dim)) return run(HalfPairs{});
+    if (stored == Format::BF16 && HalfPairs::fit(dim)) return run(HalfPairs{}), true;
+#elif defined(__AVX512VNNI__)
+    if (stored == Format::I8 && BytePairs::fit(dim)) return run(BytePairs{}), true;
 #endif
-#if defined(__AVX512VNNI__)
-    if (stored != Format::BF16 && BytePairs::fit(dim)) return run(BytePairs{});
+#if defined(WEFT_BELOW)
+    return false;
+#else
+    if (stored == Format::F32) run(WideRows{});
+    else if (stored == Format::BF16) run(HalfRows{});
+    else run(ByteRows{});
+    return true;
 #endif
-    stored == Format::BF16 ? run(HalfRows{}) : run(ByteRows{});
 }
 
 }  // namespace weft::WEFT_ISA

@@ -65,14 +65,12 @@ void weigh_in(const Attend& a, const Place& place, const Seen& seen, const Weigh
 }
 
 inline void weigh(const Attend& a, const Place& place, const Seen& seen, const Weigh& to, const Item& item, const int32_t* rows) {
-    with_rows(place.stored, a.dim, [&](auto kind) {
-        using T = decltype(kind);
-#if defined(WEFT_MATRIX)
-        if constexpr (T::MATRIX) return weigh_in<HalfPairs>(a, place, seen, to, item, rows);  // queries rounded as attention rounds them
-        else
+#if !defined(WEFT_MATRIX)  // of bfloat16 queries are rounded there as they are below
+    if (with_rows(place.stored, a.dim, [&](auto kind) { weigh_in<decltype(kind)>(a, place, seen, to, item, rows); })) return;
 #endif
-            weigh_in<T>(a, place, seen, to, item, rows);
-    });
+#if defined(WEFT_BELOW)
+    below().weigh(a, place, seen, to, item, rows);
+#endif
 }
 
 }  // namespace weft::WEFT_ISA
