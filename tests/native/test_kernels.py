@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -34,6 +36,15 @@ def test_no_instruction_set_of_this_processor_was_left_out() -> None:
         "avx2": {"avx2", "fma"}, "portable": set(),
     }  # fmt: skip
     assert {*ISAS} == {isa for isa, some in needed.items() if some <= flags}
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
+def test_what_a_compiler_does_not_make_it_need_not_understand(isa: str) -> None:
+    """ARM's builds, and those of compilers without matrix registers, have these files without a word of the processor's own."""
+    compiler = next(found for name in ("c++", "g++", "clang++") if (found := shutil.which(name)))
+    source = Path(native.__file__).parent / "src" / f"isa_{isa}.cpp"
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-DWEFT_ABSENT", str(source)]
+    assert subprocess.run(command, check=False, capture_output=True, text=True).stderr == ""
 
 
 @pytest.mark.parametrize(("rows", "heads", "width"), [(1, 1, 896), (7, 3, 64), (4, 1, 19), (0, 1, 8)])

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -100,8 +99,7 @@ inline void compute(const std::vector<Expert>& all, const Kernels& kernels, Pool
     };
     if (step.whole) {
         const Share alone = pool.alone(share.index);
-        std::atomic_ref<size_t> taken(step.taken);
-        for (size_t i; (i = taken.fetch_add(1, std::memory_order_relaxed)) < step.busy.size();)
+        for (size_t i; (i = step.taken.fetch_add(1, std::memory_order_relaxed)) < step.busy.size();)
             each(step.busy[i], [&](const Expert& one, int64_t rows) { kernels.mlp(one.up, one.down, rows, alone); });
         return;
     }

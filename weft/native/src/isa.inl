@@ -1,5 +1,11 @@
 // The table of one instruction set: a file that defines WEFT_ISA, WEFT_LANES and WEFT_TABLE and includes this is all it takes.
 // WEFT_BELOW: the table of one that this one has all of; what this one does no better is compiled there alone (`below`).
+// WEFT_ABSENT: of an instruction set that the compiler does not make, whose code it need not understand.
+#ifdef WEFT_ABSENT
+#include "kernels.h"
+
+const weft::Kernels* weft::WEFT_TABLE() { return nullptr; }
+#else
 #include "attend.h"
 #include "limit.h"
 #include "mlp.h"
@@ -11,9 +17,6 @@
 namespace weft {
 
 const Kernels* WEFT_TABLE() {
-#ifdef WEFT_ABSENT
-    return nullptr;
-#else
     if (!(WEFT_THERE)) return nullptr;
     namespace isa = WEFT_ISA;
 #ifdef WEFT_BELOW
@@ -31,7 +34,7 @@ const Kernels* WEFT_TABLE() {
     };
 #endif
     return &table;
-#endif
 }
 
 }  // namespace weft
+#endif

@@ -266,9 +266,9 @@ NB_MODULE(_native, m) {
             return ids;
         }, nb::call_guard<nb::gil_scoped_release>())
         .def("arithmetic", [](Program& p, int64_t turns, int kind) {
-            std::atomic<double> done{0.0};
-            p.pool().run([&](Share) { done += p.kernels().arithmetic(turns, kind); });
-            return done.load();
+            std::atomic<int64_t> done{0};  // libraries add floats atomically since lately
+            p.pool().run([&](Share) { done += static_cast<int64_t>(p.kernels().arithmetic(turns, kind)); });
+            return static_cast<double>(done.load());
         }, nb::call_guard<nb::gil_scoped_release>())
         .def("read", [](Program& p, uintptr_t from, int64_t bytes) {
             std::atomic<uint32_t> found{0};

@@ -1,6 +1,7 @@
 // A model's operations over fixed buffers, in order, and the facts of one step that they need.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -73,7 +74,7 @@ struct Step {
     std::vector<int64_t> first_pair, pair_row, pair_of;  // of the layer's experts (experts.h): [E + 1], [T * k], [T, k]
     std::vector<size_t> busy;          // experts that have rows, those with most first
     bool whole = false;                // whether a thread takes whole ones, of which so many are taken
-    size_t taken = 0;
+    std::atomic<size_t> taken = 0;
 
     // Looks up the angles of an embedding for the rows' positions; false where one is not among those kept.
     bool turn(size_t index);

@@ -45,7 +45,8 @@ struct I4 {
     static constexpr float UNIT = 1.0f;
     static WEFT_INLINE vf value(vu word, int i) {  // a permutation looks at the low four bits alone
         const vf table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-        return __builtin_shuffle(table, reinterpret_cast<vi>(word >> (i < 4 ? 8 * i : 8 * i - 28)));
+        return reinterpret_cast<vf>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(word >> (i < 4 ? 8 * i : 8 * i - 28)),
+                                                          reinterpret_cast<__m512>(table)));
     }
 #else
     static constexpr float UNIT = 268435456.0f;  // 2^28
