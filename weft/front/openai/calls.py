@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from weft.errors import RequestError
+from weft.front.ids import random_bytes
 from weft.front.openai.service import Service
 
 MAX_ID_CHARS = 128
@@ -63,7 +63,7 @@ class Call:
 
 def fresh_id(prefix: str) -> str:
     """An id that no other object has, and that nobody guesses: 192 random bits."""
-    return prefix + secrets.token_hex(24)
+    return prefix + random_bytes(24).hex()
 
 
 def check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:

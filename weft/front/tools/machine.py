@@ -8,7 +8,6 @@ at most a few times, so the work is linear in the text.  `steps` counts it.
 from __future__ import annotations
 
 import json
-import secrets
 import string
 from abc import ABC, abstractmethod
 from collections import deque
@@ -16,6 +15,7 @@ from collections.abc import Callable, Generator
 from typing import ClassVar, NoReturn, TypeVar
 
 from weft.front.detokenize import automaton
+from weft.front.ids import random_bytes
 from weft.front.tools.events import Arguments, Begun, Broken, Ended, Event, Text, Tools
 from weft.front.tools.form import Form
 from weft.front.tools.value import BAD, DONE, OVER, SPACE, Value, is_json
@@ -35,7 +35,7 @@ class Malformed(Exception):
 
 def call_id() -> str:
     """An id as OpenAI's look."""
-    return "call_" + secrets.token_hex(12)
+    return "call_" + random_bytes(12).hex()
 
 
 class Machine(ABC):

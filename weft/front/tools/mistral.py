@@ -7,9 +7,9 @@ Source: mistral-common's templates.  Ids are nine letters and digits, since the 
 from __future__ import annotations
 
 import hashlib
-import secrets
 import string
 
+from weft.front.ids import random_bytes
 from weft.front.tools.form import Form
 from weft.front.tools.machine import MAX_NAME, NAME_CHARS, Machine, Malformed, Reading
 from weft.front.tools.value import SPACE
@@ -19,7 +19,7 @@ ID_LENGTH = 9
 
 
 def call_id() -> str:
-    return "".join(secrets.choice(ID_CHARS) for _ in range(ID_LENGTH))
+    return "".join(ID_CHARS[byte % len(ID_CHARS)] for byte in random_bytes(ID_LENGTH))
 
 
 class Mistral(Machine):
