@@ -13,7 +13,8 @@ import sys
 import textwrap
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -345,14 +346,38 @@ def test_tests_run_with_bytecode_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list((tmp_path / "repo" / "tests" / "__pycache__").glob("test_small*.pyc"))
 
 
-def test_record_of_the_long_tests(tmp_path: Path) -> None:
-    outcome = small_run(tmp_path, "long")
-    found = checks.record([outcome])
-    assert found["passed"] is True
-    assert (found["tests"], found["torch"]) == (4, metadata.version("torch"))
-    both = checks.record([outcome, checks.Outcome("long-serial", False, 1.0, 2, outcome.skips)])
-    assert (both["passed"], both["tests"]) == (False, 6)
-    assert both["skips"] == {reason: 2 * count for reason, count in outcome.skips.items()}
+def test_each_step_of_the_long_tests_is_kept_as_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one by one, in any order, and stopped in the middle; one that is run again takes its own place."""
+    monkeypatch.setattr(checks, "LONG_RESULT", tmp_path / "results" / "long.json")
+    small = small_run(tmp_path, "hours")
+    monkeypatch.setattr(checks, "run", lambda name, command: replace(small, name=name))
+    assert checks.main(["--long", "--only", "hours"]) == 0
+    found = json.loads(checks.LONG_RESULT.read_text())
+    assert list(found) == ["hours"]
+    assert found["hours"]["skips"] == small.skips
+    assert (found["hours"]["tests"], found["hours"]["torch"]) == (4, metadata.version("torch"))
+
+    def stopped(name: str, command: Sequence[str]) -> checks.Outcome:
+        if name != "long":
+            raise KeyboardInterrupt
+        return replace(small, name=name, ok=False)
+
+    monkeypatch.setattr(checks, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        checks.main(["--long"])
+    found = json.loads(checks.LONG_RESULT.read_text())
+    assert [(name, kept["passed"]) for name, kept in found.items()] == [("long", False), ("hours", True)]
+    monkeypatch.setattr(checks, "run", lambda name, command: replace(small, name=name))
+    assert checks.main(["--long"]) == 0
+    found = json.loads(checks.LONG_RESULT.read_text())
+    assert [(name, kept["passed"]) for name, kept in found.items()] == [(name, True) for name in checks.LONG]
+
+
+@pytest.mark.parametrize("wrong", [["--only", "long"], ["--long", "--only", "tests"], ["--only", "quick"]])
+def test_a_step_that_is_not_there_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        checks.main(wrong)
+    assert f"no step {wrong[-1]}; there are " in capsys.readouterr().err
 
 
 def test_steps_are_disjoint_and_cover_the_marks() -> None:
@@ -360,5 +385,5 @@ def test_steps_are_disjoint_and_cover_the_marks() -> None:
     marks = {name: command[command.index("-m", 3) + 1] for name, command in steps.items() if "pytest" in command}
     assert marks == {
         "tests": "not long and not serial", "serial": "serial and not long",
-        "long": "long and not serial", "long-serial": "long and serial",
+        "long": "long and not hours and not serial", "hours": "long and hours", "long-serial": "long and serial",
     }  # fmt: skip

@@ -1,14 +1,16 @@
 """Every check and test, and one table of what ran and what was skipped: the second half of `make test`.
 
-    python -m tools.checks [--long] [--only style,format,types,tests,serial]
+    python -m tools.checks [--only style,format,types,tests,serial]
+    python -m tools.checks --long [--only long,hours,long-serial]
 
 style, format   ruff
 types           mypy
 tests           pytest on all cores, without the tests marked long or serial
 serial          pytest alone, the tests marked serial (they measure time or memory)
-long, long-serial
-                the same of the tests marked long, with --long and instead of all others; the outcome of both goes to
-                bench/results/test-long.json
+long, hours, long-serial
+                the same of the tests marked long, with --long and instead of all others; hours are those that take one by
+                themselves.  The outcome of each goes to bench/results/test-long.json as it ends, beside what the others
+                last gave, so that they may be run one by one
 
 A failed step does not stop the later ones.  Exit status 1 if any failed.
 """
@@ -32,7 +34,7 @@ from xml.etree import ElementTree
 from weft.exec.host import cpu_count
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = ("long", "long-serial")
+LONG = ("long", "hours", "long-serial")
 LONG_RESULT = ROOT / "bench" / "results" / "test-long.json"
 NO_TESTS = 5
 """pytest's exit status when nothing was selected."""
@@ -56,16 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="steps to run, with commas between them")
     options = parser.parse_args(argv)
     steps = commands(min(8, cpu_count().threads))
-    chosen = [s for s in options.only.split(",") if s] or [s for s in steps if s not in LONG]
-    wanted = list(LONG) if options.long else chosen
-    unknown = [s for s in wanted if s not in steps]
+    there = [s for s in steps if (s in LONG) == options.long]
+    wanted = [s for s in options.only.split(",") if s] or there
+    unknown = [s for s in wanted if s not in there]
     if unknown:
-        parser.error(f"no step {', '.join(unknown)}; there are {', '.join(steps)}")
-    outcomes = [run(name, steps[name]) for name in wanted]
+        parser.error(f"no step {', '.join(unknown)}; there are {', '.join(there)}")
+    outcomes = []
+    for name in wanted:
+        outcomes.append(run(name, steps[name]))
+        if options.long:
+            keep(outcomes[-1])
     print(table(outcomes))
-    if options.long:
-        LONG_RESULT.parent.mkdir(parents=True, exist_ok=True)
-        LONG_RESULT.write_text(json.dumps(record(outcomes), indent=2) + "\n")
     return 0 if all(o.ok for o in outcomes) else 1
 
 
@@ -80,7 +83,8 @@ def commands(workers: int) -> dict[str, list[str]]:
         "types": [python, "-m", "mypy", "--no-error-summary"],
         "tests": [*pytest, *spread, "-m", "not long and not serial"],
         "serial": [*pytest, *alone, "-m", "serial and not long"],
-        "long": [*pytest, *spread, "-m", "long and not serial", "--timeout", "3600"],
+        "long": [*pytest, *spread, "-m", "long and not hours and not serial", "--timeout", "3600"],
+        "hours": [*pytest, *spread, "-m", "long and hours", "--timeout", "7200"],
         "long-serial": [*pytest, *alone, "-m", "long and serial", "--timeout", "3600"],
     }
 
@@ -133,20 +137,23 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def record(outcomes: Sequence[Outcome]) -> dict[str, object]:
-    """The last run of the long tests, as kept in bench/results/."""
+def keep(outcome: Outcome) -> None:
+    """Write down how a step of the long tests went, beside the last runs of the others."""
     from importlib.metadata import version
 
-    return {
-        "passed": all(o.ok for o in outcomes),
-        "tests": sum(o.tests for o in outcomes),
-        "skips": dict(sum((o.skips for o in outcomes), Counter[str]())),
-        "seconds": round(sum(o.seconds for o in outcomes), 1),
+    kept = json.loads(LONG_RESULT.read_text(encoding="utf8")) if LONG_RESULT.exists() else {}
+    kept[outcome.name] = {
+        "passed": outcome.ok,
+        "tests": outcome.tests,
+        "skips": dict(outcome.skips),
+        "seconds": round(outcome.seconds, 1),
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
         "cores": cpu_count().cores,
         "python": platform.python_version(),
         "torch": version("torch"),
     }
+    LONG_RESULT.parent.mkdir(parents=True, exist_ok=True)
+    LONG_RESULT.write_text(json.dumps({name: kept[name] for name in LONG if name in kept}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -112,12 +112,14 @@ def all_pairs(ledger: Path, device: str, draws: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.hours
 @pytest.mark.timeout(4 * 3600)
 def test_all_pairs() -> None:
     all_pairs(LEDGER, "cpu", DRAWS)
 
 
 @pytest.mark.long
+@pytest.mark.hours
 @pytest.mark.timeout(4 * 3600)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device answers")
 def test_all_pairs_on_a_gpu() -> None:

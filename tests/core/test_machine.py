@@ -29,10 +29,12 @@ def test_any_order_of_events(machine: type[Machine]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.hours
 @pytest.mark.timeout(3600)
 @MACHINES
 def test_any_order_of_events_for_long(machine: type[Machine]) -> None:
-    profile = settings(max_examples=2000, stateful_step_count=80, deadline=None, suppress_health_check=QUIET)
+    """Other orders each time it is run."""
+    profile = settings(max_examples=700, stateful_step_count=80, deadline=None, suppress_health_check=QUIET)
     run_state_machine_as_test(machine, settings=profile)
 
 

@@ -1,4 +1,4 @@
-"""Ids: no two alike, whoever asks, and not one system call each: each gives Python's lock away, and an answer may hold thousands."""
+"""Ids: no two alike, and not a system call for each, which would give Python's lock away: an answer may hold thousands."""
 
 from __future__ import annotations
 
