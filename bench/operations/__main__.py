@@ -6,7 +6,8 @@ what stands between them, a mixture's parts, draws, and what makes weights into 
 An operation runs over so many different weights, or keys and values, that no cache holds them, and they are read from memory as
 in a step.  `limit_s` is the longer of two times: bytes over the bandwidth, and multiplications and additions over the arithmetic
 in registers, by the same threads, both measured before and after each round of each operation, since a shared machine's speed
-moves.  `fraction` is the median over the rounds.  Writes bench/results/operations.json.
+moves.  `fraction` is the median over the rounds.  Writes bench/results/operations.json; with --only the operations of that part,
+where the file is of this kind of machine, beside what it holds of the others.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ def main() -> None:
     if module is None:
         sys.exit("weft's kernels are not built here; see CONTRIBUTING.md")
     bench = Bench(module, options.threads, options.isa)
+    of = {"benchmark": "operations", "machine": machine(), "threads": options.threads, "isa": bench.program.isa}
+    path = RESULTS / "operations.json"
+    kept = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+    merges = options.only is not None and not options.json
+    if merges and any(kept.get(key) != value for key, value in of.items()):
+        sys.exit(
+            f"{path.name} is not of this machine, --isa and --threads, and stays as it is; run every part, or take --json"
+        )
     found = []
     for name, part in PARTS.items():
         if options.only in (None, name):
@@ -55,14 +64,19 @@ def main() -> None:
                         f"{record['gop_s']:7.1f} Gop/s  {record['fraction']:5.2f} of the limit",
                         flush=True,
                     )
-    told = {
-        "benchmark": "operations", "machine": machine(), "threads": options.threads, "isa": bench.program.isa,
-        "read_gb_s": median(r["read_gb_s"] for r in found), "results": found,
-    }  # fmt: skip
+    told = {**of, "read_gb_s": median(r["read_gb_s"] for r in found), "results": found}
     if options.json:
         print(json.dumps(told))
-    elif options.only is None:
-        write(RESULTS / "operations.json", told)
+    else:
+        write(path, {**kept, "results": beside(kept["results"], found)} if merges else told)
+
+
+def beside(kept: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was found in the place of what was kept of the same operations, and behind the others where there was nothing."""
+    names = {record["operation"] for record in found}
+    first = next((i for i, record in enumerate(kept) if record["operation"] in names), len(kept))
+    others = [[r for r in part if r["operation"] not in names] for part in (kept[:first], kept[first:])]
+    return [*others[0], *found, *others[1]]
 
 
 if __name__ == "__main__":

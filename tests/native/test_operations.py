@@ -9,7 +9,7 @@ import pytest
 
 from bench.harness import RESULTS
 from bench.operations import between, entries, products, timing
-from bench.operations.__main__ import PARTS
+from bench.operations.__main__ import PARTS, beside
 from tests.native.machine import MODULE
 
 LIMITS = {"read", "arithmetic"}
@@ -37,7 +37,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_every_kernel_is_measured_beside_the_limit() -> None:
     bench = timing.Bench(MODULE, 1, "auto")
-    found = [record for part in PARTS.values() for record in part(bench)]
+    parts = [list(part(bench)) for part in PARTS.values()]
+    found = [record for part in parts for record in part]
+    names = [{record["operation"] for record in part} for part in parts]
+    assert sum(map(len, names)) == len(set().union(*names)), (
+        "a part that is run alone takes the place of its operations"
+    )
     assert {record["kernel"] for record in found} == KERNELS
     for record in found:
         assert min(record[key] for key in ("seconds", "limit_s", "fraction", "gb_s", "read_gb_s")) > 0, record
@@ -50,3 +55,13 @@ def test_every_kernel_is_measured_beside_the_limit() -> None:
 def test_what_is_kept_has_every_kernel() -> None:
     kept = json.loads((RESULTS / "operations.json").read_text())["results"]
     assert {record["kernel"] for record in kept} == KERNELS
+
+
+def test_a_part_takes_its_own_place_among_the_others() -> None:
+    def records(*names: str, n: int = 0) -> list[dict[str, Any]]:
+        return [{"operation": name, "n": n} for name in names]
+
+    kept = records("product", "route", "experts", "route", "experts", "draw")
+    new = records("route", "experts", n=1)
+    assert beside(kept, new) == [*records("product"), *new, *records("draw")]
+    assert beside(records("product"), new) == [*records("product"), *new]
