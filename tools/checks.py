@@ -84,7 +84,7 @@ def commands(workers: int) -> dict[str, list[str]]:
         "tests": [*pytest, *spread, "-m", "not long and not serial"],
         "serial": [*pytest, *alone, "-m", "serial and not long"],
         "long": [*pytest, *spread, "-m", "long and not hours and not serial", "--timeout", "3600"],
-        "hours": [*pytest, *spread, "-m", "long and hours", "--timeout", "7200"],
+        "hours": [*pytest, *spread, "-m", "long and hours", "--timeout", "3600"],
         "long-serial": [*pytest, *alone, "-m", "long and serial", "--timeout", "3600"],
     }
 

@@ -74,9 +74,9 @@ def main() -> None:
 def beside(kept: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was found in the place of what was kept of the same operations, and behind the others where there was nothing."""
     names = {record["operation"] for record in found}
-    first = next((i for i, record in enumerate(kept) if record["operation"] in names), len(kept))
-    others = [[r for r in part if r["operation"] not in names] for part in (kept[:first], kept[first:])]
-    return [*others[0], *found, *others[1]]
+    others = [record for record in kept if record["operation"] not in names]
+    at = next((i for i, record in enumerate(kept) if record["operation"] in names), len(kept))
+    return [*others[:at], *found, *others[at:]]
 
 
 if __name__ == "__main__":
