@@ -124,10 +124,10 @@ def read_report(xml: str, outcome: Outcome) -> None:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """What ran, the slowest tests, and every skip with its reason and count."""
-    lines = ["", f"{'step':<10}{'result':<10}{'seconds':>8}{'tests':>8}{'skipped':>9}"]
+    lines = ["", f"{'step':<12}{'result':<10}{'seconds':>8}{'tests':>8}{'skipped':>9}"]
     for o in outcomes:
         counts = f"{o.tests:>8}{sum(o.skips.values()):>9}" if o.tests else ""
-        lines.append(f"{o.name:<10}{'ok' if o.ok else 'FAILED':<10}{o.seconds:>8.1f}{counts}")
+        lines.append(f"{o.name:<12}{'ok' if o.ok else 'FAILED':<10}{o.seconds:>8.1f}{counts}")
     slow = sorted((entry for o in outcomes for entry in o.slowest), reverse=True)[:5]
     lines += ["", *(f"slow: {seconds:6.1f} s  {test}" for seconds, test in slow if seconds >= 1)]
     skips = sum((o.skips for o in outcomes), Counter[str]())

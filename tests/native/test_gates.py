@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.native.machine import MODULE, ROWS, Machine, panels, product
-from tests.native.test_products import random, read_as
+from tests.native.test_products import READ, random, reading
 from weft.models.formats import WeightFormat
 from weft.models.kernels import INPUTS
-from weft.models.quantized import quantize
+from weft.models.quantized import Quantized, quantize
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.panels import Panels
 
@@ -21,11 +22,24 @@ FORMATS = (
 )  # fmt: skip
 
 
-def pack(machine: Machine, seed: int, outs: int, width: int, text: torch.dtype | str) -> Panels:
+@cache
+def weights(seed: int, outs: int, width: int, text: torch.dtype | str) -> Tensor | Quantized:
+    """Random ones in a format: the same for every instruction set and kind of inputs."""
     values = random(seed, outs, width) * 2 * width**-0.5
-    if isinstance(text, torch.dtype):
-        return panels(machine.program, values.to(text))
-    return panels(machine.program, quantize(values, WeightFormat.parse(text)))
+    return values.to(text) if isinstance(text, torch.dtype) else quantize(values, WeightFormat.parse(text))
+
+
+def pack(machine: Machine, seed: int, outs: int, width: int, text: torch.dtype | str) -> Panels:
+    return panels(machine.program, weights(seed, outs, width, text))
+
+
+@cache
+def wanted_of(inner: int, width: int, text: torch.dtype | str, activation: str, how: str, biased: bool) -> Tensor:
+    """In float64, from the inputs and the bias that the test below makes, read as READ has it."""
+    made = weights(inner, 2 * inner, width, text)
+    exact = made if isinstance(made, Tensor) else made.dequantized()
+    both = READ[how](random(1, max(ROWS), width)) @ exact.double().t()
+    return opened(both + random(2, 2 * inner).double() if biased else both, activation)
 
 
 def opened(both: Tensor, activation: str) -> Tensor:
@@ -71,8 +85,8 @@ def test_gates_open_what_the_product_says(
     for given in (bias, None):
         most = together(machine, x, weight, given, max(ROWS), inputs, activation)
         few = isinstance(text, str)
-        seen = x.double() if text is torch.float32 else read_as(machine, x, inputs, few=few)
-        wanted = opened(seen @ weight.unpacked().double().t() + (0 if given is None else given.double()), activation)
+        how = "float32" if text is torch.float32 else reading(machine, inputs, few=few)
+        wanted = wanted_of(inner, width, text, activation, how, given is not None)
         # What is rounded to 8 bits may fall to either side of a tie.
         assert (most - wanted).abs().max() < (2e-2 if few and inputs == "int8" else 4e-4)
         assert (most - wanted).abs().mean() < (2e-4 if few and inputs == "int8" else 2e-5)

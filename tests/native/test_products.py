@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -19,11 +21,27 @@ from weft.models.quantized import Quantized, assembled, quantize
 from weft.ops.cpu.panels import FORMATS
 
 
-def read_as(machine: Machine, x: Tensor, inputs: str, few: bool = False) -> Tensor:
-    """What products are of: inputs rounded as was allowed, where this instruction set does so."""
+def rounded(x: Tensor) -> Tensor:
+    """What is left of inputs that are rounded to 8 bits, each row with its own scale."""
+    scale = x.abs().amax(-1, keepdim=True).double() / 127
+    return (x.double() / scale).round() * scale
+
+
+READ: dict[str, Callable[[Tensor], Tensor]] = {
+    "int8": rounded, "bfloat16": lambda x: x.bfloat16().double(), "float32": Tensor.double,
+}  # fmt: skip
+"""What products are of: inputs rounded as was allowed."""
+
+
+def reading(machine: Machine, inputs: str, few: bool = False) -> str:
+    """Which of READ, for what this instruction set does with inputs that may be rounded so."""
     if inputs == "int8" and few:
-        return rounded(x)
-    return x.bfloat16().double() if inputs != "float32" and machine.program.isa in HALVES else x.double()
+        return "int8"
+    return "bfloat16" if inputs != "float32" and machine.program.isa in HALVES else "float32"
+
+
+def read_as(machine: Machine, x: Tensor, inputs: str, few: bool = False) -> Tensor:
+    return READ[reading(machine, inputs, few)](x)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -123,10 +141,18 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def rounded(x: Tensor) -> Tensor:
-    """What is left of inputs that are rounded to 8 bits, each row with its own scale."""
-    scale = x.abs().amax(-1, keepdim=True).double() / 127
-    return (x.double() / scale).round() * scale
+@cache
+def quantized(text: str, outs: int, width: int) -> tuple[Quantized, Tensor]:
+    """Random weights in a format, and what they are as floats: the same for every instruction set and kind of inputs."""
+    weight = quantize(random(outs, outs, width) * width**-0.5, WeightFormat.parse(text))
+    return weight, weight.dequantized()
+
+
+@cache
+def wanted_of(text: str, outs: int, width: int, how: str) -> Tensor:
+    """In float64, from the inputs and the bias that the test below makes, read as READ has it."""
+    exact = quantized(text, outs, width)[1]
+    return READ[how](random(1, max(ROWS), width)) @ exact.double().t() + random(2, outs).double()
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -135,12 +161,11 @@ def rounded(x: Tensor) -> Tensor:
 def test_a_product_of_few_bits_is_right_whatever_stands_beside_its_row(
     machine: Machine, text: str, outs: int, width: int, inputs: str
 ) -> None:
-    weight = quantize(random(outs, outs, width) * width**-0.5, WeightFormat.parse(text))
+    weight, exact = quantized(text, outs, width)
     x, bias = random(1, max(ROWS), width), random(2, outs)
     packed = panels(machine.program, weight)
-    exact = weight.dequantized()
     assert torch.equal(packed.unpacked(), exact)
-    wanted = read_as(machine, x, inputs, few=True) @ exact.double().t() + bias.double()
+    wanted = wanted_of(text, outs, width, reading(machine, inputs, few=True))
     most = product(machine, x, packed, bias, max(ROWS), INPUTS[inputs])
     # An input that lies between two whole numbers may be rounded either way by float32 arithmetic.
     assert (most - wanted).abs().max() < (2e-3 if inputs == "int8" else 4e-5)

@@ -28,7 +28,8 @@ import numpy as np
 from weft.core.engine import Engine
 from weft.errors import EngineError
 from weft.exec.build import Runtime
-from weft.exec.thread import EngineThread, settle
+from weft.exec.host import settle
+from weft.exec.thread import EngineThread
 from weft.sim.load import load_of
 from weft.sim.machines import Model
 from weft.slots.cost import Figures, Load

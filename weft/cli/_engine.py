@@ -29,8 +29,9 @@ from msgspec import Struct
 
 from weft.cli._terminal import in_json, loading, log, say, stderr
 from weft.errors import CapacityError, ConfigError, EngineError
+from weft.exec.host import settle
 from weft.exec.record import Record, tap
-from weft.exec.thread import EngineThread, settle
+from weft.exec.thread import EngineThread
 from weft.front.wire import (
     Done,
     Exited,

@@ -87,6 +87,7 @@ def _run(
     access: Access,
 ) -> None:
     from weft.config import parse_size
+    from weft.exec.host import settle
     from weft.front.app import STALL_S, create_app
     from weft.front.gate import Gate
     from weft.front.page import serve_page
@@ -98,6 +99,7 @@ def _run(
     port: Any = Several({one.model_ids[0]: one.port for one in served}) if others else first.port  # type: ignore[misc]
 
     def ready(url: str) -> None:
+        settle()
         print(f"weft ready {url}", flush=True)
         key = guard.keys.asks_clients
         say(f"try:  {curl(url, first.model_ids[0], chat=first.text.has_chat_template, key=key)}")

@@ -5,7 +5,6 @@ The only place that reads a clock for the engine.  Nothing but msgspec structs c
 
 from __future__ import annotations
 
-import gc
 import queue
 import threading
 import time
@@ -45,15 +44,6 @@ SHOWN_S = 0.25
 """Between two looks at the blocks of the pool, while somebody watches."""
 EMPTY_STEPS = 1000
 """Steps without any work, while requests live, after which the engine says that it is stuck."""
-
-
-def settle() -> None:
-    """Once an engine is ready: Python never again looks through what is there by now.
-
-    In a process with PyTorch that takes 70 to 230 ms, in the middle of some step.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 class Executor(Protocol):
