@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.native.machine import MODULE, ROWS, Machine, panels, product
-from tests.native.test_products import READ, random, reading
+from tests.native.test_products import BIAS_SEED, INPUT_SEED, random, reading, wanted_of, weights
 from weft.models.formats import WeightFormat
 from weft.models.kernels import INPUTS
-from weft.models.quantized import Quantized, quantize
 from weft.ops.choice import ACTIVATIONS
 from weft.ops.cpu.panels import Panels
 
 FORMATS = (
     torch.float32, torch.bfloat16, "int8", "int8:0:zero", "int8:128", "int4:16:zero", "int4:128:zero", "int4:128:float", "int4",
 )  # fmt: skip
-
-
-@cache
-def weights(seed: int, outs: int, width: int, text: torch.dtype | str) -> Tensor | Quantized:
-    """Random ones in a format: the same for every instruction set and kind of inputs."""
-    values = random(seed, outs, width) * 2 * width**-0.5
-    return values.to(text) if isinstance(text, torch.dtype) else quantize(values, WeightFormat.parse(text))
+SIZE = 2.0
+"""How far products of its weights spread: what opens is neither all open nor all shut."""
 
 
 def pack(machine: Machine, seed: int, outs: int, width: int, text: torch.dtype | str) -> Panels:
-    return panels(machine.program, weights(seed, outs, width, text))
-
-
-@cache
-def wanted_of(inner: int, width: int, text: torch.dtype | str, activation: str, how: str, biased: bool) -> Tensor:
-    """In float64, from the inputs and the bias that the test below makes, read as READ has it."""
-    made = weights(inner, 2 * inner, width, text)
-    exact = made if isinstance(made, Tensor) else made.dequantized()
-    both = READ[how](random(1, max(ROWS), width)) @ exact.double().t()
-    return opened(both + random(2, 2 * inner).double() if biased else both, activation)
+    return panels(machine.program, weights(seed, outs, width, text, SIZE)[0])
 
 
 def opened(both: Tensor, activation: str) -> Tensor:
@@ -81,12 +65,12 @@ def test_gates_open_what_the_product_says(
     machine: Machine, text: torch.dtype | str, inner: int, width: int, activation: str, inputs: str
 ) -> None:
     weight = pack(machine, inner, 2 * inner, width, text)
-    x, bias = random(1, max(ROWS), width), random(2, 2 * inner)
+    x, bias = random(INPUT_SEED, max(ROWS), width), random(BIAS_SEED, 2 * inner)
     for given in (bias, None):
         most = together(machine, x, weight, given, max(ROWS), inputs, activation)
         few = isinstance(text, str)
-        how = "float32" if text is torch.float32 else reading(machine, inputs, few=few)
-        wanted = wanted_of(inner, width, text, activation, how, given is not None)
+        how = reading(machine, inputs, text)
+        wanted = opened(wanted_of(inner, 2 * inner, width, text, SIZE, how, given is not None), activation)
         # What is rounded to 8 bits may fall to either side of a tie.
         assert (most - wanted).abs().max() < (2e-2 if few and inputs == "int8" else 4e-4)
         assert (most - wanted).abs().mean() < (2e-4 if few and inputs == "int8" else 2e-5)

@@ -33,15 +33,17 @@ READ: dict[str, Callable[[Tensor], Tensor]] = {
 """What products are of: inputs rounded as was allowed."""
 
 
-def reading(machine: Machine, inputs: str, few: bool = False) -> str:
-    """Which of READ, for what this instruction set does with inputs that may be rounded so."""
-    if inputs == "int8" and few:
+def reading(machine: Machine, inputs: str, format: torch.dtype | str | WeightFormat) -> str:
+    """Which of READ, for what this instruction set does with inputs of such weights that may be rounded so."""
+    if format is torch.float32:
+        return "float32"
+    if inputs == "int8" and not isinstance(format, torch.dtype):
         return "int8"
     return "bfloat16" if inputs != "float32" and machine.program.isa in HALVES else "float32"
 
 
-def read_as(machine: Machine, x: Tensor, inputs: str, few: bool = False) -> Tensor:
-    return READ[reading(machine, inputs, few)](x)
+def read_as(machine: Machine, x: Tensor, inputs: str, format: torch.dtype | str | WeightFormat) -> Tensor:
+    return READ[reading(machine, inputs, format)](x)
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -58,8 +60,9 @@ def test_a_product_is_right_and_a_rows_bits_do_not_depend_on_the_rows_beside_it(
     packed = panels(machine.program, weight)
     assert torch.equal(packed.unpacked(), weight)
     for given_bias in (bias, None):
-        seen = x.double() if dtype is torch.float32 else read_as(machine, x, inputs)
-        wanted = seen @ weight.double().t() + (0 if given_bias is None else given_bias.double())
+        wanted = read_as(machine, x, inputs, dtype) @ weight.double().t() + (
+            0 if given_bias is None else given_bias.double()
+        )
         most = product(machine, x, packed, given_bias, max(ROWS), INPUTS[inputs])
         assert (most - wanted).abs().max() < 2e-5
         for rows in ROWS:
@@ -141,18 +144,30 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@cache
-def quantized(text: str, outs: int, width: int) -> tuple[Quantized, Tensor]:
-    """Random weights in a format, and what they are as floats: the same for every instruction set and kind of inputs."""
-    weight = quantize(random(outs, outs, width) * width**-0.5, WeightFormat.parse(text))
-    return weight, weight.dequantized()
+def in_format(values: Tensor, text: torch.dtype | str) -> Tensor | Quantized:
+    return values.to(text) if isinstance(text, torch.dtype) else quantize(values, WeightFormat.parse(text))
 
 
 @cache
-def wanted_of(text: str, outs: int, width: int, how: str) -> Tensor:
-    """In float64, from the inputs and the bias that the test below makes, read as READ has it."""
-    exact = quantized(text, outs, width)[1]
-    return READ[how](random(1, max(ROWS), width)) @ exact.double().t() + random(2, outs).double()
+def weights(
+    seed: int, outs: int, width: int, text: torch.dtype | str, size: float = 1.0
+) -> tuple[Tensor | Quantized, Tensor]:
+    """Random ones in a format, and what they are as floats: the same for every instruction set and kind of inputs."""
+    made = in_format(random(seed, outs, width) * size * width**-0.5, text)
+    return made, made if isinstance(made, Tensor) else made.dequantized()
+
+
+INPUT_SEED, BIAS_SEED = 1, 2
+
+
+@cache
+def wanted_of(
+    seed: int, outs: int, width: int, text: torch.dtype | str, size: float, how: str, biased: bool = True
+) -> Tensor:
+    """Products of such weights in float64, with max(ROWS) random inputs, read as READ[how] has it, and a random bias."""
+    exact = weights(seed, outs, width, text, size)[1]
+    products = READ[how](random(INPUT_SEED, max(ROWS), width)) @ exact.double().t()
+    return products + random(BIAS_SEED, outs).double() if biased else products
 
 
 @pytest.mark.parametrize("inputs", INPUTS)
@@ -161,11 +176,11 @@ def wanted_of(text: str, outs: int, width: int, how: str) -> Tensor:
 def test_a_product_of_few_bits_is_right_whatever_stands_beside_its_row(
     machine: Machine, text: str, outs: int, width: int, inputs: str
 ) -> None:
-    weight, exact = quantized(text, outs, width)
-    x, bias = random(1, max(ROWS), width), random(2, outs)
+    weight, exact = weights(outs, outs, width, text)
+    x, bias = random(INPUT_SEED, max(ROWS), width), random(BIAS_SEED, outs)
     packed = panels(machine.program, weight)
     assert torch.equal(packed.unpacked(), exact)
-    wanted = wanted_of(text, outs, width, reading(machine, inputs, few=True))
+    wanted = wanted_of(outs, outs, width, text, 1.0, reading(machine, inputs, text))
     most = product(machine, x, packed, bias, max(ROWS), INPUTS[inputs])
     # An input that lies between two whole numbers may be rounded either way by float32 arithmetic.
     assert (most - wanted).abs().max() < (2e-3 if inputs == "int8" else 4e-5)
@@ -179,10 +194,8 @@ def test_a_product_of_few_bits_is_right_whatever_stands_beside_its_row(
 @pytest.mark.parametrize("text", [*FORMATS, *FEW], ids=str)
 def test_the_smallest_numbers_do_not_tell_rows_apart(machine: Machine, text: torch.dtype | str) -> None:
     """Matrix registers take what is subnormal for 0, and so must vectors that stand in for them where rows are few."""
-    plain = random(3, 48, 512)
-    weight = quantize(plain, WeightFormat.parse(text)) if isinstance(text, str) else plain.to(text)
     x = random(4, max(ROWS), 512) * 10.0 ** -torch.linspace(36, 41, 512)
-    packed = panels(machine.program, weight)
+    packed = panels(machine.program, in_format(random(3, 48, 512), text))
     most = product(machine, x, packed, None, max(ROWS), INPUTS["bfloat16"])
     assert (most.abs() > 0).any(), "all of it counts as nothing"
     for rows in ROWS:

@@ -57,7 +57,7 @@ def test_products_of_few_bits(machine: Machine, rows: int, outs: int, inputs: st
     weight, exact = weight_of(data, machine, outs)
     x, bias = inputs_of(rows + 1, weight.shape[1]), bias_of(data, outs)
     found = product(machine, x, weight, bias, rows, INPUTS[inputs])
-    close(found, read_as(machine, x[:rows], inputs, few=True) @ exact.t() + added(bias))
+    close(found, read_as(machine, x[:rows], inputs, weight.format) @ exact.t() + added(bias))
 
 
 @EXAMPLES
@@ -68,7 +68,7 @@ def test_gates_of_few_bits(
     weight, exact = weight_of(data, machine, 2 * inner)
     x, bias = inputs_of(rows + 1, weight.shape[1]), bias_of(data, 2 * inner)
     found = together(machine, x, weight, bias, rows, inputs, activation)
-    close(found, opened(read_as(machine, x[:rows], inputs, few=True) @ exact.t() + added(bias), activation))
+    close(found, opened(read_as(machine, x[:rows], inputs, weight.format) @ exact.t() + added(bias), activation))
 
 
 @EXAMPLES
@@ -86,7 +86,7 @@ def test_what_gates_of_few_bits_open_and_the_product_that_reads_it(
     found = handed_on(machine, x, up, down, given_biases, inputs)
     # One number that lies between two bytes may be rounded either way.
     tie = float((between.abs().amax() if rows else torch.zeros(())) * exact.abs().max() / 127)
-    wanted = read_as(machine, between, inputs, few=True) @ exact.t() + added(second)
+    wanted = read_as(machine, between, inputs, down.format) @ exact.t() + added(second)
     close(found, wanted, 4e-5 + (tie if inputs == "int8" else 0.0))
 
 

@@ -10,12 +10,11 @@ import torch
 from tests.models.harness import Rows
 from tests.native.machine import ISAS, MODULE, Machine, panels, product
 from tests.native.test_decoder import bench, prompt, spec
-from tests.native.test_products import FEW, random
+from tests.native.test_products import FEW, in_format, random
 from weft.config import build_stack
 from weft.models.formats import WeightFormat
 from weft.models.kernels import INPUTS
 from weft.models.layout import quantized
-from weft.models.quantized import quantize
 
 MOST = 64
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
@@ -50,8 +49,7 @@ EVERYWHERE = (
 def test_of_a_product(isa: str, text: torch.dtype | str) -> None:
     """Rows at the beginning and at the end of what is computed with them."""
     machine, values = Machine(MODULE.Program(1, isa)), random(1, 40, 256) / 16
-    weight = values.to(text) if isinstance(text, torch.dtype) else quantize(values, WeightFormat.parse(text))
-    packed, x = panels(machine.program, weight), random(2, MOST, 256)
+    packed, x = panels(machine.program, in_format(values, text)), random(2, MOST, 256)
     for inputs in INPUTS.values():
         most = product(machine, x, packed, None, MOST, inputs)
         for rows in range(1, MOST):
